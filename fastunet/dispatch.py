@@ -1,0 +1,121 @@
+"""Which implementation an operator runs on, and how operators are registered with ``torch.library``.
+
+Every operator ``fastunet::<name>`` is defined once, with a last argument ``backend`` that is already resolved to
+"torch" or "triton". Autograd lives outside, in ``fastunet.functional``; ``torch.compile`` sees opaque operators.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+
+import torch
+
+BACKENDS = ("auto", "triton", "torch")
+_LIBRARY = torch.library.Library("fastunet", "DEF")
+_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_warned: set[str] = set()
+
+
+def define(schema: str, *, torch_impl: Callable, triton_impl: str, fake: Callable) -> None:
+    """Registers ``fastunet::<schema>``, whose schema ends in ``str backend``.
+
+    ``torch_impl`` and ``fake`` take the arguments without ``backend``; ``triton_impl`` names a launcher of the same
+    signature as "module:function" below ``fastunet.kernels``, imported at its first call.
+    """
+    name = schema.partition("(")[0]
+    module, _, function = triton_impl.partition(":")
+
+    @functools.cache
+    def load() -> Callable:
+        return getattr(importlib.import_module(f"fastunet.kernels.{module}"), function)
+
+    def implementation(*args):
+        *operands, backend = args
+        if backend == "torch":
+            return torch_impl(*operands)
+        device = next(a.device for a in operands if isinstance(a, torch.Tensor))
+        if device.type != "cuda":
+            return load()(*operands)
+        with torch.cuda.device(device):
+            return load()(*operands)
+
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastunet::{name}", lambda *args: fake(*args[:-1]), lib=_LIBRARY)
+
+
+def select_backend(requested: str | None, operator: str, x: torch.Tensor) -> str:
+    """Resolves ``requested`` ("auto", "triton", "torch", or None for "auto") to "torch" or "triton" for tensor ``x``.
+
+    "auto" takes ``FASTUNET_BACKEND`` if set, then Triton on a CUDA device where it can run, else PyTorch with one
+    warning that gives the reason. An explicit choice is never overridden.
+
+    Raises:
+        ValueError: an unknown backend, or "triton" where it cannot run; the message gives the reason.
+    """
+    choice = requested or "auto"
+    if choice == "auto":
+        choice = os.environ.get("FASTUNET_BACKEND", "auto")
+    if choice not in BACKENDS:
+        raise ValueError(f"backend is {choice!r}; expected one of {', '.join(BACKENDS)}")
+    if choice == "torch" or (choice == "auto" and x.device.type != "cuda"):
+        return "torch"
+    reason = why_not_triton(x.device, x.dtype)
+    if reason is None:
+        return "triton"
+    if choice == "triton":
+        raise ValueError(f"{operator}: backend 'triton' cannot run here: {reason}")
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(f"fastunet uses PyTorch instead of its Triton kernels: {reason}", stacklevel=3)
+    return "torch"
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason why the Triton kernels cannot serve ``dtype`` on ``device``, or None if they can."""
+    if not triton_installed():
+        return "Triton is not installed"
+    if dtype not in _TRITON_DTYPES:
+        return f"the kernels take float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if device.type == "cpu":
+        if triton_interpreted():
+            return None
+        return "the tensor is on the CPU (TRITON_INTERPRET=1 runs the kernels there, slowly)"
+    if device.type != "cuda":
+        return f"device type {device.type!r} is not supported"
+    if torch.version.hip is not None:
+        return "AMD devices are not proven yet"
+    return _why_not_cuda(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@functools.cache
+def _why_not_cuda(index: int) -> str | None:
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        return f"{torch.cuda.get_device_name(index)} has compute capability {major}.{minor}, below 8.0"
+    return None
+
+
+@functools.cache
+def triton_installed() -> bool:
+    """Whether Triton can be imported; does not import it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def triton_interpreted() -> bool:
+    """Whether ``TRITON_INTERPRET`` asks for the interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
+def autocast_operands(x: torch.Tensor, *others: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """The tensors in the autocast dtype if autocast is on for ``x``'s device, else as they are, like ``nn.Conv2d``."""
+    operands = [x, *others]
+    if not torch.is_autocast_enabled(x.device.type):
+        return operands
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return [t if t is None or t.dtype in (dtype, torch.float64) else t.to(dtype) for t in operands]

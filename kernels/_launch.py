@@ -1,0 +1,163 @@
+"""What every launcher shares: allocation, dtype policy, descriptors, and the one place a kernel starts from.
+
+Naming code of this folder: ``x_ptr`` a pointer, ``x_desc`` a tensor descriptor, ``X_STRIDES`` a stride tuple,
+``BLOCK_M`` a tile side, ``offs_m`` the indices along it, ``m_mask`` their validity, ``HAS_BIAS`` a compile-time flag.
+Activations are logical NCHW tensors in ``channels_last`` memory, so that kernels see NHWC rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+"""True when the kernels were decorated for the interpreter (``TRITON_INTERPRET=1`` at import)."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch as it would have been made: enough to compile it ahead of time and to count its traffic."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    architecture: int
+
+
+@dataclass
+class _State:
+    records: list[Launch] | None = None
+    architecture: int | None = None
+    poison: bool = False
+    capabilities: dict[int, int] = field(default_factory=dict)
+
+
+_state = _State()
+
+
+def launch(kernel: Any, grid: tuple[int, ...], /, *args: Any, num_warps: int = 4, num_stages: int = 3, **kwargs: Any):
+    """Starts ``kernel`` on ``grid``, or records it inside :func:`recording`. An empty grid starts nothing."""
+    if 0 in grid:
+        return
+    if _state.records is not None:
+        bound = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        _state.records.append(Launch(kernel, grid, bound, num_warps, num_stages, architecture()))
+        return
+    kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **kwargs)
+
+
+@contextlib.contextmanager
+def recording(architecture: int) -> Iterator[list[Launch]]:
+    """Collects launches instead of making them; run launchers on ``meta`` tensors inside.
+
+    ``architecture`` is the compute capability times ten (80, 90, 100) for which configurations are chosen.
+    """
+    previous = _state.records, _state.architecture
+    _state.records, _state.architecture = [], architecture
+    try:
+        yield _state.records
+    finally:
+        _state.records, _state.architecture = previous
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Fills every tensor that a launcher allocates with NaN (255 for uint8), so that an unwritten element shows."""
+    previous, _state.poison = _state.poison, True
+    try:
+        yield
+    finally:
+        _state.poison = previous
+
+
+def architecture() -> int:
+    """Compute capability times ten of the current device; 90 in the interpreter unless :func:`recording` says other."""
+    if _state.architecture is not None:
+        return _state.architecture
+    if INTERPRETED:
+        return 90
+    index = torch.cuda.current_device()
+    if index not in _state.capabilities:
+        major, minor = torch.cuda.get_device_capability(index)
+        _state.capabilities[index] = 10 * major + minor
+    return _state.capabilities[index]
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A contiguous uninitialised tensor. Launchers allocate through here and :func:`empty_image` only."""
+    return _fill(torch.empty(shape, dtype=dtype, device=device))
+
+
+def empty_image(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """An uninitialised logical NCHW tensor in NHWC memory."""
+    return _fill(torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last))
+
+
+def _fill(tensor: torch.Tensor) -> torch.Tensor:
+    if _state.poison:
+        tensor.fill_(float("nan") if tensor.dtype.is_floating_point else 255)
+    return tensor
+
+
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    """``x`` with NHWC memory and exactly the strides (H·W·C, 1, W·C, C), also where torch's own test is lenient.
+
+    PyTorch calls a tensor with C == 1 or H == W == 1 channels_last whatever its strides are; kernels rely on them.
+    """
+    n, c, h, w = x.shape
+    if x.stride() == (h * w * c, 1, w * c, c):
+        return x
+    out = torch.empty_strided(x.shape, (h * w * c, 1, w * c, c), dtype=x.dtype, device=x.device)
+    return out.copy_(x)
+
+
+def image_descriptor(x: torch.Tensor, box: tuple[int, int, int, int]) -> TensorDescriptor:
+    """A bulk-copy descriptor of the NHWC memory of logical NCHW ``x`` with a box of (1, BH, BW, BC)."""
+    n, c, h, w = x.shape
+    return TensorDescriptor(x, [n, h, w, c], [h * w * c, w * c, c, 1], list(box))
+
+
+def matrix_descriptor(x: torch.Tensor, box: tuple[int, int]) -> TensorDescriptor:
+    """A bulk-copy descriptor of a contiguous matrix."""
+    return TensorDescriptor(x, list(x.shape), [x.shape[1], 1], list(box))
+
+
+def bulk_copy_fits(x: torch.Tensor) -> bool:
+    """Whether NHWC rows of ``x`` obey the 16-byte rule of bulk tensor copies."""
+    return x.shape[1] * x.element_size() % 16 == 0 and (x.is_meta or x.data_ptr() % 16 == 0)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How :func:`mma` multiplies: "tf32" or "ieee" for float32 as PyTorch's convolutions are set, else "half".
+
+    "upcast" (interpreter only) widens bfloat16 operands, which the interpreter's ``tl.dot`` multiplies wrongly.
+    """
+    if dtype == torch.float32:
+        return "tf32" if torch.backends.cudnn.allow_tf32 and not INTERPRETED else "ieee"
+    return "upcast" if INTERPRETED and dtype == torch.bfloat16 else "half"
+
+
+@triton.jit
+def mma(a, b, acc, PRECISION: tl.constexpr):
+    """``acc + a @ b`` in fp32, by :func:`dot_precision`."""
+    if PRECISION == "upcast":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    elif PRECISION == "half":
+        return tl.dot(a, b, acc)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def relu(x):
+    """max(x, 0) that keeps NaN, as PyTorch's does."""
+    return tl.where(x < 0, 0.0, x)
