@@ -61,7 +61,8 @@ def _figure(rows: list[Layer], title: str) -> Figure:
 def _places(rows: list[Layer]) -> dict[str, tuple[float, float]]:
     """The centre of each box: the contracting path goes down on the left, the expanding one up on the right.
 
-    A level is as many rows high as its taller side; the concatenation stands beside the layer whose output it takes.
+    A level is as many rows high as its tallest side, and both sides stand on its lowest row: there the encoder's pooling
+    is beside the decoder's upsampling, so that each skip runs level from the last convolution to the concatenation.
     """
     depth = max(row.level for row in rows)
     by_place: dict[tuple[int, int], list[Layer]] = {}
@@ -72,11 +73,9 @@ def _places(rows: list[Layer]) -> dict[str, tuple[float, float]]:
     places: dict[str, tuple[float, float]] = {}
     bottom = 0.0
     for level in range(depth, -1, -1):
-        top_row = bottom + (heights[level] - 1) * ROW
-        for i, row in enumerate(by_place.get((level, 0), [])):
-            places[row.name] = left, top_row - i * ROW
-        for i, row in enumerate(by_place.get((level, 1), [])):
-            places[row.name] = middle, top_row - i * ROW
+        for column, x in ((0, left), (1, middle)):
+            for i, row in enumerate(reversed(by_place.get((level, column), []))):
+                places[row.name] = x, bottom + i * ROW
         for i, row in enumerate(by_place.get((level, 2), [])):
             places[row.name] = right, bottom + i * ROW
         bottom += heights[level] * ROW + GAP / 2
@@ -104,8 +103,6 @@ def _arrow(axes, source: Layer, target: Layer, places: dict[str, tuple[float, fl
     if x0 == x1:
         side = BOX_HEIGHT / 2 if y1 > y0 else -BOX_HEIGHT / 2
         start, end = (x0, y0 + side), (x1, y1 - side)
-    elif source.column == 0 and target.column == 2:
-        start, end = (x0 + BOX_WIDTH / 2, y0), (x1 - BOX_WIDTH / 2, y1)
     else:
         start, end = (x0 + BOX_WIDTH / 2, y0), (x1 - BOX_WIDTH / 2, y1)
     skip = source.column == 0 and target.column == 2

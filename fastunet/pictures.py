@@ -1,0 +1,153 @@
+"""Pictures of results: slices with outlined classes, truth beside prediction, and training curves, as PNG bytes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+CLASS_COLOURS = ("#d55e00", "#56b4e9", "#f0e442", "#cc79a7", "#009e73", "#0072b2", "#e69f00", "#ffffff")
+"""Colours of the foreground classes in order, repeated if there are more (Okabe and Ito's colour-blind safe set)."""
+BACKDROP, PALE = "#111418", "#e8ecef"
+
+
+def class_colour(index: int) -> str:
+    """The colour of foreground class ``index`` (1 is the first)."""
+    return CLASS_COLOURS[(index - 1) % len(CLASS_COLOURS)]
+
+
+def overlay(image: np.ndarray, panels: Sequence[tuple[str, np.ndarray | None]], class_names: Sequence[str]) -> bytes:
+    """One slice drawn once for each of ``panels``, (title, labels), with every foreground class filled and outlined.
+
+    Args:
+        image: (H, W) intensities; the 1st to 99.5th percentile of what is not the minimum spans black to white.
+        panels: labels are (H, W) class indices, or None for the plain image.
+        class_names: names by class index; the legend lists those of the foreground that some panel shows.
+    """
+    rows, columns = _window(image)
+    grey = _stretch(image)[rows, columns]
+    height, width = grey.shape
+    panel_width = 3.2
+    panel_height = panel_width * height / width
+    figure = Figure(figsize=(panel_width * len(panels), panel_height + 0.75), facecolor=BACKDROP)
+    FigureCanvasAgg(figure)
+    legend_share, title_share = 0.42 / (panel_height + 0.75), 0.33 / (panel_height + 0.75)
+    shown: set[int] = set()
+    for i, (title, labels) in enumerate(panels):
+        place = (i / len(panels) + 0.004, legend_share, 1 / len(panels) - 0.008, 1 - legend_share - title_share)
+        axes = figure.add_axes(place)
+        axes.imshow(grey, cmap="gray", vmin=0, vmax=1, interpolation="bilinear")
+        axes.set_title(title, color=PALE, fontsize=12, pad=4)
+        axes.axis("off")
+        if labels is not None:
+            shown |= _outline(axes, labels[rows, columns])
+    handles = [Line2D([], [], color=class_colour(c), linewidth=5, label=class_names[c]) for c in sorted(shown)]
+    if handles:
+        figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False, labelcolor=PALE,
+                      fontsize=11, handlelength=1.0, columnspacing=1.6)  # fmt: skip
+    return _png(figure)
+
+
+def curves(history: Sequence[dict], class_names: Sequence[str]) -> bytes:
+    """Loss (left) and validation Dice per class (right) over the epochs of ``history``, the rows of the CSV log."""
+    epochs = [row["epoch"] for row in history]
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss_axes, dice_axes = figure.subplots(1, 2)
+    marker = "o" if len(epochs) < 25 else None
+    for key, label, colour in (("train_loss", "training", "#0072b2"), ("val_loss", "validation", "#d55e00")):
+        loss_axes.plot(epochs, [_number(row.get(key)) for row in history], color=colour, label=label, marker=marker, ms=3)
+    loss_axes.set_title("Loss")
+    for index, name in enumerate(class_names[1:], start=1):
+        values = [_number(row.get(f"dice_{name}")) for row in history]
+        colour = _darker(class_colour(index))
+        dice_axes.plot(epochs, values, color=colour, label=name, marker=marker, ms=3)
+    mean = [_number(row.get("dice_foreground")) for row in history]
+    dice_axes.plot(epochs, mean, color="#22303c", linewidth=2.4, label="mean of the foreground")
+    dice_axes.set_title("Dice on validation cases")
+    dice_axes.set_ylim(0, 1)
+    for axes in (loss_axes, dice_axes):
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize=9)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    return _png(figure)
+
+
+def best_slice(labels: np.ndarray, axis: int = 2) -> int:
+    """The index along ``axis`` of the slice that shows most: the largest sum of the square roots of class areas.
+
+    The square root lets a slice with all classes win over one with much of a single class.
+    """
+    moved = np.moveaxis(labels, axis, 0)
+    score = np.zeros(len(moved))
+    for value in np.unique(labels):
+        if value:
+            score += np.sqrt((moved == value).sum(axis=(1, 2)))
+    return int(score.argmax()) if score.any() else len(moved) // 2
+
+
+def upright(plane: np.ndarray) -> np.ndarray:
+    """A slice of a volume in NIfTI axis order (first axis to the right, second away) as rows and columns to look at."""
+    return np.rot90(plane)
+
+
+def _outline(axes, labels: np.ndarray) -> set[int]:
+    """Fills and outlines each foreground class, small ones on top; returns those present."""
+    areas = np.bincount(labels.reshape(-1))
+    present = {int(c) for c in np.flatnonzero(areas) if c}
+    for c in sorted(present, key=lambda c: -areas[c]):
+        mask = np.pad((labels == c).astype(np.float32), 1)
+        grid = np.arange(-1, mask.shape[1] - 1), np.arange(-1, mask.shape[0] - 1)
+        axes.contourf(*grid, mask, levels=[0.5, 1.5], colors=[class_colour(c)], alpha=0.28)
+        axes.contour(*grid, mask, levels=[0.5], colors=[class_colour(c)], linewidths=1.5)
+    axes.set_xlim(-0.5, labels.shape[1] - 0.5)
+    axes.set_ylim(labels.shape[0] - 0.5, -0.5)
+    return present
+
+
+def _window(image: np.ndarray) -> tuple[slice, slice]:
+    """The rows and columns around what is not background (the image's minimum), with a margin of 4 %."""
+    inside = image > image.min()
+    if not inside.any():
+        return slice(None), slice(None)
+    windows = []
+    for axis in (1, 0):
+        index = np.flatnonzero(inside.any(axis=axis))
+        length = inside.shape[1 - axis]
+        margin = max(2, round(0.04 * length))
+        windows.append(slice(max(0, index[0] - margin), min(length, index[-1] + margin + 1)))
+    return windows[0], windows[1]
+
+
+def _stretch(image: np.ndarray) -> np.ndarray:
+    image = np.asarray(image, dtype=np.float32)
+    inside = image[image > image.min()]
+    if inside.size == 0:
+        return np.zeros_like(image)
+    low, high = np.percentile(inside, (1, 99.5))
+    low = min(low, float(np.percentile(image, 50)), float(inside.min()))
+    return np.clip((image - low) / max(high - low, 1e-6), 0, 1)
+
+
+def _darker(colour: str) -> str:
+    """``colour`` dark enough for a line on white."""
+    channels = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    factor = 0.8 if sum(channels) > 480 else 1.0
+    return "#" + "".join(f"{int(c * factor):02x}" for c in channels)
+
+
+def _number(value: object) -> float:
+    return float("nan") if value is None or value == "" else float(value)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, facecolor=figure.get_facecolor(), metadata={"Software": None})
+    return buffer.getvalue()
