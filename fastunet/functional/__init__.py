@@ -1,0 +1,16 @@
+"""The operators: logical NCHW tensors in and out, fastest in ``channels_last``, differentiable, with ``backend=``."""
+
+from fastunet.functional.conv_relu import conv_relu, conv_relu_pool
+from fastunet.functional.conv_transpose import conv_transpose2d
+from fastunet.functional.max_pool import max_pool2d
+from fastunet.functional.segmentation_head import segmentation_head
+from fastunet.functional.upsample_conv import upsample_conv_relu
+
+__all__ = [
+    "conv_relu",
+    "conv_relu_pool",
+    "conv_transpose2d",
+    "max_pool2d",
+    "segmentation_head",
+    "upsample_conv_relu",
+]

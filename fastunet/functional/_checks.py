@@ -1,0 +1,40 @@
+"""Validation at the public functions: one sentence that shows the offending shape, dtype or device."""
+
+from __future__ import annotations
+
+import torch
+
+
+def check_image(operator: str, x: torch.Tensor, name: str = "x") -> None:
+    """Raises unless ``x`` is a floating (N, C, H, W) tensor with H, W ≥ 1."""
+    if x.dim() != 4:
+        raise ValueError(f"{operator}: {name} must be (N, C, H, W), got shape {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"{operator}: {name} must be a floating-point tensor, got {x.dtype}")
+    if min(x.shape[1:]) < 1:
+        raise ValueError(f"{operator}: {name} has shape {tuple(x.shape)}; only the batch may be empty")
+
+
+def check_weight(operator: str, weight: torch.Tensor, shape: tuple[int | None, ...], x: torch.Tensor) -> None:
+    """Raises unless ``weight`` has ``shape`` (None matches any size) and the dtype and device of ``x``."""
+    if weight.dim() != len(shape) or any(want not in (None, got) for want, got in zip(shape, weight.shape)):
+        want = ", ".join("any" if side is None else str(side) for side in shape)
+        raise ValueError(f"{operator}: weight must have shape ({want}), got {tuple(weight.shape)}")
+    check_alike(operator, "weight", weight, x)
+
+
+def check_bias(operator: str, bias: torch.Tensor | None, channels: int, x: torch.Tensor) -> None:
+    """Raises unless ``bias`` is None or (channels,) with the dtype and device of ``x``."""
+    if bias is None:
+        return
+    if tuple(bias.shape) != (channels,):
+        raise ValueError(f"{operator}: bias must have shape ({channels},), got {tuple(bias.shape)}")
+    check_alike(operator, "bias", bias, x)
+
+
+def check_alike(operator: str, name: str, tensor: torch.Tensor, x: torch.Tensor) -> None:
+    """Raises unless ``tensor`` has the dtype and device of ``x``."""
+    if tensor.dtype != x.dtype or tensor.device != x.device:
+        raise ValueError(
+            f"{operator}: {name} is {tensor.dtype} on {tensor.device}, but x is {x.dtype} on {x.device}"
+        )

@@ -1,0 +1,25 @@
+"""The one memory layout of the operators: logical NCHW in NHWC memory, with exactly the strides (HWC, 1, WC, C)."""
+
+from __future__ import annotations
+
+import torch
+
+
+def nhwc_strides(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """Strides of NHWC memory for a logical (N, C, H, W) shape."""
+    _, c, h, w = shape
+    return h * w * c, 1, w * c, c
+
+
+def nhwc(x: torch.Tensor) -> torch.Tensor:
+    """``x`` in NHWC memory; PyTorch's own test accepts other strides where C == 1 or H == W == 1."""
+    strides = nhwc_strides(x.shape)
+    if x.stride() == strides:
+        return x
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
+
+
+def empty_nhwc(like: torch.Tensor, channels: int, height: int, width: int, dtype: torch.dtype | None = None):
+    """An uninitialised (N, channels, height, width) tensor with the batch, dtype and device of ``like``."""
+    shape = like.shape[0], channels, height, width
+    return torch.empty_strided(shape, nhwc_strides(shape), dtype=dtype or like.dtype, device=like.device)

@@ -1,0 +1,255 @@
+"""3×3 convolution + bias + ReLU, of one source or of [skip, x] without their concatenation, and with its max-pool.
+
+With ``w`` (C_out, C_skip + C_x, 3, 3): ``y = relu(conv(skip, w[:, :C_skip]) + conv(x, w[:, C_skip:]) + bias)``.
+The gradient of the pre-activation, ``dz = dy * (y > 0)``, needs y alone, which the next layer keeps anyway.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from fastunet.dispatch import autocast_operands, define, select_backend
+from fastunet.functional._checks import check_alike, check_image
+from fastunet.functional._layout import empty_nhwc, nhwc
+from fastunet.functional.max_pool import pooled_shape
+from fastunet.reference import centre_crop
+
+_OPS = torch.ops.fastunet
+PADDINGS = {"same": 1, "valid": 0}
+
+
+def _slices(weight, skip):
+    """The skip's and x's parts of the weight."""
+    split = 0 if skip is None else skip.shape[1]
+    return weight[:, :split], weight[:, split:]
+
+
+def _forward(x, skip, weight, bias, pad, relu):
+    y = nhwc(F.conv2d(_joined(x, skip), weight, bias, padding=pad))
+    return y.relu_() if relu else y
+
+
+def _joined(x, skip):
+    """NHWC memory of x, or of [centre_crop(skip), x]: oneDNN convolves one source only, so the copy is the cheap form."""
+    if skip is None:
+        return nhwc(x)
+    n, channels, height, width = x.shape
+    joined = empty_nhwc(x, skip.shape[1] + channels, height, width)
+    return torch.cat([centre_crop(skip, height, width), x], dim=1, out=joined)
+
+
+def _forward_pool(x, weight, bias, pad, relu):
+    y = _forward(x, None, weight, bias, pad, relu)
+    return y, nhwc(F.max_pool2d(y, 2))
+
+
+def _convolution_backward(dz, x, weight, pad, mask):
+    return torch.ops.aten.convolution_backward(
+        nhwc(dz), nhwc(x), weight, [weight.shape[0]], [1, 1], [pad, pad], [1, 1], False, [0, 0], 1, mask
+    )
+
+
+def _data_grad(dz, weight, x, skip, pad, mask_x, mask_skip):
+    skip_weight, x_weight = _slices(weight, skip)
+    dx = _masked(_convolution_backward(dz, x, x_weight, pad, [True, False, False])[0], x, mask_x)
+    if skip is None:
+        return dx, dx.new_empty(0)
+    crop = centre_crop(skip, *x.shape[2:])
+    d_crop = _convolution_backward(dz, crop, skip_weight, pad, [True, False, False])[0]
+    if crop.shape == skip.shape:
+        return dx, _masked(d_crop, skip, mask_skip)
+    dskip = empty_nhwc(skip, *skip.shape[1:]).zero_()
+    centre_crop(dskip, *x.shape[2:]).copy_(_masked(d_crop, crop, mask_skip))
+    return dx, dskip
+
+
+def _masked(gradient, x, mask):
+    """``gradient * (x > 0)`` in place, if ``mask``; in NHWC memory."""
+    gradient = nhwc(gradient)
+    return torch.ops.aten.threshold_backward.grad_input(gradient, x, 0, grad_input=gradient) if mask else gradient
+
+
+def _weight_grad(dz, x, skip, pad, has_bias):
+    x = _joined(x, skip)
+    weight = x.new_empty(()).expand(dz.shape[1], x.shape[1], 3, 3)
+    _, dw, db = _convolution_backward(dz, x, weight, pad, [False, True, has_bias])
+    return nhwc(dw), db if has_bias else dw.new_empty(0)
+
+
+def _fake_forward(x, skip, weight, bias, pad, relu):
+    return empty_nhwc(x, weight.shape[0], x.shape[2] + 2 * pad - 2, x.shape[3] + 2 * pad - 2)
+
+
+def _fake_forward_pool(x, weight, bias, pad, relu):
+    y = _fake_forward(x, None, weight, bias, pad, relu)
+    return y, empty_nhwc(x, weight.shape[0], *pooled_shape(*y.shape[2:]))
+
+
+def _fake_data_grad(dz, weight, x, skip, pad, mask_x, mask_skip):
+    return empty_nhwc(x, *x.shape[1:]), x.new_empty(0) if skip is None else empty_nhwc(skip, *skip.shape[1:])
+
+
+def _fake_weight_grad(dz, x, skip, pad, has_bias):
+    channels = x.shape[1] + (0 if skip is None else skip.shape[1])
+    dw = empty_nhwc(dz.new_empty(dz.shape[1]), channels, 3, 3)
+    return dw, x.new_empty(dz.shape[1] if has_bias else 0)
+
+
+define(
+    "conv_relu(Tensor x, Tensor? skip, Tensor weight, Tensor? bias, int pad, bool relu, str backend) -> Tensor",
+    torch_impl=_forward,
+    triton_impl="conv_relu:forward",
+    fake=_fake_forward,
+)
+define(
+    "conv_relu_pool(Tensor x, Tensor weight, Tensor? bias, int pad, bool relu, str backend) -> (Tensor, Tensor)",
+    torch_impl=_forward_pool,
+    triton_impl="conv_relu:forward_pool",
+    fake=_fake_forward_pool,
+)
+define(
+    "conv_relu_data_grad(Tensor dz, Tensor weight, Tensor x, Tensor? skip, int pad, bool mask_x, bool mask_skip, "
+    "str backend) -> (Tensor, Tensor)",
+    torch_impl=_data_grad,
+    triton_impl="conv_relu_data_grad:data_grad",
+    fake=_fake_data_grad,
+)
+define(
+    "conv_relu_weight_grad(Tensor dz, Tensor x, Tensor? skip, int pad, bool has_bias, str backend) -> (Tensor, Tensor)",
+    torch_impl=_weight_grad,
+    triton_impl="conv_relu_weight_grad:weight_grad",
+    fake=_fake_weight_grad,
+)
+
+
+class _ConvReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, skip, weight, bias, pad, relu, backend):
+        y = _OPS.conv_relu(x, skip, weight, bias, pad, relu, backend)
+        ctx.save_for_backward(x, skip, weight, y if relu else None)
+        ctx.options = pad, bias is not None, backend
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, skip, weight, y = ctx.saved_tensors
+        backend = ctx.options[-1]
+        dz = dy if y is None else _OPS.relu_backward(dy, y, backend)
+        return *conv_gradients(ctx, dz, x, skip, weight), None, None, None
+
+
+class _ConvReLUPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, pad, backend):
+        y, pooled = _OPS.conv_relu_pool(x, weight, bias, pad, True, backend)
+        ctx.save_for_backward(x, weight, y)
+        ctx.options = pad, bias is not None, backend
+        return y, pooled
+
+    @staticmethod
+    def backward(ctx, dy, d_pooled):
+        x, weight, y = ctx.saved_tensors
+        pad, has_bias, backend = ctx.options
+        dz = _OPS.max_pool2d_backward(d_pooled, dy, y, True, backend)
+        dx = dw = db = None
+        if ctx.needs_input_grad[0]:
+            dx = _OPS.conv_relu_data_grad(dz, weight, x, None, pad, False, False, backend)[0]
+        if any(ctx.needs_input_grad[1:3]):
+            dw, db = _OPS.conv_relu_weight_grad(dz, x, None, pad, has_bias, backend)
+        return dx, dw, db if has_bias else None, None, None
+
+
+def conv_gradients(ctx, dz, x, skip, weight):
+    """The gradients (dx, dskip, dw, db) that ``ctx`` needs; None for the others."""
+    pad, has_bias, backend = ctx.options
+    dx = dskip = dw = db = None
+    if any(ctx.needs_input_grad[:2]):
+        dx, dskip = _OPS.conv_relu_data_grad(dz, weight, x, skip, pad, False, False, backend)
+    if any(ctx.needs_input_grad[2:4]):
+        dw, db = _OPS.conv_relu_weight_grad(dz, x, skip, pad, has_bias, backend)
+    return dx, dskip if skip is not None else None, dw, db if has_bias else None
+
+
+def conv_relu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    skip: torch.Tensor | None = None,
+    padding: str = "same",
+    relu: bool = True,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """ReLU of the 3×3 convolution of ``concat([centre_crop(skip), x], 1)``, which is never built on a GPU.
+
+    Args:
+        x: (N, C_x, H, W); floating point, fastest in ``channels_last``.
+        weight: (C_out, C_skip + C_x, 3, 3), the skip's channels first.
+        bias: (C_out,) or None.
+        skip: (N, C_skip, H_s, W_s) with H_s ≥ H and W_s ≥ W, or None.
+        padding: "same" (zeros around the image) or "valid".
+        relu: False leaves the convolution as it is.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        (N, C_out, H, W), or (N, C_out, H − 2, W − 2) under "valid".
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; the message shows them.
+    """
+    operands = [x, skip, weight, bias]
+    pad = check_conv("conv_relu", *operands, padding)
+    x, skip, weight, bias = autocast_operands(*operands)
+    check_conv_dtypes("conv_relu", x, skip, weight, bias)
+    return _ConvReLU.apply(x, skip, weight, bias, pad, relu, select_backend(backend, "conv_relu", x))
+
+
+def conv_relu_pool(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    padding: str = "same",
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`conv_relu` and its 2×2 max-pool (stride 2, odd sides floor), in one pass on a GPU.
+
+    Returns:
+        ``(y, pooled)``: (N, C_out, H', W') and (N, C_out, H' // 2, W' // 2).
+    """
+    pad = check_conv("conv_relu_pool", x, None, weight, bias, padding)
+    if min(x.shape[2:]) + 2 * pad - 2 < 2:
+        raise ValueError(f"conv_relu_pool: x has shape {tuple(x.shape)}; its convolution is too small to pool")
+    x, weight, bias = autocast_operands(x, weight, bias)
+    check_conv_dtypes("conv_relu_pool", x, None, weight, bias)
+    return _ConvReLUPool.apply(x, weight, bias, pad, select_backend(backend, "conv_relu_pool", x))
+
+
+def check_conv(operator, x, skip, weight, bias, padding) -> int:
+    """Validates the shapes of a 3×3 convolution's operands and returns the padding in pixels."""
+    check_image(operator, x)
+    if padding not in PADDINGS:
+        raise ValueError(f"{operator}: padding is {padding!r}; expected 'same' or 'valid'")
+    if padding == "valid" and min(x.shape[2:]) < 3:
+        raise ValueError(f"{operator}: x has shape {tuple(x.shape)}, too small for a valid 3×3 convolution")
+    channels = x.shape[1]
+    if skip is not None:
+        check_image(operator, skip, "skip")
+        if skip.shape[0] != x.shape[0] or skip.shape[2] < x.shape[2] or skip.shape[3] < x.shape[3]:
+            raise ValueError(
+                f"{operator}: skip of shape {tuple(skip.shape)} cannot be cropped to x of shape {tuple(x.shape)}"
+            )
+        channels += skip.shape[1]
+    if weight.dim() != 4 or tuple(weight.shape[1:]) != (channels, 3, 3):
+        raise ValueError(f"{operator}: weight must be (C_out, {channels}, 3, 3), got {tuple(weight.shape)}")
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"{operator}: bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
+    return PADDINGS[padding]
+
+
+def check_conv_dtypes(operator, x, skip, weight, bias) -> None:
+    """Raises unless the operands share x's dtype and device; called after autocast."""
+    for name, tensor in (("skip", skip), ("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            check_alike(operator, name, tensor, x)

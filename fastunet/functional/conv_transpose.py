@@ -1,0 +1,98 @@
+"""2×2 transposed convolution with stride 2 and bias: each input pixel becomes a 2×2 block, without overlap."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from fastunet.dispatch import autocast_operands, define, select_backend
+from fastunet.functional._checks import check_bias, check_image, check_weight
+from fastunet.functional._layout import empty_nhwc, nhwc
+
+_OPS = torch.ops.fastunet
+_GEOMETRY = [2, 2], [0, 0], [1, 1], True, [0, 0], 1
+
+
+def _forward(x, weight, bias):
+    return nhwc(F.conv_transpose2d(nhwc(x), weight, bias, stride=2))
+
+
+def _data_grad(dy, weight, x, mask_x):
+    x = nhwc(x)
+    dx, _, _ = torch.ops.aten.convolution_backward(nhwc(dy), x, weight, None, *_GEOMETRY, [True, False, False])
+    dx = nhwc(dx)
+    return torch.ops.aten.threshold_backward.grad_input(dx, x, 0, grad_input=dx) if mask_x else dx
+
+
+def _weight_grad(dy, x, has_bias):
+    weight = x.new_empty(()).expand(x.shape[1], dy.shape[1], 2, 2)
+    _, dw, db = torch.ops.aten.convolution_backward(
+        nhwc(dy), nhwc(x), weight, [dy.shape[1]], *_GEOMETRY, [False, True, has_bias]
+    )
+    return nhwc(dw), db if has_bias else x.new_empty(0)
+
+
+define(
+    "conv_transpose2d(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor",
+    torch_impl=_forward,
+    triton_impl="conv_transpose:forward",
+    fake=lambda x, weight, bias: empty_nhwc(x, weight.shape[1], 2 * x.shape[2], 2 * x.shape[3]),
+)
+define(
+    "conv_transpose2d_data_grad(Tensor dy, Tensor weight, Tensor x, bool mask_x, str backend) -> Tensor",
+    torch_impl=_data_grad,
+    triton_impl="conv_transpose:data_grad",
+    fake=lambda dy, weight, x, mask_x: empty_nhwc(x, *x.shape[1:]),
+)
+define(
+    "conv_transpose2d_weight_grad(Tensor dy, Tensor x, bool has_bias, str backend) -> (Tensor, Tensor)",
+    torch_impl=_weight_grad,
+    triton_impl="conv_transpose:weight_grad",
+    fake=lambda dy, x, has_bias: (
+        empty_nhwc(x.new_empty(x.shape[1]), dy.shape[1], 2, 2),
+        x.new_empty(dy.shape[1] if has_bias else 0),
+    ),
+)
+
+
+class _ConvTranspose2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, backend):
+        ctx.save_for_backward(x, weight)
+        ctx.options = bias is not None, backend
+        return _OPS.conv_transpose2d(x, weight, bias, backend)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        has_bias, backend = ctx.options
+        dx = dw = db = None
+        if ctx.needs_input_grad[0]:
+            dx = _OPS.conv_transpose2d_data_grad(dy, weight, x, False, backend)
+        if any(ctx.needs_input_grad[1:3]):
+            dw, db = _OPS.conv_transpose2d_weight_grad(dy, x, has_bias, backend)
+        return dx, dw, db if has_bias else None, None
+
+
+def conv_transpose2d(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, backend: str = "auto"
+) -> torch.Tensor:
+    """``y[n, k, 2i+a, 2j+b] = bias[k] + Σ_c x[n, c, i, j] · weight[c, k, a, b]``.
+
+    Args:
+        x: (N, C_in, H, W).
+        weight: (C_in, C_out, 2, 2).
+        bias: (C_out,) or None.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        (N, C_out, 2H, 2W).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; the message shows them.
+    """
+    check_image("conv_transpose2d", x)
+    x, weight, bias = autocast_operands(x, weight, bias)
+    check_weight("conv_transpose2d", weight, (x.shape[1], None, 2, 2), x)
+    check_bias("conv_transpose2d", bias, weight.shape[1], x)
+    return _ConvTranspose2d.apply(x, weight, bias, select_backend(backend, "conv_transpose2d", x))

@@ -1,0 +1,72 @@
+"""The Dice ratio and its one rule for a class that is absent, shared by the losses and the metrics."""
+
+from __future__ import annotations
+
+import torch
+
+EMPTY_RULES = ("smooth", "skip", "one")
+
+
+def check_rule(empty: str, smooth: float) -> None:
+    """Raises ``ValueError`` unless ``empty`` is a known rule and ``smooth`` a constant that it can work with."""
+    if empty not in EMPTY_RULES:
+        raise ValueError(f"empty is {empty!r}; expected one of {', '.join(EMPTY_RULES)}")
+    if smooth < 0 or (smooth == 0 and empty == "smooth"):
+        raise ValueError(f"smooth is {smooth}; it must not be negative, and positive with empty='smooth'")
+
+
+def dice_score(
+    intersection: torch.Tensor, predicted: torch.Tensor, truth: torch.Tensor, *, smooth: float, empty: str
+) -> torch.Tensor:
+    """``(2 I + s) / (P + T + s)`` elementwise, with the ``empty`` rule where the truth is empty (``T == 0``).
+
+    "smooth": the ratio as it stands, ``s / (P + s)``. "skip": NaN, which :func:`mean_over_counted` leaves out.
+    "one": 1 where the prediction is empty too (``P == 0``), else 0. The gradient is finite everywhere, and zero at
+    empty classes under "skip" and "one".
+
+    Args:
+        intersection, predicted, truth: I, P and T, floating point, of one shape.
+        smooth: the constant s.
+        empty: "smooth", "skip" or "one".
+    """
+    return _ratio(2 * intersection, predicted + truth, predicted, truth, smooth, empty)
+
+
+def iou_score(
+    intersection: torch.Tensor, predicted: torch.Tensor, truth: torch.Tensor, *, smooth: float, empty: str
+) -> torch.Tensor:
+    """``(I + s) / (P + T - I + s)`` elementwise, with the rule of :func:`dice_score`."""
+    return _ratio(intersection, predicted + truth - intersection, predicted, truth, smooth, empty)
+
+
+def _ratio(numerator, denominator, predicted, truth, smooth: float, empty: str) -> torch.Tensor:
+    if empty == "smooth":
+        return (numerator + smooth) / (denominator + smooth)
+    absent = truth == 0
+    # The division must not see 0 / 0: its NaN would reach the gradient through torch.where.
+    value = (numerator + smooth) / torch.where(absent, torch.ones_like(denominator), denominator + smooth)
+    if empty == "skip":
+        return torch.where(absent, torch.full_like(value, float("nan")), value)
+    return torch.where(absent, (predicted == 0).to(value.dtype), value)
+
+
+def mean_over_counted(
+    values: torch.Tensor, truth: torch.Tensor, *, empty: str, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The (weighted) mean of ``values`` over the entries that count: all, or under "skip" those with ``T > 0``.
+
+    Args:
+        values: (..., classes), from :func:`dice_score` or one minus it.
+        truth: T, of the same shape.
+        weights: (classes,) or None for equal weights.
+
+    Returns:
+        A scalar, 0 where no entry counts. NaN in an entry that counts stays NaN.
+    """
+    weights = torch.ones_like(values) if weights is None else weights.to(values.dtype).expand_as(values)
+    if empty == "skip":
+        counted = truth > 0
+        weights = torch.where(counted, weights, torch.zeros_like(weights))
+        values = torch.where(counted, values, torch.zeros_like(values))
+    total = weights.sum()
+    return (values * weights).sum() / torch.where(total == 0, torch.ones_like(total), total)

@@ -1,0 +1,73 @@
+"""2×2 max-pool with stride 2, whose backward recomputes the maximum instead of keeping an index tensor."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from fastunet.dispatch import define, select_backend
+from fastunet.functional import relu  # noqa: F401  (registers relu_backward, which every ReLU operator needs)
+from fastunet.functional._checks import check_image
+from fastunet.functional._layout import empty_nhwc, nhwc
+
+_OPS = torch.ops.fastunet
+
+
+def pooled_shape(height: int, width: int) -> tuple[int, int]:
+    """Height and width after pooling; an odd last row or column is dropped."""
+    return height // 2, width // 2
+
+
+def _forward(x):
+    return nhwc(F.max_pool2d(nhwc(x), 2))
+
+
+def _backward(d_pooled, d_skip, y, relu):
+    y = nhwc(y)
+    _, indices = torch.ops.aten.max_pool2d_with_indices(y, [2, 2])
+    dz = torch.ops.aten.max_pool2d_with_indices_backward(
+        nhwc(d_pooled), y, [2, 2], [2, 2], [0, 0], [1, 1], False, indices
+    )
+    dz = nhwc(dz)
+    if d_skip is not None:
+        dz += d_skip
+    return torch.ops.aten.threshold_backward.grad_input(dz, y, 0, grad_input=dz) if relu else dz
+
+
+define(
+    "max_pool2d(Tensor x, str backend) -> Tensor",
+    torch_impl=_forward,
+    triton_impl="max_pool:forward",
+    fake=lambda x: empty_nhwc(x, x.shape[1], *pooled_shape(*x.shape[2:])),
+)
+define(
+    "max_pool2d_backward(Tensor d_pooled, Tensor? d_skip, Tensor y, bool relu, str backend) -> Tensor",
+    torch_impl=_backward,
+    triton_impl="max_pool:backward",
+    fake=lambda d_pooled, d_skip, y, relu: empty_nhwc(y, *y.shape[1:]),
+)
+
+
+class _MaxPool2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, backend):
+        ctx.save_for_backward(x)
+        ctx.backend = backend
+        return _OPS.max_pool2d(x, backend)
+
+    @staticmethod
+    def backward(ctx, d_pooled):
+        (x,) = ctx.saved_tensors
+        return _OPS.max_pool2d_backward(d_pooled, None, x, False, ctx.backend), None
+
+
+def max_pool2d(x: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
+    """2×2 maximum with stride 2: (N, C, H, W) → (N, C, H // 2, W // 2); the first of equal values gets the gradient.
+
+    Raises:
+        ValueError: ``x`` is not a floating (N, C, H, W) tensor with H, W ≥ 2.
+    """
+    check_image("max_pool2d", x)
+    if min(x.shape[2:]) < 2:
+        raise ValueError(f"max_pool2d: x has shape {tuple(x.shape)}; both sides must be at least 2")
+    return _MaxPool2d.apply(x, select_backend(backend, "max_pool2d", x))

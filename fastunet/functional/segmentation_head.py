@@ -1,0 +1,113 @@
+"""The last layer: a 1×1 convolution to class logits, and from them probabilities or labels without a detour."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from fastunet.dispatch import autocast_operands, define, select_backend
+from fastunet.functional._checks import check_bias, check_image, check_weight
+from fastunet.functional._layout import empty_nhwc, nhwc
+
+_OPS = torch.ops.fastunet
+OUTPUTS = ("logits", "probabilities", "labels")
+
+
+def _forward(x, weight, bias, output):
+    return finish(F.conv2d(nhwc(x), weight, bias), output)
+
+
+def finish(logits, output):
+    """Logits turned into ``output``; the softmax is computed in at least float32, where the kernels compute it."""
+    if output == "labels":
+        return logits.argmax(dim=1).to(torch.uint8)
+    return nhwc(logits if output == "logits" else logits.softmax(dim=1))
+
+
+def fake_finish(x, classes, height, width, output):
+    """The shape, dtype and strides of :func:`finish`."""
+    if output == "labels":
+        return x.new_empty((x.shape[0], height, width), dtype=torch.uint8)
+    return empty_nhwc(x, classes, height, width)
+
+
+def _backward(d_logits, x, weight, mask_x, has_bias):
+    x = nhwc(x)
+    dx, dw, db = torch.ops.aten.convolution_backward(
+        nhwc(d_logits), x, weight, [weight.shape[0]], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, True, has_bias]
+    )
+    dx = nhwc(dx)
+    if mask_x:
+        torch.ops.aten.threshold_backward.grad_input(dx, x, 0, grad_input=dx)
+    return dx, nhwc(dw), db if has_bias else x.new_empty(0)
+
+
+define(
+    "segmentation_head(Tensor x, Tensor weight, Tensor? bias, str output, str backend) -> Tensor",
+    torch_impl=_forward,
+    triton_impl="segmentation_head:forward",
+    fake=lambda x, weight, bias, output: fake_finish(x, weight.shape[0], *x.shape[2:], output),
+)
+define(
+    "segmentation_head_backward(Tensor d_logits, Tensor x, Tensor weight, bool mask_x, bool has_bias, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
+    torch_impl=_backward,
+    triton_impl="segmentation_head:backward",
+    fake=lambda d_logits, x, weight, mask_x, has_bias: (
+        empty_nhwc(x, *x.shape[1:]),
+        empty_nhwc(weight, *weight.shape[1:]),
+        x.new_empty(weight.shape[0] if has_bias else 0),
+    ),
+)
+
+
+class _SegmentationHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, mask_x, backend):
+        ctx.save_for_backward(x, weight)
+        ctx.options = mask_x, bias is not None, backend
+        return _OPS.segmentation_head(x, weight, bias, "logits", backend)
+
+    @staticmethod
+    def backward(ctx, d_logits):
+        x, weight = ctx.saved_tensors
+        mask_x, has_bias, backend = ctx.options
+        dx, dw, db = _OPS.segmentation_head_backward(d_logits, x, weight, mask_x, has_bias, backend)
+        return dx, dw, db if has_bias else None, None, None
+
+
+def segmentation_head(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    output: str = "logits",
+    backend: str = "auto",
+) -> torch.Tensor:
+    """1×1 convolution over the channels, then nothing, the softmax over the classes, or their argmax.
+
+    Args:
+        x: (N, C_in, H, W).
+        weight: (classes, C_in, 1, 1); at most 256 classes for "labels".
+        bias: (classes,) or None.
+        output: "logits" and "probabilities" give (N, classes, H, W) in x's dtype, "labels" (N, H, W) uint8, the
+            first class of several equal ones. Labels have no gradient.
+        backend: "auto", "triton" or "torch".
+
+    Raises:
+        ValueError: an unknown output, or shapes, dtypes or devices that do not fit; the message shows them.
+    """
+    check_image("segmentation_head", x)
+    if output not in OUTPUTS:
+        raise ValueError(f"segmentation_head: output is {output!r}; expected one of {', '.join(OUTPUTS)}")
+    if output == "labels" and weight.shape[0] > 256:
+        raise ValueError(f"segmentation_head: {weight.shape[0]} classes do not fit uint8 labels")
+    x, weight, bias = autocast_operands(x, weight, bias)
+    check_weight("segmentation_head", weight, (None, x.shape[1], 1, 1), x)
+    check_bias("segmentation_head", bias, weight.shape[0], x)
+    backend = select_backend(backend, "segmentation_head", x)
+    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    if output == "labels" or not differentiable:
+        return _OPS.segmentation_head(x.detach(), weight.detach(), bias if bias is None else bias.detach(), output, backend)
+    logits = _SegmentationHead.apply(x, weight, bias, False, backend)
+    return logits if output == "logits" else logits.softmax(dim=1)

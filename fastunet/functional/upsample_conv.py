@@ -1,0 +1,118 @@
+"""Nearest ×2 upsampling, 2×2 "same" convolution (padded at the bottom and right) and ReLU, without the upsampled image.
+
+With ``k = flip(w) ⊛ ones(2, 2)``, a 3×3 kernel, the two steps are one transposed convolution:
+``upconv(x) = conv_transpose2d(x, k, stride=2, padding=1, output_padding=1)``, 9 products a low-resolution pixel instead
+of 16. If G is the gradient of k, that of w is ``flip(dw')`` with ``dw'[a, b] = G[a:a+2, b:b+2].sum()``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from fastunet.dispatch import autocast_operands, define, select_backend
+from fastunet.functional._checks import check_bias, check_image, check_weight
+from fastunet.functional._layout import empty_nhwc, nhwc
+
+_OPS = torch.ops.fastunet
+_GEOMETRY = [2, 2], [1, 1], [1, 1], True, [1, 1], 1
+
+
+def _transposed_kernel(weight):
+    """k as (C_in, C_out, 3, 3); half-precision weights are summed in float32 and rounded once."""
+    wide = weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
+    padded = F.pad(wide.flip(2, 3), (1, 1, 1, 1))
+    k = padded[..., 1:, 1:] + padded[..., 1:, :-1] + padded[..., :-1, 1:] + padded[..., :-1, :-1]
+    return k.to(weight.dtype).transpose(0, 1)
+
+
+def _forward(x, weight, bias, relu):
+    y = F.conv_transpose2d(nhwc(x), _transposed_kernel(weight), bias, stride=2, padding=1, output_padding=1)
+    y = nhwc(y)
+    return y.relu_() if relu else y
+
+
+def _data_grad(dz, weight, x, mask_x):
+    k = _transposed_kernel(weight)
+    x = nhwc(x)
+    dx, _, _ = torch.ops.aten.convolution_backward(nhwc(dz), x, k, None, *_GEOMETRY, [True, False, False])
+    dx = nhwc(dx)
+    return torch.ops.aten.threshold_backward.grad_input(dx, x, 0, grad_input=dx) if mask_x else dx
+
+
+def _weight_grad(dz, x, has_bias):
+    k = x.new_empty(()).expand(x.shape[1], dz.shape[1], 3, 3)
+    bias_sizes = [dz.shape[1]]
+    _, g, db = torch.ops.aten.convolution_backward(
+        nhwc(dz), nhwc(x), k, bias_sizes, *_GEOMETRY, [False, True, has_bias]
+    )
+    folded = g[..., :2, :2] + g[..., :2, 1:] + g[..., 1:, :2] + g[..., 1:, 1:]
+    return nhwc(folded.flip(2, 3).transpose(0, 1)), db if has_bias else x.new_empty(0)
+
+
+define(
+    "upsample_conv_relu(Tensor x, Tensor weight, Tensor? bias, bool relu, str backend) -> Tensor",
+    torch_impl=_forward,
+    triton_impl="upsample_conv:forward",
+    fake=lambda x, weight, bias, relu: empty_nhwc(x, weight.shape[0], 2 * x.shape[2], 2 * x.shape[3]),
+)
+define(
+    "upsample_conv_relu_data_grad(Tensor dz, Tensor weight, Tensor x, bool mask_x, str backend) -> Tensor",
+    torch_impl=_data_grad,
+    triton_impl="upsample_conv:data_grad",
+    fake=lambda dz, weight, x, mask_x: empty_nhwc(x, *x.shape[1:]),
+)
+define(
+    "upsample_conv_relu_weight_grad(Tensor dz, Tensor x, bool has_bias, str backend) -> (Tensor, Tensor)",
+    torch_impl=_weight_grad,
+    triton_impl="upsample_conv:weight_grad",
+    fake=lambda dz, x, has_bias: (
+        empty_nhwc(x.new_empty(dz.shape[1]), x.shape[1], 2, 2),
+        x.new_empty(dz.shape[1] if has_bias else 0),
+    ),
+)
+
+
+class _UpsampleConvReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, backend):
+        y = _OPS.upsample_conv_relu(x, weight, bias, True, backend)
+        ctx.save_for_backward(x, weight, y)
+        ctx.options = bias is not None, backend
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, y = ctx.saved_tensors
+        has_bias, backend = ctx.options
+        dz = _OPS.relu_backward(dy, y, backend)
+        dx = dw = db = None
+        if ctx.needs_input_grad[0]:
+            dx = _OPS.upsample_conv_relu_data_grad(dz, weight, x, False, backend)
+        if any(ctx.needs_input_grad[1:3]):
+            dw, db = _OPS.upsample_conv_relu_weight_grad(dz, x, has_bias, backend)
+        return dx, dw, db if has_bias else None, None
+
+
+def upsample_conv_relu(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, backend: str = "auto"
+) -> torch.Tensor:
+    """``relu(conv2d(pad(interpolate(x, scale_factor=2, mode="nearest"), (0, 1, 0, 1)), weight, bias))``.
+
+    Args:
+        x: (N, C_in, H, W).
+        weight: (C_out, C_in, 2, 2).
+        bias: (C_out,) or None.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        (N, C_out, 2H, 2W).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; the message shows them.
+    """
+    check_image("upsample_conv_relu", x)
+    x, weight, bias = autocast_operands(x, weight, bias)
+    check_weight("upsample_conv_relu", weight, (None, x.shape[1], 2, 2), x)
+    check_bias("upsample_conv_relu", bias, weight.shape[0], x)
+    return _UpsampleConvReLU.apply(x, weight, bias, select_backend(backend, "upsample_conv_relu", x))
