@@ -7,7 +7,7 @@ import triton.language as tl
 
 from . import _launch
 from ._launch import mma
-from .conv_relu_config import Convolution, ConvConfig, Head
+from .conv_relu_config import ConvConfig, Convolution, Head
 from .conv_relu_epilogue import bias_relu, head_store, max_of_pairs
 
 
