@@ -1,0 +1,27 @@
+"""fastunet: U-Nets for PyTorch on fused Triton kernels.
+
+``fastunet.UNet`` is a drop-in module, ``fastunet.functional`` holds its operators, ``fastunet.reference`` the plain
+build that both are checked against. Importing this package needs no Triton and touches no device.
+"""
+
+import importlib
+
+from fastunet import functional, reference
+from fastunet.unet import UNet
+
+__version__ = "0.1.0"
+
+_LAZY = ("data", "losses", "metrics")
+"""Submodules that are imported when first used, so that ``import fastunet`` stays quick."""
+
+__all__ = ["UNet", "__version__", "functional", "reference", *_LAZY]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return importlib.import_module(f"fastunet.{name}")
+    raise AttributeError(f"module 'fastunet' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -97,6 +97,17 @@ def segmentation_head(
     Raises:
         ValueError: an unknown output, or shapes, dtypes or devices that do not fit; the message shows them.
     """
+    return _head(x, weight, bias, output, False, backend)
+
+
+def head_of_network(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, output: str, backend: str
+) -> torch.Tensor:
+    """:func:`segmentation_head` of a ReLU's output ``x``, whose gradient it masks by ``x > 0`` (see ``blocks``)."""
+    return _head(x, weight, bias, output, True, backend)
+
+
+def _head(x, weight, bias, output, mask_x, backend):
     check_image("segmentation_head", x)
     if output not in OUTPUTS:
         raise ValueError(f"segmentation_head: output is {output!r}; expected one of {', '.join(OUTPUTS)}")
@@ -107,7 +118,7 @@ def segmentation_head(
     check_bias("segmentation_head", bias, weight.shape[0], x)
     backend = select_backend(backend, "segmentation_head", x)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    if output == "labels" or not differentiable:
-        return _OPS.segmentation_head(x.detach(), weight.detach(), bias if bias is None else bias.detach(), output, backend)
-    logits = _SegmentationHead.apply(x, weight, bias, False, backend)
-    return logits if output == "logits" else logits.softmax(dim=1)
+    if differentiable and output != "labels":
+        logits = _SegmentationHead.apply(x, weight, bias, mask_x, backend)
+        return logits if output == "logits" else logits.softmax(dim=1)
+    return _OPS.segmentation_head(x.detach(), weight.detach(), bias if bias is None else bias.detach(), output, backend)

@@ -1,0 +1,144 @@
+"""The U-Net's blocks as single autograd units, so that ReLU masks, pool gradients and skip sums need no pass of their own.
+
+What is kept for backward, besides the weights: an encoder block keeps its input, y1 and y2; the convolution block the
+same; a decoder block its input, the skip, the upsampled u, y1 and y2. Pooled maps, pre-activations, index tensors,
+concatenations and upsampled inputs are never kept.
+
+Masking is idempotent: if every consumer of a ReLU's output y returns ``dy * (y > 0)``, their sum needs no mask. A
+block that is given ``grad_masked=True`` trusts its consumers to do so and skips that pass; ``mask_input=True`` makes a
+block such a consumer of its own input.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fastunet.dispatch import autocast_operands, select_backend
+from fastunet.functional.conv_relu import check_conv, check_conv_dtypes
+
+_OPS = torch.ops.fastunet
+
+
+def _two_conv_gradients(ctx, dz2, x, skip, y1, w1, w2, pad, mask_x, backend):
+    """Gradients (dx, dskip, dw1, db1, dw2, db2) of conv2(relu(conv1([skip, x]))) from dz2, all that ``ctx`` may need."""
+    dw2, db2 = _OPS.conv_relu_weight_grad(dz2, y1, None, pad, True, backend)
+    dz1, _ = _OPS.conv_relu_data_grad(dz2, w2, y1, None, pad, True, False, backend)
+    dw1, db1 = _OPS.conv_relu_weight_grad(dz1, x, skip, pad, True, backend)
+    dx = dskip = None
+    if any(ctx.needs_input_grad[:2]) or skip is not None:
+        dx, dskip = _OPS.conv_relu_data_grad(dz1, w1, x, skip, pad, mask_x, False, backend)
+    return dx, dskip, dw1, db1, dw2, db2
+
+
+class _EncoderBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w1, b1, w2, b2, pad, backend):
+        y1 = _OPS.conv_relu(x, None, w1, b1, pad, True, backend)
+        y2, pooled = _OPS.conv_relu_pool(y1, w2, b2, pad, True, backend)
+        ctx.save_for_backward(x, y1, y2, w1, w2)
+        ctx.options = pad, backend
+        return y2, pooled
+
+    @staticmethod
+    def backward(ctx, d_skip, d_pooled):
+        x, y1, y2, w1, w2 = ctx.saved_tensors
+        pad, backend = ctx.options
+        dz2 = _OPS.max_pool2d_backward(d_pooled, d_skip, y2, True, backend)
+        dx, _, *d_parameters = _two_conv_gradients(ctx, dz2, x, None, y1, w1, w2, pad, False, backend)
+        return dx, *d_parameters, None, None
+
+
+class _ConvBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w1, b1, w2, b2, pad, grad_masked, backend):
+        y1 = _OPS.conv_relu(x, None, w1, b1, pad, True, backend)
+        y2 = _OPS.conv_relu(y1, None, w2, b2, pad, True, backend)
+        ctx.save_for_backward(x, y1, None if grad_masked else y2, w1, w2)
+        ctx.options = pad, backend
+        return y2
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, y1, y2, w1, w2 = ctx.saved_tensors
+        pad, backend = ctx.options
+        dz2 = dy if y2 is None else _OPS.relu_backward(dy, y2, backend)
+        dx, _, *d_parameters = _two_conv_gradients(ctx, dz2, x, None, y1, w1, w2, pad, False, backend)
+        return dx, *d_parameters, None, None, None
+
+
+class _DecoderBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, skip, wu, bu, w1, b1, w2, b2, pad, transpose, mask_input, grad_masked, backend):
+        if transpose:
+            u = _OPS.conv_transpose2d(x, wu, bu, backend)
+        else:
+            u = _OPS.upsample_conv_relu(x, wu, bu, True, backend)
+        y1 = _OPS.conv_relu(u, skip, w1, b1, pad, True, backend)
+        y2 = _OPS.conv_relu(y1, None, w2, b2, pad, True, backend)
+        ctx.save_for_backward(x, skip, u, y1, None if grad_masked else y2, wu, w1, w2)
+        ctx.options = pad, transpose, mask_input, backend
+        return y2
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, skip, u, y1, y2, wu, w1, w2 = ctx.saved_tensors
+        pad, transpose, mask_input, backend = ctx.options
+        dz2 = dy if y2 is None else _OPS.relu_backward(dy, y2, backend)
+        du, dskip, *d_parameters = _two_conv_gradients(ctx, dz2, u, skip, y1, w1, w2, pad, not transpose, backend)
+        if transpose:
+            dwu, dbu = _OPS.conv_transpose2d_weight_grad(du, x, True, backend)
+            dx = _OPS.conv_transpose2d_data_grad(du, wu, x, mask_input, backend)
+        else:
+            dwu, dbu = _OPS.upsample_conv_relu_weight_grad(du, x, True, backend)
+            dx = _OPS.upsample_conv_relu_data_grad(du, wu, x, mask_input, backend)
+        return dx, dskip, dwu, dbu, *d_parameters, None, None, None, None, None
+
+
+def encoder_block(x, w1, b1, w2, b2, *, padding="same", backend="auto") -> tuple[torch.Tensor, torch.Tensor]:
+    """``(y2, max_pool(y2))`` with ``y2 = conv_relu(conv_relu(x, w1, b1), w2, b2)``; biases are required.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; the message shows them.
+    """
+    pad, (x, w1, b1, w2, b2) = _prepare("encoder_block", x, None, [w1, b1, w2, b2], padding)
+    if min(x.shape[2:]) + 4 * pad - 4 < 2:
+        raise ValueError(f"encoder_block: x has shape {tuple(x.shape)}; its convolutions are too small to pool")
+    return _EncoderBlock.apply(x, w1, b1, w2, b2, pad, select_backend(backend, "encoder_block", x))
+
+
+def conv_block(x, w1, b1, w2, b2, *, padding="same", grad_masked=False, backend="auto") -> torch.Tensor:
+    """``conv_relu(conv_relu(x, w1, b1), w2, b2)``; biases are required. ``grad_masked``: see this module's text."""
+    pad, operands = _prepare("conv_block", x, None, [w1, b1, w2, b2], padding)
+    return _ConvBlock.apply(*operands, pad, grad_masked, select_backend(backend, "conv_block", x))
+
+
+def decoder_block(
+    x, skip, wu, bu, w1, b1, w2, b2, *, up, padding="same", mask_input=False, grad_masked=False, backend="auto"
+) -> torch.Tensor:
+    """``conv_relu(conv_relu(up(x), w1, b1, skip=skip), w2, b2)``; biases are required.
+
+    ``up`` is "upsample" (:func:`upsample_conv_relu` with wu (C_out, C_in, 2, 2)) or "transpose"
+    (:func:`conv_transpose2d` with wu (C_in, C_out, 2, 2)). ``mask_input`` and ``grad_masked``: see this module's text.
+    """
+    transpose = up == "transpose"
+    channels = (x.shape[1], wu.shape[1]) if transpose else (wu.shape[0], x.shape[1])
+    if tuple(wu.shape) != (*channels, 2, 2):
+        raise ValueError(f"decoder_block: the weight of {up!r} has shape {tuple(wu.shape)} for x of {tuple(x.shape)}")
+    u = x.new_empty(()).expand(x.shape[0], wu.shape[1] if transpose else wu.shape[0], 2 * x.shape[2], 2 * x.shape[3])
+    pad, (_, skip, w1, b1, w2, b2) = _prepare("decoder_block", u, skip, [w1, b1, w2, b2], padding)
+    x, wu, bu = autocast_operands(x, wu, bu)
+    backend = select_backend(backend, "decoder_block", x)
+    return _DecoderBlock.apply(x, skip, wu, bu, w1, b1, w2, b2, pad, transpose, mask_input, grad_masked, backend)
+
+
+def _prepare(operator, x, skip, parameters, padding):
+    """Validates both convolutions of a block; returns the padding and the operands in the autocast dtype."""
+    w1, b1, w2, b2 = parameters
+    pad = check_conv(operator, x, skip, w1, b1, padding)
+    shrink = 2 - 2 * pad
+    y1 = w1.new_empty(()).expand(x.shape[0], w1.shape[0], x.shape[2] - shrink, x.shape[3] - shrink)
+    check_conv(operator, y1, None, w2, b2, padding)
+    operands = autocast_operands(x, *([] if skip is None else [skip]), *parameters)
+    check_conv_dtypes(operator, operands[0], None if skip is None else operands[1], operands[-4], operands[-3])
+    check_conv_dtypes(operator, operands[0], None, operands[-2], operands[-1])
+    return pad, operands

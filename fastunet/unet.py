@@ -1,0 +1,84 @@
+"""The U-Net on fastunet's operators: the same parameters as :class:`fastunet.reference.UNet`, another forward pass."""
+
+from __future__ import annotations
+
+import torch
+
+from fastunet import reference
+from fastunet.dispatch import BACKENDS
+from fastunet.functional.blocks import conv_block, decoder_block, encoder_block
+from fastunet.functional.segmentation_head import head_of_network
+
+
+class UNet(reference.UNet):
+    """A U-Net whose blocks run fused; constructor, ``state_dict`` and results are those of the plain build.
+
+    Args:
+        in_channels: image channels.
+        num_classes: classes, background included.
+        width: channels of the first level; level ``i`` has ``width * 2**i``.
+        depth: number of poolings.
+        padding: "same" takes any H, W ≥ 1; "valid" takes the sizes that :meth:`output_size` accepts.
+        up: "upsample" (nearest ×2, 2×2 convolution, ReLU) or "transpose" (2×2 transposed convolution, stride 2).
+        dropout: probability of dropping an element after the bottleneck, in training.
+        backend: "auto" (Triton kernels on a CUDA device that can run them, else PyTorch), "triton" or "torch".
+
+    Raises:
+        ValueError: an argument outside its range.
+
+    The blocks read the parameters of their layers directly, so forward hooks on single layers inside do not run.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 2,
+        num_classes: int = 4,
+        width: int = 32,
+        depth: int = 4,
+        padding: str = "same",
+        up: str = "upsample",
+        dropout: float = 0.2,
+        backend: str = "auto",
+    ):
+        if backend not in BACKENDS:
+            raise ValueError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
+        super().__init__(in_channels, num_classes, width, depth, padding, up, dropout, backend)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits (N, num_classes, H', W') of images (N, in_channels, H, W); raises ValueError for a wrong shape."""
+        return self._run(x, "logits")
+
+    @torch.no_grad()
+    def predict_proba(self, x: torch.Tensor) -> torch.Tensor:
+        """Class probabilities (N, num_classes, H', W'), without gradients."""
+        return self._run(x, "probabilities")
+
+    @torch.no_grad()
+    def predict(self, x: torch.Tensor) -> torch.Tensor:
+        """Labels (N, H', W') uint8, the first of equally likely classes, without gradients."""
+        return self._run(x, "labels")
+
+    def _run(self, x: torch.Tensor, output: str) -> torch.Tensor:
+        height, width = self._check(x)
+        x = self._pad(x)
+        padding, up, backend = self.architecture.padding, self.architecture.up, self.backend
+        skips = []
+        for encoder in self.encoders:
+            skip, x = encoder_block(x, *_parameters(encoder.conv1, encoder.conv2), padding=padding, backend=backend)
+            skips.append(skip)
+        # Each of these outputs has one consumer, a decoder's up or the head, and both mask its gradient.
+        parameters = _parameters(self.bottleneck.conv1, self.bottleneck.conv2)
+        x = self.dropout(conv_block(x, *parameters, padding=padding, grad_masked=True, backend=backend))
+        for decoder in self.decoders:
+            parameters = _parameters(decoder.up, decoder.conv1, decoder.conv2)
+            x = decoder_block(
+                x, skips.pop(), *parameters, up=up, padding=padding, mask_input=True, grad_masked=True, backend=backend
+            )
+        y = head_of_network(x, self.head.weight, self.head.bias, output=output, backend=backend)
+        return y if y.shape[-2:] == (height, width) else y[..., :height, :width]
+
+
+def _parameters(*layers: torch.nn.Module) -> list[torch.Tensor]:
+    """Weight and bias of each layer in turn."""
+    return [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
