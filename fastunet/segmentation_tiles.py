@@ -1,0 +1,109 @@
+"""Overlap-tile: a network on an image of any size, in tiles with mirrored borders (Ronneberger et al. 2015, figure 2).
+
+Tiles start at multiples of ``2**depth``, so each pixel meets the same pooling grid as in one pass over the whole
+mirrored image, and carry a border as wide as the network looks: the result does not depend on the tile size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from fastunet.architecture import Architecture
+from fastunet.errors import UserError
+
+
+def segment_tiled(
+    forward: Callable[[torch.Tensor], torch.Tensor],
+    architecture: Architecture,
+    image: torch.Tensor,
+    tile: int | None = None,
+) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """Yields (rows, columns, result) for each tile of ``image``; together they cover it once.
+
+    Args:
+        forward: maps (1, C, h, w) to (1, ..., h', w'), such as ``model.predict`` or ``model.predict_proba``.
+        architecture: of the network, for its border and its pooling grid.
+        image: (C, H, W).
+        tile: side of the network's input; None takes the whole image, with its mirrored border, in one tile.
+
+    Raises:
+        UserError: ``tile`` does not fit the network, or is no larger than its border.
+    """
+    _, height, width = image.shape
+    border = border_width(architecture)
+    unit = 2**architecture.depth
+    side_height, side_width = (tile, tile) if tile else (_fitting(architecture, s, border) for s in (height, width))
+    step_height, step_width = (_step(architecture, side, border, unit) for side in (side_height, side_width))
+    for top in range(0, height, step_height):
+        for left in range(0, width, step_width):
+            rows = mirror(torch.arange(top - border, top - border + side_height, device=image.device), height)
+            columns = mirror(torch.arange(left - border, left - border + side_width, device=image.device), width)
+            result = forward(image[:, rows][:, :, columns][None])[0]
+            # Only "same" networks return their border; valid convolutions have consumed it.
+            skip = border if architecture.padding == "same" else 0
+            tall, wide = min(step_height, height - top), min(step_width, width - left)
+            yield slice(top, top + tall), slice(left, left + wide), result[..., skip : skip + tall, skip : skip + wide]
+
+
+def border_width(architecture: Architecture) -> int:
+    """Pixels of context on each side of a tile, such that what lies beyond cannot change a result inside."""
+    if architecture.padding == "valid":
+        side = _smallest_valid(architecture)
+        return (side - architecture.output_size(side, side)[0]) // 2
+    # From the output back to the input: two 3x3 convolutions a level reach 2 pixels, the 2x2 after upsampling 1.
+    reach = 0
+    for _ in range(architecture.depth):
+        reach = -(-(reach + 2 + 1) // 2)
+    reach += 2
+    for _ in range(architecture.depth):
+        reach = 2 * reach + 1 + 2
+    unit = 2**architecture.depth
+    return -(-reach // unit) * unit
+
+
+def mirror(index: torch.Tensor, length: int) -> torch.Tensor:
+    """Indices outside ``0 … length-1`` reflected back at the borders, the border pixel itself not repeated."""
+    if length == 1:
+        return torch.zeros_like(index)
+    index = index.remainder(2 * (length - 1))
+    return torch.minimum(index, 2 * (length - 1) - index)
+
+
+def _step(architecture: Architecture, side: int, border: int, unit: int) -> int:
+    """Pixels from a tile to the next: what it gives, rounded down to the pooling grid."""
+    try:
+        architecture.output_size(side, side)
+    except ValueError as error:
+        raise UserError(f"tiles of {side} pixels do not fit the network: {error}") from error
+    step = (side - 2 * border) // unit * unit
+    if step < 1:
+        raise UserError(f"tiles of {side} pixels are too small: the border alone takes {border} on each side")
+    return step
+
+
+def _fitting(architecture: Architecture, side: int, border: int) -> int:
+    """The smallest input side whose result, cut to the pooling grid, is at least ``side``."""
+    unit = 2**architecture.depth
+    wanted = 2 * border + -(-side // unit) * unit
+    if architecture.padding == "same":
+        return wanted
+    while not _fits(architecture, wanted):
+        wanted += 1
+    return wanted
+
+
+def _smallest_valid(architecture: Architecture) -> int:
+    side = 1
+    while not _fits(architecture, side):
+        side += 1
+    return side
+
+
+def _fits(architecture: Architecture, side: int) -> bool:
+    try:
+        architecture.output_size(side, side)
+    except ValueError:
+        return False
+    return True
