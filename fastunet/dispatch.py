@@ -12,6 +12,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -19,6 +20,19 @@ BACKENDS = ("auto", "triton", "torch")
 _LIBRARY = torch.library.Library("fastunet", "DEF")
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _warned: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Operator:
+    """The forms of one operator, all of the same arguments; ``launcher()`` imports that of the Triton kernels."""
+
+    torch_impl: Callable
+    fake: Callable
+    launcher: Callable[[], Callable]
+
+
+OPERATORS: dict[str, Operator] = {}
+"""Every operator that has been defined, by name; for checks and measurements that go through all of them."""
 
 
 def define(schema: str, *, torch_impl: Callable, triton_impl: str, fake: Callable) -> None:
@@ -44,6 +58,7 @@ def define(schema: str, *, torch_impl: Callable, triton_impl: str, fake: Callabl
         with torch.cuda.device(device):
             return load()(*operands)
 
+    OPERATORS[name] = Operator(torch_impl, fake, load)
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastunet::{name}", lambda *args: fake(*args[:-1]), lib=_LIBRARY)
