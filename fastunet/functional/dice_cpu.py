@@ -14,6 +14,9 @@ import torch
 _CHUNK_BYTES = 256 * 1024
 """Of a chunk's probabilities, per thread: with its logits and gradient it stays in a second-level cache of 1 MiB."""
 
+NONE_WRONG = -(2**31)
+"""Stands for "no value is out of range" in :func:`confusion`."""
+
 
 def sums(
     logits: torch.Tensor, targets: torch.Tensor, class_weights: torch.Tensor | None, ignore_index: int | None
@@ -21,8 +24,8 @@ def sums(
     """Per sample every sum that the Dice and cross-entropy losses need.
 
     Args:
-        logits: (N, C, pixels...).
-        targets: (N, pixels...) integer labels, or (N, C, pixels...) floating point memberships in [0, 1].
+        logits: (N, C, S) for S pixels.
+        targets: (N, S) integer labels, or (N, C, S) memberships in [0, 1].
         class_weights: (K,) weights of the cross-entropy, or None.
         ignore_index: the label that counts nowhere, or None.
 
@@ -33,10 +36,12 @@ def sums(
     n, c = logits.shape[:2]
     totals = torch.zeros(n, 3, max(c, 2), dtype=torch.float64, device=logits.device)
     scalars = torch.zeros(n, 3, dtype=torch.float64, device=logits.device)
-    for sample, pixels in _chunks(logits):
+    for sample, pixels in _chunks(logits.shape):
         z = _class_logits(logits[sample, :, pixels])
-        if targets.dtype.is_floating_point:
-            _add_soft_sums(z, _memberships(targets[sample, :, pixels], z), class_weights, totals[sample], scalars[sample])
+        if targets.ndim == 3:
+            _add_soft_sums(
+                z, _memberships(targets[sample, :, pixels], z), class_weights, totals[sample], scalars[sample]
+            )
         else:
             _add_hard_sums(z, targets[sample, pixels], class_weights, ignore_index, totals[sample], scalars[sample])
     return torch.cat([totals[:, :, max(c, 2) - c :].flatten(1), scalars], 1).to(sum_dtype(logits))
@@ -50,10 +55,10 @@ def _add_hard_sums(z, labels, class_weights, ignore_index, totals, scalars) -> N
     scalars[0] -= torch.where(weight == 0, 0.0, log_p_true * weight).sum()
     scalars[1] += weight.sum()
     scalars[2] += invalid
-    valid = valid.double()
-    totals[0].scatter_add_(0, label, log_p_true.exp().double() * valid)
-    totals[1] += log_p.exp_() @ valid.to(z.dtype)
-    totals[2].scatter_add_(0, label, valid)
+    counts = valid.double()
+    totals[0].scatter_add_(0, label, log_p_true.exp().double() * counts)
+    totals[1] += log_p.exp_().mul_(valid).sum(1)
+    totals[2].scatter_add_(0, label, counts)
 
 
 def _add_soft_sums(z, t, class_weights, totals, scalars) -> None:
@@ -84,17 +89,17 @@ def sums_grad(
         grad: (N, 3 C + 3), the loss's gradient with respect to the sums; only I, P and the first scalar depend on z.
 
     Returns:
-        dz, of the shape, dtype and memory format of ``logits``.
+        dz, of the shape, dtype and strides of ``logits``.
     """
-    n, c = logits.shape[:2]
+    c = logits.shape[1]
     k = max(c, 2)
     grad_i, grad_p = (torch.nn.functional.pad(grad[:, j * c : (j + 1) * c], (k - c, 0)) for j in (0, 1))
     grad_nll = grad[:, 3 * c]
     result = torch.empty_like(logits)
-    for sample, pixels in _chunks(logits):
+    for sample, pixels in _chunks(logits.shape):
         z = _class_logits(logits[sample, :, pixels])
         at = grad_i[sample].to(z.dtype), grad_p[sample].to(z.dtype), grad_nll[sample].to(z.dtype), class_weights
-        if targets.dtype.is_floating_point:
+        if targets.ndim == 3:
             dz = _soft_grad(z, _memberships(targets[sample, :, pixels], z), *at)
         else:
             dz = _hard_grad(z, targets[sample, pixels], *at, ignore_index)
@@ -108,7 +113,7 @@ def _hard_grad(z, labels, grad_i, grad_p, grad_nll, class_weights, ignore_index)
     p_true = p.gather(0, label[None])[0]
     from_intersection = p_true * grad_i[label]
     from_nll = grad_nll if class_weights is None else grad_nll * class_weights.to(z.dtype)[label]
-    mean = grad_p @ p + from_intersection - from_nll
+    mean = (p * grad_p[:, None]).sum(0) + from_intersection - from_nll
     dz = p.mul_(grad_p[:, None] - mean)
     dz.scatter_add_(0, label[None], (from_intersection - from_nll)[None])
     return dz.mul_(valid)
@@ -122,33 +127,68 @@ def _soft_grad(z, t, grad_i, grad_p, grad_nll, class_weights) -> torch.Tensor:
     return p.mul_(g - mean) - weighted
 
 
-def confusion(
-    predictions: torch.Tensor, labels: torch.Tensor, classes: int, ignore_index: int | None
-) -> torch.Tensor:
-    """Counts of (truth, prediction) pairs per sample, and the labels that are out of range.
+def confusion(predictions: torch.Tensor, labels: torch.Tensor, classes: int, ignore_index: int | None) -> torch.Tensor:
+    """Counts of (truth, prediction) pairs per sample, and of the values that are out of range.
 
     Args:
-        predictions: (N, C, pixels...) floating point logits, of which the first maximum is the prediction (of one
-            logit: the second of two classes where it is positive), or (N, pixels...) integer labels.
-        labels: (N, pixels...) integers.
+        predictions: (N, C, S) logits, of which the first maximum is the prediction (of one logit: the second of two
+            classes where it is positive), or (N, S) integer labels.
+        labels: (N, S) integers.
+        classes: K, at least C.
 
     Returns:
-        (N, K² + 2) int64: the matrix row by row (rows truth), the number of pixels whose label or prediction is out of
-        range, and the greatest such value (0 if there is none).
+        (N, K² + 2) int64: the matrix row by row (rows truth), the number of pixels left out because their label or
+        prediction is out of range, and the greatest such value (:data:`NONE_WRONG` if there is none).
     """
-    n = len(labels)
+    n, s = labels.shape
     result = torch.zeros(n, classes * classes + 2, dtype=torch.int64, device=labels.device)
-    hard = not predictions.dtype.is_floating_point
-    for sample, pixels in _chunks(labels[:, None] if hard else predictions):
+    result[:, -1] = NONE_WRONG
+    for sample, pixels in _chunks((n, predictions.shape[1] if predictions.ndim == 3 else 1, s)):
         truth = labels[sample, pixels].long()
-        if hard:
-            predicted = predictions[sample, pixels].long()
-        else:
+        if predictions.ndim == 3:
             predicted = _class_logits(predictions[sample, :, pixels]).argmax(0)
+        else:
+            predicted = predictions[sample, pixels].long()
         counted = torch.ones_like(truth, dtype=torch.bool) if ignore_index is None else truth != ignore_index
-        truth_fits, fits = _in_range(truth, classes), _in_range(predicted, classes)
-        wrong = counted & ~(truth_fits & fits)
-        counted &= ~wrong
-        pair = torch.where(counted, truth * classes + predicted, classes * classes)
-        result[sample, : classes * classes + 1].scatter_add_(0, pair, counted | wrong)
+        truth_wrong, predicted_wrong = (counted & ((v < 0) | (v >= classes)) for v in (truth, predicted))
+        wrong = truth_wrong | predicted_wrong
+        # The entry after the matrix collects the wrong pixels; ignored ones add nothing to it.
+        pair = torch.where(counted & ~wrong, truth * classes + predicted, classes * classes)
+        result[sample, :-1].scatter_add_(0, pair, counted.long())
+        for values, out_of_range in ((truth, truth_wrong), (predicted, predicted_wrong)):
+            result[sample, -1] = torch.maximum(result[sample, -1], torch.where(out_of_range, values, NONE_WRONG).amax())
     return result
+
+
+def sum_dtype(logits: torch.Tensor) -> torch.dtype:
+    """float64 for float64 logits, else float32."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _chunks(shape: tuple[int, int, int]) -> Iterator[tuple[int, slice]]:
+    n, c, s = shape
+    chunk = max(1, _CHUNK_BYTES * torch.get_num_threads() // (4 * max(c, 2)))
+    for sample in range(n):
+        for start in range(0, s, chunk):
+            yield sample, slice(start, min(start + chunk, s))
+
+
+def _class_logits(z: torch.Tensor) -> torch.Tensor:
+    """(C, chunk) logits as a contiguous (K, chunk) tensor of at least float32."""
+    z = z.to(sum_dtype(z)).contiguous()
+    return z if len(z) > 1 else torch.cat([torch.zeros_like(z), z])
+
+
+def _memberships(t: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """(C, chunk) memberships as (K, chunk) in the dtype of the class logits ``z``."""
+    t = t.to(z.dtype).contiguous()
+    return t if len(t) > 1 else torch.cat([1 - t, t])
+
+
+def _labels(labels: torch.Tensor, classes: int, ignore_index: int | None):
+    """Labels as int64 with 0 where they do not count, whether they count, and how many are out of range."""
+    label = labels.long()
+    in_range = (label >= 0) & (label < classes)
+    valid = in_range if ignore_index is None else in_range & (label != ignore_index)
+    wrong = ~in_range if ignore_index is None else ~in_range & (label != ignore_index)
+    return torch.where(valid, label, 0), valid, wrong.sum()
