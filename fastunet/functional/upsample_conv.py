@@ -19,11 +19,11 @@ _GEOMETRY = [2, 2], [1, 1], [1, 1], True, [1, 1], 1
 
 
 def _transposed_kernel(weight):
-    """k as (C_in, C_out, 3, 3); half-precision weights are summed in float32 and rounded once."""
+    """k as (C_in, C_out, 3, 3) in NHWC memory; half-precision weights are summed in float32 and rounded once."""
     wide = weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
-    padded = F.pad(wide.flip(2, 3), (1, 1, 1, 1))
-    k = padded[..., 1:, 1:] + padded[..., 1:, :-1] + padded[..., :-1, 1:] + padded[..., :-1, :-1]
-    return k.to(weight.dtype).transpose(0, 1)
+    bottom, top = wide.permute(1, 2, 3, 0).unbind(1)
+    right, left = torch.stack((top, top + bottom, bottom), 1).unbind(2)
+    return torch.stack((left, left + right, right), 2).to(weight.dtype).permute(0, 3, 1, 2)
 
 
 def _forward(x, weight, bias, relu):
