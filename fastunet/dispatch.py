@@ -130,7 +130,8 @@ def triton_interpreted() -> bool:
 def autocast_operands(x: torch.Tensor, *others: torch.Tensor | None) -> list[torch.Tensor | None]:
     """The tensors in the autocast dtype if autocast is on for ``x``'s device, else as they are, like ``nn.Conv2d``."""
     operands = [x, *others]
-    if not torch.is_autocast_enabled(x.device.type):
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return operands
-    dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = torch.get_autocast_dtype(kind)
     return [t if t is None or t.dtype in (dtype, torch.float64) else t.to(dtype) for t in operands]
