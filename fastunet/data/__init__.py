@@ -1,0 +1,40 @@
+"""Medical volumes: files, cases, slices for training and segmentation, augmentation, splits and synthetic cases."""
+
+from fastunet.data.cases import (
+    DEFAULT_MODALITIES,
+    MODALITIES,
+    Case,
+    Source,
+    cases_from_files,
+    check_geometry,
+    discover_cases,
+)
+from fastunet.data.labels import LABEL_MAPS, LabelMap
+from fastunet.data.phantoms import make_phantoms
+from fastunet.data.sampling import Batch
+from fastunet.data.slice_dataset import SliceDataset
+from fastunet.data.slices import CaseSlices, fit_slice, unfit_slice
+from fastunet.data.volumes import Volume, read_labels, read_volume, write_labels, write_map
+
+__all__ = [
+    "DEFAULT_MODALITIES",
+    "LABEL_MAPS",
+    "MODALITIES",
+    "Batch",
+    "Case",
+    "CaseSlices",
+    "LabelMap",
+    "SliceDataset",
+    "Source",
+    "Volume",
+    "cases_from_files",
+    "check_geometry",
+    "discover_cases",
+    "fit_slice",
+    "make_phantoms",
+    "read_labels",
+    "read_volume",
+    "unfit_slice",
+    "write_labels",
+    "write_map",
+]

@@ -1,0 +1,168 @@
+"""``SliceDataset``: labelled 2-D slices of many cases, read from the cache of ``fastunet.data.cache``."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastunet.data.cache import CachedCase, cache_case
+from fastunet.data.cases import DEFAULT_MODALITIES, Case, check_modalities
+from fastunet.data.sampling import Batch, count_steps, epoch_order, split_into_batches
+from fastunet.data.slices import overlap
+from fastunet.errors import UserError
+from fastunet.files import make_output_folder
+
+_MOST_WORKERS = 4
+
+
+class SliceDataset(torch.utils.data.Dataset):
+    """Slices of labelled cases as (image float32 (modalities, H, W), labels uint8 (H, W)).
+
+    Every case is preprocessed once into ``cache_dir``; memory holds no volume afterwards. See ``CaseSlices`` for
+    orientation, size and normalisation: both give the same bits.
+
+    Args:
+        cases: labelled cases.
+        cache_dir: the folder of the preprocessed slices; processes and runs may share it.
+        modalities: the channels, in this order.
+        size: the side of the slices; None needs cases with slices of one size.
+        axis: the slicing axis, 0, 1 or 2 (axial).
+        normalise: to mean 0 and standard deviation 1 inside the brain.
+        on_nan: see ``read_volume``.
+        foreground_fraction: the share of slices with foreground in a shuffled epoch; None leaves it as it is.
+        skip_empty: leave out slices that are 0 everywhere.
+        seed: of the order of the slices.
+        on_progress: called with (cases done, all cases) while preprocessing.
+
+    Raises:
+        UserError: bad files, slices of different sizes, or no foreground to draw from.
+    """
+
+    def __init__(
+        self,
+        cases: Iterable[Case],
+        *,
+        cache_dir: str | Path,
+        modalities: Sequence[str] = DEFAULT_MODALITIES,
+        size: int | Sequence[int] | None = None,
+        axis: int = 2,
+        normalise: bool = True,
+        on_nan: str = "error",
+        foreground_fraction: float | None = None,
+        skip_empty: bool = False,
+        seed: int = 0,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.cases = list(cases)
+        self.modalities = tuple(modalities)
+        self.foreground_fraction = foreground_fraction
+        self.seed = seed
+        if not self.cases:
+            raise UserError("a data set needs at least one case")
+        if foreground_fraction is not None and not 0 <= foreground_fraction <= 1:
+            raise UserError(f"the share of slices with foreground is {foreground_fraction}, expected 0 to 1")
+        for case in self.cases:
+            check_modalities(case, self.modalities)
+        folder = make_output_folder(cache_dir)
+
+        def prepare(case: Case) -> CachedCase:
+            return cache_case(case, self.modalities, folder, axis=axis, normalise=normalise, on_nan=on_nan)
+
+        self._cached: list[CachedCase] = []
+        with ThreadPoolExecutor(min(_MOST_WORKERS, os.cpu_count() or 1)) as pool:
+            for cached in pool.map(prepare, self.cases):
+                self._cached.append(cached)
+                if on_progress is not None:
+                    on_progress(len(self._cached), len(self.cases))
+        self.size = self._common_size(size)
+        ranges = [np.arange(*cached.box[0]) if skip_empty else np.arange(cached.shape[0]) for cached in self._cached]
+        self.case_index = np.repeat(np.arange(len(ranges)), [len(numbers) for numbers in ranges])
+        self.slice_index = np.concatenate(ranges)
+        self.foreground = np.concatenate([cached.foreground[used] for cached, used in zip(self._cached, ranges)])
+        if foreground_fraction and not self.foreground.any():
+            raise UserError(
+                f"none of the {len(self)} slices has foreground to draw a share of {foreground_fraction} from"
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the content of all cases and of the preprocessing: equal data give equal fingerprints."""
+        keys = " ".join(cached.key for cached in self._cached)
+        return hashlib.blake2b(f"{keys} {self.size} {len(self)}".encode(), digest_size=16).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.case_index)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        images, labels = self.load([index])
+        return images[0], labels[0]
+
+    def load(self, indices: Sequence[int] | np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """A batch: images float32 (n, modalities, H, W) and labels uint8 (n, H, W)."""
+        images = np.zeros((len(indices), len(self.modalities), *self.size), dtype=np.float32)
+        labels = np.zeros((len(indices), *self.size), dtype=np.uint8)
+        for image, label, index in zip(images, labels, indices):
+            cached = self._cached[self.case_index[index]]
+            record = cached.record(self.slice_index[index])
+            if record is not None:
+                into, window = self._windows(cached)
+                image[(..., *into)] = record["image"][(..., *window)]
+                label[into] = record["label"][window]
+        return torch.from_numpy(images), torch.from_numpy(labels)
+
+    def steps(self, batch_size: int, *, world: int = 1) -> int:
+        """The steps of an epoch of ``world`` processes with batches of ``batch_size`` each."""
+        return count_steps(len(self), batch_size, world)
+
+    def batches(
+        self,
+        batch_size: int,
+        epoch: int = 0,
+        *,
+        shuffle: bool = True,
+        rank: int = 0,
+        world: int = 1,
+        start_batch: int = 0,
+    ) -> Iterator[Batch]:
+        """The batches of one process in one epoch, to be given to ``load``; see ``split_into_batches``.
+
+        Shuffled epochs (training) follow from ``seed`` and ``epoch`` and have full batches only: the last one begins
+        the order again. Otherwise every slice comes once, in order.
+        """
+        if shuffle:
+            order = epoch_order(self.foreground, self.seed, epoch, self.foreground_fraction)
+        else:
+            order = np.arange(len(self))
+        return split_into_batches(order, batch_size, rank=rank, world=world, start=start_batch, wrap=shuffle)
+
+    def _common_size(self, size: int | Sequence[int] | None) -> tuple[int, int]:
+        if size is not None:
+            height, width = (size, size) if isinstance(size, int) else size
+            if min(height, width) < 1:
+                raise UserError(f"the slice size is {size}; it must be at least 1")
+            return int(height), int(width)
+        first = self._cached[0].shape[1:]
+        for case, cached in zip(self.cases, self._cached):
+            if cached.shape[1:] != first:
+                raise UserError(
+                    f"slices of {self.cases[0].name} are {first[0]} x {first[1]} and those of {case.name} "
+                    f"{cached.shape[1]} x {cached.shape[2]}: give one size for all"
+                )
+        return first
+
+    def _windows(self, cached: CachedCase) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+        """Where the common part of the cached box and the fitted slice lies in each of the two."""
+        into, window = [], []
+        for length, target, (start, stop) in zip(cached.shape[1:], self.size, cached.box[1:]):
+            in_target, in_slice = overlap(length, target)
+            first, last = max(start, in_slice.start), max(start, in_slice.start, min(stop, in_slice.stop))
+            shift = in_target.start - in_slice.start
+            into.append(slice(first + shift, last + shift))
+            window.append(slice(first - start, last - start))
+        return tuple(into), tuple(window)

@@ -1,0 +1,159 @@
+"""2-D slices of volumes: a common orientation, a common size, normalised intensities, one batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from fastunet.data.cases import DEFAULT_MODALITIES, Case, check_geometry, check_modalities
+from fastunet.data.volumes import Volume, read_volume
+from fastunet.errors import UserError
+
+
+def orient(array: np.ndarray, affine: np.ndarray, file: object = "the volume") -> np.ndarray:
+    """A view of ``array`` (X, Y, Z) whose axes run to the left, the back and the top of the head, as in BraTS files.
+
+    Axes are matched to the nearest direction, nothing is resampled. Writing to the view writes to ``array``.
+
+    Raises:
+        UserError: an affine without three independent finite axes, named by ``file``.
+    """
+    import nibabel
+
+    directions = nibabel.io_orientation(affine) if np.isfinite(affine).all() else np.full((3, 2), np.nan)
+    if np.isnan(directions).any():
+        raise UserError(f"{file}: the affine has no three independent axes")
+    source = np.argsort(directions[:, 0])
+    view = array.transpose(source)
+    # Nibabel counts towards the right, the front and the top of the head; the first two are turned round.
+    steps = directions[source, 1] * (-1, -1, 1)
+    return view[tuple(slice(None, None, int(step)) for step in steps)]
+
+
+def fit_slice(array: np.ndarray, size: int | Sequence[int]) -> np.ndarray:
+    """The last two axes cropped or padded with zeros around their centre to ``size``, an integer or (H, W)."""
+    target = (size, size) if isinstance(size, int) else tuple(size)
+    height, width = array.shape[-2:]
+    (into_h, from_h), (into_w, from_w) = overlap(height, target[0]), overlap(width, target[1])
+    fitted = np.zeros((*array.shape[:-2], *target), dtype=array.dtype)
+    fitted[..., into_h, into_w] = array[..., from_h, from_w]
+    return fitted
+
+
+def unfit_slice(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Undoes ``fit_slice`` for slices of ``shape`` (H, W): what was padded is cut off, what was cropped becomes 0."""
+    return fit_slice(array, shape)
+
+
+def overlap(length: int, target: int) -> tuple[slice, slice]:
+    """Where the common middle of two centred intervals lies in the target and in the source."""
+    common = min(length, target)
+    into, start = (target - common) // 2, (length - common) // 2
+    return slice(into, into + common), slice(start, start + common)
+
+
+def brain_statistics(volume: np.ndarray) -> tuple[float, float]:
+    """Mean and standard deviation of the non-zero voxels, summed slab by slab in float64; (0, 1) where undefined."""
+    count, total, squares = 0, 0.0, 0.0
+    for slab in np.moveaxis(volume, -1, 0):
+        inside = slab[slab != 0].astype(np.float64)
+        count += inside.size
+        total += inside.sum()
+    if count == 0:
+        return 0.0, 1.0
+    mean = total / count
+    for slab in np.moveaxis(volume, -1, 0):
+        squares += ((slab[slab != 0].astype(np.float64) - mean) ** 2).sum()
+    deviation = float(np.sqrt(squares / count))
+    return float(mean), deviation if deviation > 0 else 1.0
+
+
+def normalised(slab: np.ndarray, mean: float, deviation: float) -> np.ndarray:
+    """``(slab - mean) / deviation`` where ``slab`` is not 0, and 0 elsewhere; float32."""
+    scaled = (slab - np.float32(mean)) / np.float32(deviation)
+    return np.where(slab != 0, scaled, np.float32(0))
+
+
+class CaseSlices:
+    """The slices of one case in order, as the network sees them; only the input volumes are held in memory.
+
+    ``place`` puts results back into a volume in the orientation of the files, so that segmentation is::
+
+        slices = CaseSlices(case, modalities, size=128)
+        labels = slices.new_volume(np.uint8)
+        for start, images in slices.batches(16):
+            slices.place(labels, start, predict(images))
+        write_labels(path, labels, slices.like, case.label_map)
+
+    Args:
+        case: the case; see ``cases_from_files`` for loose files.
+        modalities: the channels, in this order.
+        size: the side of the slices, cropped or padded around the centre; None leaves them as they are.
+        axis: 0 slices from right to left, 1 from front to back, 2 (axial) from bottom to top, in any file orientation.
+        normalise: to mean 0 and standard deviation 1 inside the brain, the non-zero voxels of each modality.
+        on_nan: see ``read_volume``.
+
+    Raises:
+        UserError: a missing modality, files on different grids, or a file that cannot be read.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        modalities: Sequence[str] = DEFAULT_MODALITIES,
+        *,
+        size: int | Sequence[int] | None = None,
+        axis: int = 2,
+        normalise: bool = True,
+        on_nan: str = "error",
+    ) -> None:
+        if axis not in (0, 1, 2):
+            raise ValueError(f"axis is {axis}; expected 0, 1 or 2")
+        check_modalities(case, modalities)
+        check_geometry(case, modalities, label=False)
+        self.case = case
+        self.axis = axis
+        sources = [case.modalities[modality] for modality in modalities]
+        volumes = [read_volume(path, on_nan=on_nan, channel=channel) for path, channel in sources]
+        for volume in volumes:
+            if volume.data.ndim != 3:
+                raise UserError(f"{volume.path}: expected one volume of 3 axes, got shape {volume.data.shape}")
+        self.like: Volume = volumes[0]
+        self._stacks = [self.stack(volume.data) for volume in volumes]
+        self._statistics = [brain_statistics(volume.data) if normalise else None for volume in volumes]
+        self.slice_shape: tuple[int, int] = self._stacks[0].shape[1:]
+        self.size = self.slice_shape if size is None else (size, size) if isinstance(size, int) else tuple(size)
+
+    def __len__(self) -> int:
+        return len(self._stacks[0])
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Slices ``start`` to ``stop`` as float32 (n, modalities, H, W)."""
+        n = len(range(*slice(start, stop).indices(len(self))))
+        images = np.empty((n, len(self._stacks), *self.size), dtype=np.float32)
+        for channel, (stack, statistics) in enumerate(zip(self._stacks, self._statistics)):
+            slab = stack[start:stop]
+            images[:, channel] = fit_slice(slab if statistics is None else normalised(slab, *statistics), self.size)
+        return images
+
+    def occupied(self) -> np.ndarray:
+        """Where any modality is not 0, bool (slices, H, W) before cropping or padding."""
+        return np.logical_or.reduce([stack != 0 for stack in self._stacks])
+
+    def batches(self, batch_size: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields (index of the first slice, slices as ``read`` gives them) over the whole case."""
+        for start in range(0, len(self), batch_size):
+            yield start, self.read(start, start + batch_size)
+
+    def new_volume(self, dtype: np.typing.DTypeLike) -> np.ndarray:
+        """Zeros in the shape and orientation of the case's files, for ``place`` to fill."""
+        return np.zeros(self.like.data.shape, dtype=dtype, order="F")
+
+    def place(self, volume: np.ndarray, start: int, batch: np.ndarray) -> None:
+        """Writes a batch (n, H, W) of per-pixel results for the slices from ``start`` on into ``volume`` (X, Y, Z)."""
+        self.stack(volume)[start : start + len(batch)] = unfit_slice(batch, self.slice_shape)
+
+    def stack(self, volume: np.ndarray) -> np.ndarray:
+        """A view of ``volume`` (X, Y, Z), stored like the case's files, as slices (n, H, W) in `read`'s order."""
+        return np.moveaxis(orient(volume, self.like.affine, self.like.path), self.axis, 0)
