@@ -25,7 +25,7 @@ def _two_conv_gradients(ctx, dz2, x, skip, y1, w1, w2, pad, mask_x, backend):
     dz1, _ = _OPS.conv_relu_data_grad(dz2, w2, y1, None, pad, True, False, backend)
     dw1, db1 = _OPS.conv_relu_weight_grad(dz1, x, skip, pad, True, backend)
     dx = dskip = None
-    if any(ctx.needs_input_grad[:2]) or skip is not None:
+    if ctx.needs_input_grad[0] or skip is not None:
         dx, dskip = _OPS.conv_relu_data_grad(dz1, w1, x, skip, pad, mask_x, False, backend)
     return dx, dskip, dw1, db1, dw2, db2
 
