@@ -1,0 +1,45 @@
+"""2x2 stride-2 transposed convolution with bias, weight (C_in, C_out, 2, 2): launchers over ``_stride2``.
+
+y[n, 2i + a, 2j + b, co] = bias[co] + sum_ci w[ci, co, a, b] x[n, i, j, ci].
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import _launch, _reduce, _stride2, _stride2_weight_grad
+from ._stride2 import Stride2Config
+from ._stride2_weight_grad import WeightGradConfig
+
+
+def forward(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, config: Stride2Config | None = None
+) -> torch.Tensor:
+    """y (N, C_out, 2H, 2W), channels_last, of ``x`` (N, C_in, H, W)."""
+    x = _launch.channels_last(x)
+    config = config or _stride2.choose_forward_config(x, weight.shape[1], side=2)
+    k = weight.permute(2, 3, 1, 0).contiguous()
+    return _stride2.forward(x, k, bias, relu=False, side=2, config=config)
+
+
+def data_grad(
+    dy: torch.Tensor, weight: torch.Tensor, x: torch.Tensor, mask_x: bool, config: Stride2Config | None = None
+) -> torch.Tensor:
+    """dx (N, C_in, H, W) of ``dy`` (N, C_out, 2H, 2W), times x > 0 if ``mask_x`` (x the output of a ReLU)."""
+    dy, x = _launch.channels_last(dy), _launch.channels_last(x)
+    config = config or _stride2.choose_data_grad_config(dy, weight.shape[0], side=2)
+    k = weight.permute(2, 3, 0, 1).contiguous()
+    return _stride2.data_grad(dy, k, x, mask_x, side=2, config=config)
+
+
+def weight_grad(
+    dy: torch.Tensor, x: torch.Tensor, has_bias: bool, config: WeightGradConfig | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dw (C_in, C_out, 2, 2) and db (C_out,) in ``x``'s dtype; db is empty (0,) without ``has_bias``."""
+    dy, x = _launch.channels_last(dy), _launch.channels_last(x)
+    config = config or _stride2_weight_grad.choose_config(dy, x.shape[1])
+    partial, partial_bias = _stride2_weight_grad.partial_sums(dy, x, has_bias, side=2, in_first=True, config=config)
+    dw = _reduce.sum_splits(partial, x.dtype, taps_last=True).unflatten(-1, (2, 2))
+    if partial_bias is None:
+        return dw, _launch.empty((0,), x.dtype, x.device)
+    return dw, _reduce.sum_splits(partial_bias, x.dtype)

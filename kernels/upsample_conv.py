@@ -1,0 +1,143 @@
+"""Nearest x2, 2x2 convolution padded at the bottom and right, bias and ReLU: launchers over ``_stride2``.
+
+The upsampled image never exists. A 2x2 convolution of it is a stride-2 transposed convolution with the 3x3 kernel
+``k = flip(w) (*) ones(2, 2)``, (*) the full convolution: an output pixel reads its own low-resolution pixel and, in an
+odd row or column, the one below or to the right. 9 products for each low-resolution pixel instead of 16.
+With G the gradient of k, dw[a, b] = sum_{u, v in {0, 1}} G[1 - a + u, 1 - b + v].
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _launch, _reduce, _stride2, _stride2_weight_grad
+from ._stride2 import Stride2Config
+from ._stride2_weight_grad import WeightGradConfig
+
+_PACK_TILE = 256  # weights of one program of sub_pixel_weights_kernel
+_FOLD_TILE, _FOLD_SPLITS = 64, 16  # weights, and rows of partial sums added at once, of fold_taps_kernel
+
+
+@triton.jit
+def sub_pixel_weights_kernel(
+    w_ptr, k_ptr, C_out, C_in, stride_out, stride_in, SLOTS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """k[r, SLOTS - 3 + s] = (flip(w) (*) ones(2, 2))[r, s], summed in fp32; slot 0 of 4 is zero. w (C_out, C_in, 2, 2).
+
+    k is (3, SLOTS) matrices of C_out C_in elements with the given strides.
+    """
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < C_out * C_in
+    size = C_out * C_in
+    w00 = tl.load(w_ptr + offs * 4, mask=mask, other=0.0).to(tl.float32)
+    w01 = tl.load(w_ptr + offs * 4 + 1, mask=mask, other=0.0).to(tl.float32)
+    w10 = tl.load(w_ptr + offs * 4 + 2, mask=mask, other=0.0).to(tl.float32)
+    w11 = tl.load(w_ptr + offs * 4 + 3, mask=mask, other=0.0).to(tl.float32)
+    top, bottom = w10 + w11, w00 + w01
+    k_ptr += (offs // C_in) * stride_out + (offs % C_in) * stride_in
+    first = (SLOTS - 3) * size
+    tl.store(k_ptr + first, w11, mask=mask)
+    tl.store(k_ptr + first + size, top, mask=mask)
+    tl.store(k_ptr + first + 2 * size, w10, mask=mask)
+    first += SLOTS * size
+    tl.store(k_ptr + first, w11 + w01, mask=mask)
+    tl.store(k_ptr + first + size, top + bottom, mask=mask)
+    tl.store(k_ptr + first + 2 * size, w10 + w00, mask=mask)
+    first += SLOTS * size
+    tl.store(k_ptr + first, w01, mask=mask)
+    tl.store(k_ptr + first + size, bottom, mask=mask)
+    tl.store(k_ptr + first + 2 * size, w00, mask=mask)
+    if SLOTS == 4:
+        for r in tl.static_range(3):
+            tl.store(k_ptr + r * SLOTS * size, tl.zeros((BLOCK,), k_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def fold_taps_kernel(
+    partial_ptr, dw_ptr, splits, C_out, C_in, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr
+):  # fmt: skip
+    """dw[co, ci, a, b] = sum_{u, v} G[co, 1 - a + u, 1 - b + v, ci], G the sum of partial (splits, C_out, 9, C_in).
+
+    The order of the additions depends on the number of splits alone.
+    """
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_mask = offs_m < C_out * C_in
+    offs_s = tl.arange(0, BLOCK_S)
+    size = 9 * C_out * C_in
+    element = (offs_m // C_in) * 9 * C_in + offs_m % C_in
+    dw00 = tl.zeros((BLOCK_S, BLOCK_M), tl.float32)
+    dw01 = tl.zeros((BLOCK_S, BLOCK_M), tl.float32)
+    dw10 = tl.zeros((BLOCK_S, BLOCK_M), tl.float32)
+    dw11 = tl.zeros((BLOCK_S, BLOCK_M), tl.float32)
+    for first in range(0, splits, BLOCK_S):
+        rows = (first + offs_s).to(tl.int64)
+        mask = (rows < splits)[:, None] & m_mask[None, :]
+        for r in tl.static_range(3):
+            g_ptr = partial_ptr + rows[:, None] * size + element[None, :] + r * 3 * C_in
+            middle = tl.load(g_ptr + C_in, mask=mask, other=0.0)
+            low = tl.load(g_ptr, mask=mask, other=0.0) + middle
+            high = middle + tl.load(g_ptr + 2 * C_in, mask=mask, other=0.0)
+            if r < 2:
+                dw10 += high
+                dw11 += low
+            if r > 0:
+                dw00 += high
+                dw01 += low
+    columns = tl.join(tl.join(tl.sum(dw00, 0), tl.sum(dw10, 0)), tl.join(tl.sum(dw01, 0), tl.sum(dw11, 0)))
+    dw = tl.reshape(columns, (BLOCK_M * 4,)).to(dw_ptr.dtype.element_ty)  # last axes (a, b)
+    offs = tl.program_id(0) * BLOCK_M * 4 + tl.arange(0, BLOCK_M * 4)
+    tl.store(dw_ptr + offs, dw, mask=offs < 4 * C_out * C_in)
+
+
+def sub_pixel_weights(weight: torch.Tensor, slots: int, out_first: bool) -> torch.Tensor:
+    """k (3, slots, C_out, C_in), channels swapped unless ``out_first``, of ``weight`` (C_out, C_in, 2, 2)."""
+    weight = weight.contiguous()
+    c_out, c_in = weight.shape[:2]
+    shape, strides = ((c_out, c_in), (c_in, 1)) if out_first else ((c_in, c_out), (1, c_out))
+    k = _launch.empty((3, slots, *shape), weight.dtype, weight.device)
+    grid = (triton.cdiv(c_out * c_in, _PACK_TILE),)
+    _launch.launch(sub_pixel_weights_kernel, grid, weight, k, c_out, c_in, *strides, SLOTS=slots, BLOCK=_PACK_TILE)
+    return k
+
+
+def forward(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, relu: bool, config: Stride2Config | None = None
+) -> torch.Tensor:
+    """y (N, C_out, 2H, 2W), channels_last, of ``x`` (N, C_in, H, W) and ``weight`` (C_out, C_in, 2, 2)."""
+    x = _launch.channels_last(x)
+    config = config or _stride2.choose_forward_config(x, weight.shape[0], side=3)
+    k = sub_pixel_weights(weight, slots=4, out_first=True)
+    return _stride2.forward(x, k, bias, relu, side=3, config=config)
+
+
+def data_grad(
+    dz: torch.Tensor, weight: torch.Tensor, x: torch.Tensor, mask_x: bool, config: Stride2Config | None = None
+) -> torch.Tensor:
+    """dx (N, C_in, H, W) of ``dz`` (N, C_out, 2H, 2W), the gradient before this operator's own ReLU.
+
+    Times x > 0 if ``mask_x`` (x the output of a ReLU).
+    """
+    dz, x = _launch.channels_last(dz), _launch.channels_last(x)
+    config = config or _stride2.choose_data_grad_config(dz, weight.shape[1], side=3)
+    k = sub_pixel_weights(weight, slots=3, out_first=False)
+    return _stride2.data_grad(dz, k, x, mask_x, side=3, config=config)
+
+
+def weight_grad(
+    dz: torch.Tensor, x: torch.Tensor, has_bias: bool, config: WeightGradConfig | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dw (C_out, C_in, 2, 2) and db (C_out,) in ``x``'s dtype; db is empty (0,) without ``has_bias``."""
+    dz, x = _launch.channels_last(dz), _launch.channels_last(x)
+    c_out, c_in = dz.shape[1], x.shape[1]
+    config = config or _stride2_weight_grad.choose_config(dz, c_in)
+    partial, partial_bias = _stride2_weight_grad.partial_sums(dz, x, has_bias, side=3, in_first=False, config=config)
+    dw = _launch.empty((c_out, c_in, 2, 2), x.dtype, x.device)
+    grid = (triton.cdiv(c_out * c_in, _FOLD_TILE),)
+    _launch.launch(
+        fold_taps_kernel, grid, partial, dw, partial.shape[0], c_out, c_in, BLOCK_S=_FOLD_SPLITS, BLOCK_M=_FOLD_TILE
+    )
+    if partial_bias is None:
+        return dw, _launch.empty((0,), x.dtype, x.device)
+    return dw, _reduce.sum_splits(partial_bias, x.dtype)
