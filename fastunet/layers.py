@@ -1,0 +1,225 @@
+"""Every operator call of a U-Net, forward and backward, with the shapes of its arguments: nothing is run.
+
+The list follows from the architecture's parameters alone and is the one source for ahead-of-time compilation, counted
+traffic, tuning and benchmarks. It mirrors ``fastunet.UNet`` and ``fastunet.functional.blocks``, which a test compares.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastunet.architecture import Architecture
+from fastunet.dispatch import OPERATORS
+from fastunet.functional import blocks, dice  # noqa: F401  (their imports define every operator)
+from fastunet.functional._layout import nhwc_strides
+
+CASES: dict[str, tuple[Architecture, tuple[int, int]]] = {
+    "brats 128": (Architecture.from_preset("brats"), (128, 128)),
+    "brats 240": (Architecture.from_preset("brats"), (240, 240)),
+    "isbi 572": (Architecture.from_preset("isbi"), (572, 572)),
+}
+"""The reference networks at the image sizes for which kernels are checked, tuned and measured."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An argument's shape; ``dtype`` None is that of the computation. 4-D tensors of it are in NHWC memory.
+
+    ``pixel_major`` says so of (N, C, pixels) tensors. ``is_read`` is False where only the shape matters.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None = None
+    pixel_major: bool = False
+    is_read: bool = True
+
+    def allocate(self, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+        """An uninitialised tensor of this shape and memory layout."""
+        if len(self.shape) == 4:
+            strides = nhwc_strides(self.shape)
+        elif self.pixel_major:
+            _, channels, pixels = self.shape
+            strides = (channels * pixels, 1, channels)
+        else:
+            return torch.empty(self.shape, dtype=self.dtype or dtype, device=device)
+        return torch.empty_strided(self.shape, strides, dtype=self.dtype or dtype, device=device)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of operator ``fastunet::<operator>`` by a layer.
+
+    ``arguments`` are those of the operator's schema but ``backend``, in order. ``macs`` counts the multiply-adds that
+    the layer needs, after sub-pixel upsampling has saved its share.
+    """
+
+    layer: str
+    operator: str
+    arguments: dict[str, Tensor | int | str | bool | None]
+    macs: int
+
+    def allocate(self, dtype: torch.dtype, device: torch.device | str = "meta") -> list[Any]:
+        """The arguments with every :class:`Tensor` as an uninitialised tensor of ``dtype``."""
+        return [a.allocate(dtype, device) if isinstance(a, Tensor) else a for a in self.arguments.values()]
+
+    def launcher(self):
+        """The Triton launcher, to be called with :meth:`allocate`'s tensors."""
+        return OPERATORS[self.operator].launcher()
+
+    def floor_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the arguments that must be read and of the results that must be written, each once."""
+        read = sum(
+            math.prod(a.shape) * (a.dtype or dtype).itemsize
+            for a in self.arguments.values()
+            if isinstance(a, Tensor) and a.is_read
+        )
+        results = OPERATORS[self.operator].fake(*self.allocate(dtype))
+        results = results if isinstance(results, tuple) else (results,)
+        return read + sum(r.numel() * r.element_size() for r in results)
+
+
+def network_calls(architecture: Architecture, batch: int, height: int, width: int, *, training: bool = True,
+                  output: str = "logits", loss: bool = True) -> list[Call]:
+    """The operator calls of one forward pass and, if ``training``, of the loss and the backward pass, in order.
+
+    ``output`` is "logits", "probabilities" or "labels". Inputs need no gradient. ``loss`` False leaves out the loss.
+
+    Raises:
+        ValueError: the image size does not fit the architecture.
+    """
+    out_height, out_width = architecture.output_size(height, width)
+    walk = _Walk(architecture, batch)
+    backward = walk.forward(height, width, output)
+    if not training:
+        return walk.calls
+    if loss:
+        walk.loss(out_height * out_width)
+    for step in reversed(backward):
+        step()
+    return walk.calls
+
+
+def standalone_calls(architecture: Architecture, batch: int, height: int, width: int) -> list[Call]:
+    """Calls that only the operators used by themselves make: ReLU's gradient, pooling alone, unmasked gradients."""
+    found = {}
+    for call in network_calls(architecture, batch, height, width, loss=False):
+        name, arguments = call.operator, call.arguments
+        if name == "conv_relu_pool":
+            y = Tensor(_convolved(arguments["x"].shape, arguments["weight"].shape, arguments["pad"]))
+            pooled = Tensor((*y.shape[:2], y.shape[2] // 2, y.shape[3] // 2))
+            variants = [
+                ("relu_backward", dict(dy=y, y=y)),
+                ("max_pool2d", dict(x=y)),
+                ("max_pool2d_backward", dict(d_pooled=pooled, d_skip=None, y=y, relu=False)),
+            ]
+        elif "mask_x" in arguments:
+            x = arguments["x"]
+            # the head's weight gradient reads x whether or not it masks
+            flipped = dict(mask_x=not arguments["mask_x"], x=Tensor(x.shape, is_read="head" in name or not x.is_read))
+            variants = [(name, arguments | flipped)]
+        else:
+            continue
+        found |= {(operator, repr(a)): Call(call.layer, operator, a, call.macs if operator == name else 0)
+                  for operator, a in variants}  # fmt: skip
+    return list(found.values())
+
+
+def _convolved(x: tuple[int, ...], weight: tuple[int, ...], pad: int) -> tuple[int, int, int, int]:
+    return x[0], weight[0], x[2] + 2 * pad - 2, x[3] + 2 * pad - 2
+
+
+class _Walk:
+    """Appends the calls of each block going down and up; :meth:`forward` returns the way back as steps."""
+
+    def __init__(self, architecture: Architecture, batch: int):
+        self.architecture, self.batch = architecture, batch
+        self.pad = 1 if architecture.padding == "same" else 0
+        self.calls: list[Call] = []
+
+    def add(self, layer: str, operator: str, macs: int, **arguments) -> None:
+        self.calls.append(Call(layer, operator, arguments, macs))
+
+    def forward(self, height: int, width: int, output: str) -> list:
+        a = self.architecture
+        if a.padding == "same":
+            height, width = a.padded_size(height, width)
+        x, skips, backward = (self.batch, a.in_channels, height, width), [], []
+        for level, channels in enumerate(a.widths[:-1]):
+            y1, step1 = self.conv(f"encoders.{level}.conv1", x, None, channels, input_grad=level > 0, mask=False)
+            y2, step2 = self.conv(f"encoders.{level}.conv2", y1, None, channels, mask=True, pool=True)
+            x = (*y2[:2], y2[2] // 2, y2[3] // 2)
+            skips.append(y2)
+            backward += [step1, step2, self.pool_step(f"encoders.{level}.conv2", y2, x)]
+        x, step1 = self.conv("bottleneck.conv1", x, None, a.widths[-1], input_grad=a.depth > 0, mask=False)
+        x, step2 = self.conv("bottleneck.conv2", x, None, a.widths[-1], mask=True)
+        backward += [step1, step2]
+        for index, channels in enumerate(reversed(a.widths[:-1])):
+            u, step0 = self.up(f"decoders.{index}.up", x, channels)
+            mask = a.up == "upsample"
+            y1, step1 = self.conv(f"decoders.{index}.conv1", u, skips.pop(), channels, mask=mask)
+            x, step2 = self.conv(f"decoders.{index}.conv2", y1, None, channels, mask=True)
+            backward += [step0, step1, step2]
+        return [*backward, self.head(x, output)]
+
+    def conv(self, layer, x, skip, channels, *, mask, input_grad=True, pool=False):
+        c_in = x[1] + (skip[1] if skip else 0)
+        weight, pad = Tensor((channels, c_in, 3, 3)), self.pad
+        y = _convolved(x, weight.shape, pad)
+        macs = 9 * c_in * math.prod(y)
+        bias = Tensor((channels,))
+        crop = skip and Tensor(skip)
+        if pool:
+            self.add(layer, "conv_relu_pool", macs, x=Tensor(x), weight=weight, bias=bias, pad=pad, relu=True)
+        else:
+            self.add(layer, "conv_relu", macs, x=Tensor(x), skip=crop, weight=weight, bias=bias, pad=pad, relu=True)
+
+        def step():
+            dz = Tensor(y)
+            self.add(layer, "conv_relu_weight_grad", macs, dz=dz, x=Tensor(x), skip=crop, pad=pad, has_bias=True)
+            if input_grad:
+                self.add(layer, "conv_relu_data_grad", macs, dz=dz, weight=weight, x=Tensor(x, is_read=mask),
+                         skip=skip and Tensor(skip, is_read=False), pad=pad, mask_x=mask, mask_skip=False)
+
+        return y, step
+
+    def pool_step(self, layer, y, pooled):
+        return lambda: self.add(layer, "max_pool2d_backward", 0, d_pooled=Tensor(pooled), d_skip=Tensor(y),
+                                y=Tensor(y), relu=True)
+
+    def up(self, layer, x, channels):
+        n, c_in, height, width = x
+        u = (n, channels, 2 * height, 2 * width)
+        transpose = self.architecture.up == "transpose"
+        operator = "conv_transpose2d" if transpose else "upsample_conv_relu"
+        weight = Tensor((c_in, channels, 2, 2) if transpose else (channels, c_in, 2, 2))
+        macs = (4 if transpose else 9) * channels * math.prod(x)
+        options = {} if transpose else dict(relu=True)
+        self.add(layer, operator, macs, x=Tensor(x), weight=weight, bias=Tensor((channels,)), **options)
+
+        def step():
+            gradient = {"dy" if transpose else "dz": Tensor(u)}
+            self.add(layer, f"{operator}_weight_grad", macs, **gradient, x=Tensor(x), has_bias=True)
+            self.add(layer, f"{operator}_data_grad", macs, **gradient, weight=weight, x=Tensor(x), mask_x=True)
+
+        return u, step
+
+    def head(self, x, output):
+        classes = self.architecture.num_classes
+        weight = Tensor((classes, x[1], 1, 1))
+        macs = classes * math.prod(x)
+        self.add("head", "segmentation_head", macs, x=Tensor(x), weight=weight, bias=Tensor((classes,)), output=output)
+        logits = Tensor((x[0], classes, *x[2:]))
+        return lambda: self.add("head", "segmentation_head_backward", 2 * macs, d_logits=logits, x=Tensor(x),
+                                weight=weight, mask_x=True, has_bias=True)
+
+    def loss(self, pixels: int) -> None:
+        classes = self.architecture.num_classes
+        logits = Tensor((self.batch, classes, pixels), pixel_major=True)
+        read = dict(logits=logits, targets=Tensor((self.batch, pixels), torch.uint8), class_weights=None,
+                    ignore_index=None)
+        self.add("loss", "dice_sums", 0, **read)
+        self.add("loss", "dice_sums_grad", 0, grad=Tensor((self.batch, 3 * classes + 3), torch.float32), **read)

@@ -1,0 +1,96 @@
+"""The list of operator calls against the calls that a real model makes, and its counts against hand-made ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastunet
+from fastunet.architecture import Architecture
+from fastunet.layers import CASES, Call, Tensor, network_calls, standalone_calls
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the name and argument shapes of every ``fastunet::`` operator that runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "fastunet":
+            self.calls.append((function._schema.name.removeprefix("fastunet::"), shapes(args[:-1])))
+        return function(*args, **(kwargs or {}))
+
+
+def shapes(arguments):
+    return [tuple(a.shape) if isinstance(a, torch.Tensor | Tensor) else a for a in arguments]
+
+
+ODD = Architecture.from_preset("brats", width=8, depth=3, in_channels=3, num_classes=5)
+ALL = {**CASES, "odd size": (ODD, (45, 70)), "no pooling": (Architecture(depth=0, width=16), (9, 9))}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_calls_are_those_of_the_model(name):
+    architecture, (height, width) = ALL[name]
+    with torch.device("meta"):
+        model = fastunet.UNet(**architecture.as_dict(), backend="torch")
+        x = torch.empty(2, architecture.in_channels, height, width)
+        with Recorder() as recorder:
+            model(x).sum().backward()
+    expected = [(c.operator, shapes(c.arguments.values())) for c in
+                network_calls(architecture, 2, height, width, loss=False)]
+    assert recorder.calls == expected
+
+
+@pytest.mark.parametrize("method, output", [("predict", "labels"), ("predict_proba", "probabilities")])
+def test_inference_calls_are_those_of_the_model(method, output):
+    with torch.device("meta"):
+        model = fastunet.UNet(width=8, depth=2, backend="torch").eval()
+        with Recorder() as recorder:
+            getattr(model, method)(torch.empty(1, 2, 16, 16))
+    calls = network_calls(Architecture(width=8, depth=2), 1, 16, 16, training=False, output=output)
+    assert recorder.calls == [(c.operator, shapes(c.arguments.values())) for c in calls]
+
+
+def test_layers_are_named_after_the_parameters():
+    architecture, (height, width) = CASES["brats 128"]
+    names = {name.rpartition(".")[0] for name, _ in fastunet.UNet(**architecture.as_dict()).named_parameters()}
+    assert {c.layer for c in network_calls(architecture, 1, height, width, training=False)} == names
+
+
+def test_arithmetic_of_the_isbi_network():
+    """The 3×3 convolutions of 572² by hand: Σ 9 · C_in · C_out · H_out · W_out, from the sizes in the paper."""
+    down = [(1, 64, 570), (64, 64, 568), (64, 128, 282), (128, 128, 280), (128, 256, 138), (256, 256, 136),
+            (256, 512, 66), (512, 512, 64), (512, 1024, 30), (1024, 1024, 28)]  # fmt: skip
+    rise = [(1024, 512, 54), (512, 512, 52), (512, 256, 102), (256, 256, 100), (256, 128, 198), (128, 128, 196),
+            (128, 64, 390), (64, 64, 388)]  # fmt: skip
+    calls = network_calls(*CASES["isbi 572"][:1], 1, 572, 572, training=False)
+    assert sum(c.macs for c in calls if c.operator.startswith("conv_relu")) == sum(
+        9 * c_in * c_out * size**2 for c_in, c_out, size in down + rise
+    )
+
+
+def test_floor_counts_every_tensor_once():
+    x, weight = Tensor((2, 8, 5, 4)), Tensor((16, 8, 3, 3))
+    call = Call("a", "conv_relu", dict(x=x, skip=None, weight=weight, bias=Tensor((16,)), pad=0, relu=True), 0)
+    assert call.floor_bytes(torch.float16) == 2 * (2 * 8 * 5 * 4 + 16 * 8 * 9 + 16 + 2 * 16 * 3 * 2)
+    unread = dict(dz=Tensor((2, 16, 3, 2)), weight=weight, x=Tensor(x.shape, is_read=False), skip=None, pad=0,
+                  mask_x=False, mask_skip=False)
+    gradient = Call("a", "conv_relu_data_grad", unread, 0)
+    assert gradient.floor_bytes(torch.float32) == 4 * (2 * 16 * 3 * 2 + 16 * 8 * 9 + 2 * 8 * 5 * 4)
+
+
+def test_loss_reads_labels_as_bytes():
+    sums, _ = [c for c in network_calls(Architecture(width=8, depth=1), 3, 4, 4) if c.layer == "loss"]
+    assert sums.floor_bytes(torch.bfloat16) == 3 * 16 * (4 * 2 + 1) + 3 * (3 * 4 + 3) * 4
+
+
+def test_standalone_calls_turn_every_mask_around():
+    masks = {(c.operator, c.arguments["mask_x"]) for c in network_calls(Architecture(), 1, 32, 32)
+             if "mask_x" in c.arguments}  # fmt: skip
+    alone = {(c.operator, c.arguments["mask_x"]) for c in standalone_calls(Architecture(), 1, 32, 32)
+             if "mask_x" in c.arguments}  # fmt: skip
+    assert {(operator, not mask) for operator, mask in masks} == alone
