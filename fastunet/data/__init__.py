@@ -1,5 +1,6 @@
 """Medical volumes: files, cases, slices for training and segmentation, augmentation, splits and synthetic cases."""
 
+from fastunet.data.augment import Augmentation, augment
 from fastunet.data.cases import (
     DEFAULT_MODALITIES,
     MODALITIES,
@@ -14,26 +15,32 @@ from fastunet.data.phantoms import make_phantoms
 from fastunet.data.sampling import Batch
 from fastunet.data.slice_dataset import SliceDataset
 from fastunet.data.slices import CaseSlices, fit_slice, unfit_slice
-from fastunet.data.volumes import Volume, read_labels, read_volume, write_labels, write_map
+from fastunet.data.splits import Split, split_cases
+from fastunet.data.volumes import Volume, read_geometry, read_labels, read_volume, write_labels, write_map
 
 __all__ = [
     "DEFAULT_MODALITIES",
     "LABEL_MAPS",
     "MODALITIES",
+    "Augmentation",
     "Batch",
     "Case",
     "CaseSlices",
     "LabelMap",
     "SliceDataset",
     "Source",
+    "Split",
     "Volume",
+    "augment",
     "cases_from_files",
     "check_geometry",
     "discover_cases",
     "fit_slice",
     "make_phantoms",
+    "read_geometry",
     "read_labels",
     "read_volume",
+    "split_cases",
     "unfit_slice",
     "write_labels",
     "write_map",

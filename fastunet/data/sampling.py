@@ -30,15 +30,15 @@ def epoch_order(foreground: np.ndarray, seed: int, epoch: int, foreground_fracti
         foreground: bool (n,), whether a sample holds foreground.
         seed: of the whole run.
         epoch: counts from 0.
-        foreground_fraction: this share of the order is drawn from samples with foreground, the rest from the others,
-            both as evenly as possible; None takes every sample once.
+        foreground_fraction: the least share of the order that holds foreground. If there is less, samples with
+            foreground repeat in place of others, both drawn as evenly as possible. None takes every sample once.
     """
     rng = np.random.default_rng([seed, epoch])
     n = len(foreground)
-    if foreground_fraction is None:
-        return rng.permutation(n)
     with_foreground, without = np.flatnonzero(foreground), np.flatnonzero(~foreground)
-    wanted = n if without.size == 0 else round(foreground_fraction * n)
+    wanted = round((foreground_fraction or 0) * n)
+    if wanted <= with_foreground.size:
+        return rng.permutation(n)
     drawn = np.concatenate([_draw(rng, with_foreground, wanted), _draw(rng, without, n - wanted)])
     return rng.permutation(drawn)
 

@@ -35,7 +35,7 @@ class SliceDataset(torch.utils.data.Dataset):
         axis: the slicing axis, 0, 1 or 2 (axial).
         normalise: to mean 0 and standard deviation 1 inside the brain.
         on_nan: see ``read_volume``.
-        foreground_fraction: the share of slices with foreground in a shuffled epoch; None leaves it as it is.
+        foreground_fraction: the least share of slices with foreground in a shuffled epoch.
         skip_empty: leave out slices that are 0 everywhere.
         seed: of the order of the slices.
         on_progress: called with (cases done, all cases) while preprocessing.

@@ -69,7 +69,7 @@ def brain_statistics(volume: np.ndarray) -> tuple[float, float]:
     return float(mean), deviation if deviation > 0 else 1.0
 
 
-def normalised(slab: np.ndarray, mean: float, deviation: float) -> np.ndarray:
+def normalise(slab: np.ndarray, mean: float, deviation: float) -> np.ndarray:
     """``(slab - mean) / deviation`` where ``slab`` is not 0, and 0 elsewhere; float32."""
     scaled = (slab - np.float32(mean)) / np.float32(deviation)
     return np.where(slab != 0, scaled, np.float32(0))
@@ -134,7 +134,7 @@ class CaseSlices:
         images = np.empty((n, len(self._stacks), *self.size), dtype=np.float32)
         for channel, (stack, statistics) in enumerate(zip(self._stacks, self._statistics)):
             slab = stack[start:stop]
-            images[:, channel] = fit_slice(slab if statistics is None else normalised(slab, *statistics), self.size)
+            images[:, channel] = fit_slice(slab if statistics is None else normalise(slab, *statistics), self.size)
         return images
 
     def occupied(self) -> np.ndarray:

@@ -1,0 +1,58 @@
+"""Splits by patient: no patient is on two sides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from fastunet.data.cases import Case
+from fastunet.errors import UserError
+
+
+class Split(NamedTuple):
+    """The cases of each side, in the order of their names."""
+
+    train: list[Case]
+    validation: list[Case]
+    test: list[Case]
+
+
+def split_cases(cases: Iterable[Case], *, validation: float = 0.2, test: float = 0.0, seed: int = 0) -> Split:
+    """Splits ``cases`` so that all scans of a patient stay together.
+
+    The result follows from the patients and ``seed``, not from the order of ``cases``.
+
+    Args:
+        cases: the cases.
+        validation: an integer is a number of patients, a float below 1 a share of them, rounded, but at least one.
+        test: the same for the test side.
+        seed: a non-negative integer.
+
+    Raises:
+        UserError: a share outside [0, 1), a negative number, or fewer patients than the sides need.
+    """
+    cases = sorted(cases, key=lambda case: case.name)
+    patients = sorted({case.patient for case in cases})
+    n_validation = _patients_for("validation", validation, len(patients))
+    n_test = _patients_for("test", test, len(patients))
+    needed = 1 + n_validation + n_test
+    if len(patients) < needed:
+        raise UserError(
+            f"the split needs at least {needed} patients (1 for training, {n_validation} for validation, "
+            f"{n_test} for testing), but there are {len(patients)} ({len(cases)} cases)"
+        )
+    order = [patients[index] for index in np.random.default_rng(seed).permutation(len(patients))]
+    side = dict.fromkeys(order, 0)
+    side.update(dict.fromkeys(order[:n_validation], 1))
+    side.update(dict.fromkeys(order[n_validation : n_validation + n_test], 2))
+    return Split(*([case for case in cases if side[case.patient] == number] for number in range(3)))
+
+
+def _patients_for(name: str, wanted: float, patients: int) -> int:
+    if isinstance(wanted, int) and wanted >= 0:
+        return wanted
+    if not 0 <= wanted < 1:
+        raise UserError(f"the {name} side is {wanted}; expected a share from 0 to below 1 or a number of patients")
+    return max(round(wanted * patients), 1) if wanted else 0
