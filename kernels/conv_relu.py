@@ -4,8 +4,8 @@ Every function here is one formula with other operands:
 
     y[n, k, i, j] = epilogue( sum over sources, r, s, c of  w[k, c, r, s] · x[n, c, i + r - off_h, j + s - off_w] )
 
-with x zero outside of the image: off = 1 is "same", off = 0 is "valid" and off = -crop reads a centre-cropped skip in
-place. :func:`convolve` is the bare formula for any output size; the data gradient calls it with flipped weights.
+with x zero outside of the image: off = 1 is "same", off = 0 is "valid". :func:`convolve` is the bare formula for any
+offset and output size, which the data gradient calls with flipped weights.
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ from __future__ import annotations
 import torch
 
 from . import _launch
+from .conv_relu_box import launch_box, launch_box_head
 from .conv_relu_config import ConvConfig, Convolution, Head, Source, choose_config
 from .conv_relu_pointer import launch_pointer, launch_pointer_head
+from .conv_relu_rows import launch_rows, launch_rows_head
+from .conv_relu_two_rows import launch_two_rows, launch_two_rows_head
 
-_LAUNCH = {"pointer": launch_pointer}
-_LAUNCH_HEAD = {"pointer": launch_pointer_head}
+_LAUNCH = {"pointer": launch_pointer, "box": launch_box, "rows": launch_rows, "two_rows": launch_two_rows}
+_LAUNCH_HEAD = {"pointer": launch_pointer_head, "box": launch_box_head, "rows": launch_rows_head,
+                "two_rows": launch_two_rows_head}
 
 
 def forward(x: torch.Tensor, skip: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None, pad: int,
@@ -74,7 +78,7 @@ def convolve(x: torch.Tensor, packed_weight: torch.Tensor, out_size: tuple[int, 
     x = _launch.channels_last(x)
     weight = packed_weight.view(packed_weight.shape[0], 9, x.shape[1])
     mask = None if mask is None else _launch.channels_last(mask)
-    conv = Convolution(Source(x, weight, (offset_h, offset_w)), None, tuple(out_size), mask=mask)
+    conv = Convolution(Source(x, weight), None, (offset_h, offset_w), tuple(out_size), mask=mask)
     y = _launch.empty_image((conv.batch, conv.c_out, *conv.out_size), x.dtype, x.device)
     return _run(conv, y, None, config)
 
@@ -89,11 +93,11 @@ def _forward_convolution(x, skip, weight, bias, pad: int, relu: bool) -> Convolu
     h, w = x.shape[2:]
     out_size = (h + 2 * pad - 2, w + 2 * pad - 2)
     if skip is None:
-        return Convolution(Source(x, packed, (pad, pad)), None, out_size, bias, None, relu)
-    skip = _launch.channels_last(skip)
-    crop_h, crop_w = (skip.shape[2] - h) // 2, (skip.shape[3] - w) // 2
-    skip_source = Source(skip, packed[:, :, : skip.shape[1]], (pad - crop_h, pad - crop_w))
-    return Convolution(Source(x, packed[:, :, skip.shape[1]:], (pad, pad)), skip_source, out_size, bias, None, relu)
+        return Convolution(Source(x, packed), None, (pad, pad), out_size, bias, None, relu)
+    top, left, c_skip = (skip.shape[2] - h) // 2, (skip.shape[3] - w) // 2, skip.shape[1]
+    crop = _launch.channels_last(skip)[:, :, top : top + h, left : left + w]
+    return Convolution(Source(x, packed[:, :, c_skip:]), Source(crop, packed[:, :, :c_skip]), (pad, pad), out_size,
+                       bias, None, relu)
 
 
 def _run(conv: Convolution, y: torch.Tensor, pooled: torch.Tensor | None, config: ConvConfig | None) -> torch.Tensor:

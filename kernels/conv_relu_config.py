@@ -12,21 +12,28 @@ import triton
 class Source:
     """One input of a convolution.
 
-    ``image`` (N, C, H, W) in NHWC memory; ``weight`` (C_out, 9, C), a view whose rows hold every source's channels;
-    ``offset`` (off_h, off_w): output (i, j) reads input rows i - off_h .. i - off_h + 2 and columns likewise.
+    ``image`` (N, C, H, W): NHWC pixels of unit channel stride and pixel stride C, possibly a crop of a larger image;
+    ``weight`` (C_out, 9, C): a view whose rows hold every source's channels.
     """
 
     image: torch.Tensor
     weight: torch.Tensor
-    offset: tuple[int, int]
+
+    @property
+    def channels(self) -> int:
+        return self.image.shape[1]
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """``y = relu(conv(skip) + conv(x) + bias) * (mask > 0)`` with outputs of ``out_size``; see kernels/conv_relu.py."""
+    """``y = relu(conv(skip) + conv(x) + bias) * (mask > 0)`` with outputs of ``out_size``.
+
+    ``offset`` (off_h, off_w): output (i, j) reads rows i - off_h .. i - off_h + 2 of every source, and such columns.
+    """
 
     x: Source
     skip: Source | None
+    offset: tuple[int, int]
     out_size: tuple[int, int]
     bias: torch.Tensor | None = None
     mask: torch.Tensor | None = None
@@ -45,9 +52,13 @@ class Convolution:
         return self.x.weight.shape[0]
 
     @property
+    def channels(self) -> tuple[int, ...]:
+        return tuple(source.channels for source in self.sources)
+
+    @property
     def weight_tap(self) -> int:
         """Elements between two taps of a weight row: the channels of all sources."""
-        return sum(source.image.shape[1] for source in self.sources)
+        return sum(self.channels)
 
 
 @dataclass(frozen=True)

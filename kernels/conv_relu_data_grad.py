@@ -1,0 +1,59 @@
+"""Data gradient of the 3×3 convolution with one or two sources: the forward's own kernels with other operands.
+
+With ``dz`` the gradient before ReLU and ``pad`` 1 ("same") or 0 ("valid"),
+
+    dx[n, c, i, j] = sum over k, r, s of  weight[k, c, r, s] · dz[n, k, i + pad - r, j + pad - s]
+
+which is :func:`conv_relu.convolve` of ``dz`` with the taps flipped, the channel axes exchanged and offset 2 - pad. A
+skip whose centre was cropped at (crop_h, crop_w) adds that crop to the offset: pixels outside of it see no tap and so
+get zero.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import _launch
+from .conv_relu import convolve
+from .conv_relu_config import ConvConfig
+
+
+def data_grad(
+    dz: torch.Tensor,
+    weight: torch.Tensor,
+    x: torch.Tensor,
+    skip: torch.Tensor | None,
+    pad: int,
+    mask_x: bool,
+    mask_skip: bool,
+    config: ConvConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dx, dskip) of ``conv3x3(concat([centre_crop(skip), x], 1), weight)``; dskip has shape (0,) without a skip.
+
+    dz (N, C_out, H_out, W_out), weight (C_out, C_skip + C_x, 3, 3), x (N, C_x, H, W), skip (N, C_skip, >= H, >= W).
+    Where ``mask_x`` (``mask_skip``), x (the skip) is a ReLU's output and its gradient is multiplied by (x > 0), which
+    makes it the gradient before that ReLU.
+
+    Raises:
+        ValueError: the shapes do not belong together.
+    """
+    c_skip, (c_x, h, w) = 0 if skip is None else skip.shape[1], x.shape[1:]
+    expected = (x.shape[0], weight.shape[0], h + 2 * pad - 2, w + 2 * pad - 2)
+    if dz.shape != expected or weight.shape[1:] != (c_skip + c_x, 3, 3):
+        raise ValueError(
+            f"conv_relu data gradient: dz {tuple(dz.shape)} and weight {tuple(weight.shape)} do not fit x "
+            f"{tuple(x.shape)}, {c_skip} skip channels and padding {pad}"
+        )
+    packed = weight.flip((2, 3)).permute(1, 2, 3, 0).contiguous()
+    dz = _launch.channels_last(dz)
+    offset = 2 - pad
+    dx = convolve(dz, packed[c_skip:], (h, w), offset, offset, mask=x if mask_x else None, config=config)
+    if skip is None:
+        return dx, _launch.empty((0,), x.dtype, x.device)
+    skip_h, skip_w = skip.shape[2:]
+    crop_h, crop_w = (skip_h - h) // 2, (skip_w - w) // 2
+    dskip = convolve(
+        dz, packed[:c_skip], (skip_h, skip_w), offset + crop_h, offset + crop_w,
+        mask=skip if mask_skip else None, config=config,
+    )  # fmt: skip
+    return dx, dskip

@@ -1,0 +1,144 @@
+"""Weight and bias gradient of the 3×3 convolution: a matrix product whose reduction runs over all pixels, split.
+
+    dw[k, c, r, s] = sum over n, i, j of  dz[n, k, i, j] · x[n, c, i + r - off_h, j + s - off_w]
+
+with x zero outside of the image; off = pad, less the crop for a centre-cropped skip. Each program sums its share of
+the pixels in fp32, and a second kernel adds the shares in a fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _launch
+from ._launch import mma
+from ._reduce import sum_splits
+from .conv_relu_weight_grad_config import WeightGradConfig, choose_config, choose_splits
+from .conv_relu_weight_grad_first import launch_first
+
+
+@triton.jit
+def load_tile(image, shape, n, h, w, c, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+              VECTOR: tl.constexpr, BULK: tl.constexpr):
+    """[BLOCK_H * BLOCK_W, BLOCK_C] of an NHWC image from pixel (h, w) and channel c on, zero outside of it.
+
+    ``image`` is a descriptor if ``BULK``, else a pointer; ``shape`` (H, W, C), where VECTOR divides C.
+    """
+    if BULK:
+        return tl.reshape(image.load([n, h, w, c]), (BLOCK_H * BLOCK_W, BLOCK_C))
+    H, W, C = shape
+    C = C // VECTOR * VECTOR  # shows the compiler how wide it may load
+    offs_p, offs_c = tl.arange(0, BLOCK_H * BLOCK_W), c + tl.arange(0, BLOCK_C)
+    h, w = h + offs_p // BLOCK_W, w + offs_p % BLOCK_W
+    mask = ((h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None] & (offs_c < C)[None, :]
+    pixel = (n.to(tl.int64) * H + h) * W + w
+    return tl.load(image + pixel[:, None] * C + offs_c[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def sum_share(x, x_shape, offset, dz, dz_shape, partial_ptr, partial_bias_ptr, stride_tap, column, tiles, tiles_a_split,
+              k0, c0, s, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+              BLOCK_C: tl.constexpr, X_VECTOR: tl.constexpr, DZ_VECTOR: tl.constexpr, BULK: tl.constexpr,
+              SUM_DZ: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):
+    """The three taps of column shift ``s`` over one split's tiles, and the sum of dz if ``SUM_DZ``; stores both.
+
+    A tile is ROWS successive boxes of output rows. With boxes of one row, each row of x is loaded once and meets up to
+    three rows of dz.
+    """
+    # a box of several rows reaches the product without a detour only as its right operand
+    DZ_BULK: tl.constexpr = BULK and BLOCK_H == 1
+    split = tl.program_id(1)
+    tiles_h, tiles_w = tl.cdiv(dz_shape[0], BLOCK_H * ROWS), tl.cdiv(dz_shape[1], BLOCK_W)
+    top = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+    middle = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+    bottom = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+    sums = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_K), tl.float32)
+    first = split * tiles_a_split
+    for tile in tl.range(first, tl.minimum(first + tiles_a_split, tiles), num_stages=STAGES):
+        w0, h0, n = tile % tiles_w * BLOCK_W, tile // tiles_w % tiles_h * BLOCK_H * ROWS, tile // (tiles_w * tiles_h)
+        h, w = h0 - offset[0], w0 + s - offset[1]
+        x0 = load_tile(x, x_shape, n, h, w, c0, BLOCK_H, BLOCK_W, BLOCK_C, X_VECTOR, BULK)
+        x1 = load_tile(x, x_shape, n, h + 1, w, c0, BLOCK_H, BLOCK_W, BLOCK_C, X_VECTOR, BULK)
+        for i in tl.static_range(ROWS):
+            x2 = load_tile(x, x_shape, n, h + i + 2, w, c0, BLOCK_H, BLOCK_W, BLOCK_C, X_VECTOR, BULK)
+            d = load_tile(dz, dz_shape, n, h0 + i, w0, k0, BLOCK_H, BLOCK_W, BLOCK_K, DZ_VECTOR, DZ_BULK)
+            top = mma(d.T, x0, top, PRECISION)
+            middle = mma(d.T, x1, middle, PRECISION)
+            bottom = mma(d.T, x2, bottom, PRECISION)
+            if SUM_DZ:
+                sums += d.to(tl.float32)
+            x0, x1 = x1, x2
+
+    C_out = dz_shape[2]
+    offs_k, offs_c = k0 + tl.arange(0, BLOCK_K), c0 + tl.arange(0, BLOCK_C)
+    mask = (offs_k < C_out)[:, None] & (offs_c < x_shape[2])[None, :]
+    row = (split.to(tl.int64) * C_out + offs_k) * 9 + s
+    out = partial_ptr + row[:, None] * stride_tap + (column + offs_c)[None, :]
+    tl.store(out, top, mask=mask)
+    tl.store(out + 3 * stride_tap, middle, mask=mask)
+    tl.store(out + 6 * stride_tap, bottom, mask=mask)
+    if SUM_DZ:
+        tl.store(partial_bias_ptr + split * C_out + offs_k, tl.sum(sums, axis=0), mask=offs_k < C_out)
+
+
+@triton.jit(do_not_specialize=["x_shape", "offset", "dz_shape", "stride_tap", "column", "tiles", "tiles_a_split"])
+def conv_relu_weight_grad_kernel(x, x_shape, offset, dz, dz_shape, partial_ptr, partial_bias_ptr, stride_tap, column,
+                                 tiles, tiles_a_split, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+                                 ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+                                 X_VECTOR: tl.constexpr, DZ_VECTOR: tl.constexpr, BULK: tl.constexpr,
+                                 STAGES: tl.constexpr, PRECISION: tl.constexpr):
+    """partial[split, k, (r, s), column + c] of the formula above; partial_bias[split, k] the sum of dz, unless None.
+
+    ``x`` and ``dz`` are descriptors if ``BULK`` (dz only with boxes of one row), else pointers, of images with shapes
+    (H, W, C). Grid: (3 column shifts, C_in and C_out tiles) × splits.
+    """
+    pid = tl.program_id(0)
+    s, tiles_c = pid % 3, tl.cdiv(x_shape[2], BLOCK_C)
+    c0, k0 = pid // 3 % tiles_c * BLOCK_C, pid // 3 // tiles_c * BLOCK_K
+    if partial_bias_ptr is not None:
+        # two loops: a sum inside the product's own loop would load dz into registers in every program
+        if (s == 1) & (c0 == 0):
+            sum_share(x, x_shape, offset, dz, dz_shape, partial_ptr, partial_bias_ptr, stride_tap, column, tiles,
+                      tiles_a_split, k0, c0, s, BLOCK_H, BLOCK_W, ROWS, BLOCK_K, BLOCK_C, X_VECTOR, DZ_VECTOR, BULK,
+                      True, STAGES, PRECISION)
+            return
+    sum_share(x, x_shape, offset, dz, dz_shape, partial_ptr, partial_bias_ptr, stride_tap, column, tiles,
+              tiles_a_split, k0, c0, s, BLOCK_H, BLOCK_W, ROWS, BLOCK_K, BLOCK_C, X_VECTOR, DZ_VECTOR, BULK,
+              False, STAGES, PRECISION)
+
+
+def weight_grad(dz: torch.Tensor, x: torch.Tensor, skip: torch.Tensor | None, pad: int, has_bias: bool,
+                config: WeightGradConfig | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dw, db) of ``conv3x3(concat([centre_crop(skip), x], 1), w) + b`` from ``dz``, the gradient before ReLU.
+
+    dz (N, C_out, H_out, W_out), x (N, C_x, H, W), skip (N, C_skip, >= H, >= W) or None. dw (C_out, C_skip + C_x, 3, 3)
+    in channels_last memory and x's dtype; db (C_out,), or (0,) without a bias. The fp32 workspace is
+    splits · C_out · (9 · (C_skip + C_x) + 1) · 4 bytes, with as many splits as :func:`choose_splits` allows.
+
+    Raises:
+        ValueError: the shapes do not belong together.
+    """
+    n, c_out, h, w = dz.shape
+    if (n, h, w) != (x.shape[0], x.shape[2] + 2 * pad - 2, x.shape[3] + 2 * pad - 2):
+        raise ValueError(f"conv_relu weight gradient: dz {tuple(dz.shape)} does not fit x {tuple(x.shape)}, pad {pad}")
+    c_skip = 0 if skip is None else skip.shape[1]
+    channels = c_skip + x.shape[1]
+    dw_shape, db_shape = (c_out, 9, channels), (c_out if has_bias else 0,)
+    dz, x = _launch.channels_last(dz), _launch.channels_last(x)
+    if dz.numel() == 0:
+        dw = _launch.empty(dw_shape, x.dtype, x.device).zero_()
+        return _as_weight(dw), _launch.empty(db_shape, x.dtype, x.device).zero_()
+    config = config or choose_config(dz, x)
+    tiles_a_split, splits = choose_splits(dz, x.shape[1], channels, config)
+    partial = _launch.empty((splits, *dw_shape), torch.float32, x.device)
+    partial_bias = _launch.empty((splits, *db_shape), torch.float32, x.device) if has_bias else None
+    launch = launch_first if config.variant == "first" else _launch_products
+    launch(dz, x, (pad, pad), partial, c_skip, partial_bias, tiles_a_split, config)
+    if skip is not None:
+        crop_h, crop_w = (skip.shape[2] - x.shape[2]) // 2, (skip.shape[3] - x.shape[3]) // 2
+        skip_config = config
+        launch(dz, _launch.channels_last(skip), (pad - crop_h, pad - crop_w), partial, 0, None, tiles_a_split, config)
+    db = sum_splits(partial_bias, x.dtype) if has_bias else _launch.empty(db_shape, x.dtype, x.device)
+    return _as_weight(sum_splits(partial, x.dtype)), db
