@@ -61,8 +61,8 @@ def _figure(rows: list[Layer], title: str) -> Figure:
 def _places(rows: list[Layer]) -> dict[str, tuple[float, float]]:
     """The centre of each box: the contracting path goes down on the left, the expanding one up on the right.
 
-    A level is as many rows high as its tallest side, and both sides stand on its lowest row: there the encoder's pooling
-    is beside the decoder's upsampling, so that each skip runs level from the last convolution to the concatenation.
+    A level is as many rows high as its tallest side, and both sides stand on its lowest row: there the encoder's
+    pooling is beside the decoder's upsampling, so that each skip runs level to its concatenation.
     """
     depth = max(row.level for row in rows)
     by_place: dict[tuple[int, int], list[Layer]] = {}

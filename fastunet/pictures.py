@@ -60,7 +60,8 @@ def curves(history: Sequence[dict], class_names: Sequence[str]) -> bytes:
     loss_axes, dice_axes = figure.subplots(1, 2)
     marker = "o" if len(epochs) < 25 else None
     for key, label, colour in (("train_loss", "training", "#0072b2"), ("val_loss", "validation", "#d55e00")):
-        loss_axes.plot(epochs, [_number(row.get(key)) for row in history], color=colour, label=label, marker=marker, ms=3)
+        values = [_number(row.get(key)) for row in history]
+        loss_axes.plot(epochs, values, color=colour, label=label, marker=marker, ms=3)
     loss_axes.set_title("Loss")
     for index, name in enumerate(class_names[1:], start=1):
         values = [_number(row.get(f"dice_{name}")) for row in history]
@@ -80,22 +81,24 @@ def curves(history: Sequence[dict], class_names: Sequence[str]) -> bytes:
     return _png(figure)
 
 
-def best_slice(labels: np.ndarray, axis: int = 2) -> int:
-    """The index along ``axis`` of the slice that shows most: the largest sum of the square roots of class areas.
+def best_slice(stack: np.ndarray) -> int:
+    """The index of the slice of labels (n, H, W) that shows most: the largest sum of the square roots of class areas.
 
-    The square root lets a slice with all classes win over one with much of a single class.
+    The square root lets a slice with all classes win over one with much of a single class. Without any, the middle.
     """
-    moved = np.moveaxis(labels, axis, 0)
-    score = np.zeros(len(moved))
-    for value in np.unique(labels):
+    score = np.zeros(len(stack))
+    for value in np.unique(stack):
         if value:
-            score += np.sqrt((moved == value).sum(axis=(1, 2)))
-    return int(score.argmax()) if score.any() else len(moved) // 2
+            score += np.sqrt((stack == value).sum(axis=(1, 2)))
+    return int(score.argmax()) if score.any() else len(stack) // 2
 
 
-def upright(plane: np.ndarray) -> np.ndarray:
-    """A slice of a volume in NIfTI axis order (first axis to the right, second away) as rows and columns to look at."""
-    return np.rot90(plane)
+def upright(plane: np.ndarray, axis: int) -> np.ndarray:
+    """A slice as people look at it: the front or the top of the head above, its left side to the right.
+
+    ``plane`` (H, W) comes from a volume whose axes run to the left, the back and the top, cut along ``axis``.
+    """
+    return plane.T if axis == 2 else plane.T[::-1]
 
 
 def _outline(axes, labels: np.ndarray) -> set[int]:

@@ -17,30 +17,30 @@ from fastunet.errors import UserError
 def segment_tiled(
     forward: Callable[[torch.Tensor], torch.Tensor],
     architecture: Architecture,
-    image: torch.Tensor,
+    images: torch.Tensor,
     tile: int | None = None,
 ) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """Yields (rows, columns, result) for each tile of ``image``; together they cover it once.
+    """Yields (rows, columns, result) for each tile of ``images``; together they cover them once.
 
     Args:
-        forward: maps (1, C, h, w) to (1, ..., h', w'), such as ``model.predict`` or ``model.predict_proba``.
+        forward: maps (N, C, h, w) to (N, ..., h', w'), such as ``model.predict`` or ``model.predict_proba``.
         architecture: of the network, for its border and its pooling grid.
-        image: (C, H, W).
+        images: (N, C, H, W).
         tile: side of the network's input; None takes the whole image, with its mirrored border, in one tile.
 
     Raises:
         UserError: ``tile`` does not fit the network, or is no larger than its border.
     """
-    _, height, width = image.shape
+    height, width = images.shape[-2:]
     border = border_width(architecture)
     unit = 2**architecture.depth
     side_height, side_width = (tile, tile) if tile else (_fitting(architecture, s, border) for s in (height, width))
     step_height, step_width = (_step(architecture, side, border, unit) for side in (side_height, side_width))
     for top in range(0, height, step_height):
         for left in range(0, width, step_width):
-            rows = mirror(torch.arange(top - border, top - border + side_height, device=image.device), height)
-            columns = mirror(torch.arange(left - border, left - border + side_width, device=image.device), width)
-            result = forward(image[:, rows][:, :, columns][None])[0]
+            rows = mirror(torch.arange(top - border, top - border + side_height, device=images.device), height)
+            columns = mirror(torch.arange(left - border, left - border + side_width, device=images.device), width)
+            result = forward(images[:, :, rows][..., columns])
             # Only "same" networks return their border; valid convolutions have consumed it.
             skip = border if architecture.padding == "same" else 0
             tall, wide = min(step_height, height - top), min(step_width, width - left)

@@ -1,4 +1,4 @@
-"""The layers of a U-Net for one input size: shapes, parameters, arithmetic and activation memory, without running it."""
+"""The layers of a U-Net for one input size: shapes, parameters, arithmetic and memory, without running it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class _Builder:
 
     def add(self, kind: str, inputs: list[str], shape: Shape, column: int, level: int, *, name: str = "",
             taps: int = 0, bias: bool = True, spread: int = 1) -> str:
-        """``taps`` is kernel height × width (0 for a layer without weights); ``spread`` the inputs a tap is used for."""
+        """``taps`` is kernel height × width, 0 without weights; ``spread`` the outputs that share one set of taps."""
         sources = tuple(self._by_name[i].shape for i in inputs)
         channels_in = sum(s[0] for s in sources)
         weights = shape[0] * channels_in * taps

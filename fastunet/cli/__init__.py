@@ -1,0 +1,71 @@
+"""The ``fastunet`` command: one module per subcommand, each with ``add_arguments`` and ``run``.
+
+Modules here import nothing heavy at their top, so that ``fastunet --help`` and argument errors come at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from fastunet.cli import demo, evaluate, info, segment, summary, train
+from fastunet.errors import UserError
+
+COMMANDS = {
+    "demo": (demo, "learn to segment phantoms, from nothing to a report, in three minutes"),
+    "train": (train, "train a U-Net on a folder of cases"),
+    "evaluate": (evaluate, "score a model, or predictions, against the truth"),
+    "segment": (segment, "segment cases, volumes or images"),
+    "summary": (summary, "list the layers of a network and draw it"),
+    "info": (info, "versions, device, and which backend each operator would use"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong argument as any other bad input: one line, exit code 2."""
+
+    def error(self, message: str):
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line ``argv`` (default: this process's) and returns the exit code.
+
+    0 is success; 2 is bad input, with one line on stderr; 130 means interrupted. Anything else is a defect and
+    raises.
+    """
+    try:
+        args = _parser().parse_args(argv)
+        args.run(args)
+    except UserError as error:
+        print(f"fastunet: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fastunet: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of a pipe went away (`| head`); point stdout elsewhere so that its flush at exit stays quiet.
+        sys.stdout = None
+        return 0
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="fastunet", description="U-Nets on PyTorch and Triton for 2-D slices of medical volumes.")
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, description) in COMMANDS.items():
+        command = commands.add_parser(name, help=description, description=f"{description[0].upper()}{description[1:]}.")
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"fastunet {version('fastunet')}"
+    except PackageNotFoundError:
+        return "fastunet (not installed)"

@@ -78,8 +78,8 @@ class TrainConfig:
         free = FREE_ON_RESUME | ({"epochs"} if self.schedule == "constant" else set())
         for name, value in given.items():
             if name not in free and value != getattr(self, name):
-                option = "--" + name.replace("_", "-")
-                raise UserError(f"the run was started with {option} {getattr(self, name)}; it cannot resume with {value}")
+                option, stored = "--" + name.replace("_", "-"), getattr(self, name)
+                raise UserError(f"the run was started with {option} {stored}; it cannot resume with {value}")
         return dataclasses.replace(self, **{name: value for name, value in given.items() if name in free})
 
     def learning_rate_at(self, step: int, total_steps: int) -> float:

@@ -1,0 +1,75 @@
+"""Argument types and options that several subcommands share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+
+def positive_int(text: str) -> int:
+    """An integer of at least one."""
+    value = _number(int, text, "a whole number")
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """A finite number above zero."""
+    value = _number(float, text, "a number")
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def fraction(text: str) -> float:
+    """A number from 0 to 1."""
+    value = _number(float, text, "a number")
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def non_negative_float(text: str) -> float:
+    """A finite number of at least zero."""
+    value = _number(float, text, "a number")
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
+    return value
+
+
+def names(text: str) -> list[str]:
+    """Comma-separated names."""
+    values = [name.strip() for name in text.split(",") if name.strip()]
+    if not values:
+        raise argparse.ArgumentTypeError("no names given")
+    return values
+
+
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
+    """``--device`` and ``--threads``."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--threads", type=positive_int, help="CPU threads (default: PyTorch's choice)")
+
+
+def add_nan_option(parser: argparse.ArgumentParser, default: str = "error") -> None:
+    """``--on-nan``."""
+    choices = ("error", "zero")
+    parser.add_argument("--on-nan", choices=choices, default=default, help="NaN or infinity: stop, or replace by 0")
+
+
+def set_threads(count: int | None) -> None:
+    """Limits PyTorch to ``count`` CPU threads, if given."""
+    import torch
+
+    if count is not None:
+        torch.set_num_threads(count)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def _number(kind: type, text: str, description: str):
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {description}") from None

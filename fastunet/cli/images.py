@@ -1,0 +1,85 @@
+"""2-D images in and out for ``fastunet segment``: ``.png`` and ``.npy``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from fastunet.errors import UserError
+
+
+def segment_images(segmenter, paths: list[Path], args: argparse.Namespace) -> None:
+    """Writes the labels of each image to the output folder under the image's name, in the image's own format.
+
+    Pixels of the results are label values of the training data. Images are normalised like the slices of a volume.
+    """
+    for path in paths:
+        image = read_image(path, segmenter.model.architecture.in_channels)
+        values = segmenter.label_map.decode(segmenter.predict(_normalised(image)[None])[0])
+        target = args.out / path.name
+        _write(target, values)
+        print(target)
+        if args.overlay:
+            from fastunet.files import write_bytes
+            from fastunet.pictures import overlay
+
+            classes = segmenter.label_map.encode(values, target)
+            panels = [(path.name, None), ("prediction", classes)]
+            picture = args.out / f"{path.stem}_overlay.png"
+            write_bytes(picture, overlay(image[0], panels, segmenter.card.class_names))
+            print(picture)
+
+
+def read_image(path: Path, channels: int) -> np.ndarray:
+    """An image as float32 (channels, H, W); a ``.npy`` may be (H, W) or (channels, H, W).
+
+    Raises:
+        UserError: the file cannot be read, has another number of channels, or holds NaN or infinity.
+    """
+    try:
+        image = np.load(path, allow_pickle=False) if path.suffix.lower() == ".npy" else _read_png(path, channels)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: there is no such file") from error
+    except (OSError, ValueError, EOFError, SyntaxError) as error:
+        raise UserError(f"{path} cannot be read as an image: {error}") from error
+    if image.ndim == 2:
+        image = image[None]
+    if image.ndim != 3 or image.shape[0] != channels or 0 in image.shape or image.dtype.kind not in "buif":
+        raise UserError(f"{path} has shape {image.shape} and type {image.dtype}; the network takes {channels} channels")
+    image = image.astype(np.float32)
+    if not np.isfinite(image).all():
+        raise UserError(f"{path} holds NaN or infinity")
+    return image
+
+
+def _read_png(path: Path, channels: int) -> np.ndarray:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        if channels == 3:
+            return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+        # Sixteen-bit images keep their depth; everything else becomes eight-bit grey.
+        return np.asarray(image if image.mode.startswith(("I", "F")) else image.convert("L"))
+
+
+def _normalised(image: np.ndarray) -> np.ndarray:
+    from fastunet.data.slices import brain_statistics, normalise
+
+    return np.stack([normalise(channel, *brain_statistics(channel[..., None])) for channel in image])
+
+
+def _write(target: Path, values: np.ndarray) -> None:
+    import io
+
+    from fastunet.files import write_bytes
+
+    stream = io.BytesIO()
+    if target.suffix.lower() == ".npy":
+        np.save(stream, values)
+    else:
+        from PIL import Image
+
+        Image.fromarray(values).save(stream, format="png")
+    write_bytes(target, stream.getvalue())

@@ -1,0 +1,93 @@
+"""``fastunet info``: versions, devices, and which backend each operator would use and why."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+PACKAGES = ("fastunet", "torch", "triton", "numpy", "nibabel", "safetensors", "matplotlib")
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--kernels", action="store_true",
+                        help="compile every kernel and list registers, spills and shared memory")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> None:
+    from fastunet.training.distributed import pick_device
+
+    print(f"Python {platform.python_version()} on {platform.platform()}")
+    for package in PACKAGES:
+        print(f"{package} {_version(package)}")
+    device = pick_device(args.device)
+    print(f"device: {device} ({_describe(device)})")
+    print(f"FASTUNET_BACKEND: {os.environ.get('FASTUNET_BACKEND', 'not set (auto)')}")
+    print()
+    _operators(device)
+    if args.kernels:
+        print()
+        _kernels()
+
+
+def _operators(device) -> None:
+    """A row per operator: the backend for each dtype; below, why Triton is not used where it is not."""
+    import torch
+
+    from fastunet import functional
+    from fastunet.dispatch import why_not_triton
+    from fastunet.errors import UserError
+
+    forced = os.environ.get("FASTUNET_BACKEND", "auto")
+    if forced not in ("auto", "triton", "torch"):
+        raise UserError(f"FASTUNET_BACKEND is {forced!r}; expected auto, triton or torch")
+    choices, reasons = {}, {}
+    for name in DTYPES:
+        reason = why_not_triton(device, getattr(torch, name))
+        if forced == "torch":
+            choices[name], reason = "torch", "FASTUNET_BACKEND asks for torch"
+        elif forced == "auto" and device.type == "cpu":
+            choices[name] = "torch"
+            reason = reason or "auto takes Triton on a GPU only; backend='triton' runs the interpreter here"
+        else:
+            choices[name] = "triton" if reason is None else ("error" if forced == "triton" else "torch")
+        if reason:
+            reasons.setdefault(reason, []).append(name)
+    operators = sorted(functional.__all__)
+    width = max(map(len, operators)) + 2
+    print("operator".ljust(width) + "".join(name.ljust(11) for name in DTYPES).rstrip())
+    for operator in operators:
+        print(operator.ljust(width) + "".join(choices[name].ljust(11) for name in DTYPES).rstrip())
+    for reason, dtypes in reasons.items():
+        print(f"not Triton for {', '.join(dtypes)}: {reason}")
+
+
+def _kernels() -> None:
+    from fastunet.dispatch import triton_installed
+    from fastunet.errors import UserError
+
+    if not triton_installed():
+        raise UserError("--kernels needs Triton, which is not installed")
+    from fastunet import machine_code
+
+    print(machine_code.kernel_table())
+
+
+def _describe(device) -> str:
+    import torch
+
+    if device.type != "cuda":
+        return f"{torch.get_num_threads()} threads; CUDA {'is available' if torch.cuda.is_available() else 'not found'}"
+    properties = torch.cuda.get_device_properties(device)
+    capability, memory = f"{properties.major}.{properties.minor}", properties.total_memory / 2**30
+    return f"{properties.name}, compute capability {capability}, {memory:.0f} GiB, CUDA {torch.version.cuda}"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

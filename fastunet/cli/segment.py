@@ -1,0 +1,141 @@
+"""``fastunet segment``: label files for cases, volumes and images."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fastunet.cli.arguments import add_machine_options, add_nan_option, positive_int, set_threads
+from fastunet.errors import UserError
+
+IMAGE_SUFFIXES = (".png", ".npy")
+VOLUME_SUFFIXES = (".nii", ".nii.gz")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, help="a run folder, or a checkpoint in it")
+    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT",
+                        help="a data folder, a case folder, NIfTI volumes, or 2-D images (.png, .npy)")  # fmt: skip
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the label files go")
+    parser.add_argument("--probabilities", action="store_true", help="also write a probability map per class")
+    parser.add_argument("--overlay", action="store_true", help="also write a picture of the most telling slice")
+    parser.add_argument("--tile", type=positive_int, metavar="SIDE",
+                        help="run in overlapping tiles of this input size, with mirrored borders")  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    add_model_options(parser)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """How to run a network, shared with ``fastunet evaluate``."""
+    parser.add_argument("--batch-size", type=positive_int, default=4, help="slices at a time (default: 4)")
+    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16", "fp16"), default="fp32")
+    parser.add_argument("--backend", choices=("auto", "triton", "torch"), default="auto")
+    add_machine_options(parser)
+    add_nan_option(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from fastunet.cli.images import segment_images
+    from fastunet.files import make_output_folder
+
+    segmenter = make_segmenter(args)
+    images = [path for path in args.inputs if path.suffix.lower() in IMAGE_SUFFIXES]
+    cases = find_cases([path for path in args.inputs if path not in images], segmenter)
+    targets = [args.out / f"{case.name}.nii.gz" for case in cases]
+    targets += [args.out / path.name for path in images]
+    _refuse_clashes(targets, args)
+    make_output_folder(args.out)
+    for case, target in zip(cases, targets, strict=False):
+        _segment_case(segmenter, case, target, args)
+    segment_images(segmenter, images, args)
+
+
+def make_segmenter(args: argparse.Namespace):
+    """The network of ``args.model`` on its device."""
+    from fastunet.segmentation import Segmenter
+    from fastunet.training.checkpoint import load_model
+    from fastunet.training.distributed import pick_device
+    from fastunet.training.precision import prepare
+
+    set_threads(args.threads)
+    device = pick_device(args.device)
+    prepare(device, args.precision)
+    model, card = load_model(args.model, backend=args.backend)
+    return Segmenter(model.to(device), card, device, args.batch_size, args.precision, getattr(args, "tile", None))
+
+
+def find_cases(inputs: list[Path], segmenter) -> list:
+    """The cases of folders and volume files, in order, with names that occur once."""
+    from fastunet.data import cases_from_files, discover_cases
+
+    modalities = segmenter.card.modalities
+    cases, files = [], []
+    for path in inputs:
+        if path.is_dir():
+            cases += discover_cases(path, modalities=modalities)
+        elif path.name.endswith(VOLUME_SUFFIXES):
+            files.append(path)
+        elif path.exists():
+            raise UserError(f"{path} is neither a folder nor a file of {', '.join(VOLUME_SUFFIXES + IMAGE_SUFFIXES)}")
+        else:
+            raise UserError(f"{path}: there is no such file or folder")
+    return cases + (cases_from_files(files, modalities) if files else [])
+
+
+def progress_display(name: str):
+    """A function (slices done, slices) that shows a bar on a terminal and nothing elsewhere."""
+    import sys
+
+    from tqdm import tqdm
+
+    bar = tqdm(desc=name, unit="slice", leave=False, disable=not sys.stderr.isatty())
+
+    def show(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+
+    return show
+
+
+def _segment_case(segmenter, case, target: Path, args: argparse.Namespace) -> None:
+    from fastunet.segmentation import write_case
+
+    slices = segmenter.open(case, on_nan=args.on_nan)
+    labels = write_case(
+        segmenter, slices, target, probabilities=args.probabilities, progress=progress_display(case.name)
+    )
+    print(target)
+    if args.overlay:
+        from fastunet.files import write_bytes
+
+        picture = args.out / f"{case.name}.png"
+        write_bytes(picture, case_picture(segmenter, slices, labels))
+        print(picture)
+
+
+def case_picture(segmenter, slices, labels) -> bytes:
+    """The slice of a case that shows most of ``labels``: image, truth if there is one, and prediction."""
+    from fastunet.data import read_labels
+    from fastunet.pictures import best_slice, overlay, upright
+
+    case, axis = slices.case, segmenter.card.axis
+    panels = [("prediction", slices.stack(labels))]
+    if case.label is not None:
+        panels.insert(0, ("truth", slices.stack(read_labels(case.label, case.label_map))))
+    index = best_slice(panels[0][1])
+    image = upright(slices.read(index, index + 1)[0, 0], axis)
+    drawn = [(f"{segmenter.card.modalities[0]}, slice {index + 1} of {len(slices)}", None)]
+    drawn += [(title, upright(stack[index], axis)) for title, stack in panels]
+    return overlay(image, drawn, segmenter.card.class_names)
+
+
+def _refuse_clashes(targets: list[Path], args: argparse.Namespace) -> None:
+    for target in targets:
+        if targets.count(target) > 1:
+            raise UserError(f"two inputs would be written to {target}")
+        if target.exists() and not args.overwrite:
+            raise UserError(f"{target} exists; --overwrite replaces it")
+        if target.resolve() in (path.resolve() for path in args.inputs):
+            raise UserError(f"{target} is an input; choose another output folder")

@@ -1,0 +1,65 @@
+"""``fastunet summary``: the layer table of a network, and its drawing."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fastunet.architecture import PRESETS
+from fastunet.cli.arguments import positive_int
+from fastunet.errors import UserError
+
+ELEMENT_SIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", help="a run folder or checkpoint (default: a preset, untrained)")
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="brats")
+    parser.add_argument("--width", type=positive_int, help="channels of the first level")
+    parser.add_argument("--depth", type=positive_int, help="number of poolings")
+    parser.add_argument("--size", type=positive_int, nargs="+", metavar="N",
+                        help="input height and width, or one number for both (default: 128, isbi 572)")  # fmt: skip
+    parser.add_argument("--precision", choices=tuple(ELEMENT_SIZES), default="fp32", help="for the activation memory")
+    parser.add_argument("--out", type=Path, metavar="NAME", help="write the drawing as NAME.svg and NAME.png")
+
+
+def run(args: argparse.Namespace) -> None:
+    from fastunet import summary
+
+    model, title, usual = _network(args)
+    size = args.size or [usual]
+    if len(size) > 2:
+        raise UserError(f"--size takes one or two numbers, got {len(size)}")
+    height, width = size if len(size) == 2 else size * 2
+    try:
+        rows = summary.layers(model, height, width)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    print(f"{title}, one image of {height}×{width}, {args.precision}")
+    print(summary.table(rows, ELEMENT_SIZES[args.precision]))
+    if args.out:
+        from fastunet.drawing import draw
+        from fastunet.files import make_output_folder
+
+        make_output_folder(args.out.parent)
+        written = draw(rows, args.out, title=f"{title}, {height}×{width}")
+        print("wrote " + " and ".join(map(str, written)))
+
+
+def _network(args: argparse.Namespace):
+    """The network, what to call it, and its usual input side."""
+    if args.model:
+        if args.width or args.depth:
+            raise UserError("--width and --depth describe an untrained network; they cannot be given with a checkpoint")
+        from fastunet.training.checkpoint import load_model
+
+        model, card = load_model(args.model)
+        return model, str(args.model), card.size or 240
+    import torch
+
+    from fastunet.reference import UNet
+
+    overrides = {name: getattr(args, name) for name in ("width", "depth") if getattr(args, name)}
+    with torch.device("meta"):
+        model = UNet.from_preset(args.preset, **overrides)
+    return model, f"preset {args.preset}", 572 if args.preset == "isbi" else 128

@@ -1,0 +1,72 @@
+"""``fastunet train``: a run folder with weights, log and curves from a folder of labelled cases."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fastunet.architecture import PRESETS
+from fastunet.cli.arguments import add_nan_option, fraction, names, non_negative_float, positive_float, positive_int
+from fastunet.training.config import LOSSES, PRECISIONS, SCHEDULES
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    # Options without a default here are absent unless given, so that --resume can tell what the user asked for.
+    parser.argument_default = argparse.SUPPRESS
+    parser.add_argument("data", help="a folder of labelled cases")
+    parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run folder")
+    parser.add_argument("--resume", action="store_true", default=False, help="continue the run in RUN exactly")
+    network = parser.add_argument_group("network")
+    network.add_argument("--preset", choices=tuple(PRESETS), help="brats (default) or isbi")
+    network.add_argument("--width", type=positive_int, help="channels of the first level (default: the preset's)")
+    network.add_argument("--depth", type=positive_int, help="number of poolings (default: the preset's)")
+    network.add_argument("--dropout", type=fraction, help="after the bottleneck (default: the preset's)")
+    data = parser.add_argument_group("data")
+    data.add_argument("--modalities", type=names, metavar="A,B", help="channels, in order (default: flair,t1ce)")
+    data.add_argument("--size", type=positive_int, help="crop or pad slices to this side (default: as they are)")
+    data.add_argument("--axis", type=int, choices=(0, 1, 2), help="slice along this axis (default: 2, axial)")
+    data.add_argument("--val-fraction", type=fraction, help="share of the patients kept for validation (default: 0.2)")
+    data.add_argument("--foreground-fraction", type=fraction,
+                      help="least share of training slices with foreground (default: 0.5)")  # fmt: skip
+    data.add_argument("--augment", action=argparse.BooleanOptionalAction, help="random flips, turns, contrast, noise")
+    add_nan_option(data, default=argparse.SUPPRESS)
+    training = parser.add_argument_group("training")
+    training.add_argument("--epochs", type=positive_int, help="default: 20")
+    training.add_argument("--batch-size", type=positive_int, help="slices per step and process (default: 8)")
+    training.add_argument("--loss", choices=LOSSES, help="default: dice_ce")
+    training.add_argument("--learning-rate", type=positive_float, help="of Adam (default: 0.001)")
+    training.add_argument("--schedule", choices=SCHEDULES, help="of the learning rate (default: constant)")
+    training.add_argument("--precision", choices=PRECISIONS, help="default: fp32")
+    training.add_argument("--seed", type=int, help="default: 0")
+    training.add_argument("--deterministic", action="store_true", help="only algorithms that repeat exactly on a GPU")
+    training.add_argument("--device", help="auto (default), cpu, cuda or cuda:N")
+    training.add_argument("--threads", type=positive_int, help="CPU threads (default: PyTorch's choice)")
+    training.add_argument("--checkpoint-every", type=non_negative_float, metavar="SECONDS",
+                          help="between saves within an epoch (default: 300; 0: each step)")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> None:
+    from fastunet.cli.arguments import set_threads
+    from fastunet.training.distributed import process_group
+    from fastunet.training.loop import train
+
+    given = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "run", "command")}
+    config = configuration(args.out, args.resume, given)
+    set_threads(config.threads)
+    with process_group(config.device) as processes:
+        train(config, args.out, processes, resume=args.resume)
+    if processes.leader:
+        print(args.out)
+
+
+def configuration(out: Path, resume: bool, given: dict):
+    """The options of the run: those given, or on ``resume`` those stored, checked against those given."""
+    from fastunet.errors import UserError
+    from fastunet.training.checkpoint import STATE
+    from fastunet.training.config import FILE_NAME, TrainConfig
+
+    if resume and (out / FILE_NAME).is_file():
+        return TrainConfig.read(out).resumed_with(given)
+    if not resume and (out / STATE).exists():
+        raise UserError(f"{out} holds a run already; --resume continues it, or choose another folder")
+    return TrainConfig(**given)

@@ -1,0 +1,107 @@
+"""Scores of one segmented case: overlap per class and per region, with one stated rule for empty structures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fastunet.metrics import SegmentationMetrics
+
+EMPTY_RULES = {
+    "one": "A structure empty in truth and prediction scores 1; one empty in the truth only scores 0.",
+    "skip": "A structure that the truth does not contain is not scored (–) and left out of the means.",
+}
+"""What Dice and IoU are where the truth is empty (the rules of :class:`SegmentationMetrics`), in words."""
+COLUMNS = ("dice", "iou", "precision", "sensitivity", "specificity")
+
+
+@dataclass(frozen=True)
+class Score:
+    """Scores of one ``structure`` (a class or a region) of one case; NaN where a score is not defined."""
+
+    case: str
+    structure: str
+    kind: str
+    dice: float
+    iou: float
+    precision: float
+    sensitivity: float
+    specificity: float
+    truth_voxels: int
+    predicted_voxels: int
+
+
+def score_case(case: str, metrics: SegmentationMetrics) -> list[Score]:
+    """A score for each foreground class, then for each region, of ``metrics`` that have counted this case alone."""
+    result, matrix = metrics.compute(), metrics.matrix
+    structures = [(name, "class", [index]) for index, name in enumerate(metrics.class_names) if index]
+    structures += [(name, "region", list(classes)) for name, classes in metrics.regions.items()]
+    scores = []
+    for name, kind, classes in structures:
+        values = dict(result["classes" if kind == "class" else "regions"][name])
+        truth, predicted = int(matrix[classes].sum()), int(matrix[:, classes].sum())
+        # The metrics give 0 for 0 / 0, as Keras does; in a table that would read as a failure.
+        values["precision"] = values["precision"] if predicted else float("nan")
+        values["sensitivity"] = values["sensitivity"] if truth else float("nan")
+        scores.append(Score(case, name, kind, *(values[c] for c in COLUMNS), truth, predicted))
+    return scores
+
+
+def mean_scores(scores: Sequence[Score]) -> list[Score]:
+    """The mean over the cases of each structure's scores, each over the cases in which it is defined."""
+    grouped: dict[tuple[str, str], list[Score]] = {}
+    for score in scores:
+        grouped.setdefault((score.kind, score.structure), []).append(score)
+    return [
+        Score("mean", structure, kind, *(_mean([getattr(s, column) for s in group]) for column in COLUMNS),
+              sum(s.truth_voxels for s in group), sum(s.predicted_voxels for s in group))
+        for (kind, structure), group in grouped.items()
+    ]  # fmt: skip
+
+
+def mean_foreground_dice(scores: Sequence[Score]) -> float:
+    """The mean Dice over all cases and foreground classes (regions left out)."""
+    return _mean([s.dice for s in scores if s.kind == "class"])
+
+
+def text_table(scores: Sequence[Score], *, empty: str = "one") -> str:
+    """Dice per case (rows) and structure (columns), the mean below, and the rule for empty structures."""
+    means = mean_scores(scores)
+    structures = [(s.kind, s.structure) for s in means]
+    by_case: dict[str, dict[tuple[str, str], Score]] = {}
+    for score in [*scores, *means]:
+        by_case.setdefault(score.case, {})[score.kind, score.structure] = score
+    # A class and a region may share a name ("enhancing tumour"), so the header says which is which.
+    header = [["", *(kind for kind, _ in structures)], ["Dice", *(name for _, name in structures)]]
+    body = [[case, *(_cell(row[s].dice) for s in structures)] for case, row in by_case.items()]
+    widths = [max(len(row[i]) for row in header + body) for i in range(len(structures) + 1)]
+
+    def line(row: Sequence[str]) -> str:
+        return "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))])
+
+    rule = "-" * (sum(widths) + 2 * len(structures))
+    lines = [*map(line, header), rule, *map(line, body[:-1]), rule, line(body[-1])]
+    return "\n".join([*lines, f"Mean foreground Dice: {_cell(mean_foreground_dice(scores))}. {EMPTY_RULES[empty]}"])
+
+
+def csv_table(scores: Sequence[Score]) -> str:
+    """Every score of every case and structure, then the means, as CSV; undefined scores are empty cells."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["case", "structure", "kind", *COLUMNS, "truth_voxels", "predicted_voxels"])
+    for s in [*scores, *mean_scores(scores)]:
+        values = ["" if math.isnan(v := getattr(s, column)) else f"{v:.6f}" for column in COLUMNS]
+        writer.writerow([s.case, s.structure, s.kind, *values, s.truth_voxels, s.predicted_voxels])
+    return stream.getvalue()
+
+
+def _mean(values: Sequence[float]) -> float:
+    defined = [v for v in values if not math.isnan(v)]
+    return sum(defined) / len(defined) if defined else float("nan")
+
+
+def _cell(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.3f}"

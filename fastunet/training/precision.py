@@ -1,0 +1,38 @@
+"""The arithmetic of ``--precision``: what autocast, the tf32 switches and the loss scale are set to."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from fastunet.errors import UserError
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """The autocast context of ``precision``; does nothing for "fp32" and "tf32"."""
+    if precision not in _AUTOCAST:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=_AUTOCAST[precision])
+
+
+def prepare(device: torch.device, precision: str, *, deterministic: bool = False) -> None:
+    """Sets the process-wide switches: tf32 only where asked for, and cuDNN's choice of algorithms.
+
+    Raises:
+        UserError: the device cannot do it.
+    """
+    if precision == "tf32" and device.type != "cuda":
+        raise UserError(f"--precision tf32 needs a CUDA device, this run uses {device}")
+    tf32 = precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.deterministic = deterministic
+
+
+def loss_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
+    """The loss scaler: active for "fp16" only, whose gradients would underflow without it."""
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
