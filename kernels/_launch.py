@@ -52,7 +52,8 @@ def launch(kernel: Any, grid: tuple[int, ...], /, *args: Any, num_warps: int = 4
         bound = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         _state.records.append(Launch(kernel, grid, bound, num_warps, num_stages, architecture()))
         return
-    kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **kwargs)
+    # stated, because Triton 3.10 turns off by default the fusion of multiplication and addition that 3.9 has on
+    kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True, **kwargs)
 
 
 @contextlib.contextmanager
