@@ -137,6 +137,11 @@ def bulk_copy_fits(x: torch.Tensor) -> bool:
     return x.shape[1] * x.element_size() % 16 == 0 and (x.is_meta or x.data_ptr() % 16 == 0)
 
 
+def vector_width(x: torch.Tensor) -> int:
+    """Channels of ``x`` that one access may hold: the widest power of two that divides C, 16 bytes at most."""
+    return next(width for width in (16 // x.element_size(), 4, 2, 1) if x.shape[1] % width == 0)
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """How :func:`mma` multiplies: "tf32" or "ieee" for float32 as PyTorch's convolutions are set, else "half".
 

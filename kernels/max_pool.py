@@ -106,11 +106,6 @@ def max_pool_backward_kernel(
     _gradient(dz_ptr + at10 + C, d_skip_ptr + at10 + C, take11, d_pool, y11, m11, HAS_SKIP, RELU)
 
 
-def _vector(x: torch.Tensor) -> int:
-    """Channels of one access: the widest power of two that divides C, up to 16 bytes."""
-    return next(v for v in (16 // x.element_size(), 4, 2, 1) if x.shape[1] % v == 0)
-
-
 def forward(x: torch.Tensor, config: MaxPoolConfig | None = None) -> torch.Tensor:
     """The maximum of each 2x2 window of ``x`` (N, C, H, W): (N, C, H // 2, W // 2), NaN wins as in PyTorch.
 
@@ -122,7 +117,7 @@ def forward(x: torch.Tensor, config: MaxPoolConfig | None = None) -> torch.Tenso
         raise ValueError(f"max_pool: an image of {h}x{w} pixels holds no 2x2 window")
     x = _launch.channels_last(x)
     y = _launch.empty_image((n, c, h // 2, w // 2), x.dtype, x.device)
-    vector = _vector(x)
+    vector = _launch.vector_width(x)
     groups = c // vector
     config = config or choose_config(w // 2 * groups, backward=False)
     tiles = triton.cdiv(w // 2 * groups, config.block)
@@ -155,7 +150,7 @@ def backward(
     y, d_pool = _launch.channels_last(y), _launch.channels_last(d_pool)
     d_skip_or_y = y if d_skip is None else _launch.channels_last(d_skip)
     dz = _launch.empty_image((n, c, h, w), y.dtype, y.device)
-    vector = _vector(y)
+    vector = _launch.vector_width(y)
     groups, windows_h, windows_w = c // vector, triton.cdiv(h, 2), triton.cdiv(w, 2)
     config = config or choose_config(windows_w * groups, backward=True)
     tiles = triton.cdiv(windows_w * groups, config.block)
