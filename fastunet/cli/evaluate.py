@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--empty", choices=("one", "skip"), default="one",
                         help="Dice of what the truth lacks: as in BraTS, or not scored (default: one)")  # fmt: skip
     parser.add_argument("--labels", metavar="EDITION",
-                        help="label table of plain label files, like brats2021 (default: the data folder's)")  # fmt: skip
+                        help="label table of plain label files, such as brats2021 (default: from the data)")  # fmt: skip
     add_model_options(parser)
 
 
@@ -68,7 +68,7 @@ def _is_model(path: Path) -> bool:
 
 
 def _model_scores(args: argparse.Namespace) -> Iterator:
-    segmenter = make_segmenter(args)
+    segmenter = make_segmenter(args, args.subject)
     for case in labelled_cases(args.truth, segmenter.card.modalities, args.labels):
         progress = progress_display(case.name)
         yield from evaluate_case(segmenter, case, empty=args.empty, on_nan=args.on_nan, progress=progress)

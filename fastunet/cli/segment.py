@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     from fastunet.cli.images import segment_images
     from fastunet.files import make_output_folder
 
-    segmenter = make_segmenter(args)
+    segmenter = make_segmenter(args, args.model)
     images = [path for path in args.inputs if path.suffix.lower() in IMAGE_SUFFIXES]
     cases = find_cases([path for path in args.inputs if path not in images], segmenter)
     targets = [args.out / f"{case.name}.nii.gz" for case in cases]
@@ -50,8 +50,8 @@ def run(args: argparse.Namespace) -> None:
     segment_images(segmenter, images, args)
 
 
-def make_segmenter(args: argparse.Namespace):
-    """The network of ``args.model`` on its device."""
+def make_segmenter(args: argparse.Namespace, source: Path):
+    """The network in ``source`` on the device that ``args`` name."""
     from fastunet.segmentation import Segmenter
     from fastunet.training.checkpoint import load_model
     from fastunet.training.distributed import pick_device
@@ -60,7 +60,7 @@ def make_segmenter(args: argparse.Namespace):
     set_threads(args.threads)
     device = pick_device(args.device)
     prepare(device, args.precision)
-    model, card = load_model(args.model, backend=args.backend)
+    model, card = load_model(source, backend=args.backend)
     return Segmenter(model.to(device), card, device, args.batch_size, args.precision, getattr(args, "tile", None))
 
 
