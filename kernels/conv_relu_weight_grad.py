@@ -83,13 +83,14 @@ def sum_share(x, x_shape, offset, dz, dz_shape, partial_ptr, partial_bias_ptr, s
         tl.store(partial_bias_ptr + split * C_out + offs_k, tl.sum(sums, axis=0), mask=offs_k < C_out)
 
 
-@triton.jit(do_not_specialize=["x_shape", "offset", "dz_shape", "stride_tap", "column", "tiles", "tiles_a_split"])
+@triton.jit(do_not_specialize=["x_shape", "offset", "dz_shape", "stride_tap", "column", "tiles", "tiles_a_split",
+                             "sums_bias"])
 def conv_relu_weight_grad_kernel(x, x_shape, offset, dz, dz_shape, partial_ptr, partial_bias_ptr, stride_tap, column,
-                                 tiles, tiles_a_split, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+                                 tiles, tiles_a_split, sums_bias, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
                                  ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
                                  X_VECTOR: tl.constexpr, DZ_VECTOR: tl.constexpr, BULK: tl.constexpr,
                                  STAGES: tl.constexpr, PRECISION: tl.constexpr):
-    """partial[split, k, (r, s), column + c] of the formula above; partial_bias[split, k] the sum of dz, unless None.
+    """partial[split, k, (r, s), column + c] of the formula; partial_bias[split, k] the sum of dz if ``sums_bias``.
 
     ``x`` and ``dz`` are descriptors if ``BULK`` (dz only with boxes of one row), else pointers, of images with shapes
     (H, W, C). Grid: (3 column shifts, C_in and C_out tiles) × splits.
@@ -97,16 +98,15 @@ def conv_relu_weight_grad_kernel(x, x_shape, offset, dz, dz_shape, partial_ptr, 
     pid = tl.program_id(0)
     s, tiles_c = pid % 3, tl.cdiv(x_shape[2], BLOCK_C)
     c0, k0 = pid // 3 % tiles_c * BLOCK_C, pid // 3 // tiles_c * BLOCK_K
-    if partial_bias_ptr is not None:
-        # two loops: a sum inside the product's own loop would load dz into registers in every program
-        if (s == 1) & (c0 == 0):
-            sum_share(x, x_shape, offset, dz, dz_shape, partial_ptr, partial_bias_ptr, stride_tap, column, tiles,
-                      tiles_a_split, k0, c0, s, BLOCK_H, BLOCK_W, ROWS, BLOCK_K, BLOCK_C, X_VECTOR, DZ_VECTOR, BULK,
-                      True, STAGES, PRECISION)
-            return
-    sum_share(x, x_shape, offset, dz, dz_shape, partial_ptr, partial_bias_ptr, stride_tap, column, tiles,
-              tiles_a_split, k0, c0, s, BLOCK_H, BLOCK_W, ROWS, BLOCK_K, BLOCK_C, X_VECTOR, DZ_VECTOR, BULK,
-              False, STAGES, PRECISION)
+    # two loops: a sum inside the product's own loop would load dz into the registers of every program
+    if (s == 1) & (c0 == 0) & (sums_bias != 0):
+        sum_share(x, x_shape, offset, dz, dz_shape, partial_ptr, partial_bias_ptr, stride_tap, column, tiles,
+                  tiles_a_split, k0, c0, s, BLOCK_H, BLOCK_W, ROWS, BLOCK_K, BLOCK_C, X_VECTOR, DZ_VECTOR, BULK,
+                  True, STAGES, PRECISION)
+    else:
+        sum_share(x, x_shape, offset, dz, dz_shape, partial_ptr, partial_bias_ptr, stride_tap, column, tiles,
+                  tiles_a_split, k0, c0, s, BLOCK_H, BLOCK_W, ROWS, BLOCK_K, BLOCK_C, X_VECTOR, DZ_VECTOR, BULK,
+                  False, STAGES, PRECISION)
 
 
 def weight_grad(dz: torch.Tensor, x: torch.Tensor, skip: torch.Tensor | None, pad: int, has_bias: bool,
@@ -114,8 +114,8 @@ def weight_grad(dz: torch.Tensor, x: torch.Tensor, skip: torch.Tensor | None, pa
     """(dw, db) of ``conv3x3(concat([centre_crop(skip), x], 1), w) + b`` from ``dz``, the gradient before ReLU.
 
     dz (N, C_out, H_out, W_out), x (N, C_x, H, W), skip (N, C_skip, >= H, >= W) or None. dw (C_out, C_skip + C_x, 3, 3)
-    in channels_last memory and x's dtype; db (C_out,), or (0,) without a bias. The fp32 workspace is
-    splits · C_out · (9 · (C_skip + C_x) + 1) · 4 bytes, with as many splits as :func:`choose_splits` allows.
+    in channels_last memory and x's dtype; db (C_out,), or (0,) without a bias. ``config`` is used for both sources.
+    The fp32 workspace is splits · C_out · (9 · (C_skip + C_x) + 1) · 4 bytes, bounded by :func:`choose_splits`.
 
     Raises:
         ValueError: the shapes do not belong together.
@@ -126,19 +126,44 @@ def weight_grad(dz: torch.Tensor, x: torch.Tensor, skip: torch.Tensor | None, pa
     c_skip = 0 if skip is None else skip.shape[1]
     channels = c_skip + x.shape[1]
     dw_shape, db_shape = (c_out, 9, channels), (c_out if has_bias else 0,)
-    dz, x = _launch.channels_last(dz), _launch.channels_last(x)
     if dz.numel() == 0:
         dw = _launch.empty(dw_shape, x.dtype, x.device).zero_()
         return _as_weight(dw), _launch.empty(db_shape, x.dtype, x.device).zero_()
-    config = config or choose_config(dz, x)
-    tiles_a_split, splits = choose_splits(dz, x.shape[1], channels, config)
+    dz, x = _launch.channels_last(dz), _launch.channels_last(x)
+    x_config = config or choose_config(dz, x)
+    splits = choose_splits(dz, x.shape[1], channels, x_config)
     partial = _launch.empty((splits, *dw_shape), torch.float32, x.device)
-    partial_bias = _launch.empty((splits, *db_shape), torch.float32, x.device) if has_bias else None
-    launch = launch_first if config.variant == "first" else _launch_products
-    launch(dz, x, (pad, pad), partial, c_skip, partial_bias, tiles_a_split, config)
+    partial_bias = _launch.empty((splits, c_out), torch.float32, x.device) if has_bias else None
+    _launch_source(dz, x, (pad, pad), partial, c_skip, partial_bias, x_config)
     if skip is not None:
+        skip = _launch.channels_last(skip)
         crop_h, crop_w = (skip.shape[2] - x.shape[2]) // 2, (skip.shape[3] - x.shape[3]) // 2
-        skip_config = config
-        launch(dz, _launch.channels_last(skip), (pad - crop_h, pad - crop_w), partial, 0, None, tiles_a_split, config)
-    db = sum_splits(partial_bias, x.dtype) if has_bias else _launch.empty(db_shape, x.dtype, x.device)
+        skip_config = config or choose_config(dz, skip)
+        _launch_source(dz, skip, (pad - crop_h, pad - crop_w), partial, 0, None, skip_config)
+    db = sum_splits(partial_bias, x.dtype) if has_bias else _launch.empty((0,), x.dtype, x.device)
     return _as_weight(sum_splits(partial, x.dtype)), db
+
+
+def _as_weight(dw: torch.Tensor) -> torch.Tensor:
+    """(C_out, 9, C) as a channels_last (C_out, C, 3, 3)."""
+    return dw.view(dw.shape[0], 3, 3, dw.shape[2]).permute(0, 3, 1, 2)
+
+
+def _launch_source(dz: torch.Tensor, x: torch.Tensor, offset: tuple[int, int], partial: torch.Tensor, column: int,
+                   partial_bias: torch.Tensor | None, config: WeightGradConfig) -> None:
+    """Writes the columns of ``x`` (from ``column`` on) of ``partial``, and ``partial_bias`` unless that is None."""
+    if config.variant == "first":
+        return launch_first(dz, x, offset, partial, column, partial_bias, config)
+    splits, bulk = partial.shape[0], config.variant == "bulk"
+    box = (1, config.block_h, config.block_w)
+    tiles, programs = config.tiles(dz), config.programs(dz.shape[1], x.shape[1])
+    _launch.launch(conv_relu_weight_grad_kernel, (programs, splits),
+                   _launch.image_descriptor(x, (*box, config.block_c)) if bulk else x,
+                   (*x.shape[2:], x.shape[1]), offset,
+                   _launch.image_descriptor(dz, (*box, config.block_k)) if bulk and config.block_h == 1 else dz,
+                   (*dz.shape[2:], dz.shape[1]), partial, partial if partial_bias is None else partial_bias,
+                   partial.shape[3], column, tiles, triton.cdiv(tiles, splits), int(partial_bias is not None),
+                   BLOCK_H=config.block_h, BLOCK_W=config.block_w, ROWS=config.rows, BLOCK_K=config.block_k,
+                   BLOCK_C=config.block_c, X_VECTOR=_launch.vector_width(x), DZ_VECTOR=_launch.vector_width(dz),
+                   BULK=bulk, STAGES=config.num_stages, PRECISION=_launch.dot_precision(dz.dtype),
+                   num_warps=config.num_warps, num_stages=config.num_stages)

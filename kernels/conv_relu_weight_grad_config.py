@@ -1,0 +1,90 @@
+"""Which variant and tile the weight gradient of a 3×3 convolution runs with, and into how many shares it is split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from . import _launch, _tuned
+
+_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+_WORKSPACE = 64 << 20
+
+
+@dataclass(frozen=True)
+class WeightGradConfig:
+    """Tile: ``block_k`` output × ``block_c`` input channels, ``rows`` boxes of ``block_h`` × ``block_w`` pixels a step.
+
+    Variants: "bulk" loads by tensor descriptors, "pointer" by masked pointers, "first" flattens its ``block_w`` pixels
+    and puts the 9 · C_in taps and a column of ones on an axis of ``block_c``. ``rows`` > 1 needs ``block_h`` 1.
+    """
+
+    variant: str
+    block_k: int
+    block_c: int
+    block_w: int
+    block_h: int = 1
+    rows: int = 1
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def tiles(self, dz: torch.Tensor) -> int:
+        """Steps over all pixels of ``dz``."""
+        n, _, h, w = dz.shape
+        if self.variant == "first":
+            return triton.cdiv(n * h * w, self.block_w)
+        return n * triton.cdiv(h, self.block_h * self.rows) * triton.cdiv(w, self.block_w)
+
+    def programs(self, c_out: int, c_in: int) -> int:
+        """Programs of one split."""
+        tiles_k = triton.cdiv(c_out, self.block_k)
+        return tiles_k if self.variant == "first" else 3 * tiles_k * triton.cdiv(c_in, self.block_c)
+
+
+def choose_config(dz: torch.Tensor, x: torch.Tensor) -> WeightGradConfig:
+    """The committed winner for ``dz`` and one source ``x`` on this GPU, else a heuristic, from bucketed channels."""
+    c_in, c_out = triton.next_power_of_2(x.shape[1]), triton.next_power_of_2(dz.shape[1])
+    bulk = _launch.architecture() >= 90 and _launch.bulk_copy_fits(dz) and _launch.bulk_copy_fits(x)
+    block_h, block_w, rows = _pixels(dz.shape[3])
+    key = (min(c_in, 512), min(c_out, 512), block_w, bulk, dz.dtype, _launch.dot_precision(dz.dtype))
+    found = _tuned.lookup("conv_relu_weight_grad", key, WeightGradConfig)
+    if found is not None:
+        return found
+    wide, ieee = dz.element_size() == 4, key[-1] == "ieee"
+    if x.shape[1] <= 4:
+        block_c = max(16, triton.next_power_of_2(9 * x.shape[1] + 1))
+        return WeightGradConfig("first", 32 if ieee else 64, block_c, 32 if ieee else 128)
+    block_k, block_c = max(16, min(64, c_out)), max(16, min(64, c_in))
+    if ieee:
+        return WeightGradConfig("pointer", min(32, block_k), min(32, block_c), 16, block_h=2, num_stages=2)
+    if not bulk:
+        return WeightGradConfig("pointer", block_k, block_c, 16, block_h=2 if wide else 4)
+    if wide:
+        return WeightGradConfig("bulk", 64, min(32, block_c), block_w // 2, block_h, rows)
+    if c_out >= 128:
+        return WeightGradConfig("bulk", 128, block_c, block_w, block_h, min(2, rows), num_warps=8)
+    return WeightGradConfig("bulk", 64, block_c, block_w, block_h, rows, num_stages=2)
+
+
+def _pixels(w: int) -> tuple[int, int, int]:
+    """(block_h, block_w, rows) of the bulk variant: single rows, which share loads, unless ``w`` fills them badly.
+
+    The boxes of several rows load each row of x three times; that is taken to cost 1.3 times as much a pixel.
+    """
+    choices = {(1, 64, 4): 1.0, (4, 32, 1): 1.3, (8, 16, 1): 1.3}
+    return min(choices, key=lambda pixels: choices[pixels] * triton.cdiv(w, pixels[1]) * pixels[1])
+
+
+def choose_splits(dz: torch.Tensor, c_in: int, channels: int, config: WeightGradConfig) -> int:
+    """Into how many shares the pixels are split: two to four waves of programs, those that end most evenly.
+
+    The fp32 workspace of splits · C_out · 9 · ``channels`` elements stays below 64 MiB, or holds a single split.
+    """
+    programs, tiles = config.programs(dz.shape[1], c_in), config.tiles(dz)
+    multiprocessors = _MULTIPROCESSORS.get(_launch.architecture(), 132)
+    fewest = triton.cdiv(2 * multiprocessors, programs)
+    most = max(1, min(tiles, _WORKSPACE // (4 * 9 * channels * dz.shape[1])))
+    candidates = range(min(fewest, most), min(2 * fewest, most) + 1)
+    return min(candidates, key=lambda s: triton.cdiv(programs * s, multiprocessors) * triton.cdiv(tiles, s))
