@@ -18,8 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write every score as CSV")
     parser.add_argument("--empty", choices=("one", "skip"), default="one",
                         help="Dice of what the truth lacks: as in BraTS, or not scored (default: one)")  # fmt: skip
-    parser.add_argument("--labels", metavar="EDITION",
-                        help="label table of plain label files, such as brats2021 (default: from the data)")  # fmt: skip
+    parser.add_argument("--labels", metavar="EDITION", help="label table of plain label files, such as brats2021")
     add_model_options(parser)
 
 

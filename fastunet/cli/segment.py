@@ -117,6 +117,8 @@ def _segment_case(segmenter, case, target: Path, args: argparse.Namespace) -> No
 
 def case_picture(segmenter, slices, labels) -> bytes:
     """The slice of a case that shows most of ``labels``: image, truth if there is one, and prediction."""
+    import numpy as np
+
     from fastunet.data import read_labels
     from fastunet.pictures import best_slice, overlay, upright
 
@@ -125,7 +127,9 @@ def case_picture(segmenter, slices, labels) -> bytes:
     if case.label is not None:
         panels.insert(0, ("truth", slices.stack(read_labels(case.label, case.label_map))))
     index = best_slice(panels[0][1])
-    image = upright(slices.read(index, index + 1)[0, 0], axis)
+    image = slices.read(index, index + 1)[0, 0]
+    # Outside the head slices are exactly 0, the mean of the inside: show it black.
+    image = upright(np.where(image == 0, image.min(), image), axis)
     drawn = [(f"{segmenter.card.modalities[0]}, slice {index + 1} of {len(slices)}", None)]
     drawn += [(title, upright(stack[index], axis)) for title, stack in panels]
     return overlay(image, drawn, segmenter.card.class_names)
