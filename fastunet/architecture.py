@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict, dataclass
 
 PRESETS: dict[str, dict] = {
@@ -115,5 +116,5 @@ class Architecture:
     def _nearest_inputs(self, side: int) -> list[int]:
         """The largest fitting side below ``side`` (if any) and the smallest above."""
         below = next((s for s in range(side - 1, 0, -1) if self._valid_output(s)), None)
-        above = next(s for s in range(max(side, 0) + 1, max(side, 0) + 16 * 4**self.depth + 16) if self._valid_output(s))
+        above = next(s for s in itertools.count(max(side, 0) + 1) if self._valid_output(s))
         return [above] if below is None else [below, above]

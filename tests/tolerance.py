@@ -18,4 +18,5 @@ def assert_within_budget(actual: torch.Tensor, same_dtype: torch.Tensor, exact: 
     error = (actual.detach().double().cpu() - exact).abs().max().item()
     torch_error = (same_dtype.detach().double().cpu() - exact).abs().max().item()
     budget = 2 * torch_error + 2 * torch.finfo(actual.dtype).eps * exact.abs().max().item()
-    assert error <= budget, f"{name}: maximum error {error:.3e} exceeds the budget {budget:.3e} (PyTorch: {torch_error:.3e})"
+    message = f"{name}: maximum error {error:.3e} exceeds the budget {budget:.3e} (PyTorch: {torch_error:.3e})"
+    assert error <= budget, message

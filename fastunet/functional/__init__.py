@@ -1,5 +1,6 @@
 """The operators: logical NCHW tensors in and out, fastest in ``channels_last``, differentiable, with ``backend=``."""
 
+from fastunet.functional import relu as _relu  # noqa: F401  (registers relu_backward, which the others call)
 from fastunet.functional.conv_relu import conv_relu, conv_relu_pool
 from fastunet.functional.conv_transpose import conv_transpose2d
 from fastunet.functional.max_pool import max_pool2d

@@ -1,4 +1,4 @@
-"""The U-Net's blocks as single autograd units, so that ReLU masks, pool gradients and skip sums need no pass of their own.
+"""The U-Net's blocks as autograd units, so that ReLU masks, pool gradients and skip sums need no pass of their own.
 
 What is kept for backward, besides the weights: an encoder block keeps its input, y1 and y2; the convolution block the
 same; a decoder block its input, the skip, the upsampled u, y1 and y2. Pooled maps, pre-activations, index tensors,
@@ -20,7 +20,7 @@ _OPS = torch.ops.fastunet
 
 
 def _two_conv_gradients(ctx, dz2, x, skip, y1, w1, w2, pad, mask_x, backend):
-    """Gradients (dx, dskip, dw1, db1, dw2, db2) of conv2(relu(conv1([skip, x]))) from dz2, all that ``ctx`` may need."""
+    """Gradients (dx, dskip, dw1, db1, dw2, db2) of conv2(relu(conv1([skip, x]))) from dz2."""
     dw2, db2 = _OPS.conv_relu_weight_grad(dz2, y1, None, pad, True, backend)
     dz1, _ = _OPS.conv_relu_data_grad(dz2, w2, y1, None, pad, True, False, backend)
     dw1, db1 = _OPS.conv_relu_weight_grad(dz1, x, skip, pad, True, backend)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from fastunet.dispatch import autocast_operands, define, select_backend
 from fastunet.functional._checks import check_alike, check_image
 from fastunet.functional._layout import empty_nhwc, nhwc
-from fastunet.functional._onednn import add_convolution_relu, convolution_relu, fusible
+from fastunet.functional._onednn import accumulates, add_convolution
 from fastunet.functional.max_pool import pooled_shape
 from fastunet.reference import centre_crop
 
@@ -27,22 +27,20 @@ def _slices(weight, skip):
 
 
 def _forward(x, skip, weight, bias, pad, relu):
-    if not fusible(x):
+    if skip is not None and accumulates(x):
+        skip_weight, x_weight = _slices(weight, skip)
+        y = nhwc(F.conv2d(nhwc(centre_crop(skip, *x.shape[2:])), skip_weight, bias, padding=pad))
+        y = add_convolution(y, nhwc(x), x_weight, pad)
+    else:
         y = nhwc(F.conv2d(_joined(x, skip), weight, bias, padding=pad))
-        return y.relu_() if relu else y
-    if skip is None:
-        return nhwc(convolution_relu(nhwc(x), weight, bias, pad, relu))
-    skip_weight, x_weight = _slices(weight, skip)
-    crop = nhwc(centre_crop(skip, *x.shape[2:]))
-    y = nhwc(convolution_relu(crop, skip_weight, bias, pad, False))
-    return add_convolution_relu(y, nhwc(x), x_weight, pad, relu)
+    return y.relu_() if relu else y
 
 
 def _joined(x, skip):
-    """NHWC memory of x, or of [centre_crop(skip), x] for the one call that a library's weight gradient is fastest as."""
+    """NHWC memory of x, or of [centre_crop(skip), x], for the calls that know one source only."""
     if skip is None:
         return nhwc(x)
-    n, channels, height, width = x.shape
+    _, channels, height, width = x.shape
     joined = empty_nhwc(x, skip.shape[1] + channels, height, width)
     return torch.cat([centre_crop(skip, height, width), x], dim=1, out=joined)
 

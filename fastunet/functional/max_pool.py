@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 
 from fastunet.dispatch import define, select_backend
-from fastunet.functional import relu  # noqa: F401  (registers relu_backward, which every ReLU operator needs)
 from fastunet.functional._checks import check_image
 from fastunet.functional._layout import empty_nhwc, nhwc
 

@@ -1,0 +1,58 @@
+"""upsample_conv_relu in PyTorch: against nearest upsampling, bottom/right padding, 2×2 convolution, ReLU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastunet.functional import upsample_conv_relu
+from tests import operators
+
+OPS = torch.ops.fastunet
+
+
+def literal(x, weight, bias):
+    up = F.pad(F.interpolate(x, scale_factor=2, mode="nearest"), (0, 1, 0, 1))
+    return F.relu(F.conv2d(up, weight, bias))
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [((2, 3, 5, 4), (4, 3, 2, 2), (4,)), ((1, 1, 1, 1), (1, 1, 2, 2), None), ((1, 6, 3, 7), (2, 6, 2, 2), (2,))],
+)
+def test_against_literal(shapes):
+    operators.check_gradients(upsample_conv_relu, *shapes)
+    operators.check_layouts(upsample_conv_relu, *shapes)
+    operators.check_compiles(upsample_conv_relu, *shapes)
+    got = operators.run_with_gradients(upsample_conv_relu, operators.leaves(*shapes))
+    want = operators.run_with_gradients(literal, operators.leaves(*shapes))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_float32_error_is_pytorch_s():
+    operators.check_against_literal(upsample_conv_relu, literal, (2, 16, 9, 8), (8, 16, 2, 2), (8,))
+
+
+def test_registration():
+    x, weight, bias, dz = torch.randn(2, 3, 5, 4), torch.randn(4, 3, 2, 2), torch.randn(4), torch.randn(2, 4, 10, 8)
+    operators.check_registration(OPS.upsample_conv_relu.default, x, weight, bias, True, "torch")
+    operators.check_registration(OPS.upsample_conv_relu.default, x, weight, None, False, "torch")
+    operators.check_registration(OPS.upsample_conv_relu_data_grad.default, dz, weight, x, True, "torch")
+    operators.check_registration(OPS.upsample_conv_relu_weight_grad.default, dz, x, True, "torch")
+    operators.check_registration(OPS.upsample_conv_relu_weight_grad.default, dz, x, False, "torch")
+
+
+def test_mask_of_the_input():
+    torch.manual_seed(0)
+    dz, weight, x = torch.randn(1, 4, 6, 8), torch.randn(4, 3, 2, 2), torch.randn(1, 3, 3, 4)
+    plain = OPS.upsample_conv_relu_data_grad(dz, weight, x, False, "torch")
+    assert torch.equal(OPS.upsample_conv_relu_data_grad(dz, weight, x, True, "torch"), plain * (x > 0))
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match=r"\(any, 3, 2, 2\), got \(4, 3, 3, 3\)"):
+        upsample_conv_relu(torch.zeros(1, 3, 4, 4), torch.zeros(4, 3, 3, 3))
+    with pytest.raises(ValueError, match=r"bias must have shape \(4,\), got \(3,\)"):
+        upsample_conv_relu(torch.zeros(1, 3, 4, 4), torch.zeros(4, 3, 2, 2), torch.zeros(3))
