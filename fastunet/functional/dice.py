@@ -14,19 +14,20 @@ _LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 _MAX_CLASSES = 128
 
 dispatch.define(
-    "dice_sums(Tensor logits, Tensor targets, Tensor? class_weights, int? ignore_index, str backend) -> Tensor",
+    "dice_sums(Tensor logits, Tensor targets, Tensor? class_weights, int? ignore_index, bool cross_entropy,"
+    " str backend) -> Tensor",
     torch_impl=dice_cpu.sums,
     triton_impl="dice:sums",
-    fake=lambda logits, targets, class_weights, ignore_index: logits.new_empty(
+    fake=lambda logits, targets, class_weights, ignore_index, cross_entropy: logits.new_empty(
         (logits.shape[0], 3 * logits.shape[1] + 3), dtype=dice_cpu.sum_dtype(logits)
     ),
 )
 dispatch.define(
-    "dice_sums_grad(Tensor grad, Tensor logits, Tensor targets, Tensor? class_weights, int? ignore_index, str backend)"
-    " -> Tensor",
+    "dice_sums_grad(Tensor grad, Tensor logits, Tensor targets, Tensor? class_weights, int? ignore_index,"
+    " bool cross_entropy, str backend) -> Tensor",
     torch_impl=dice_cpu.sums_grad,
     triton_impl="dice:sums_grad",
-    fake=lambda grad, logits, targets, class_weights, ignore_index: torch.empty_like(logits),
+    fake=lambda grad, logits, targets, class_weights, ignore_index, cross_entropy: torch.empty_like(logits),
 )
 dispatch.define(
     "confusion_counts(Tensor predictions, Tensor labels, int classes, int? ignore_index, str backend) -> Tensor",
@@ -40,17 +41,15 @@ dispatch.define(
 
 class _DiceSums(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, targets, class_weights, ignore_index, backend):
+    def forward(ctx, logits, targets, class_weights, *options):
         ctx.save_for_backward(logits, targets, class_weights)
-        ctx.ignore_index, ctx.backend = ignore_index, backend
-        return torch.ops.fastunet.dice_sums(logits, targets, class_weights, ignore_index, backend)
+        ctx.options = options
+        return torch.ops.fastunet.dice_sums(logits, targets, class_weights, *options)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        logits, targets, class_weights = ctx.saved_tensors
-        dlogits = torch.ops.fastunet.dice_sums_grad(grad, logits, targets, class_weights, ctx.ignore_index, ctx.backend)
-        return dlogits, None, None, None, None
+        return torch.ops.fastunet.dice_sums_grad(grad, *ctx.saved_tensors, *ctx.options), *[None] * 5
 
 
 class _SumOverProcesses(torch.autograd.Function):
@@ -138,7 +137,7 @@ def dice_cross_entropy(
         raise ValueError("include_background=False leaves no class: one logit already stands for the foreground alone")
     targets, class_weights = _validated(logits, labels, class_weights, ignore_index)
     backend = dispatch.select_backend(backend, "dice_cross_entropy", logits)
-    sums = _DiceSums.apply(logits.flatten(2), targets, class_weights, ignore_index, backend)
+    sums = _DiceSums.apply(logits.flatten(2), targets, class_weights, ignore_index, bool(ce_weight), backend)
     wrong = sums[:, -1].sum()
     if check_labels and not _cannot_raise(logits) and wrong.item() > 0:
         _raise_out_of_range(targets, max(logits.shape[1], 2), ignore_index)
@@ -262,7 +261,7 @@ def confusion_counts(
         shape = tuple(predictions.shape)
         if len(shape) < 3 or max(shape[1], 2) != num_classes:
             raise ValueError(f"logits have shape {shape}; {num_classes} classes need (N, {num_classes}, H, W)")
-        predictions, pixels = predictions.flatten(2), (shape[0], *shape[2:])
+        predictions, pixels = predictions.detach().flatten(2), (shape[0], *shape[2:])
     else:
         predictions = _integer_labels(predictions, labels.ndim, "predicted labels")
         predictions, pixels = predictions.flatten(1), tuple(predictions.shape)

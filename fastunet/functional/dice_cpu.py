@@ -7,19 +7,26 @@ channels and K = max(C, 2) the number of classes: one channel is the logit of th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 
-_CHUNK_BYTES = 256 * 1024
-"""Of a chunk's probabilities, per thread: with its logits and gradient it stays in a second-level cache of 1 MiB."""
-
 NONE_WRONG = -(2**31)
 """Stands for "no value is out of range" in :func:`confusion`."""
 
+_CHUNK_BYTES = 512 * 1024
+"""Of a chunk's probabilities, per thread. Smaller chunks spend more on starting operations than their cache saves."""
+
+_LOG2_E = 1 / math.log(2)
+
 
 def sums(
-    logits: torch.Tensor, targets: torch.Tensor, class_weights: torch.Tensor | None, ignore_index: int | None
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    class_weights: torch.Tensor | None,
+    ignore_index: int | None,
+    cross_entropy: bool,
 ) -> torch.Tensor:
     """Per sample every sum that the Dice and cross-entropy losses need.
 
@@ -28,49 +35,31 @@ def sums(
         targets: (N, S) integer labels, or (N, C, S) memberships in [0, 1].
         class_weights: (K,) weights of the cross-entropy, or None.
         ignore_index: the label that counts nowhere, or None.
+        cross_entropy: whether its sum is wanted; it is 0 otherwise.
 
     Returns:
         (N, 3 C + 3) in float32 (float64 for float64 logits): I = sum(p t), P = sum(p) and T = sum(t) of each channel,
         then ``sum(-w_t t log p)``, ``sum(w_t t)`` and the number of labels out of range.
     """
     n, c = logits.shape[:2]
-    totals = torch.zeros(n, 3, max(c, 2), dtype=torch.float64, device=logits.device)
-    scalars = torch.zeros(n, 3, dtype=torch.float64, device=logits.device)
-    for sample, pixels in _chunks(logits.shape):
-        z = _class_logits(logits[sample, :, pixels])
-        if targets.ndim == 3:
-            _add_soft_sums(
-                z, _memberships(targets[sample, :, pixels], z), class_weights, totals[sample], scalars[sample]
-            )
-        else:
-            _add_hard_sums(z, targets[sample, pixels], class_weights, ignore_index, totals[sample], scalars[sample])
-    return torch.cat([totals[:, :, max(c, 2) - c :].flatten(1), scalars], 1).to(sum_dtype(logits))
-
-
-def _add_hard_sums(z, labels, class_weights, ignore_index, totals, scalars) -> None:
-    label, valid, invalid = _labels(labels, len(z), ignore_index)
-    log_p = z.log_softmax(0)
-    log_p_true = log_p.gather(0, label[None])[0]
-    weight = valid.to(z.dtype) if class_weights is None else class_weights.to(z.dtype)[label] * valid
-    scalars[0] -= torch.where(weight == 0, 0.0, log_p_true * weight).sum()
-    scalars[1] += weight.sum()
-    scalars[2] += invalid
-    counts = valid.double()
-    totals[0].scatter_add_(0, label, log_p_true.exp().double() * counts)
-    totals[1] += log_p.exp_().mul_(valid).sum(1)
-    totals[2].scatter_add_(0, label, counts)
-
-
-def _add_soft_sums(z, t, class_weights, totals, scalars) -> None:
-    log_p = z.log_softmax(0)
-    weighted = t if class_weights is None else t * class_weights.to(z.dtype)[:, None]
-    # A class that is impossible (log p = -inf) and not true must give 0, not NaN.
-    scalars[0] -= torch.where(weighted == 0, 0.0, log_p * weighted).sum()
-    scalars[1] += weighted.sum()
-    p = log_p.exp_()
-    totals[0] += (p * t).sum(1)
-    totals[1] += p.sum(1)
-    totals[2] += t.sum(1)
+    k = max(c, 2)
+    # Of each class: I, P, T and, if wanted, sum(t log p).
+    totals = torch.zeros(n, 4, k, dtype=torch.float64, device=logits.device)
+    ignored = torch.zeros(n, dtype=torch.float64, device=logits.device)
+    for sample, pixels, block in _chunks(logits, 4):
+        product, p, t, log_p = (block[i] for i in range(4))
+        ignored[sample] += _fill_memberships(t, targets[sample, ..., pixels], ignore_index)
+        total = _fill_softmax(p, log_p, logits[sample, :, pixels], t if targets.ndim == 2 else None)
+        torch.mul(p, t, out=product)
+        if cross_entropy:
+            # 0 · -inf, a class that is impossible and not true, is 0. NaN logits still show: in P.
+            log_p.sub_(total.log_()).mul_(t).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+        rows = 4 if cross_entropy else 3
+        totals[sample, :rows] += block[:rows].sum(-1)
+    weights = torch.ones_like(totals[0, 0]) if class_weights is None else class_weights.double()
+    wrong = logits.shape[2] - totals[:, 2].sum(1) - ignored if targets.ndim == 2 else torch.zeros_like(ignored)
+    scalars = torch.stack([-(totals[:, 3] * weights).sum(1), (totals[:, 2] * weights).sum(1), wrong], 1)
+    return torch.cat([totals[:, :3, k - c :].flatten(1), scalars], 1).to(sum_dtype(logits))
 
 
 def sums_grad(
@@ -79,6 +68,7 @@ def sums_grad(
     targets: torch.Tensor,
     class_weights: torch.Tensor | None,
     ignore_index: int | None,
+    cross_entropy: bool,
 ) -> torch.Tensor:
     """The gradient of :func:`sums` with respect to the logits.
 
@@ -93,38 +83,24 @@ def sums_grad(
     """
     c = logits.shape[1]
     k = max(c, 2)
-    grad_i, grad_p = (torch.nn.functional.pad(grad[:, j * c : (j + 1) * c], (k - c, 0)) for j in (0, 1))
-    grad_nll = grad[:, 3 * c]
+    grad_i, grad_p = (torch.nn.functional.pad(grad[:, j * c : (j + 1) * c], (k - c, 0))[..., None] for j in (0, 1))
+    grad_nll = grad[:, 3 * c, None, None]
+    if class_weights is not None:
+        grad_nll = grad_nll * class_weights.to(grad.dtype)[:, None]
     result = torch.empty_like(logits)
-    for sample, pixels in _chunks(logits.shape):
-        z = _class_logits(logits[sample, :, pixels])
-        at = grad_i[sample].to(z.dtype), grad_p[sample].to(z.dtype), grad_nll[sample].to(z.dtype), class_weights
-        if targets.ndim == 3:
-            dz = _soft_grad(z, _memberships(targets[sample, :, pixels], z), *at)
+    for sample, pixels, block in _chunks(logits, 4):
+        g, p, t, product = (block[i] for i in range(4))
+        _fill_memberships(t, targets[sample, ..., pixels], ignore_index)
+        _fill_softmax(p, g, logits[sample, :, pixels], t if targets.ndim == 2 else None)
+        torch.mul(t, grad_i[sample], out=g).add_(grad_p[sample])
+        mean = torch.mul(p, g, out=product).sum(0)
+        if cross_entropy:
+            weighted = t.mul_(grad_nll[sample])
+            dz = p.mul_(g.sub_(mean.sub_(weighted.sum(0)))).sub_(weighted)
         else:
-            dz = _hard_grad(z, targets[sample, pixels], *at, ignore_index)
+            dz = p.mul_(g.sub_(mean))
         result[sample, :, pixels] = dz[k - c :]
     return result
-
-
-def _hard_grad(z, labels, grad_i, grad_p, grad_nll, class_weights, ignore_index) -> torch.Tensor:
-    label, valid, _ = _labels(labels, len(z), ignore_index)
-    p = z.softmax(0)
-    p_true = p.gather(0, label[None])[0]
-    from_intersection = p_true * grad_i[label]
-    from_nll = grad_nll if class_weights is None else grad_nll * class_weights.to(z.dtype)[label]
-    mean = (p * grad_p[:, None]).sum(0) + from_intersection - from_nll
-    dz = p.mul_(grad_p[:, None] - mean)
-    dz.scatter_add_(0, label[None], (from_intersection - from_nll)[None])
-    return dz.mul_(valid)
-
-
-def _soft_grad(z, t, grad_i, grad_p, grad_nll, class_weights) -> torch.Tensor:
-    p = z.softmax(0)
-    weighted = grad_nll * (t if class_weights is None else t * class_weights.to(z.dtype)[:, None])
-    g = torch.addcmul(grad_p[:, None], grad_i[:, None], t)
-    mean = (p * g).sum(0) - weighted.sum(0)
-    return p.mul_(g - mean) - weighted
 
 
 def confusion(predictions: torch.Tensor, labels: torch.Tensor, classes: int, ignore_index: int | None) -> torch.Tensor:
@@ -140,13 +116,14 @@ def confusion(predictions: torch.Tensor, labels: torch.Tensor, classes: int, ign
         (N, K² + 2) int64: the matrix row by row (rows truth), the number of pixels left out because their label or
         prediction is out of range, and the greatest such value (:data:`NONE_WRONG` if there is none).
     """
-    n, s = labels.shape
+    n = len(labels)
     result = torch.zeros(n, classes * classes + 2, dtype=torch.int64, device=labels.device)
     result[:, -1] = NONE_WRONG
-    for sample, pixels in _chunks((n, predictions.shape[1] if predictions.ndim == 3 else 1, s)):
+    for sample, pixels, block in _chunks(predictions if predictions.ndim == 3 else predictions[:, None], 1):
         truth = labels[sample, pixels].long()
         if predictions.ndim == 3:
-            predicted = _class_logits(predictions[sample, :, pixels]).argmax(0)
+            _copy_logits(block[0], predictions[sample, :, pixels])
+            predicted = block[0].argmax(0)
         else:
             predicted = predictions[sample, pixels].long()
         counted = torch.ones_like(truth, dtype=torch.bool) if ignore_index is None else truth != ignore_index
@@ -165,30 +142,55 @@ def sum_dtype(logits: torch.Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _chunks(shape: tuple[int, int, int]) -> Iterator[tuple[int, slice]]:
-    n, c, s = shape
-    chunk = max(1, _CHUNK_BYTES * torch.get_num_threads() // (4 * max(c, 2)))
+def _chunks(logits: torch.Tensor, buffers: int) -> Iterator[tuple[int, slice, torch.Tensor]]:
+    """The sample and pixels of each chunk, and a (buffers, K, chunk) block of memory that the next one overwrites."""
+    n, c, s = logits.shape
+    k = max(c, 2)
+    most = max(1, _CHUNK_BYTES * torch.get_num_threads() // (4 * k))
+    chunk = -(-s // max(1, -(-s // most)))
+    memory = torch.empty(buffers * k * chunk, dtype=sum_dtype(logits), device=logits.device)
     for sample in range(n):
         for start in range(0, s, chunk):
-            yield sample, slice(start, min(start + chunk, s))
+            pixels = slice(start, min(start + chunk, s))
+            size = pixels.stop - start
+            yield sample, pixels, memory[: buffers * k * size].view(buffers, k, size)
 
 
-def _class_logits(z: torch.Tensor) -> torch.Tensor:
-    """(C, chunk) logits as a contiguous (K, chunk) tensor of at least float32."""
-    z = z.to(sum_dtype(z)).contiguous()
-    return z if len(z) > 1 else torch.cat([torch.zeros_like(z), z])
+def _fill_memberships(t: torch.Tensor, targets: torch.Tensor, ignore_index: int | None) -> torch.Tensor | int:
+    """Writes the (K, chunk) memberships of a chunk's targets, 0 where a pixel counts nowhere; returns the ignored."""
+    k = len(t)
+    if targets.ndim == 2:
+        t[k - len(targets) :] = targets
+        if len(targets) < k:
+            torch.sub(1, t[1], out=t[0])
+        return 0
+    labels, ignored = targets.to(t.dtype), 0
+    if ignore_index is not None:
+        at = targets == ignore_index
+        ignored = at.sum()
+        labels = labels.masked_fill(at, -1)
+    # Comparing floats into floats is vectorised; comparing integers into booleans takes five times as long.
+    torch.eq(labels, torch.arange(k, dtype=t.dtype, device=t.device)[:, None], out=t)
+    return ignored
 
 
-def _memberships(t: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    """(C, chunk) memberships as (K, chunk) in the dtype of the class logits ``z``."""
-    t = t.to(z.dtype).contiguous()
-    return t if len(t) > 1 else torch.cat([1 - t, t])
+def _fill_softmax(
+    p: torch.Tensor, shifted: torch.Tensor, logits: torch.Tensor, hard: torch.Tensor | None
+) -> torch.Tensor:
+    """Writes ``shifted`` = z - max z and ``p`` = softmax(z) over the classes; returns sum(exp(z - max z)).
+
+    With ``hard`` memberships p is 0 at the pixels that belong to no class.
+    """
+    _copy_logits(shifted, logits)
+    shifted -= shifted.amax(0)
+    # exp2 is vectorised in PyTorch where exp is not, and takes a third of its time.
+    total = torch.mul(shifted, _LOG2_E, out=p).exp2_().sum(0)
+    p *= 1 / total if hard is None else hard.sum(0) / total
+    return total
 
 
-def _labels(labels: torch.Tensor, classes: int, ignore_index: int | None):
-    """Labels as int64 with 0 where they do not count, whether they count, and how many are out of range."""
-    label = labels.long()
-    in_range = (label >= 0) & (label < classes)
-    valid = in_range if ignore_index is None else in_range & (label != ignore_index)
-    wrong = ~in_range if ignore_index is None else ~in_range & (label != ignore_index)
-    return torch.where(valid, label, 0), valid, wrong.sum()
+def _copy_logits(z: torch.Tensor, logits: torch.Tensor) -> None:
+    """(C, chunk) ``logits`` into (K, chunk) ``z``."""
+    z[len(z) - len(logits) :] = logits
+    if len(logits) < len(z):
+        z[0] = 0
