@@ -213,13 +213,13 @@ def choose_forward_config(x: torch.Tensor, c_out: int, side: int) -> Stride2Conf
     if not bulk:
         return Stride2Config(8, 16, 64, 16 if wide else 32, 8, 3, False)
     block_c = 16 if wide else 32
+    if side == 2:
+        return Stride2Config(*((64, 4, 64) if c_out % 64 else (32, 4, 128)), block_c, 8, 4, True)
     if c_out % 128:
-        block_h, block_w = (8, 32) if side == 3 else (64, 4)
-        return Stride2Config(block_h, block_w, 64, block_c, 8, 4, True)
-    if side == 3 and x.shape[3] <= 8:
-        return Stride2Config(8, 8, 128, block_c, 4, 4, True)
-    block_h, block_w = (8, 16) if side == 3 else (32, 4)
-    return Stride2Config(block_h, block_w, 128, block_c, 8, 4, True)
+        # eight warps would lay the two accumulators of a 64-row tile out differently and convert one in the loop
+        return Stride2Config(8, 16, 64, block_c, 4, 3, True)
+    block_w, num_warps = (8, 4) if x.shape[3] <= 8 else (16, 8)
+    return Stride2Config(8, block_w, 128, block_c, num_warps, 4, True)
 
 
 def choose_data_grad_config(dy: torch.Tensor, c_in: int, side: int) -> Stride2Config:

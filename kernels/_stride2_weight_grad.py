@@ -12,6 +12,7 @@ from . import _launch
 from ._stride2 import load_tile, phase_view, stack_images
 
 _PROGRAMS = 264  # two programs for each of an H100's 132 multiprocessors
+_BLOCK_Q = 64  # columns of one program that sums the bias
 
 
 @dataclass(frozen=True)
@@ -31,67 +32,90 @@ class WeightGradConfig:
 
 
 @triton.jit
-def stride2_weight_grad_kernel(
-    x_ptr, dy, partial_ptr, partial_bias_ptr, H, W, C_in, C_out, tiles_h, tiles_w, tiles, tiles_a_split,
-    blocks_in, blocks_out, stride_in, stride_out, stride_tap,
-    SIDE: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr, BULK: tl.constexpr,
-):  # fmt: skip
-    """partial[split, ci, co, (r, s)] = sum over the split's pixels of x[n, i, j, ci] dy[n, 2i - 1 + r, 2j - 1 + s, co].
+def sum_columns(y_ptr, out_ptr, q0, row, rows_end, Q, BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """out[q] = sum of y[row : rows_end, q] for BLOCK_Q columns of a matrix of Q columns; fixed order."""
+    offs_q = q0 + tl.arange(0, BLOCK_Q)
+    q_mask = offs_q < Q
+    acc = tl.zeros((BLOCK_R, BLOCK_Q), tl.float32)
+    for first in range(row, rows_end, BLOCK_R):
+        offs_r = (first + tl.arange(0, BLOCK_R)).to(tl.int64)
+        mask = (offs_r < rows_end)[:, None] & q_mask[None, :]
+        acc += tl.load(y_ptr + offs_r[:, None] * Q + offs_q[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + offs_q, tl.sum(acc, axis=0), mask=q_mask)
 
-    A program holds one tap row r, so that one tile of x meets the two or three taps of it. The programs of the first
-    block of C_in also sum dy: those of r = 1 and 2 hold row phases 0 and 1, each column once in taps s = 1 and 2.
-    """
-    pid, split = tl.program_id(0), tl.program_id(1)
-    r = pid % SIDE + 3 - SIDE
-    block = pid // SIDE
-    ci0, co0 = (block % blocks_in) * BLOCK_IN, (block // blocks_in) * BLOCK_OUT
-    sums_bias = (ci0 == 0) & (r > 0)
+
+@triton.jit
+def sum_products(
+    x, dy, partial_ptr, r, first, tiles_end, ci0, co0, H, W, C_in, C_out, tiles_h, tiles_w,
+    stride_in, stride_out, stride_tap,
+    SIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr, BULK: tl.constexpr,
+    X_BULK: tl.constexpr,
+):  # fmt: skip
+    """partial[ci, co, (r, s)] = sum of x[n, i, j, ci] dy[n, 2i - 1 + r, 2j - 1 + s, co], for one tap row r."""
     left = tl.zeros((BLOCK_IN, BLOCK_OUT), tl.float32)
     even = tl.zeros((BLOCK_IN, BLOCK_OUT), tl.float32)
     odd = tl.zeros((BLOCK_IN, BLOCK_OUT), tl.float32)
-    bias = tl.zeros((BLOCK_OUT,), tl.float32)
-    first = split * tiles_a_split
-    for tile in range(first, tl.minimum(first + tiles_a_split, tiles)):
+    Q = 2 * C_out
+    for tile in range(first, tiles_end):
         h, w, n = ((tile // tiles_w) % tiles_h) * BLOCK_H, (tile % tiles_w) * BLOCK_W, tile // (tiles_w * tiles_h)
-        # A reshaped box reaches the product without a detour only as its right operand: x comes by pointers
-        x = load_tile(x_ptr, n, h, 0, w, ci0, H, W, C_in, C_in, 1, BLOCK_H, BLOCK_W, BLOCK_IN, False)
+        # 16-bit x comes by pointers: as left operand a reshaped box would pass through registers, as all fp32 does
+        x_tile = load_tile(x, n, h, 0, w, ci0, H, W, C_in, C_in, 1, BLOCK_H, BLOCK_W, BLOCK_IN, X_BULK).T
         i, a = h + (r + 1) // 2 - 1, (r + 1) % 2
-        g1 = load_tile(dy, n, i, a, w, co0, H, W, 2 * C_out, C_out, 2, BLOCK_H, BLOCK_W, BLOCK_OUT, BULK)
-        g2 = load_tile(
-            dy, n, i, a, w, C_out + co0, H, W, 2 * C_out, 2 * C_out, 2, BLOCK_H, BLOCK_W, BLOCK_OUT, BULK
-        )  # fmt: skip
-        even = _launch.mma(x.T, g1, even, PRECISION)
-        odd = _launch.mma(x.T, g2, odd, PRECISION)
+        g1 = load_tile(dy, n, i, a, w, co0, H, W, Q, C_out, 2, BLOCK_H, BLOCK_W, BLOCK_OUT, BULK)
+        g2 = load_tile(dy, n, i, a, w, C_out + co0, H, W, Q, Q, 2, BLOCK_H, BLOCK_W, BLOCK_OUT, BULK)
+        even = _launch.mma(x_tile, g1, even, PRECISION)
+        odd = _launch.mma(x_tile, g2, odd, PRECISION)
         if SIDE == 3:
-            g0 = load_tile(
-                dy, n, i, a, w - 1, C_out + co0, H, W, 2 * C_out, 2 * C_out, 2, BLOCK_H, BLOCK_W, BLOCK_OUT, BULK
-            )  # fmt: skip
-            left = _launch.mma(x.T, g0, left, PRECISION)
-        if HAS_BIAS:  # noqa: SIM102 (a compile-time and a run-time condition)
-            if sums_bias:
-                bias += tl.sum(g1.to(tl.float32), axis=0) + tl.sum(g2.to(tl.float32), axis=0)
+            g0 = load_tile(dy, n, i, a, w - 1, C_out + co0, H, W, Q, Q, 2, BLOCK_H, BLOCK_W, BLOCK_OUT, BULK)
+            left = _launch.mma(x_tile, g0, left, PRECISION)
 
     offs_in, offs_out = ci0 + tl.arange(0, BLOCK_IN), co0 + tl.arange(0, BLOCK_OUT)
     mask = (offs_in < C_in)[:, None] & (offs_out < C_out)[None, :]
-    size = SIDE * SIDE * C_in * C_out
-    tap = (pid % SIDE) * SIDE
-    out = partial_ptr + split.to(tl.int64) * size + offs_in[:, None] * stride_in + offs_out[None, :] * stride_out
+    out = partial_ptr + offs_in[:, None] * stride_in + offs_out[None, :] * stride_out
+    out += (r + SIDE - 3) * SIDE * stride_tap
     if SIDE == 3:
-        tl.store(out + tap * stride_tap, left, mask=mask)
-        tap += 1
-    tl.store(out + tap * stride_tap, even, mask=mask)
-    tl.store(out + (tap + 1) * stride_tap, odd, mask=mask)
-    if HAS_BIAS:  # noqa: SIM102
-        if sums_bias:
-            row = split * 2 + r - 1
-            tl.store(partial_bias_ptr + row * C_out + offs_out, bias, mask=offs_out < C_out)
+        tl.store(out, left, mask=mask)
+        out += stride_tap
+    tl.store(out, even, mask=mask)
+    tl.store(out + stride_tap, odd, mask=mask)
+
+
+@triton.jit
+def stride2_weight_grad_kernel(
+    x, dy, dy_ptr, partial_ptr, partial_bias_ptr, H, W, C_in, C_out, tiles_h, tiles_w, tiles, tiles_a_split,
+    rows, rows_a_split, blocks_in, blocks_out, stride_in, stride_out, stride_tap,
+    SIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BULK: tl.constexpr, X_BULK: tl.constexpr,
+):  # fmt: skip
+    """Partial sums of one split. Those of axis 0 hold a tap row and a block of channels each, the last ones the bias.
+
+    The bias sums have programs of their own because a branch inside the product's loop makes it wait for each product.
+    They read dy (``dy_ptr``) as a matrix of ``rows`` and 2 C_out columns, while the products bring it to the L2 cache.
+    """
+    pid, split = tl.program_id(0), tl.program_id(1)
+    block = pid // SIDE
+    if block < blocks_in * blocks_out:
+        first = split * tiles_a_split
+        sum_products(
+            x, dy, partial_ptr + split.to(tl.int64) * SIDE * SIDE * C_in * C_out, pid % SIDE + 3 - SIDE,
+            first, tl.minimum(first + tiles_a_split, tiles),
+            (block % blocks_in) * BLOCK_IN, (block // blocks_in) * BLOCK_OUT,
+            H, W, C_in, C_out, tiles_h, tiles_w, stride_in, stride_out, stride_tap,
+            SIDE, PRECISION, BLOCK_H, BLOCK_W, BLOCK_IN, BLOCK_OUT, BULK, X_BULK,
+        )  # fmt: skip
+    else:
+        row = split * rows_a_split
+        q0 = (pid - SIDE * blocks_in * blocks_out) * BLOCK_Q
+        out_ptr = partial_bias_ptr + split * 2 * C_out
+        sum_columns(dy_ptr, out_ptr, q0, row, tl.minimum(row + rows_a_split, rows), 2 * C_out, 64, BLOCK_Q)
 
 
 def choose_config(dy: torch.Tensor, c_in: int) -> WeightGradConfig:
     """The heuristic for :func:`partial_sums`, from (C_in, C_out, W) in buckets, dtype and architecture."""
     precision, wide = _launch.dot_precision(dy.dtype), dy.element_size() == 4
-    bulk = _launch.architecture() >= 90 and _launch.bulk_copy_fits(dy)
+    bulk = _launch.architecture() >= 90 and _launch.bulk_copy_fits(dy) and c_in * dy.element_size() % 16 == 0
     if precision == "ieee":
         return WeightGradConfig(2, 8, 64, 32, 8, 2, bulk)
     if not bulk:
@@ -119,16 +143,20 @@ def partial_sums(
     programs = side * blocks_in * blocks_out
     tiles_a_split = max(1, triton.cdiv(tiles, max(1, _PROGRAMS // programs)))
     splits = triton.cdiv(tiles, tiles_a_split)
-    taps, (rows, columns) = side * side, (c_in, c_out) if in_first else (c_out, c_in)
-    partial = _launch.empty((splits, rows, taps, columns), torch.float32, x.device)
+    rows = 2 * n * h * w
+    taps, (first, last) = side * side, (c_in, c_out) if in_first else (c_out, c_in)
+    partial = _launch.empty((splits, first, taps, last), torch.float32, x.device)
     partial_bias = _launch.empty((2 * splits, c_out), torch.float32, x.device) if has_bias else None
     stride_in, stride_out = (taps * c_out, 1) if in_first else (1, taps * c_in)
+    x_bulk = config.bulk and x.element_size() == 4
+    bias_programs = triton.cdiv(2 * c_out, _BLOCK_Q) if has_bias else 0
     _launch.launch(
-        stride2_weight_grad_kernel, (programs, splits),
-        x, phase_view(dy, 2, config, config.block_out), partial, partial_bias, h, w, c_in, c_out,
-        tiles_h, tiles_w, tiles, tiles_a_split, blocks_in, blocks_out, stride_in, stride_out, columns,
-        SIDE=side, HAS_BIAS=has_bias, PRECISION=_launch.dot_precision(dy.dtype),
+        stride2_weight_grad_kernel, (programs + bias_programs, splits),
+        phase_view(x, 1, config, config.block_in) if x_bulk else x, phase_view(dy, 2, config, config.block_out), dy,
+        partial, partial_bias if has_bias else partial, h, w, c_in, c_out, tiles_h, tiles_w, tiles, tiles_a_split,
+        rows, triton.cdiv(rows, max(1, splits)), blocks_in, blocks_out, stride_in, stride_out, last,
+        SIDE=side, PRECISION=_launch.dot_precision(dy.dtype),
         BLOCK_H=config.block_h, BLOCK_W=config.block_w, BLOCK_IN=config.block_in, BLOCK_OUT=config.block_out,
-        BULK=config.bulk, num_warps=config.num_warps, num_stages=config.num_stages,
+        BLOCK_Q=_BLOCK_Q, BULK=config.bulk, X_BULK=x_bulk, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return partial, partial_bias
