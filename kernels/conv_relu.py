@@ -14,12 +14,14 @@ import torch
 
 from . import _launch
 from .conv_relu_box import launch_box, launch_box_head
-from .conv_relu_config import ConvConfig, Convolution, Head, Source, choose_config
+from .conv_relu_config import ConvConfig, Convolution, Head, choose_config, why_not
+from .conv_relu_first import launch_first
 from .conv_relu_pointer import launch_pointer, launch_pointer_head
 from .conv_relu_rows import launch_rows, launch_rows_head
 from .conv_relu_two_rows import launch_two_rows, launch_two_rows_head
 
-_LAUNCH = {"pointer": launch_pointer, "box": launch_box, "rows": launch_rows, "two_rows": launch_two_rows}
+_LAUNCH = {"pointer": launch_pointer, "first": launch_first, "box": launch_box, "rows": launch_rows,
+           "two_rows": launch_two_rows}
 _LAUNCH_HEAD = {"pointer": launch_pointer_head, "box": launch_box_head, "rows": launch_rows_head,
                 "two_rows": launch_two_rows_head}
 
@@ -63,7 +65,7 @@ def forward_head(x: torch.Tensor, skip: torch.Tensor | None, weight: torch.Tenso
     else:
         out = _launch.empty_image((conv.batch, head.classes, *conv.out_size), x.dtype, x.device)
     if out.numel():
-        config = config or choose_config(conv, classes=head.classes)
+        config = _checked(config, conv, head.classes) if config else choose_config(conv, classes=head.classes)
         _LAUNCH_HEAD[config.variant](conv, head, out, config)
     return out
 
@@ -76,9 +78,9 @@ def convolve(x: torch.Tensor, packed_weight: torch.Tensor, out_size: tuple[int, 
     any (H, W), elements that no tap reaches are 0; mask None or (N, C_out, \\*out_size). No bias, no ReLU.
     """
     x = _launch.channels_last(x)
-    weight = packed_weight.view(packed_weight.shape[0], 9, x.shape[1])
+    weight = packed_weight.view(packed_weight.shape[0], 3, 3, x.shape[1])
     mask = None if mask is None else _launch.channels_last(mask)
-    conv = Convolution(Source(x, weight), None, (offset_h, offset_w), tuple(out_size), mask=mask)
+    conv = Convolution(x, None, weight, (offset_h, offset_w), tuple(out_size), mask=mask)
     y = _launch.empty_image((conv.batch, conv.c_out, *conv.out_size), x.dtype, x.device)
     return _run(conv, y, None, config)
 
@@ -89,19 +91,24 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _forward_convolution(x, skip, weight, bias, pad: int, relu: bool) -> Convolution:
-    x, packed = _launch.channels_last(x), pack(weight)
+    x = _launch.channels_last(x)
     h, w = x.shape[2:]
-    out_size = (h + 2 * pad - 2, w + 2 * pad - 2)
-    if skip is None:
-        return Convolution(Source(x, packed), None, (pad, pad), out_size, bias, None, relu)
-    top, left, c_skip = (skip.shape[2] - h) // 2, (skip.shape[3] - w) // 2, skip.shape[1]
-    crop = _launch.channels_last(skip)[:, :, top : top + h, left : left + w]
-    return Convolution(Source(x, packed[:, :, c_skip:]), Source(crop, packed[:, :, :c_skip]), (pad, pad), out_size,
-                       bias, None, relu)
+    if skip is not None:
+        top, left = (skip.shape[2] - h) // 2, (skip.shape[3] - w) // 2
+        skip = _launch.channels_last(skip)[:, :, top : top + h, left : left + w]
+    return Convolution(x, skip, weight.permute(0, 2, 3, 1), (pad, pad), (h + 2 * pad - 2, w + 2 * pad - 2), bias, None,
+                       relu)
 
 
 def _run(conv: Convolution, y: torch.Tensor, pooled: torch.Tensor | None, config: ConvConfig | None) -> torch.Tensor:
     if y.numel():
-        config = config or choose_config(conv, pool=pooled is not None)
+        config = _checked(config, conv, 0) if config else choose_config(conv, pool=pooled is not None)
         _LAUNCH[config.variant](conv, y, pooled, config)
     return y
+
+
+def _checked(config: ConvConfig, conv: Convolution, classes: int) -> ConvConfig:
+    reason = why_not(config, conv, classes=classes)
+    if reason is not None:
+        raise ValueError(f"convolution variant {config.variant!r} cannot run here: {reason}")
+    return config

@@ -11,8 +11,8 @@ import triton.language as tl
 
 from . import _launch
 from ._launch import mma
-from .conv_relu_config import ConvConfig, Convolution, Head, Source
-from .conv_relu_descriptors import image_boxes, weight_taps
+from .conv_relu_config import ConvConfig, Convolution, Head
+from .conv_relu_descriptors import image_boxes, tap_sources
 from .conv_relu_epilogue import bias_relu, head_store, max_of_pairs
 
 
@@ -99,14 +99,6 @@ def conv_relu_box_head_kernel(x_desc, x_weight_desc, x_channels, skip_desc, skip
                (n < N) & (h < H) & (w < W), offs_k, C_out, NUM_CLASSES, BLOCK_CLASSES, OUTPUT, PRECISION)
 
 
-def _source(source: Source | None, weight_tap: int, config: ConvConfig) -> tuple:
-    """The kernels' arguments for one input: image, weights, channels."""
-    if source is None:
-        return None, None, 0
-    return (image_boxes(source.image, (config.block_n, config.block_h, config.block_w, config.block_c)),
-            weight_taps(source, weight_tap, config.block_k, config.block_c), source.channels)
-
-
 def _tiles(conv: Convolution, config: ConvConfig) -> tuple[int, tuple[int, int, int]]:
     """The number of programs, and the tiles along output rows, columns and channels."""
     h, w = conv.out_size
@@ -116,25 +108,25 @@ def _tiles(conv: Convolution, config: ConvConfig) -> tuple[int, tuple[int, int, 
 
 def launch_box(conv: Convolution, y, pooled, config: ConvConfig) -> None:
     """Writes the convolution to ``y``, and its 2×2 max-pool to ``pooled`` unless that is None."""
+    n, h, w = config.block_n, config.block_h, config.block_w
     programs, tiles = _tiles(conv, config)
-    box = (config.block_n, config.block_h, config.block_w, config.block_k)
-    half = (config.block_n, config.block_h // 2, config.block_w // 2, config.block_k)
-    _launch.launch(conv_relu_box_kernel, (programs,), *_source(conv.x, conv.weight_tap, config),
-                   *_source(conv.skip, conv.weight_tap, config), conv.offset, conv.bias,
-                   None if conv.mask is None else image_boxes(conv.mask, box), image_boxes(y, box),
-                   None if pooled is None else image_boxes(pooled, half), conv.c_out, tiles, RELU=conv.relu,
-                   BLOCK_K=config.block_k, BLOCK_N=config.block_n, BLOCK_H=config.block_h, BLOCK_W=config.block_w,
-                   BLOCK_C=config.block_c, STAGES=config.num_stages, PRECISION=_launch.dot_precision(y.dtype),
-                   num_warps=config.num_warps, num_stages=config.num_stages)
+    box, half = (n, h, w, config.block_k), (n, h // 2, w // 2, config.block_k)
+    _launch.launch(conv_relu_box_kernel, (programs,), *tap_sources(conv, (n, h, w, config.block_c), config.block_k),
+                   conv.offset, conv.bias, None if conv.mask is None else image_boxes(conv.mask, box),
+                   image_boxes(y, box), None if pooled is None else image_boxes(pooled, half), conv.c_out, tiles,
+                   RELU=conv.relu, BLOCK_K=config.block_k, BLOCK_N=n, BLOCK_H=h, BLOCK_W=w, BLOCK_C=config.block_c,
+                   STAGES=config.num_stages, PRECISION=_launch.dot_precision(y.dtype), num_warps=config.num_warps,
+                   num_stages=config.num_stages)
 
 
 def launch_box_head(conv: Convolution, head: Head, out, config: ConvConfig) -> None:
     """Writes the head's logits, probabilities or labels of the convolution to ``out``."""
+    n, h, w = config.block_n, config.block_h, config.block_w
     programs, tiles = _tiles(conv, config)
-    _launch.launch(conv_relu_box_head_kernel, (programs,), *_source(conv.x, conv.weight_tap, config),
-                   *_source(conv.skip, conv.weight_tap, config), conv.offset, conv.bias, head.weight, head.bias, out,
-                   (conv.batch, *conv.out_size, conv.c_out), tiles, RELU=conv.relu, NUM_CLASSES=head.classes,
-                   BLOCK_CLASSES=head.block, OUTPUT=head.output, BLOCK_K=config.block_k, BLOCK_N=config.block_n,
-                   BLOCK_H=config.block_h, BLOCK_W=config.block_w, BLOCK_C=config.block_c, STAGES=config.num_stages,
-                   PRECISION=_launch.dot_precision(conv.x.image.dtype), num_warps=config.num_warps,
+    _launch.launch(conv_relu_box_head_kernel, (programs,),
+                   *tap_sources(conv, (n, h, w, config.block_c), config.block_k), conv.offset, conv.bias, head.weight,
+                   head.bias, out, (conv.batch, *conv.out_size, conv.c_out), tiles, RELU=conv.relu,
+                   NUM_CLASSES=head.classes, BLOCK_CLASSES=head.block, OUTPUT=head.output, BLOCK_K=config.block_k,
+                   BLOCK_N=n, BLOCK_H=h, BLOCK_W=w, BLOCK_C=config.block_c, STAGES=config.num_stages,
+                   PRECISION=_launch.dot_precision(conv.x.dtype), num_warps=config.num_warps,
                    num_stages=config.num_stages)

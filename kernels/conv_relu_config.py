@@ -7,32 +7,21 @@ from dataclasses import dataclass
 import torch
 import triton
 
-
-@dataclass(frozen=True)
-class Source:
-    """One input of a convolution.
-
-    ``image`` (N, C, H, W): NHWC pixels of unit channel stride and pixel stride C, possibly a crop of a larger image;
-    ``weight`` (C_out, 9, C): a view whose rows hold every source's channels.
-    """
-
-    image: torch.Tensor
-    weight: torch.Tensor
-
-    @property
-    def channels(self) -> int:
-        return self.image.shape[1]
+from . import _launch, _tuned
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """``y = relu(conv(skip) + conv(x) + bias) * (mask > 0)`` with outputs of ``out_size``.
+    """``y = relu(conv(concat([skip, x], 1), weight) + bias) * (mask > 0)`` with outputs of ``out_size``.
 
-    ``offset`` (off_h, off_w): output (i, j) reads rows i - off_h .. i - off_h + 2 of every source, and such columns.
+    ``x`` and ``skip`` (N, C, H, W) are NHWC pixels of unit channel stride and pixel stride C, ``skip`` possibly a crop
+    of a larger image; ``weight`` (C_out, 3, 3, C_skip + C_x) has any strides. ``offset`` (off_h, off_w): output (i, j)
+    reads rows i - off_h .. i - off_h + 2 of each source and such columns, zero outside of it.
     """
 
-    x: Source
-    skip: Source | None
+    x: torch.Tensor
+    skip: torch.Tensor | None
+    weight: torch.Tensor
     offset: tuple[int, int]
     out_size: tuple[int, int]
     bias: torch.Tensor | None = None
@@ -40,25 +29,31 @@ class Convolution:
     relu: bool = False
 
     @property
-    def sources(self) -> tuple[Source, ...]:
+    def images(self) -> tuple[torch.Tensor, ...]:
         return (self.x,) if self.skip is None else (self.skip, self.x)
 
     @property
+    def channels(self) -> tuple[int, ...]:
+        return tuple(image.shape[1] for image in self.images)
+
+    @property
     def batch(self) -> int:
-        return self.x.image.shape[0]
+        return self.x.shape[0]
 
     @property
     def c_out(self) -> int:
-        return self.x.weight.shape[0]
+        return self.weight.shape[0]
 
-    @property
-    def channels(self) -> tuple[int, ...]:
-        return tuple(source.channels for source in self.sources)
+    def split(self, packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The columns of ``packed`` (..., C_skip + C_x) that belong to x and to the skip."""
+        c_skip = packed.shape[-1] - self.x.shape[1]
+        return packed[..., c_skip:], packed[..., :c_skip] if c_skip else None
 
-    @property
-    def weight_tap(self) -> int:
-        """Elements between two taps of a weight row: the channels of all sources."""
-        return sum(self.channels)
+    def taps(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weights (C_out, 9, C) of x and of the skip; views of one tensor, copied only if not in this order already."""
+        packed = self.weight.contiguous().view(self.c_out, 9, -1)
+        aligned = packed if packed.data_ptr() % 16 == 0 else packed.clone()  # views into a flat parameter may be off
+        return self.split(aligned)
 
 
 @dataclass(frozen=True)
@@ -101,6 +96,128 @@ class ConvConfig:
         return self.block_n * self.block_h * self.block_w
 
 
+_MULTIPROCESSORS = 132
+_SHARED_KIB = {80: 163, 90: 227, 100: 227, 103: 227}
+"""Shared memory of one program by architecture; 99 KiB on those not listed."""
+_BOXES = {
+    64: ((1, 4, 16), (1, 8, 8)),
+    128: ((1, 8, 16), (1, 4, 32), (2, 8, 8)),
+    256: ((1, 16, 16), (1, 8, 32), (4, 8, 8)),
+}
+"""(images, rows, columns) of the boxes of so many pixels; powers of two, even for the pooling windows."""
+
+
+def why_not(config: ConvConfig, conv: Convolution, *, classes: int = 0) -> str | None:
+    """Why ``config`` cannot run ``conv``, with a fused head where ``classes`` > 0; None if it can."""
+    if classes and config.block_k < conv.c_out:
+        return f"the fused head needs all {conv.c_out} channels in one tile of {config.block_k}"
+    if config.variant == "pointer":
+        return None
+    if config.variant == "first":
+        few = 9 * conv.x.shape[1] <= 64 and conv.skip is None and conv.mask is None and not classes
+        return None if few else "it takes at most 7 channels of one source, no mask and no head"
+    if _launch.architecture() < 90:
+        return f"bulk copies need compute capability 9.0, not {_launch.architecture() / 10}"
+    written = conv.c_out * conv.x.element_size() % 16 == 0 or classes > 0
+    read = conv.images if conv.mask is None else (*conv.images, conv.mask)
+    if not written or not all(map(_launch.bulk_copy_fits, read)):
+        return f"bulk copies need pixels of a multiple of 16 bytes, not {conv.channels} to {conv.c_out} channels"
+    odd = any(image.shape[2] % 2 for image in conv.images)
+    if config.variant == "two_rows" and (odd or conv.c_out > config.block_k):
+        return f"it takes images of even height and at most {config.block_k} output channels"
+    return None
+
+
 def choose_config(conv: Convolution, *, pool: bool = False, classes: int = 0) -> ConvConfig:
-    """The committed winner for ``conv`` on this GPU, else a heuristic. ``classes`` > 0 asks for the fused head."""
-    return ConvConfig("pointer", max(16, min(128, triton.next_power_of_2(conv.c_out))), 128, block_c=32)
+    """The committed winner for ``conv`` on this GPU, else a heuristic. ``classes`` > 0 asks for the fused head.
+
+    The key rounds every size up to a power of two, so that the layers of a network share few rows.
+    """
+    sizes = (conv.batch, *conv.out_size, *(conv.channels if conv.skip is not None else (0, *conv.channels)), conv.c_out)
+    buckets = tuple(triton.next_power_of_2(size) if size else 0 for size in sizes)
+    key = (*buckets, conv.x.dtype, conv.mask is not None, pool, classes > 0)
+    tuned = _tuned.lookup("conv_relu", key, ConvConfig)
+    return tuned if tuned is not None and why_not(tuned, conv, classes=classes) is None else _heuristic(conv, classes)
+
+
+def _heuristic(conv: Convolution, classes: int) -> ConvConfig:
+    ieee = conv.x.dtype == torch.float32 and _launch.dot_precision(conv.x.dtype) == "ieee"
+    candidates = [_first(conv)] if ieee else [_first(conv), _two_rows(conv), _rows(conv), *_boxes(conv)]
+    for config in candidates:
+        if config is not None and why_not(config, conv, classes=classes) is None:
+            return config
+    return _pointer(conv, classes, ieee)
+
+
+def _programs(conv: Convolution, config: ConvConfig) -> int:
+    h, w = conv.out_size
+    tiles = triton.cdiv(h, config.block_h) * triton.cdiv(w, config.block_w) * triton.cdiv(conv.batch, config.block_n)
+    return tiles * triton.cdiv(conv.c_out, config.block_k)
+
+
+def _block_c(conv: Convolution, most: int) -> int:
+    """Channels of one step: ``most`` bytes of a pixel, or the whole pixel where it is shorter."""
+    return max(16, min(most // conv.x.element_size(), triton.next_power_of_2(max(conv.channels))))
+
+
+def _stages(stage_elements: int, conv: Convolution, most: int = 4) -> int:
+    """Steps in flight that fit the shared memory."""
+    shared = 1024 * _SHARED_KIB.get(_launch.architecture(), 99) - 2048
+    return min(most, shared // (stage_elements * conv.x.element_size()))
+
+
+def _first(conv: Convolution) -> ConvConfig | None:
+    """One product for all taps of the 1 to 4 channels (up to 7 fit) of an image."""
+    if conv.x.shape[1] > 7:
+        return None
+    return ConvConfig("first", max(16, min(64, triton.next_power_of_2(conv.c_out))), 128, num_stages=1)
+
+
+def _two_rows(conv: Convolution) -> ConvConfig | None:
+    """For the widest layers of a network of width 32, as long as there are tiles for every multiprocessor."""
+    if conv.c_out > 32:
+        return None
+    block_c = _block_c(conv, 128)
+    tall = ConvConfig("two_rows", 32, 16, 8, 1, block_c, 4, _stages((64 + 128) * block_c, conv))
+    if conv.batch * triton.cdiv(conv.out_size[0], 16) * triton.cdiv(conv.out_size[1], 16) >= 2 * _MULTIPROCESSORS:
+        return tall
+    return ConvConfig("two_rows", 32, 16, 4, 1, block_c, 4, tall.num_stages)
+
+
+def _rows(conv: Convolution) -> ConvConfig | None:
+    """For up to 128 channels and rows that 64 columns divide well; its whole pipeline must fit."""
+    w = conv.out_size[1]
+    block_k, block_c = (64 if conv.c_out <= 64 else 128), _block_c(conv, 128)
+    config = ConvConfig("rows", block_k, 64, 4, 1, block_c, block_k // 16, 2)
+    wasteful = triton.cdiv(w, 64) * 64 > 1.3 * w or _programs(conv, config) < _MULTIPROCESSORS
+    fits = _stages((3 * block_k + 6 * 64) * block_c, conv) >= 2
+    return None if conv.c_out > 128 or wasteful or not fits else config
+
+
+def _boxes(conv: Convolution) -> list[ConvConfig]:
+    """The largest tile that leaves no multiprocessor idle, of the box that wastes the fewest pixels."""
+    block_c = _block_c(conv, 128)
+    h, w = conv.out_size
+    configs = []
+    for block_k, pixels, warps in ((128, 256, 8), (128, 128, 8), (64, 128, 4), (64, 64, 4)):
+        if block_k == 128 and conv.c_out <= 64:
+            continue
+        n_h_w = min(_BOXES[pixels], key=lambda box: triton.cdiv(conv.batch, box[0]) * triton.cdiv(h, box[1])
+                    * triton.cdiv(w, box[2]))
+        stages = _stages((block_k + pixels) * block_c, conv)
+        if stages >= 2:
+            configs.append(ConvConfig("box", block_k, n_h_w[2], n_h_w[1], n_h_w[0], block_c, warps, stages))
+    full = [config for config in configs if _programs(conv, config) >= _MULTIPROCESSORS]
+    return full or configs[-1:]
+
+
+def _pointer(conv: Convolution, classes: int, ieee: bool) -> ConvConfig:
+    """Tiles that keep their addresses and masks in registers: ragged channels need one of each an element."""
+    k = max(16, triton.next_power_of_2(conv.c_out))
+    if ieee:
+        return ConvConfig("pointer", k if classes else min(k, 64), 32 if k > 64 else 64, block_c=16, num_stages=2)
+    wide = min(map(_launch.vector_width, conv.images)) * conv.x.element_size() == 16
+    block_k = min(k, 128 if wide or classes else 64)
+    warps = 4 if wide and block_k < 128 else 8
+    stages = _stages((block_k + 128) * 32, conv, 3)
+    return ConvConfig("pointer", block_k, 128, block_c=32, num_warps=warps, num_stages=stages)

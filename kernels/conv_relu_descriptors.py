@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .conv_relu_config import Source
+from .conv_relu_config import Convolution
 
 
 def image_boxes(image: torch.Tensor, box: tuple[int, int, int, int]) -> TensorDescriptor:
@@ -20,17 +20,30 @@ def row_pair_boxes(image: torch.Tensor, box: tuple[int, int, int, int, int]) -> 
     return TensorDescriptor(image, [n, h // 2, 2, w, c], [stride_n, 2 * stride_h, stride_h, stride_w, 1], list(box))
 
 
-def weight_taps(source: Source, weight_tap: int, block_k: int, block_c: int) -> TensorDescriptor:
-    """Boxes [1, block_k, block_c] of a source's weights seen as [9 taps, C_out, C]; no channel of a next tap enters."""
-    c_out, _, c = source.weight.shape
-    return TensorDescriptor(source.weight, [9, c_out, c], [weight_tap, 9 * weight_tap, 1], [1, block_k, block_c])
+def matrix_boxes(matrices: torch.Tensor, box: tuple[int, int, int]) -> TensorDescriptor:
+    """Boxes of a stack of matrices whose rows are contiguous: what one source's channels end at reads as zero."""
+    return TensorDescriptor(matrices, list(matrices.shape), list(matrices.stride()), list(box))
 
 
-def weight_row_pairs(source: Source, weight_tap: int, block_k: int, block_c: int) -> TensorDescriptor:
-    """Boxes [1, 2, block_k, block_c] of a source's weights seen as [3 columns, 3 rows, C_out, C].
+def tap_sources(conv: Convolution, box: tuple[int, int, int, int], block_k: int) -> tuple:
+    """A kernel's arguments for x and for the skip: boxes of the image, boxes [1, block_k, BC] of its taps, channels."""
+    args = []
+    for image, weight in zip((conv.x, conv.skip), conv.taps()):
+        if image is None:
+            args += [None, None, 0]
+        else:
+            taps = matrix_boxes(weight.transpose(0, 1), (1, block_k, box[3]))
+            args += [image_boxes(image, box), taps, image.shape[1]]
+    return tuple(args)
 
-    At row j - 1 a box holds the taps of rows j - 1 and j, and zeros for a row that the kernel does not have.
+
+def stack_rows(weight: torch.Tensor, block_k: int) -> torch.Tensor:
+    """Weights (C_out, 3, 3, C) as (3 columns, 3 kernel rows of block_k channels, C), zero from C_out to block_k.
+
+    2 * block_k rows from (j - 1) * block_k are the taps of kernel rows j - 1 and j; out of the range they read as zero.
     """
-    c_out, _, c = source.weight.shape
-    return TensorDescriptor(source.weight, [3, 3, c_out, c], [weight_tap, 3 * weight_tap, 9 * weight_tap, 1],
-                            [1, 2, block_k, block_c])
+    c_out, _, _, c = weight.shape
+    by_column = weight.permute(2, 1, 0, 3)
+    if c_out < block_k:
+        by_column = torch.nn.functional.pad(by_column, (0, 0, 0, block_k - c_out))
+    return by_column.contiguous().view(3, 3 * block_k, c)

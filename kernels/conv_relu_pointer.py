@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
 import triton
 import triton.language as tl
 
 from . import _launch
 from ._launch import mma
-from .conv_relu_config import ConvConfig, Convolution, Head, Source
+from .conv_relu_config import ConvConfig, Convolution, Head
 from .conv_relu_epilogue import bias_relu, head_store, max_of_pairs
 
 
@@ -142,17 +139,15 @@ def conv_relu_pointer_head_kernel(x_ptr, x_weight_ptr, x_shape, skip_ptr, skip_w
                NUM_CLASSES, BLOCK_CLASSES, OUTPUT, PRECISION)
 
 
-def _source(source: Source | None) -> tuple:
-    """The kernels' arguments for one input: image, weights, (H, W, C, stride of an image, stride of a row)."""
-    if source is None:
-        return None, None, (0, 0, 0, 0, 0)
-    image = source.image
-    return image, source.weight, (*image.shape[2:], source.channels, image.stride(0), image.stride(2))
-
-
-def vector_width(dtype: torch.dtype, *channels: int) -> int:
-    """How many channels can be loaded or stored at a time where pixels have any of ``channels``: 16 bytes at most."""
-    return math.gcd(16 // dtype.itemsize, *channels)
+def _sources(conv: Convolution) -> tuple:
+    """The kernels' arguments for x and the skip: image, weights, (H, W, C, stride of an image, stride of a row)."""
+    args = []
+    for image, weight in zip((conv.x, conv.skip), conv.taps()):
+        if image is None:
+            args += [None, None, (0, 0, 0, 0, 0)]
+        else:
+            args += [image, weight, (*image.shape[2:], image.shape[1], image.stride(0), image.stride(2))]
+    return tuple(args)
 
 
 def launch_pointer(conv: Convolution, y, pooled, config: ConvConfig) -> None:
@@ -160,21 +155,21 @@ def launch_pointer(conv: Convolution, y, pooled, config: ConvConfig) -> None:
     n, c_out, h, w = y.shape
     pixels = n * h * w if pooled is None else n * triton.cdiv(h, 2) * triton.cdiv(w, 2) * 4
     grid = (triton.cdiv(pixels, config.pixels) * triton.cdiv(c_out, config.block_k),)
-    _launch.launch(conv_relu_pointer_kernel, grid, *_source(conv.x), *_source(conv.skip), conv.offset, conv.bias,
-                   conv.mask, y, pooled, (n, h, w, c_out), conv.weight_tap, RELU=conv.relu, BLOCK_K=config.block_k,
-                   BLOCK_P=config.pixels, BLOCK_C=config.block_c, VECTOR=vector_width(y.dtype, *conv.channels),
-                   VECTOR_OUT=vector_width(y.dtype, c_out), STAGES=config.num_stages,
+    _launch.launch(conv_relu_pointer_kernel, grid, *_sources(conv), conv.offset, conv.bias,
+                   conv.mask, y, pooled, (n, h, w, c_out), sum(conv.channels), RELU=conv.relu, BLOCK_K=config.block_k,
+                   BLOCK_P=config.pixels, BLOCK_C=config.block_c, VECTOR=min(map(_launch.vector_width, conv.images)),
+                   VECTOR_OUT=_launch.vector_width(y), STAGES=config.num_stages,
                    PRECISION=_launch.dot_precision(y.dtype), num_warps=config.num_warps, num_stages=config.num_stages)
 
 
 def launch_pointer_head(conv: Convolution, head: Head, out, config: ConvConfig) -> None:
     """Writes the head's logits, probabilities or labels of the convolution to ``out``."""
     n, h, w = conv.batch, *conv.out_size
-    dtype = conv.x.image.dtype
+    dtype = conv.x.dtype
     grid = (triton.cdiv(n * h * w, config.pixels),)
-    _launch.launch(conv_relu_pointer_head_kernel, grid, *_source(conv.x), *_source(conv.skip), conv.offset, conv.bias,
-                   head.weight, head.bias, out, (n, h, w, conv.c_out), conv.weight_tap, RELU=conv.relu,
+    _launch.launch(conv_relu_pointer_head_kernel, grid, *_sources(conv), conv.offset, conv.bias,
+                   head.weight, head.bias, out, (n, h, w, conv.c_out), sum(conv.channels), RELU=conv.relu,
                    NUM_CLASSES=head.classes, BLOCK_CLASSES=head.block, OUTPUT=head.output, BLOCK_K=config.block_k,
-                   BLOCK_P=config.pixels, BLOCK_C=config.block_c, VECTOR=vector_width(dtype, *conv.channels),
+                   BLOCK_P=config.pixels, BLOCK_C=config.block_c, VECTOR=min(map(_launch.vector_width, conv.images)),
                    STAGES=config.num_stages, PRECISION=_launch.dot_precision(dtype), num_warps=config.num_warps,
                    num_stages=config.num_stages)

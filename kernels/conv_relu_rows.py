@@ -11,8 +11,8 @@ import triton.language as tl
 
 from . import _launch
 from ._launch import mma
-from .conv_relu_config import ConvConfig, Convolution, Head, Source
-from .conv_relu_descriptors import image_boxes, weight_taps
+from .conv_relu_config import ConvConfig, Convolution, Head
+from .conv_relu_descriptors import image_boxes, tap_sources
 from .conv_relu_epilogue import bias_relu, head_store, max_of_pairs
 
 ROWS = 4
@@ -145,14 +145,6 @@ def conv_relu_rows_head_kernel(x_desc, x_weight_desc, x_channels, skip_desc, ski
              BLOCK_CLASSES, OUTPUT, PRECISION)
 
 
-def _source(source: Source | None, weight_tap: int, config: ConvConfig) -> tuple:
-    """The kernels' arguments for one input: image, weights, channels."""
-    if source is None:
-        return None, None, 0
-    return (image_boxes(source.image, (1, 1, config.block_w, config.block_c)),
-            weight_taps(source, weight_tap, config.block_k, config.block_c), source.channels)
-
-
 def _tiles(conv: Convolution, config: ConvConfig) -> tuple[int, tuple[int, int, int]]:
     """The number of programs, and the tiles along output rows, columns and channels."""
     h, w = conv.out_size
@@ -164,8 +156,8 @@ def launch_rows(conv: Convolution, y, pooled, config: ConvConfig) -> None:
     """Writes the convolution to ``y``, and its 2×2 max-pool to ``pooled`` unless that is None."""
     programs, tiles = _tiles(conv, config)
     row, half = (1, 1, config.block_w, config.block_k), (1, 1, config.block_w // 2, config.block_k)
-    _launch.launch(conv_relu_rows_kernel, (programs,), *_source(conv.x, conv.weight_tap, config),
-                   *_source(conv.skip, conv.weight_tap, config), conv.offset, conv.bias,
+    _launch.launch(conv_relu_rows_kernel, (programs,),
+                   *tap_sources(conv, (1, 1, config.block_w, config.block_c), config.block_k), conv.offset, conv.bias,
                    None if conv.mask is None else image_boxes(conv.mask, row), image_boxes(y, row),
                    None if pooled is None else image_boxes(pooled, half), conv.c_out, tiles, RELU=conv.relu,
                    BLOCK_K=config.block_k, BLOCK_W=config.block_w, BLOCK_C=config.block_c, STAGES=config.num_stages,
@@ -175,10 +167,10 @@ def launch_rows(conv: Convolution, y, pooled, config: ConvConfig) -> None:
 def launch_rows_head(conv: Convolution, head: Head, out, config: ConvConfig) -> None:
     """Writes the head's logits, probabilities or labels of the convolution to ``out``."""
     programs, tiles = _tiles(conv, config)
-    _launch.launch(conv_relu_rows_head_kernel, (programs,), *_source(conv.x, conv.weight_tap, config),
-                   *_source(conv.skip, conv.weight_tap, config), conv.offset, conv.bias, head.weight, head.bias, out,
-                   (conv.batch, *conv.out_size, conv.c_out), tiles, RELU=conv.relu, NUM_CLASSES=head.classes,
-                   BLOCK_CLASSES=head.block, OUTPUT=head.output, BLOCK_K=config.block_k, BLOCK_W=config.block_w,
-                   BLOCK_C=config.block_c, STAGES=config.num_stages,
-                   PRECISION=_launch.dot_precision(conv.x.image.dtype), num_warps=config.num_warps,
+    _launch.launch(conv_relu_rows_head_kernel, (programs,),
+                   *tap_sources(conv, (1, 1, config.block_w, config.block_c), config.block_k), conv.offset, conv.bias,
+                   head.weight, head.bias, out, (conv.batch, *conv.out_size, conv.c_out), tiles, RELU=conv.relu,
+                   NUM_CLASSES=head.classes, BLOCK_CLASSES=head.block, OUTPUT=head.output, BLOCK_K=config.block_k,
+                   BLOCK_W=config.block_w, BLOCK_C=config.block_c, STAGES=config.num_stages,
+                   PRECISION=_launch.dot_precision(conv.x.dtype), num_warps=config.num_warps,
                    num_stages=config.num_stages)

@@ -12,8 +12,8 @@ import triton.language as tl
 
 from . import _launch
 from ._launch import mma
-from .conv_relu_config import ConvConfig, Convolution, Head, Source
-from .conv_relu_descriptors import image_boxes, row_pair_boxes, weight_row_pairs
+from .conv_relu_config import ConvConfig, Convolution, Head
+from .conv_relu_descriptors import image_boxes, matrix_boxes, row_pair_boxes, stack_rows
 from .conv_relu_epilogue import bias_relu, head_store, max_of_pairs
 
 
@@ -27,7 +27,7 @@ def add_row_pairs_source(acc, x_desc, weight_desc, C, offset, n, i0, w0, BLOCK_H
         c = i // 12 * BLOCK_C
         row = j - offset[0]
         x = x_desc.load([n, i0 + (row >> 1), row & 1, w0 + s - offset[1], c])
-        weight = tl.reshape(weight_desc.load([s, j - 1, 0, c]), (STACK, BLOCK_C))
+        weight = tl.reshape(weight_desc.load([s, (j - 1) * (STACK // 2), c]), (STACK, BLOCK_C))
         acc = mma(weight, tl.reshape(x, (BLOCK_H * BLOCK_W, BLOCK_C)).T, acc, PRECISION)
     return acc
 
@@ -53,8 +53,8 @@ def conv_relu_two_rows_kernel(x_desc, x_weight_desc, x_channels, skip_desc, skip
                               PRECISION: tl.constexpr):
     """``y = relu(conv(skip) + conv(x) + bias) * (mask > 0)`` and its 2×2 max-pool, each part optional.
 
-    Boxes: x, skip [1, BH, 1, BW, BC] of (N, H/2, 2, W, C); weights [1, 2, BK, BC]; pooled [1, BH, BW/2, BK].
-    ``y_shape`` (N, H, W, C_out <= BK); ``tiles`` counts the tiles along (row pairs, columns).
+    Boxes: x, skip [1, BH, 1, BW, BC] of (N, H/2, 2, W, C); weights [1, 2·BK, BC] of (3, 3·BK, C);
+    pooled [1, BH, BW/2, BK]. ``y_shape`` (N, H, W, C_out <= BK); ``tiles`` counts the tiles along (row pairs, columns).
     """
     _, H, W, C_out = y_shape
     C_out = C_out // VECTOR * VECTOR  # a multiple of VECTOR; shows the compiler that it may store VECTOR at once
@@ -105,12 +105,17 @@ def conv_relu_two_rows_head_kernel(x_desc, x_weight_desc, x_channels, skip_desc,
                tl.arange(0, BLOCK_K), C_out, NUM_CLASSES, BLOCK_CLASSES, OUTPUT, PRECISION)
 
 
-def _source(source: Source | None, weight_tap: int, config: ConvConfig) -> tuple:
-    """The kernels' arguments for one input: image, weights, channels."""
-    if source is None:
-        return None, None, 0
-    return (row_pair_boxes(source.image, (1, config.block_h, 1, config.block_w, config.block_c)),
-            weight_row_pairs(source, weight_tap, config.block_k, config.block_c), source.channels)
+def _sources(conv: Convolution, config: ConvConfig) -> tuple:
+    """The kernels' arguments for x and the skip: image, weights, channels."""
+    box = (1, config.block_h, 1, config.block_w, config.block_c)
+    args = []
+    for image, weight in zip((conv.x, conv.skip), conv.split(stack_rows(conv.weight, config.block_k))):
+        if image is None:
+            args += [None, None, 0]
+        else:
+            rows = matrix_boxes(weight, (1, 2 * config.block_k, config.block_c))
+            args += [row_pair_boxes(image, box), rows, image.shape[1]]
+    return tuple(args)
 
 
 def _tiles(conv: Convolution, config: ConvConfig) -> tuple[int, tuple[int, int]]:
@@ -124,21 +129,19 @@ def launch_two_rows(conv: Convolution, y, pooled, config: ConvConfig) -> None:
     """Writes the convolution to ``y``, and its 2×2 max-pool to ``pooled`` unless that is None."""
     programs, tiles = _tiles(conv, config)
     half = (1, config.block_h, config.block_w // 2, config.block_k)
-    _launch.launch(conv_relu_two_rows_kernel, (programs,), *_source(conv.x, conv.weight_tap, config),
-                   *_source(conv.skip, conv.weight_tap, config), conv.offset, conv.bias, conv.mask, y,
-                   None if pooled is None else image_boxes(pooled, half), (conv.batch, *conv.out_size, conv.c_out),
+    _launch.launch(conv_relu_two_rows_kernel, (programs,), *_sources(conv, config), conv.offset, conv.bias, conv.mask,
+                   y, None if pooled is None else image_boxes(pooled, half), (conv.batch, *conv.out_size, conv.c_out),
                    tiles, RELU=conv.relu, BLOCK_K=config.block_k, BLOCK_H=config.block_h, BLOCK_W=config.block_w,
-                   BLOCK_C=config.block_c, VECTOR=16 // y.element_size(), STAGES=config.num_stages,
+                   BLOCK_C=config.block_c, VECTOR=_launch.vector_width(y), STAGES=config.num_stages,
                    PRECISION=_launch.dot_precision(y.dtype), num_warps=config.num_warps, num_stages=config.num_stages)
 
 
 def launch_two_rows_head(conv: Convolution, head: Head, out, config: ConvConfig) -> None:
     """Writes the head's logits, probabilities or labels of the convolution to ``out``."""
     programs, tiles = _tiles(conv, config)
-    _launch.launch(conv_relu_two_rows_head_kernel, (programs,), *_source(conv.x, conv.weight_tap, config),
-                   *_source(conv.skip, conv.weight_tap, config), conv.offset, conv.bias, head.weight, head.bias, out,
-                   (conv.batch, *conv.out_size, conv.c_out), tiles, RELU=conv.relu, NUM_CLASSES=head.classes,
-                   BLOCK_CLASSES=head.block, OUTPUT=head.output, BLOCK_K=config.block_k, BLOCK_H=config.block_h,
-                   BLOCK_W=config.block_w, BLOCK_C=config.block_c, STAGES=config.num_stages,
-                   PRECISION=_launch.dot_precision(conv.x.image.dtype), num_warps=config.num_warps,
+    _launch.launch(conv_relu_two_rows_head_kernel, (programs,), *_sources(conv, config), conv.offset, conv.bias,
+                   head.weight, head.bias, out, (conv.batch, *conv.out_size, conv.c_out), tiles, RELU=conv.relu,
+                   NUM_CLASSES=head.classes, BLOCK_CLASSES=head.block, OUTPUT=head.output, BLOCK_K=config.block_k,
+                   BLOCK_H=config.block_h, BLOCK_W=config.block_w, BLOCK_C=config.block_c, STAGES=config.num_stages,
+                   PRECISION=_launch.dot_precision(conv.x.dtype), num_warps=config.num_warps,
                    num_stages=config.num_stages)
