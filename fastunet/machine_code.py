@@ -104,7 +104,7 @@ def specialise(launch: Launch, architecture: int) -> tuple[ASTSource, dict[str, 
     return ASTSource(kernel, signature, constants, attributes), options.__dict__
 
 
-def variant_key(launch: Launch, architecture: int) -> str:
+def compiled_key(launch: Launch, architecture: int) -> str:
     """Equal for two launches exactly where Triton would compile one kernel for both."""
     source, options = specialise(launch, architecture)
     parts = source.signature, sorted(source.constants.items(), key=str), sorted(source.attrs.items(), key=str)

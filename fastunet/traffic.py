@@ -56,7 +56,7 @@ def count(launch: Launch, ttir: str) -> Traffic:
     return _Counter(launch).run(_tree(ttir.splitlines()))
 
 
-class _UnknownError(Exception):
+class _UnknownError(ValueError):
     """A count needs a value that was not evaluated."""
 
 

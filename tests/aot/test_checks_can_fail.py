@@ -1,0 +1,120 @@
+"""Each check of ``fastunet.machine_code.failures`` against a kernel that it must refuse, and against a good one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+import pytest
+import torch
+from fastunet.kernels import _launch
+
+from fastunet.machine_code import GFX942, compile_launch, compiled_key, failures, inspect
+from tests.aot import bad_kernels
+
+pytestmark = pytest.mark.skipif(_launch.INTERPRETED, reason="the interpreter has no machine code")
+
+
+def check(launch, architecture=90):
+    report = inspect(compile_launch(launch, architecture), architecture)
+    return report, failures(report, launch)
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100, GFX942])
+def test_a_good_kernel_passes(architecture):
+    report, found = check(bad_kernels.product(64, 64, 32, stages=2), architecture)
+    assert found == [] or (architecture in (80, GFX942) and "loads less" in found[0])
+    assert report.main_loops == 1
+    assert report.products > 0
+    assert report.registers < 256
+
+
+def test_main_loop_of_the_good_kernel_is_counted():
+    """128×128×64: four wgmma of depth 16 and a bulk copy for each operand."""
+    report, found = check(bad_kernels.product(128, 128, 64, warps=8))
+    assert found == []
+    assert report.products == report.count("HGMMA.64x128x16") == 4
+    assert report.loads == report.count("UTMALDG") == 2
+    assert report.loads_per_product == 0.5
+    assert [(d.m, d.n, d.k, d.dtype) for d in report.dots] == [(128, 128, 64, "bf16")]
+
+
+def test_spills_are_refused():
+    report, found = check(bad_kernels.product(256, 256, 64))
+    assert report.stack > 0
+    assert report.spills > 0
+    assert "local memory" in found[0]
+
+
+def test_spills_of_amd_are_refused():
+    report, found = check(bad_kernels.product(256, 256, 64, warps=1, stages=1), GFX942)
+    assert report.spills > 0
+    assert "local memory" in found[0]
+
+
+@pytest.mark.parametrize("architecture, limit", [(80, 163), (86, 99), (90, 227), (100, 227)])
+def test_too_much_shared_memory_is_refused(architecture, limit):
+    launch = bad_kernels.product(128, 128, 64, warps=8)
+    report, _ = check(launch)
+    full = dataclasses.replace(report, architecture=architecture, shared=limit * 1024)
+    assert not any("shared memory" in f for f in failures(full, launch))
+    assert any("shared memory" in f for f in failures(dataclasses.replace(full, shared=limit * 1024 + 1), launch))
+
+
+def test_a_kernel_with_too_many_stages_is_refused():
+    report, found = check(bad_kernels.product(128, 256, 64, warps=8, stages=6))
+    assert report.shared > 227 * 1024
+    assert "shared memory" in found[0]
+
+
+@pytest.mark.parametrize("architecture, instruction", [(90, "HGMMA"), (100, "UTC")])
+def test_old_products_are_refused(architecture, instruction):
+    report, found = check(bad_kernels.product(64, 64, 32, warps=2, stages=2), architecture)
+    assert report.count("HMMA") > 0
+    assert instruction in found[0]
+
+
+def test_old_products_are_right_below_64_rows():
+    report, found = check(bad_kernels.product(32, 64, 32, stages=2))
+    assert report.count("HMMA") > 0
+    assert found == []
+
+
+def test_ieee_products_need_no_tensor_cores():
+    launch = bad_kernels.product(64, 64, 32, dtype=torch.float32, stages=2)
+    report, _ = check(launch)
+    dots = tuple(dataclasses.replace(dot, precision="ieee") for dot in report.dots)
+    assert failures(dataclasses.replace(report, opcodes=Counter(), dots=dots), launch) == []
+    assert failures(dataclasses.replace(report, opcodes=Counter()), launch) != []
+
+
+def test_operands_through_registers_are_refused():
+    report, found = check(bad_kernels.pixels_first())
+    assert report.count("HGMMA") > 0
+    assert "LDSM" in found[0]
+
+
+def test_narrow_loads_are_refused_where_channels_fill_16_bytes():
+    report, found = check(bad_kernels.narrow(64))
+    assert report.narrow_loads
+    assert "less than 16 bytes" in found[-1]
+
+
+def test_narrow_loads_are_right_for_ragged_channels():
+    report, found = check(bad_kernels.narrow(33))
+    assert report.narrow_loads
+    assert found == []
+
+
+def test_serialised_products_are_refused():
+    launch = bad_kernels.product(128, 128, 64, warps=8)
+    report, _ = check(launch)
+    serial = report.opcodes + Counter({"WARPGROUP.DEPBAR.LE": report.count("HGMMA")})
+    assert "waits for each" in failures(dataclasses.replace(report, opcodes=serial), launch)[0]
+
+
+def test_one_kernel_serves_launches_that_differ_by_nothing_it_was_specialised_for():
+    key = compiled_key(bad_kernels.product(64, 64, 32, size=512), 90)
+    assert key == compiled_key(bad_kernels.product(64, 64, 32, size=1024), 90)
+    assert key != compiled_key(bad_kernels.product(64, 64, 32, size=520), 90)
+    assert key != compiled_key(bad_kernels.product(64, 64, 32, warps=8), 90)
