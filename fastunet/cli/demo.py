@@ -11,9 +11,9 @@ from fastunet.cli.arguments import add_machine_options, set_threads
 from fastunet.errors import UserError
 
 SHAPE = (80, 80, 40)
-TRAINING_CASES, UNSEEN_CASES = 36, 6
+TRAINING_CASES, UNSEEN_CASES = 27, 6
 NETWORK = dict(width=16, depth=3)
-TRAINING = dict(epochs=6, batch_size=8, learning_rate=2e-3, schedule="cosine", val_fraction=0.08, augment=False)
+TRAINING = dict(epochs=4, batch_size=8, learning_rate=2e-3, schedule="cosine", val_fraction=0.11, augment=False)
 _MARKER = "fastunet-demo"
 
 

@@ -94,9 +94,9 @@ def load_weights(model: torch.nn.Module, tensors: dict[str, torch.Tensor], path:
     for name in sorted(expected.keys() ^ tensors.keys()):
         problem = "lacks" if name in expected else "has an unexpected"
         raise UserError(f"{path} holds weights of another architecture: it {problem} {name}")
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            found, wanted = tuple(tensor.shape), tuple(expected[name].shape)
+    for name, parameter in expected.items():
+        if tensors[name].shape != parameter.shape:
+            found, wanted = tuple(tensors[name].shape), tuple(parameter.shape)
             raise UserError(f"{path} holds weights of another architecture: {name} is {found}, expected {wanted}")
     model.load_state_dict(tensors)
 

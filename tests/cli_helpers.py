@@ -1,0 +1,73 @@
+"""What the tests of the command line share: small phantoms, an untrained checkpoint, and a runner of ``main``."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastunet
+from fastunet.cli import main
+from fastunet.data import LABEL_MAPS, make_phantoms
+from fastunet.training.checkpoint import ModelCard, save_weights
+
+SHAPE = (32, 32, 17)
+TINY = ["--width", "4", "--depth", "2", "--batch-size", "8", "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory) -> Path:
+    """A folder of four cases; tests only read it."""
+    root = tmp_path_factory.mktemp("phantoms")
+    make_phantoms(root, 4, 3, shape=SHAPE)
+    return root
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """A run folder with an untrained network whose biases spread its predictions over all classes."""
+    run = tmp_path_factory.mktemp("run")
+    write_checkpoint(run / "best.safetensors")
+    return run
+
+
+def write_checkpoint(path: Path, *, modalities=("flair", "t1ce"), size=None, axis=2, **network) -> torch.nn.Module:
+    """Writes a random network with labels of BraTS 2021 and returns it."""
+    torch.manual_seed(7)
+    model = fastunet.UNet(**{"in_channels": len(modalities), "width": 4, "depth": 2, **network}).eval()
+    card = ModelCard(model.config, tuple(modalities), LABEL_MAPS["brats2021"].to_dict(), size=size, axis=axis)
+    save_weights(path, model, card)
+    return model
+
+
+def run(*args: object) -> int:
+    """The exit code of ``fastunet`` with these arguments, in this process."""
+    return main([str(arg) for arg in args])
+
+
+def assert_user_error(capsys, code: int, *words: str) -> None:
+    """Exit code 2, and on stderr one last line that starts with "fastunet: " and holds all ``words``."""
+    error = capsys.readouterr().err
+    assert code == 2, error
+    assert "Traceback" not in error
+    last = error.splitlines()[-1]
+    assert last.startswith("fastunet: ")
+    assert error.count("fastunet: ") == 1
+    for word in words:
+        assert word in last, f"{word!r} is not in {last!r}"
+
+
+def files_below(folder: Path) -> list[str]:
+    """Every file below ``folder``, hidden ones too, as sorted relative paths."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def command(*args: object, module: str = "fastunet", **environment: str) -> subprocess.CompletedProcess:
+    """Runs ``python -m fastunet`` in a process of its own, on one thread."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    line = [sys.executable, "-m", module, *map(str, args)]
+    return subprocess.run(line, capture_output=True, text=True, env=env, timeout=240, check=False)
