@@ -14,7 +14,7 @@ import pathlib
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -31,27 +31,39 @@ Entry = tuple[str, tuple]
 class _State:
     told: str | None = None
     forced: dict[Entry, Any] = dataclasses.field(default_factory=dict)
-    asked: dict[Entry, type] | None = None
+    asked: dict[Entry, Any] | None = None
     found: dict[str | None, dict[Entry, Any]] = dataclasses.field(default_factory=dict)
 
 
 _state = _State()
 
 
-def lookup(kernel: str, key: tuple, cls: type[Config]) -> Config | None:
-    """The committed configuration of ``kernel`` for ``key`` on the current GPU, or None to use the heuristic.
+def choose(kernel: str, key: tuple, cls: type[Config], heuristic: Callable[[], Config],
+           usable: Callable[[Config], bool] | None = None) -> Config:
+    """The committed winner of ``kernel`` for ``key`` on the current GPU, if there is one that is ``usable``; else
+    ``heuristic()``.
 
     ``key`` is the launcher's bucketed key: numbers, strings, booleans and dtypes. In the interpreter and inside
     ``_launch.recording`` there is no GPU and so no table, unless :func:`using` names one.
 
     Raises:
-        ValueError: the file of this GPU, or its row for this key, cannot be used; names the file and the row.
+        ValueError: the file of this GPU, or its row for this key, cannot be used; names the file and the row. Or the
+            configuration that a search forces is not usable.
     """
     entry = (kernel, normal(key))
-    if _state.asked is not None:
-        _state.asked.setdefault(entry, cls)
+    if _state.asked is not None and entry not in _state.asked:
+        _state.asked[entry] = heuristic()
     if entry in _state.forced:
+        if usable is not None and not usable(_state.forced[entry]):
+            raise ValueError(f"{kernel} cannot use {_state.forced[entry]} for {entry[1]}")
         return _state.forced[entry]
+    found = lookup(kernel, key, cls)
+    return heuristic() if found is None or (usable is not None and not usable(found)) else found
+
+
+def lookup(kernel: str, key: tuple, cls: type[Config]) -> Config | None:
+    """The committed winner of ``kernel`` for ``key`` on the current GPU, or None; see :func:`choose`."""
+    entry = (kernel, normal(key))
     slug = _slug()
     if slug is None:
         return None
@@ -123,8 +135,8 @@ def using(slug: str | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def asking() -> Iterator[dict[Entry, type]]:
-    """Collects which entries the launchers look up, with the configuration class of each."""
+def asking() -> Iterator[dict[Entry, Any]]:
+    """Collects which entries the launchers choose, with what each one's heuristic would take."""
     previous, _state.asked = _state.asked, {}
     try:
         yield _state.asked

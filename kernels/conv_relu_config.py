@@ -136,8 +136,8 @@ def choose_config(conv: Convolution, *, pool: bool = False, classes: int = 0) ->
     sizes = (conv.batch, *conv.out_size, *(conv.channels if conv.skip is not None else (0, *conv.channels)), conv.c_out)
     buckets = tuple(triton.next_power_of_2(size) if size else 0 for size in sizes)
     key = (*buckets, conv.x.dtype, conv.mask is not None, pool, classes > 0)
-    tuned = _tuned.lookup("conv_relu", key, ConvConfig)
-    return tuned if tuned is not None and why_not(tuned, conv, classes=classes) is None else _heuristic(conv, classes)
+    return _tuned.choose("conv_relu", key, ConvConfig, lambda: _heuristic(conv, classes),
+                         lambda config: why_not(config, conv, classes=classes) is None)
 
 
 def _heuristic(conv: Convolution, classes: int) -> ConvConfig:
