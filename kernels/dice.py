@@ -1,0 +1,271 @@
+"""The sums of softmax, Dice and cross-entropy in one read of logits and labels, and their gradient in one more.
+
+Logits are (N, C, S) for S pixels, in the memory order (N, C, S) or (N, S, C); labels (N, S), or soft targets of the
+logits' shape. One channel is the logit of the second of two classes. A pixel whose label is ``ignore_index`` or out of
+range counts nowhere. All sums are in float32: each program writes one row of partial sums, and
+:func:`_reduce.sum_splits` adds the rows in an order that never changes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _launch, _reduce, _tuned
+from .dice_tiles import load_tile, store_tile
+
+_PROGRAMS = 4096
+"""About how many programs share a forward pass: several waves of any GPU, and few rows of partial sums."""
+
+
+@dataclass(frozen=True)
+class DiceConfig:
+    """Pixels of a tile, columns of the partial sums that a program keeps in registers, and its warps."""
+
+    block_s: int
+    keep: int
+    num_warps: int = 4
+
+
+def choose_config(classes: int, layout: str, itemsize: int) -> DiceConfig:
+    """The tile for 16 to 64 values a thread, and one kept column for every thread along the pixels."""
+    found = _tuned.lookup("dice", (classes, layout, itemsize), DiceConfig)
+    if found is not None:
+        return found
+    vector, block_c = 16 // itemsize, triton.next_power_of_2(classes)
+    num_warps = 4 if block_c <= 32 else 8
+    threads = 32 * num_warps
+    if layout in ("planes", "triplets"):
+        block_s = max(vector, min(threads * vector, 32 * threads // block_c))
+        return DiceConfig(block_s, keep=block_s // vector, num_warps=num_warps)
+    if layout == "rows":
+        vector = next(width for width in (vector, 4, 2, 1) if classes % width == 0)
+    block_s = max(1, 16 * threads // block_c)
+    return DiceConfig(block_s, keep=max(1, min(block_s, threads * vector // block_c)), num_warps=num_warps)
+
+
+def layout_of(logits: torch.Tensor) -> str:
+    """The ``LAYOUT`` of ``dice_tiles`` for (N, C, S) logits.
+
+    Raises:
+        ValueError: the memory is neither in the order (N, C, S) nor (N, S, C).
+    """
+    if logits.is_contiguous():
+        return "planes"
+    if not logits.transpose(1, 2).is_contiguous():
+        raise ValueError(f"logits of shape {tuple(logits.shape)} have strides {logits.stride()}; expected dense memory")
+    return {2: "packed", 3: "triplets", 4: "packed"}.get(logits.shape[1], "rows")
+
+
+@triton.jit
+def _memberships(
+    targets_ptr, weights_ptr, first, S, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    LAYOUT: tl.constexpr, VECTOR: tl.constexpr, SOFT: tl.constexpr, IGNORE: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+):  # fmt: skip
+    """Of one tile: memberships t, w t, and per pixel sum(w t), whether it counts, and whether its label is wrong."""
+    BINARY: tl.constexpr = C == 1
+    offs_c = tl.arange(0, BLOCK_C) + BINARY
+    offs_s = first + tl.arange(0, BLOCK_S)
+    valid = offs_s < S
+    if SOFT:
+        t = load_tile(targets_ptr, first, S, C, BLOCK_C, BLOCK_S, LAYOUT, VECTOR)
+        background = tl.where(valid, 1 - tl.sum(t, axis=0), 0.0) if BINARY else 0.0
+        weighted = t
+        if HAS_WEIGHTS:
+            weighted *= tl.load(weights_ptr + offs_c, mask=offs_c < C + BINARY, other=0.0)[:, None]
+            background *= tl.load(weights_ptr)
+        return t, weighted, tl.sum(weighted, axis=0) + background, valid, offs_s < 0
+    label = tl.load(targets_ptr + offs_s, mask=valid, other=0)
+    if label.dtype != tl.int64:
+        label = label.to(tl.int32)
+    if IGNORE is not None:
+        valid &= label != IGNORE
+    wrong = valid & ((label < 0) | (label >= C + BINARY))
+    valid &= (label >= 0) & (label < C + BINARY)
+    label = tl.where(valid, label, -1).to(tl.int32)
+    t = (label[None, :] == offs_c[:, None]).to(tl.float32)
+    weight = valid.to(tl.float32)
+    if HAS_WEIGHTS:
+        weight = tl.load(weights_ptr + label, mask=valid, other=0.0)
+    return t, t * weight[None, :] if HAS_WEIGHTS else t, weight, valid, wrong
+
+
+@triton.jit
+def _softmax(z, valid, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Of a (BLOCK_C, BLOCK_S) tile: z - max z, the probabilities (0 where not valid), the maximum, log(sum(exp))."""
+    if BLOCK_C > C:
+        z = tl.where((tl.arange(0, BLOCK_C) < C)[:, None], z, float("-inf"))
+    peak = tl.max(z, axis=0)
+    if C == 1:
+        peak = tl.maximum(peak, 0.0)
+    shifted = z - peak[None, :]
+    e = tl.exp(shifted)
+    total = tl.sum(e, axis=0)
+    if C == 1:
+        total += tl.exp(-peak)
+    return shifted, e * tl.where(valid, 1 / total, 0.0)[None, :], peak, tl.log(total)
+
+
+@triton.jit
+def _folded(x, KEEP: tl.constexpr, LAYOUT: tl.constexpr):
+    """(rows, BLOCK_S) summed to (rows, KEEP) within the threads: over neighbours where a vector is made of pixels."""
+    if LAYOUT == "rows":
+        return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // KEEP, KEEP)), axis=1)
+    else:
+        return tl.sum(tl.reshape(x, (x.shape[0], KEEP, x.shape[1] // KEEP)), axis=2)
+
+
+@triton.jit
+def dice_forward_kernel(
+    logits_ptr, targets_ptr, weights_ptr, partial_ptr, S, samples, programs,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, KEEP: tl.constexpr, LAYOUT: tl.constexpr,
+    VECTOR: tl.constexpr, SOFT: tl.constexpr, IGNORE: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+    CROSS_ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """partial[program, sample] = (I, P, T of each channel, sum(-w t log p), sum(w t), wrong labels) of its tiles."""
+    sample, program = tl.program_id(0) // programs, tl.program_id(0) % programs
+    logits_ptr += sample.to(tl.int64) * C * S
+    targets_ptr += sample.to(tl.int64) * (C if SOFT else 1) * S
+    intersection = tl.zeros((BLOCK_C, KEEP), tl.float32)
+    predicted = tl.zeros((BLOCK_C, KEEP), tl.float32)
+    truth = tl.zeros((BLOCK_C, KEEP), tl.float32)
+    nll = tl.zeros((1, KEEP), tl.float32)
+    weights = tl.zeros((1, KEEP), tl.float32)
+    wrongs = tl.zeros((1, KEEP), tl.float32)
+    for tile in range(program, tl.cdiv(S, BLOCK_S), programs):
+        first = tile * BLOCK_S
+        z = load_tile(logits_ptr, first, S, C, BLOCK_C, BLOCK_S, LAYOUT, VECTOR)
+        t, weighted, weight, valid, wrong = _memberships(
+            targets_ptr, weights_ptr, first, S, C, BLOCK_C, BLOCK_S, LAYOUT, VECTOR, SOFT, IGNORE, HAS_WEIGHTS
+        )
+        shifted, p, peak, log_total = _softmax(z, valid, C, BLOCK_C)
+        intersection += _folded(p * t, KEEP, LAYOUT)
+        predicted += _folded(p, KEEP, LAYOUT)
+        truth += _folded(t, KEEP, LAYOUT)
+        if CROSS_ENTROPY:
+            # 0 · -inf, a class that is impossible and not true, is 0
+            true_logit = tl.sum(weighted * tl.where(weighted == 0, 0.0, shifted), axis=0)
+            if C == 1:
+                true_logit -= (weight - tl.sum(weighted, axis=0)) * peak
+            nll += _folded(tl.where(valid, weight * log_total - true_logit, 0.0)[None, :], KEEP, LAYOUT)
+        weights += _folded(weight[None, :], KEEP, LAYOUT)
+        wrongs += _folded(wrong.to(tl.float32)[None, :], KEEP, LAYOUT)
+    offs_c = tl.arange(0, BLOCK_C)
+    row = partial_ptr + (program.to(tl.int64) * samples + sample) * (3 * C + 3)
+    tl.store(row + offs_c, tl.sum(intersection, axis=1), mask=offs_c < C)
+    tl.store(row + C + offs_c, tl.sum(predicted, axis=1), mask=offs_c < C)
+    tl.store(row + 2 * C + offs_c, tl.sum(truth, axis=1), mask=offs_c < C)
+    tl.store(row + 3 * C, tl.sum(nll))
+    tl.store(row + 3 * C + 1, tl.sum(weights))
+    tl.store(row + 3 * C + 2, tl.sum(wrongs))
+
+
+@triton.jit
+def dice_backward_kernel(
+    grad_ptr, logits_ptr, targets_ptr, weights_ptr, dlogits_ptr, S, tiles,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, LAYOUT: tl.constexpr, VECTOR: tl.constexpr,
+    SOFT: tl.constexpr, IGNORE: tl.constexpr, HAS_WEIGHTS: tl.constexpr, CROSS_ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """dz_c = p_c (g_c - sum_k p_k g_k) + n (p_c sum(w t) - w_c t_c), with g = dL/dI t + dL/dP and n = dL/d(nll)."""
+    sample, first = tl.program_id(0) // tiles, (tl.program_id(0) % tiles) * BLOCK_S
+    offs_c = tl.arange(0, BLOCK_C)
+    logits_ptr += sample.to(tl.int64) * C * S
+    dlogits_ptr += sample.to(tl.int64) * C * S
+    targets_ptr += sample.to(tl.int64) * (C if SOFT else 1) * S
+    grad_ptr += sample * (3 * C + 3)
+    grad_i = tl.load(grad_ptr + offs_c, mask=offs_c < C, other=0.0)
+    grad_p = tl.load(grad_ptr + C + offs_c, mask=offs_c < C, other=0.0)
+    z = load_tile(logits_ptr, first, S, C, BLOCK_C, BLOCK_S, LAYOUT, VECTOR)
+    t, weighted, weight, valid, _ = _memberships(
+        targets_ptr, weights_ptr, first, S, C, BLOCK_C, BLOCK_S, LAYOUT, VECTOR, SOFT, IGNORE, HAS_WEIGHTS
+    )
+    _, p, _, _ = _softmax(z, valid, C, BLOCK_C)
+    g = grad_i[:, None] * t + grad_p[:, None]
+    dz = p * (g - tl.sum(p * g, axis=0)[None, :])
+    if CROSS_ENTROPY:
+        dz += tl.load(grad_ptr + 3 * C) * (p * weight[None, :] - weighted)
+    store_tile(dlogits_ptr, dz, first, S, C, BLOCK_C, BLOCK_S, LAYOUT, VECTOR)
+
+
+def sums(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    class_weights: torch.Tensor | None,
+    ignore_index: int | None,
+    cross_entropy: bool,
+    config: DiceConfig | None = None,
+) -> torch.Tensor:
+    """Per sample (N, 3 C + 3) float32: I, P, T of each channel, sum(-w t log p), sum(w t), labels out of range.
+
+    Args:
+        logits: (N, C, S), dense in that order or in (N, S, C).
+        targets: (N, S) integers, or (N, C, S) memberships.
+        class_weights: (max(C, 2),) float32 weights of the cross-entropy, or None.
+        ignore_index: the label that counts nowhere, or None.
+        cross_entropy: whether its sum is wanted; it is 0 otherwise.
+    """
+    n, c, s = logits.shape
+    arguments = _Arguments(logits, targets, class_weights, ignore_index, cross_entropy, config)
+    programs = min(triton.cdiv(s, arguments.config.block_s), triton.cdiv(_PROGRAMS, max(n, 1)))
+    partial = _launch.empty((programs, n, 3 * c + 3), torch.float32, logits.device)
+    _launch.launch(
+        dice_forward_kernel, (n * programs,), logits, arguments.targets, class_weights, partial, s, n, programs,
+        KEEP=arguments.config.keep, **arguments.constants, num_warps=arguments.config.num_warps,
+    )  # fmt: skip
+    return _reduce.sum_splits(partial, torch.float32)
+
+
+def sums_grad(
+    grad: torch.Tensor,
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    class_weights: torch.Tensor | None,
+    ignore_index: int | None,
+    cross_entropy: bool,
+    config: DiceConfig | None = None,
+) -> torch.Tensor:
+    """The gradient of :func:`sums` with respect to the logits, in their dtype and memory order.
+
+    Args:
+        grad: (N, 3 C + 3) float32, the loss's gradient with respect to the sums.
+    """
+    n, c, s = logits.shape
+    arguments = _Arguments(logits, targets, class_weights, ignore_index, cross_entropy, config)
+    if arguments.constants["LAYOUT"] == "planes":
+        dlogits = _launch.empty((n, c, s), logits.dtype, logits.device)
+    else:
+        dlogits = _launch.empty((n, s, c), logits.dtype, logits.device).transpose(1, 2)
+    tiles = triton.cdiv(s, arguments.config.block_s)
+    _launch.launch(
+        dice_backward_kernel, (n * tiles,),
+        grad.contiguous(), logits, arguments.targets, class_weights, dlogits, s, tiles,
+        **arguments.constants, num_warps=arguments.config.num_warps,
+    )  # fmt: skip
+    return dlogits
+
+
+class _Arguments:
+    """What both kernels are launched with: targets in the logits' memory order, the tile, compile-time constants."""
+
+    def __init__(self, logits, targets, class_weights, ignore_index, cross_entropy, config):
+        c, layout = logits.shape[1], layout_of(logits)
+        soft = targets.ndim == 3
+        if soft and layout != "planes":
+            self.targets = targets.transpose(1, 2).contiguous()
+        else:
+            self.targets = targets.contiguous()
+        self.config = config or choose_config(c, layout, logits.element_size())
+        self.constants = dict(
+            C=c,
+            BLOCK_C=triton.next_power_of_2(c),
+            BLOCK_S=self.config.block_s,
+            LAYOUT=layout,
+            VECTOR=16 // logits.element_size(),
+            SOFT=soft,
+            IGNORE=ignore_index,
+            HAS_WEIGHTS=class_weights is not None,
+            CROSS_ENTROPY=cross_entropy,
+        )
