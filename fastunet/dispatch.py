@@ -46,7 +46,8 @@ def define(schema: str, *, torch_impl: Callable, triton_impl: str, fake: Callabl
 
     @functools.cache
     def load() -> Callable:
-        return getattr(importlib.import_module(f"fastunet.kernels.{module}"), function)
+        launcher = getattr(importlib.import_module(f"fastunet.kernels.{module}"), function)
+        return importlib.import_module("fastunet.tuning").tunable(launcher)
 
     def implementation(*args):
         *operands, backend = args
@@ -64,11 +65,12 @@ def define(schema: str, *, torch_impl: Callable, triton_impl: str, fake: Callabl
     torch.library.register_fake(f"fastunet::{name}", lambda *args: fake(*args[:-1]), lib=_LIBRARY)
 
 
-def select_backend(requested: str | None, operator: str, x: torch.Tensor) -> str:
+def select_backend(requested: str | None, operator: str, x: torch.Tensor, unsupported: str | None = None) -> str:
     """Resolves ``requested`` ("auto", "triton", "torch", or None for "auto") to "torch" or "triton" for tensor ``x``.
 
     "auto" takes ``FASTUNET_BACKEND`` if set, then Triton on a CUDA device where it can run, else PyTorch with one
-    warning that gives the reason. An explicit choice is never overridden.
+    warning that gives the reason. An explicit choice is never overridden. ``unsupported`` is the operator's own reason
+    why its kernels cannot take this call.
 
     Raises:
         ValueError: an unknown backend, or "triton" where it cannot run; the message gives the reason.
@@ -80,7 +82,7 @@ def select_backend(requested: str | None, operator: str, x: torch.Tensor) -> str
         raise ValueError(f"backend is {choice!r}; expected one of {', '.join(BACKENDS)}")
     if choice == "torch" or (choice == "auto" and x.device.type != "cuda"):
         return "torch"
-    reason = why_not_triton(x.device, x.dtype)
+    reason = why_not_triton(x.device, x.dtype) or unsupported
     if reason is None:
         return "triton"
     if choice == "triton":

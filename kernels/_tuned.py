@@ -33,6 +33,7 @@ class _State:
     forced: dict[Entry, Any] = dataclasses.field(default_factory=dict)
     asked: dict[Entry, Any] | None = None
     found: dict[str | None, dict[Entry, Any]] = dataclasses.field(default_factory=dict)
+    kept: set[tuple[str | None, Entry]] = dataclasses.field(default_factory=set)
 
 
 _state = _State()
@@ -89,7 +90,7 @@ def build(cls: type[Config], values: dict[str, Any], where: str) -> Config:
     for name, value in values.items():
         hint = hints[name]
         allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        if typing.get_origin(hint) is None and type(value) not in allowed:
+        if type(value) not in allowed:
             raise ValueError(f"{where}: {name} is {value!r}, not of type {hint}")
     return cls(**values)
 
@@ -122,6 +123,17 @@ def read(path: pathlib.Path) -> dict[str, Any]:
 def files() -> list[pathlib.Path]:
     """Every committed winners' file."""
     return sorted(FOLDER.glob("*.json"))
+
+
+def keep(entry: Entry, config: Any) -> None:
+    """Takes ``config`` for ``entry`` from now on, on the current GPU and in this process."""
+    _state.found.setdefault(_slug(), {})[entry] = config
+    _state.kept.add((_slug(), entry))
+
+
+def is_kept(entry: Entry) -> bool:
+    """Whether :func:`keep` has settled ``entry`` for the current GPU."""
+    return (_slug(), entry) in _state.kept
 
 
 @contextlib.contextmanager
