@@ -31,7 +31,7 @@ class DiceConfig:
 
 
 def choose_config(classes: int, layout: str, itemsize: int) -> DiceConfig:
-    """The tile for 16 to 64 values a thread, and one kept column for every thread along the pixels."""
+    """The tile for 16 to 32 values a thread, and one kept column for every thread along the pixels."""
     found = _tuned.lookup("dice", (classes, layout, itemsize), DiceConfig)
     if found is not None:
         return found
@@ -39,7 +39,9 @@ def choose_config(classes: int, layout: str, itemsize: int) -> DiceConfig:
     num_warps = 4 if block_c <= 32 else 8
     threads = 32 * num_warps
     if layout in ("planes", "triplets"):
-        block_s = max(vector, min(threads * vector, 32 * threads // block_c))
+        # up to eight classes one thread holds all of its pixels' classes; beyond, they would not fit its registers
+        values = 32 if block_c <= 8 else 16
+        block_s = max(vector, min(threads * vector, values * threads // block_c))
         return DiceConfig(block_s, keep=block_s // vector, num_warps=num_warps)
     if layout == "rows":
         vector = next(width for width in (vector, 4, 2, 1) if classes % width == 0)

@@ -32,7 +32,7 @@ dispatch.define(
 dispatch.define(
     "confusion_counts(Tensor predictions, Tensor labels, int classes, int? ignore_index, str backend) -> Tensor",
     torch_impl=dice_cpu.confusion,
-    triton_impl="dice:confusion",
+    triton_impl="dice_confusion:confusion",
     fake=lambda predictions, labels, classes, ignore_index: labels.new_empty(
         (labels.shape[0], classes * classes + 2), dtype=torch.int64
     ),

@@ -1,0 +1,142 @@
+"""Confusion counts in one read of logits (or predicted labels) and true labels.
+
+Each program counts its pixels by a product of one-hot tiles, which is exact in float32 for fewer than 2^24 of them,
+and writes one row of int32 partial counts; integer sums make the order of the rows irrelevant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _launch, _tuned
+from .dice import layout_of
+from .dice_tiles import load_tile
+
+NONE_WRONG = -(2**31)
+"""Stands for "no value is out of range"."""
+
+_MOST_PIXELS = 2**23
+"""Of one program, so that float32 counts are exact."""
+
+
+@dataclass(frozen=True)
+class ConfusionConfig:
+    """Pixels of a tile, programs over the whole batch, warps."""
+
+    block_s: int
+    programs: int
+    num_warps: int = 4
+
+
+def choose_config(classes: int, itemsize: int) -> ConfusionConfig:
+    """The tile for ``classes`` of ``itemsize`` bytes; fewer programs where a row of counts is long."""
+    found = _tuned.lookup("dice_confusion", (classes, itemsize), ConfusionConfig)
+    if found is not None:
+        return found
+    if classes <= 16:
+        return ConfusionConfig(block_s=256, programs=2048)
+    return ConfusionConfig(block_s=64 if classes <= 64 else 32, programs=512, num_warps=8)
+
+
+@triton.jit
+def _first_maximum(ptr, first, S, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+                   LAYOUT: tl.constexpr, VECTOR: tl.constexpr):  # fmt: skip
+    """Per pixel the first class with the greatest logit; NaN counts as infinite. Of one logit: whether positive."""
+    z = load_tile(ptr, first, S, C, BLOCK_C, BLOCK_S, LAYOUT, VECTOR)
+    if C == 1:
+        return tl.sum((z > 0).to(tl.int32) | (z != z).to(tl.int32), axis=0)
+    offs_c = tl.arange(0, BLOCK_C)[:, None]
+    z = tl.where(z != z, float("inf"), z)
+    z = tl.where(offs_c < C, z, float("-inf"))
+    return tl.min(tl.where(z == tl.max(z, axis=0)[None, :], offs_c, BLOCK_C), axis=0)
+
+
+@triton.jit
+def _labels(ptr, first, S, CLASSES: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Labels in their own dtype, and as int32 with -1 where they are out of range."""
+    offs_s = first + tl.arange(0, BLOCK_S)
+    label = tl.load(ptr + offs_s, mask=offs_s < S, other=0)
+    if label.dtype != tl.int64:
+        label = label.to(tl.int32)
+    return label, tl.where((label >= 0) & (label < CLASSES), label, -1).to(tl.int32)
+
+
+@triton.jit
+def confusion_kernel(
+    predictions_ptr, labels_ptr, partial_ptr, S, programs,
+    CLASSES: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    LAYOUT: tl.constexpr, VECTOR: tl.constexpr, HARD: tl.constexpr, IGNORE: tl.constexpr, NONE_WRONG: tl.constexpr,
+):  # fmt: skip
+    """partial[sample, program] = (counts by truth and prediction, wrong pixels, the greatest wrong value)."""
+    sample, program = tl.program_id(0) // programs, tl.program_id(0) % programs
+    predictions_ptr += sample.to(tl.int64) * (1 if HARD else C) * S
+    labels_ptr += sample.to(tl.int64) * S
+    offs_k = tl.arange(0, BLOCK_K)
+    counts = tl.zeros((BLOCK_K, BLOCK_K), tl.float32)
+    wrongs = tl.zeros((BLOCK_S,), tl.int32)
+    greatest = tl.full((BLOCK_S,), NONE_WRONG, tl.int32)
+    for tile in range(program, tl.cdiv(S, BLOCK_S), programs):
+        first = tile * BLOCK_S
+        given, truth = _labels(labels_ptr, first, S, CLASSES, BLOCK_S)
+        counted = first + tl.arange(0, BLOCK_S) < S
+        if IGNORE is not None:
+            counted &= given != IGNORE
+        value = tl.where(truth < 0, given, NONE_WRONG)
+        if HARD:
+            given, predicted = _labels(predictions_ptr, first, S, CLASSES, BLOCK_S)
+            value = tl.maximum(value, tl.where(predicted < 0, given, NONE_WRONG))
+        else:
+            predicted = _first_maximum(predictions_ptr, first, S, C, BLOCK_C, BLOCK_S, LAYOUT, VECTOR)
+        wrong = counted & ((truth < 0) | (predicted < 0))
+        wrongs += wrong.to(tl.int32)
+        value = tl.minimum(tl.maximum(value, NONE_WRONG), 2147483647).to(tl.int32)
+        greatest = tl.maximum(greatest, tl.where(wrong, value, NONE_WRONG))
+        truth = tl.where(counted & (predicted >= 0), truth, -1)
+        is_truth = (truth[None, :] == offs_k[:, None]).to(tl.float16)
+        is_predicted = (predicted[:, None] == offs_k[None, :]).to(tl.float16)
+        counts = tl.dot(is_truth, is_predicted, counts)
+    row = partial_ptr + tl.program_id(0).to(tl.int64) * (CLASSES * CLASSES + 2)
+    mask = (offs_k < CLASSES)[:, None] & (offs_k < CLASSES)[None, :]
+    tl.store(row + offs_k[:, None] * CLASSES + offs_k[None, :], counts.to(tl.int32), mask=mask)
+    tl.store(row + CLASSES * CLASSES, tl.sum(wrongs))
+    tl.store(row + CLASSES * CLASSES + 1, tl.max(greatest, axis=0))
+
+
+def confusion(
+    predictions: torch.Tensor,
+    labels: torch.Tensor,
+    classes: int,
+    ignore_index: int | None,
+    config: ConfusionConfig | None = None,
+) -> torch.Tensor:
+    """(N, classes² + 2) int64: the matrix by rows of truth, the pixels out of range, the greatest such value.
+
+    Args:
+        predictions: (N, C, S) logits, dense in that order or in (N, S, C), or (N, S) integer labels.
+        labels: (N, S) integers.
+        classes: at most 128; C, or 2 where C is 1.
+        ignore_index: the true label whose pixels are not counted, or None.
+    """
+    n, s = labels.shape
+    hard = predictions.ndim == 2
+    c = classes if hard else predictions.shape[1]
+    config = config or choose_config(classes, 0 if hard else predictions.element_size())
+    programs = max(triton.cdiv(config.programs, max(n, 1)), triton.cdiv(s, _MOST_PIXELS))
+    programs = min(programs, triton.cdiv(s, config.block_s))
+    partial = _launch.empty((n, programs, classes * classes + 2), torch.int32, labels.device)
+    _launch.launch(
+        confusion_kernel, (n * programs,),
+        predictions.contiguous() if hard else predictions, labels.contiguous(), partial, s, programs,
+        CLASSES=classes, BLOCK_K=max(16, triton.next_power_of_2(classes)), C=c, BLOCK_C=triton.next_power_of_2(c),
+        BLOCK_S=config.block_s, LAYOUT="planes" if hard else layout_of(predictions),
+        VECTOR=1 if hard else 16 // predictions.element_size(), HARD=hard, IGNORE=ignore_index, NONE_WRONG=NONE_WRONG,
+        num_warps=config.num_warps,
+    )  # fmt: skip
+    if programs == 0:
+        partial = partial.new_zeros((n, 1, classes * classes + 2))
+        partial[..., -1] = NONE_WRONG
+    return torch.cat([partial[..., :-1].sum(1), partial[..., -1:].amax(1).long()], 1)
