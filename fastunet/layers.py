@@ -29,13 +29,15 @@ CASES: dict[str, tuple[Architecture, tuple[int, int]]] = {
 class Tensor:
     """An argument's shape; ``dtype`` None is that of the computation. 4-D tensors of it are in NHWC memory.
 
-    ``pixel_major`` says so of (N, C, pixels) tensors. ``is_read`` is False where only the shape matters.
+    ``pixel_major`` says so of (N, C, pixels) tensors. ``is_read`` is False where only the shape matters. Integer
+    tensors hold values below ``classes``.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None = None
     pixel_major: bool = False
     is_read: bool = True
+    classes: int = 0
 
     def allocate(self, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
         """An uninitialised tensor of this shape and memory layout."""
@@ -66,9 +68,29 @@ class Call:
         """The arguments with every :class:`Tensor` as an uninitialised tensor of ``dtype``."""
         return [a.allocate(dtype, device) if isinstance(a, Tensor) else a for a in self.arguments.values()]
 
+    def random(self, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> list[Any]:
+        """The arguments with random contents: normal values, weights scaled to keep their outputs' variance, labels."""
+        generator = torch.Generator(device).manual_seed(seed)
+        operands = self.allocate(dtype, device)
+        for (name, spec), tensor in zip(self.arguments.items(), operands):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            if tensor.dtype.is_floating_point:
+                fan_in = math.prod(spec.shape[1:]) if name.endswith("weight") else 1
+                tensor.normal_(std=fan_in**-0.5, generator=generator)
+            else:
+                tensor.random_(spec.classes, generator=generator)
+        return operands
+
     def launcher(self):
-        """The Triton launcher, to be called with :meth:`allocate`'s tensors."""
+        """The Triton launcher, to be called with the tensors of :meth:`allocate` or :meth:`random`."""
         return OPERATORS[self.operator].launcher()
+
+    def reference(self, operands: list[Any], dtype: torch.dtype | None = None) -> tuple[torch.Tensor, ...]:
+        """PyTorch's results of the operator for ``operands``, whose floating tensors are first cast to ``dtype``."""
+        cast = [o.to(dtype) if isinstance(o, torch.Tensor) and o.dtype.is_floating_point else o for o in operands]
+        results = OPERATORS[self.operator].torch_impl(*(cast if dtype else operands))
+        return results if isinstance(results, tuple) else (results,)
 
     def floor_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the arguments that must be read and of the results that must be written, each once."""
@@ -93,7 +115,7 @@ def network_calls(architecture: Architecture, batch: int, height: int, width: in
     """
     out_height, out_width = architecture.output_size(height, width)
     walk = _Walk(architecture, batch)
-    backward = walk.forward(height, width, output)
+    backward = walk.forward(height, width, output, training)
     if not training:
         return walk.calls
     if loss:
@@ -104,8 +126,17 @@ def network_calls(architecture: Architecture, batch: int, height: int, width: in
 
 
 def standalone_calls(architecture: Architecture, batch: int, height: int, width: int) -> list[Call]:
-    """Calls that only the operators used by themselves make: ReLU's gradient, pooling alone, unmasked gradients."""
-    found = {}
+    """Calls that a training step does not make: ReLU's gradient, pooling alone, gradients with the other mask, and the
+    confusion matrix of logits or labels."""
+    out_height, out_width = architecture.output_size(height, width)
+    pixels, classes = out_height * out_width, architecture.num_classes
+    labels = Tensor((batch, pixels), torch.uint8, classes=classes)
+    logits = Tensor((batch, classes, pixels), pixel_major=True)
+    found = {
+        predictions: Call("metrics", "confusion_counts",
+                          dict(predictions=predictions, labels=labels, classes=classes, ignore_index=None), 0)
+        for predictions in (logits, labels)
+    }  # fmt: skip
     for call in network_calls(architecture, batch, height, width, loss=False):
         name, arguments = call.operator, call.arguments
         if name == "conv_relu_pool":
@@ -143,7 +174,7 @@ class _Walk:
     def add(self, layer: str, operator: str, macs: int, **arguments) -> None:
         self.calls.append(Call(layer, operator, arguments, macs))
 
-    def forward(self, height: int, width: int, output: str) -> list:
+    def forward(self, height: int, width: int, output: str, training: bool) -> list:
         a = self.architecture
         if a.padding == "same":
             height, width = a.padded_size(height, width)
@@ -161,6 +192,9 @@ class _Walk:
             u, step0 = self.up(f"decoders.{index}.up", x, channels)
             mask = a.up == "upsample"
             y1, step1 = self.conv(f"decoders.{index}.conv1", u, skips.pop(), channels, mask=mask)
+            if index == a.depth - 1 and not training and channels <= 128 and a.num_classes <= 32:
+                self.fused_head(f"decoders.{index}.conv2", y1, channels, output)
+                return []
             x, step2 = self.conv(f"decoders.{index}.conv2", y1, None, channels, mask=True)
             backward += [step0, step1, step2]
         return [*backward, self.head(x, output)]
@@ -216,10 +250,18 @@ class _Walk:
         return lambda: self.add("head", "segmentation_head_backward", 2 * macs, d_logits=logits, x=Tensor(x),
                                 weight=weight, mask_x=True, has_bias=True)
 
+    def fused_head(self, layer, x, channels, output):
+        weight, classes = Tensor((channels, x[1], 3, 3)), self.architecture.num_classes
+        features = _convolved(x, weight.shape, self.pad)
+        macs = 9 * x[1] * math.prod(features) + classes * math.prod(features)
+        self.add(layer, "conv_relu_head", macs, x=Tensor(x), skip=None, weight=weight, bias=Tensor((channels,)),
+                 pad=self.pad, head_weight=Tensor((classes, channels, 1, 1)), head_bias=Tensor((classes,)),
+                 output=output)
+
     def loss(self, pixels: int) -> None:
         classes = self.architecture.num_classes
         logits = Tensor((self.batch, classes, pixels), pixel_major=True)
-        read = dict(logits=logits, targets=Tensor((self.batch, pixels), torch.uint8), class_weights=None,
-                    ignore_index=None)
+        targets = Tensor((self.batch, pixels), torch.uint8, classes=classes)
+        read = dict(logits=logits, targets=targets, class_weights=None, ignore_index=None, cross_entropy=True)
         self.add("loss", "dice_sums", 0, **read)
         self.add("loss", "dice_sums_grad", 0, grad=Tensor((self.batch, 3 * classes + 3), torch.float32), **read)

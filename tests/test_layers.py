@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastunet
 from fastunet.architecture import Architecture
+from fastunet.functional.dice import confusion_counts, dice_cross_entropy
 from fastunet.layers import CASES, Call, Tensor, network_calls, standalone_calls
 
 
@@ -46,19 +47,21 @@ def test_calls_are_those_of_the_model(name):
 
 
 @pytest.mark.parametrize("method, output", [("predict", "labels"), ("predict_proba", "probabilities")])
-def test_inference_calls_are_those_of_the_model(method, output):
+@pytest.mark.parametrize("width, classes, depth", [(8, 4, 2), (256, 4, 1), (8, 33, 1), (8, 4, 0)])
+def test_inference_calls_are_those_of_the_model(method, output, width, classes, depth):
+    architecture = Architecture(width=width, num_classes=classes, depth=depth)
     with torch.device("meta"):
-        model = fastunet.UNet(width=8, depth=2, backend="torch").eval()
+        model = fastunet.UNet(**architecture.as_dict(), backend="torch").eval()
         with Recorder() as recorder:
             getattr(model, method)(torch.empty(1, 2, 16, 16))
-    calls = network_calls(Architecture(width=8, depth=2), 1, 16, 16, training=False, output=output)
+    calls = network_calls(architecture, 1, 16, 16, training=False, output=output)
     assert recorder.calls == [(c.operator, shapes(c.arguments.values())) for c in calls]
 
 
 def test_layers_are_named_after_the_parameters():
     architecture, (height, width) = CASES["brats 128"]
     names = {name.rpartition(".")[0] for name, _ in fastunet.UNet(**architecture.as_dict()).named_parameters()}
-    assert {c.layer for c in network_calls(architecture, 1, height, width, training=False)} == names
+    assert {c.layer for c in network_calls(architecture, 1, height, width, loss=False)} == names
 
 
 def test_arithmetic_of_the_isbi_network():
@@ -67,8 +70,8 @@ def test_arithmetic_of_the_isbi_network():
             (256, 512, 66), (512, 512, 64), (512, 1024, 30), (1024, 1024, 28)]  # fmt: skip
     rise = [(1024, 512, 54), (512, 512, 52), (512, 256, 102), (256, 256, 100), (256, 128, 198), (128, 128, 196),
             (128, 64, 390), (64, 64, 388)]  # fmt: skip
-    calls = network_calls(*CASES["isbi 572"][:1], 1, 572, 572, training=False)
-    assert sum(c.macs for c in calls if c.operator.startswith("conv_relu")) == sum(
+    calls = network_calls(CASES["isbi 572"][0], 1, 572, 572)
+    assert sum(c.macs for c in calls if c.operator in ("conv_relu", "conv_relu_pool")) == sum(
         9 * c_in * c_out * size**2 for c_in, c_out, size in down + rise
     )
 
@@ -83,6 +86,14 @@ def test_floor_counts_every_tensor_once():
     assert gradient.floor_bytes(torch.float32) == 4 * (2 * 16 * 3 * 2 + 16 * 8 * 9 + 2 * 8 * 5 * 4)
 
 
+def test_loss_calls_are_those_of_the_loss():
+    x = torch.zeros(2, 4, 6, 5).to(memory_format=torch.channels_last).requires_grad_()
+    with Recorder() as recorder:
+        dice_cross_entropy(x, torch.zeros(2, 6, 5, dtype=torch.uint8), backend="torch").backward()
+    calls = [c for c in network_calls(Architecture(width=8, depth=0), 2, 6, 5) if c.layer == "loss"]
+    assert recorder.calls == [(c.operator, shapes(c.arguments.values())) for c in calls]
+
+
 def test_loss_reads_labels_as_bytes():
     sums, _ = [c for c in network_calls(Architecture(width=8, depth=1), 3, 4, 4) if c.layer == "loss"]
     assert sums.floor_bytes(torch.bfloat16) == 3 * 16 * (4 * 2 + 1) + 3 * (3 * 4 + 3) * 4
@@ -94,3 +105,21 @@ def test_standalone_calls_turn_every_mask_around():
     alone = {(c.operator, c.arguments["mask_x"]) for c in standalone_calls(Architecture(), 1, 32, 32)
              if "mask_x" in c.arguments}  # fmt: skip
     assert {(operator, not mask) for operator, mask in masks} == alone
+
+
+def test_random_operands_feed_the_reference():
+    for call in network_calls(Architecture(width=8, depth=1), 2, 8, 8):
+        operands = call.random(torch.float32, "cpu")
+        same, exact = call.reference(operands), call.reference(operands, torch.float64)
+        assert all(a.dtype == torch.float32 and b.dtype == torch.float64 for a, b in zip(same, exact)), call.operator
+        for a, b in zip(same, exact):
+            torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-4)
+
+
+def test_metrics_calls_are_those_of_the_confusion_matrix():
+    logits, labels = torch.zeros(2, 4, 6, 5), torch.zeros(2, 6, 5, dtype=torch.uint8)
+    with Recorder() as recorder:
+        confusion_counts(logits, labels, 4, backend="torch")
+        confusion_counts(labels, labels, 4, backend="torch")
+    calls = [c for c in standalone_calls(Architecture(width=8, depth=0), 2, 6, 5) if c.layer == "metrics"]
+    assert recorder.calls == [(c.operator, shapes(c.arguments.values())) for c in calls]

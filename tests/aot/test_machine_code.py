@@ -59,7 +59,7 @@ def check(all_uses, show_table, title):
 @pytest.mark.parametrize("architecture, mode", ALL)
 def test_kernels(architecture, mode, show_table, request):
     with products(mode):
-        if request.config.getoption("--full") or (architecture, mode) == (90, "bf16"):
+        if request.config.getoption("--full", default=False) or (architecture, mode) == (90, "bf16"):
             chosen = uses(architecture, MODES[mode]) + uses(architecture, MODES[mode], batch=1)
         else:
             chosen = one_of_each(uses(architecture, MODES[mode], names=["brats 128"])
