@@ -56,7 +56,7 @@ def sums(
             log_p.sub_(total.log_()).mul_(t).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
         rows = 4 if cross_entropy else 3
         totals[sample, :rows] += block[:rows].sum(-1)
-    weights = torch.ones_like(totals[0, 0]) if class_weights is None else class_weights.double()
+    weights = totals.new_ones(k) if class_weights is None else class_weights.double()
     wrong = logits.shape[2] - totals[:, 2].sum(1) - ignored if targets.ndim == 2 else torch.zeros_like(ignored)
     scalars = torch.stack([-(totals[:, 3] * weights).sum(1), (totals[:, 2] * weights).sum(1), wrong], 1)
     return torch.cat([totals[:, :3, k - c :].flatten(1), scalars], 1).to(sum_dtype(logits))
