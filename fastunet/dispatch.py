@@ -19,6 +19,7 @@ import torch
 BACKENDS = ("auto", "triton", "torch")
 _LIBRARY = torch.library.Library("fastunet", "DEF")
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _warned: set[str] = set()
 
 
@@ -110,7 +111,6 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     return _why_not_cuda(device.index if device.index is not None else torch.cuda.current_device())
 
 
-@functools.cache
 def _why_not_cuda(index: int) -> str | None:
     major, minor = torch.cuda.get_device_capability(index)
     if major < 8:
@@ -118,10 +118,9 @@ def _why_not_cuda(index: int) -> str | None:
     return None
 
 
-@functools.cache
 def triton_installed() -> bool:
     """Whether Triton can be imported; does not import it."""
-    return importlib.util.find_spec("triton") is not None
+    return _TRITON_INSTALLED
 
 
 def triton_interpreted() -> bool:

@@ -6,7 +6,7 @@ import torch
 
 from fastunet import reference
 from fastunet.dispatch import BACKENDS
-from fastunet.functional.blocks import conv_block, decoder_block, encoder_block
+from fastunet.functional.blocks import conv_block, decoder_block, decoder_block_head, encoder_block
 from fastunet.functional.segmentation_head import head_of_network
 
 
@@ -70,13 +70,20 @@ class UNet(reference.UNet):
         # Each of these outputs has one consumer, a decoder's up or the head, and both mask its gradient.
         parameters = _parameters(self.bottleneck.conv1, self.bottleneck.conv2)
         x = self.dropout(conv_block(x, *parameters, padding=padding, grad_masked=True, backend=backend))
-        for decoder in self.decoders:
+        last = len(self.decoders) - 1
+        for level, decoder in enumerate(self.decoders):
             parameters = _parameters(decoder.up, decoder.conv1, decoder.conv2)
+            if level == last and not torch.is_grad_enabled():
+                parameters += [self.head.weight, self.head.bias]
+                y = decoder_block_head(
+                    x, skips.pop(), *parameters, up=up, output=output, padding=padding, backend=backend
+                )
+                return y[..., :height, :width]
             x = decoder_block(
                 x, skips.pop(), *parameters, up=up, padding=padding, mask_input=True, grad_masked=True, backend=backend
             )
         y = head_of_network(x, self.head.weight, self.head.bias, output=output, backend=backend)
-        return y if y.shape[-2:] == (height, width) else y[..., :height, :width]
+        return y[..., :height, :width]
 
 
 def _parameters(*layers: torch.nn.Module) -> list[torch.Tensor]:

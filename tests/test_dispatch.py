@@ -26,9 +26,7 @@ def cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Test GPU")
     monkeypatch.setattr(dispatch, "triton_installed", lambda: True)
     monkeypatch.setattr(dispatch, "_warned", set())
-    dispatch._why_not_cuda.cache_clear()
-    yield lambda *c: (capability.__setitem__(0, c), dispatch._why_not_cuda.cache_clear())
-    dispatch._why_not_cuda.cache_clear()
+    return lambda *c: capability.__setitem__(0, c)
 
 
 def test_auto_on_a_cpu_is_torch_without_a_warning(monkeypatch):
@@ -88,3 +86,10 @@ def test_autocast_casts_like_a_convolution():
     with torch.autocast("cpu", torch.bfloat16):
         got = dispatch.autocast_operands(x, weight, None, exact)
     assert [None if t is None else t.dtype for t in got] == [torch.bfloat16, torch.bfloat16, None, torch.float64]
+
+
+def test_an_operator_s_own_limit_falls_back_too(cuda):
+    with pytest.warns(UserWarning, match="40 classes, more than 32"):
+        assert dispatch.select_backend("auto", "op", FakeCuda, "the head has 40 classes, more than 32") == "torch"
+    with pytest.raises(ValueError, match="40 classes"):
+        dispatch.select_backend("triton", "op", FakeCuda, "the head has 40 classes, more than 32")

@@ -226,3 +226,18 @@ print(seconds)
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert float(run.stdout) < 0.3
+
+
+def test_operators_are_exactly_the_documented_ones():
+    assert sorted(fastunet.functional.__all__) == [
+        "confusion_matrix",
+        "conv_relu",
+        "conv_relu_pool",
+        "conv_transpose2d",
+        "dice_coefficient",
+        "dice_cross_entropy",
+        "dice_loss",
+        "max_pool2d",
+        "segmentation_head",
+        "upsample_conv_relu",
+    ]

@@ -14,7 +14,10 @@ from __future__ import annotations
 import torch
 
 from fastunet.dispatch import autocast_operands, select_backend
-from fastunet.functional.conv_relu import check_conv, check_conv_dtypes
+from fastunet.functional.conv_relu import check_conv, check_conv_dtypes, conv_relu
+from fastunet.functional.conv_transpose import conv_transpose2d
+from fastunet.functional.segmentation_head import segmentation_head, too_many_classes
+from fastunet.functional.upsample_conv import upsample_conv_relu
 
 _OPS = torch.ops.fastunet
 
@@ -129,6 +132,28 @@ def decoder_block(
     x, wu, bu = autocast_operands(x, wu, bu)
     backend = select_backend(backend, "decoder_block", x)
     return _DecoderBlock.apply(x, skip, wu, bu, w1, b1, w2, b2, pad, transpose, mask_input, grad_masked, backend)
+
+
+def decoder_block_head(
+    x, skip, wu, bu, w1, b1, w2, b2, head_weight, head_bias, *, up, output, padding="same", backend="auto"
+) -> torch.Tensor:
+    """The head of :func:`decoder_block` for inference: its last feature map goes into ``output`` and is never written.
+
+    The fused kernel holds all features of a pixel: above 128 of them, or 32 classes, the head is a pass of its own.
+    ``output`` is that of :func:`fastunet.functional.segmentation_head`. The result carries no gradient.
+    """
+    with torch.no_grad():
+        upsample = conv_transpose2d if up == "transpose" else upsample_conv_relu
+        u = upsample(x, wu, bu, backend=backend)
+        y1 = conv_relu(u, w1, b1, skip=skip, padding=padding, backend=backend)
+        if w2.shape[0] > 128 or too_many_classes(head_weight):
+            y2 = conv_relu(y1, w2, b2, padding=padding, backend=backend)
+            return segmentation_head(y2, head_weight, head_bias, output=output, backend=backend)
+        pad = check_conv("decoder_block_head", y1, None, w2, b2, padding)
+        y1, w2, b2, head_weight, head_bias = autocast_operands(y1, w2, b2, head_weight, head_bias)
+        check_conv_dtypes("decoder_block_head", y1, None, w2, b2)
+        backend = select_backend(backend, "decoder_block_head", y1)
+        return _OPS.conv_relu_head(y1, None, w2, b2, pad, head_weight, head_bias, output, backend)
 
 
 def _prepare(operator, x, skip, parameters, padding):

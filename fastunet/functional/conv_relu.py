@@ -26,7 +26,8 @@ def _slices(weight, skip):
     return weight[:, :split], weight[:, split:]
 
 
-def _forward(x, skip, weight, bias, pad, relu):
+def torch_forward(x, skip, weight, bias, pad, relu):
+    """The PyTorch implementation of ``fastunet::conv_relu``."""
     if skip is not None and accumulates(x):
         skip_weight, x_weight = _slices(weight, skip)
         y = nhwc(F.conv2d(nhwc(centre_crop(skip, *x.shape[2:])), skip_weight, bias, padding=pad))
@@ -46,7 +47,7 @@ def _joined(x, skip):
 
 
 def _forward_pool(x, weight, bias, pad, relu):
-    y = _forward(x, None, weight, bias, pad, relu)
+    y = torch_forward(x, None, weight, bias, pad, relu)
     return y, nhwc(F.max_pool2d(y, 2))
 
 
@@ -83,12 +84,13 @@ def _weight_grad(dz, x, skip, pad, has_bias):
     return nhwc(dw), db if has_bias else dw.new_empty(0)
 
 
-def _fake_forward(x, skip, weight, bias, pad, relu):
+def fake_forward(x, skip, weight, bias, pad, relu):
+    """The shape and strides of ``fastunet::conv_relu``."""
     return empty_nhwc(x, weight.shape[0], x.shape[2] + 2 * pad - 2, x.shape[3] + 2 * pad - 2)
 
 
 def _fake_forward_pool(x, weight, bias, pad, relu):
-    y = _fake_forward(x, None, weight, bias, pad, relu)
+    y = fake_forward(x, None, weight, bias, pad, relu)
     return y, empty_nhwc(x, weight.shape[0], *pooled_shape(*y.shape[2:]))
 
 
@@ -104,9 +106,9 @@ def _fake_weight_grad(dz, x, skip, pad, has_bias):
 
 define(
     "conv_relu(Tensor x, Tensor? skip, Tensor weight, Tensor? bias, int pad, bool relu, str backend) -> Tensor",
-    torch_impl=_forward,
+    torch_impl=torch_forward,
     triton_impl="conv_relu:forward",
-    fake=_fake_forward,
+    fake=fake_forward,
 )
 define(
     "conv_relu_pool(Tensor x, Tensor weight, Tensor? bias, int pad, bool relu, str backend) -> (Tensor, Tensor)",

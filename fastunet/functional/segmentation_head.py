@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from fastunet.dispatch import autocast_operands, define, select_backend
 from fastunet.functional._checks import check_bias, check_image, check_weight
 from fastunet.functional._layout import empty_nhwc, nhwc
+from fastunet.functional.conv_relu import fake_forward as fake_conv_relu
+from fastunet.functional.conv_relu import torch_forward as torch_conv_relu
 
 _OPS = torch.ops.fastunet
 OUTPUTS = ("logits", "probabilities", "labels")
@@ -47,6 +49,17 @@ define(
     torch_impl=_forward,
     triton_impl="segmentation_head:forward",
     fake=lambda x, weight, bias, output: fake_finish(x, weight.shape[0], *x.shape[2:], output),
+)
+define(
+    "conv_relu_head(Tensor x, Tensor? skip, Tensor weight, Tensor? bias, int pad, Tensor head_weight, "
+    "Tensor? head_bias, str output, str backend) -> Tensor",
+    torch_impl=lambda x, skip, weight, bias, pad, head_weight, head_bias, output: _forward(
+        torch_conv_relu(x, skip, weight, bias, pad, True), head_weight, head_bias, output
+    ),
+    triton_impl="conv_relu:forward_head",
+    fake=lambda x, skip, weight, bias, pad, head_weight, head_bias, output: fake_finish(
+        x, head_weight.shape[0], *fake_conv_relu(x, skip, weight, bias, pad, True).shape[2:], output
+    ),
 )
 define(
     "segmentation_head_backward(Tensor d_logits, Tensor x, Tensor weight, bool mask_x, bool has_bias, str backend) "
@@ -107,6 +120,11 @@ def head_of_network(
     return _head(x, weight, bias, output, True, backend)
 
 
+def too_many_classes(weight: torch.Tensor) -> str | None:
+    """Why the kernels cannot take this head, or None; they hold one tile of at most 32 classes."""
+    return f"the head has {weight.shape[0]} classes, more than 32" if weight.shape[0] > 32 else None
+
+
 def _head(x, weight, bias, output, mask_x, backend):
     check_image("segmentation_head", x)
     if output not in OUTPUTS:
@@ -116,7 +134,7 @@ def _head(x, weight, bias, output, mask_x, backend):
     x, weight, bias = autocast_operands(x, weight, bias)
     check_weight("segmentation_head", weight, (None, x.shape[1], 1, 1), x)
     check_bias("segmentation_head", bias, weight.shape[0], x)
-    backend = select_backend(backend, "segmentation_head", x)
+    backend = select_backend(backend, "segmentation_head", x, too_many_classes(weight))
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     if differentiable and output != "labels":
         logits = _SegmentationHead.apply(x, weight, bias, mask_x, backend)

@@ -1,0 +1,45 @@
+# `make demo` and `make test` need Python 3.10 or newer and nothing else: they build a virtual environment of their own.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+OLDEST_TRITON := 3.6.0
+
+.PHONY: demo test lint smoke bench clean device
+
+demo: $(READY) device
+	$(BIN)/fastunet demo --out demo --overwrite
+
+test: $(READY) device
+	$(BIN)/python -m pytest tests --ignore=tests/kernels --ignore=tests/aot
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
+	$(BIN)/python -m pytest tests/aot
+	PYTHONPATH=$(VENV)/triton-$(OLDEST_TRITON) $(BIN)/python -m pytest tests/aot
+	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
+		$(BIN)/python -m pytest tests/kernels; fi
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+bench: $(READY) device
+	$(BIN)/python -m pytest bench --benchmark-only
+
+# The wheel, in an environment that holds nothing else, away from the checkout.
+smoke: $(READY)
+	rm -rf build/smoke dist && $(BIN)/python -m build --wheel --no-isolation
+	$(PYTHON) -m venv build/smoke
+	build/smoke/bin/pip install --quiet --constraint constraints.txt dist/*.whl
+	cd build/smoke && bin/python -c "import torch, fastunet; \
+		print(fastunet.UNet().predict(torch.zeros(1, 2, 64, 64)).shape)" && bin/fastunet info
+
+device:
+	@if command -v nvidia-smi >/dev/null && nvidia-smi -L; then :; else echo "No NVIDIA driver found: running on the CPU."; fi
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt setuptools --editable ".[test,rivals,dev]"
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/triton-$(OLDEST_TRITON) triton==$(OLDEST_TRITON)
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist demo
