@@ -1,0 +1,42 @@
+"""Two gloo processes with batches of 4 compute what one process computes with batches of 8."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+
+from tests.cli_helpers import phantoms, run  # noqa: F401
+
+
+@pytest.mark.parametrize("loss", ["dice_ce", "dice"])
+def test_two_processes_equal_one(loss, phantoms, tmp_path):  # noqa: F811
+    # 17 validation slices in batches of 8 leave one process of the last step without any.
+    options = ["--width", "4", "--depth", "2", "--epochs", "2", "--dropout", "0", "--device", "cpu", "--threads", "1",
+               "--loss", loss, "--augment"]  # fmt: skip
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run("train", phantoms, "--out", one, *options, "--batch-size", "8") == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    line = [*torchrun, "-m", "fastunet", "train", phantoms, "--out", two, *options, "--batch-size", "4"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == [str(two)], "one process reports"
+    expected, actual = read_log(one), read_log(two)
+    assert len(expected) == len(actual) == 2
+    for row, other in zip(expected, actual, strict=True):
+        for column in ("train_loss", "val_loss", "accuracy", "dice_foreground"):
+            assert abs(float(row[column]) - float(other[column])) <= 1e-5, column
+        assert row["step"] == other["step"]
+    weights, others = (safetensors.torch.load_file(f / "last.safetensors") for f in (one, two))
+    for name, weight in weights.items():
+        assert (weight - others[name]).abs().max() <= 1e-4, name
+    learned = float(expected[0]["train_loss"]) - float(expected[1]["train_loss"])
+    assert learned > 0.01, "only a network that changes shows whether the gradients agree"
+
+
+def read_log(folder) -> list[dict[str, str]]:
+    with open(folder / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
