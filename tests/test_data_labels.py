@@ -132,6 +132,6 @@ def test_other_names_keep_the_order_of_the_values():
     ],
 )
 def test_label_entries_that_cannot_be_used(labels, message):
-    with pytest.raises(UserError, match="data/dataset.json: 'labels'") as caught:
+    with pytest.raises(UserError, match=r"data/dataset\.json: 'labels'") as caught:
         label_map_from_json(labels, "x", "data/dataset.json")
     assert message in str(caught.value)

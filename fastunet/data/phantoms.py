@@ -136,7 +136,7 @@ def _draw_tumour(rng: np.random.Generator, position: np.ndarray, depth: np.ndarr
     wanted = 4 if cavity else 3
     for _ in range(_ATTEMPTS):
         direction = rng.normal(size=3)
-        centre = direction / np.linalg.norm(direction) * rng.uniform(0.15, 0.62) * (np.array(_HEAD) - _FLUID_MM)
+        centre = direction / np.linalg.norm(direction) * rng.uniform(0.3, 0.66) * (np.array(_HEAD) - _FLUID_MM)
         centre[2] = max(centre[2], -20.0)  # gliomas of the cerebellum are rare
         radius = rng.uniform(29, 40)
         stretch = rng.uniform(0.85, 1.2, 3)
