@@ -98,6 +98,7 @@ def stride2_forward_kernel(
 
     k is [SIDE, SLOTS, C_out, C_in] as a matrix of C_in columns. Row r holds k[r, 1], k[r, 2]: the rows that meet
     column j. For SIDE 3 they follow zeros, k[r, 0]: the rows that meet column j + 1, which column phase 0 does not.
+    Where a block spans both phases, these zeros let a NaN reach one pixel further to the left than it should.
     """
     SLOTS: tl.constexpr = 4 if SIDE == 3 else 2
     pid = tl.program_id(0)

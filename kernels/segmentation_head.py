@@ -33,9 +33,12 @@ def segmentation_head_forward_kernel(
     CLASSES: tl.constexpr, OUTPUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One tile of pixels and all classes: logits, probabilities (P, CLASSES), or labels (P,), the first maximum."""
+    """One tile of pixels and all classes: logits, probabilities (P, CLASSES), or labels (P,), the first maximum.
+
+    P is below 2^31, P C need not be.
+    """
     DOT_K: tl.constexpr = 16 if BLOCK_K < 16 else BLOCK_K  # the narrowest product
-    offs_p = (tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int64)  # pixels, unlike elements, are fewer than 2^31
+    offs_p = (tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int64)
     offs_k, offs_dot = tl.arange(0, BLOCK_K), tl.arange(0, DOT_K)
     p_mask = offs_p < P
     acc = tl.zeros((BLOCK_P, DOT_K), tl.float32)
