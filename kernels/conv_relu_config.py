@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -200,13 +201,13 @@ def _boxes(conv: Convolution) -> list[ConvConfig]:
     h, w = conv.out_size
     configs = []
     for block_k, pixels, warps in ((128, 256, 8), (128, 128, 8), (64, 128, 4), (64, 64, 4)):
-        if block_k == 128 and conv.c_out <= 64:
-            continue
-        n_h_w = min(_BOXES[pixels], key=lambda box: triton.cdiv(conv.batch, box[0]) * triton.cdiv(h, box[1])
-                    * triton.cdiv(w, box[2]))
+        # the later boxes read more halo for their pixels, so they must save a tenth of them
+        wasted = [1.1**i * triton.cdiv(conv.batch, n) * triton.cdiv(h, rows) * triton.cdiv(w, columns)
+                  for i, (n, rows, columns) in enumerate(_BOXES[pixels])]
+        block_n, block_h, block_w = _BOXES[pixels][wasted.index(min(wasted))]
         stages = _stages((block_k + pixels) * block_c, conv)
-        if stages >= 2:
-            configs.append(ConvConfig("box", block_k, n_h_w[2], n_h_w[1], n_h_w[0], block_c, warps, stages))
+        if stages >= 2 and (block_k == 64 or conv.c_out > 64):
+            configs.append(ConvConfig("box", block_k, block_w, block_h, block_n, block_c, warps, stages))
     full = [config for config in configs if _programs(conv, config) >= _MULTIPROCESSORS]
     return full or configs[-1:]
 
@@ -217,7 +218,11 @@ def _pointer(conv: Convolution, classes: int, ieee: bool) -> ConvConfig:
     if ieee:
         return ConvConfig("pointer", k if classes else min(k, 64), 32 if k > 64 else 64, block_c=16, num_stages=2)
     wide = min(map(_launch.vector_width, conv.images)) * conv.x.element_size() == 16
-    block_k = min(k, 128 if wide or classes else 64)
-    warps = 4 if wide and block_k < 128 else 8
-    stages = _stages((block_k + 128) * 32, conv, 3)
-    return ConvConfig("pointer", block_k, 128, block_c=32, num_warps=warps, num_stages=stages)
+    block_c = 64 // conv.x.element_size()
+    config = ConvConfig("pointer", k if classes else min(k, 64), 128, block_c=block_c, num_warps=8)
+    if wide:
+        config = ConvConfig("pointer", min(k, 128), 128, block_c=block_c, num_warps=8 if k > 64 else 4)
+        idle = conv.batch * conv.out_size[0] * conv.out_size[1] * conv.c_out < _MULTIPROCESSORS * 128 * config.block_k
+        if idle and not classes:
+            config = ConvConfig("pointer", min(k, 64), 64, block_c=block_c)
+    return dataclasses.replace(config, num_stages=_stages((config.block_k + config.pixels) * block_c, conv, 3))

@@ -2,7 +2,8 @@
 
 `wgmma` multiplies at least 64 rows of weights. For 32 channels those are the taps of two kernel rows: input row
 2i + j - off_h meets row j of the kernel for output row 2i, and row j - 1 for output row 2i + 1. Four input rows and
-three columns give both output rows; 3/4 of the products count, where padding the channels to 64 would waste half.
+three columns give both output rows; 3/4 of the products count, where padding the channels to 64 would waste half. The
+other quarter multiplies by zero, so that an infinity or NaN of the input reaches both rows of a pair.
 """
 
 from __future__ import annotations

@@ -1,0 +1,322 @@
+"""3×3 convolution launchers against PyTorch: each variant by explicit tiles that shapes straddle, and the choice."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fastunet.kernels import _launch, conv_relu
+from fastunet.kernels.conv_relu_config import ConvConfig
+
+from ..tolerance import assert_within_budget
+
+POINTER = ConvConfig("pointer", block_k=32, block_w=64, block_c=32)
+FIRST = ConvConfig("first", block_k=16, block_w=64)
+BOX = ConvConfig("box", block_k=64, block_w=16, block_h=4, block_c=16)
+BATCH_BOX = ConvConfig("box", block_k=64, block_w=8, block_h=8, block_n=2, block_c=32)
+ROWS = ConvConfig("rows", block_k=64, block_w=16, block_c=32)
+TWO_ROWS = ConvConfig("two_rows", block_k=32, block_w=16, block_h=4, block_c=16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """(C_skip, C_x) channels to c_out; the skip is larger than x by ``crop`` rows and ``crop + 1`` columns."""
+
+    config: ConvConfig | None
+    n: int
+    c_skip: int
+    c_x: int
+    c_out: int
+    h: int
+    w: int
+    pad: int = 1
+    crop: int = 0
+
+    def __str__(self):
+        name = self.config.variant if self.config else "chosen"
+        crop = f"-crop{self.crop}" if self.crop else ""
+        return f"{name}-{self.n}x{self.c_skip}+{self.c_x}-{self.c_out}x{self.h}x{self.w}-pad{self.pad}{crop}"
+
+
+ONE_SOURCE = [
+    Case(POINTER, 3, 0, 33, 48, 3, 7),
+    Case(POINTER, 1, 0, 24, 16, 15, 17, pad=0),
+    Case(POINTER, 2, 0, 3, 100, 1, 1),
+    Case(FIRST, 2, 0, 1, 24, 9, 15),
+    Case(FIRST, 1, 0, 2, 33, 16, 17, pad=0),
+    Case(FIRST, 3, 0, 3, 16, 5, 1),
+    Case(FIRST, 1, 0, 4, 8, 7, 8),
+    Case(FIRST, 1, 0, 7, 5, 3, 3, pad=0),
+    Case(BOX, 2, 0, 24, 40, 9, 17),
+    Case(BOX, 1, 0, 48, 100, 6, 18, pad=0),
+    Case(BATCH_BOX, 3, 0, 40, 64, 7, 15),
+    Case(ROWS, 1, 0, 48, 64, 7, 17),
+    Case(ROWS, 1, 0, 16, 72, 6, 15, pad=0),
+    Case(TWO_ROWS, 2, 0, 24, 32, 10, 17),
+    Case(TWO_ROWS, 1, 0, 32, 24, 16, 15, pad=0),
+    Case(TWO_ROWS, 1, 0, 8, 8, 2, 16),
+    Case(None, 1, 0, 1, 16, 15, 16),
+    Case(None, 3, 0, 32, 32, 16, 15),
+    Case(None, 1, 0, 48, 96, 9, 7),
+    Case(None, 1, 0, 100, 33, 3, 16),
+    Case(None, 1, 0, 64, 128, 8, 8, pad=0),
+]
+TWO_SOURCES = [
+    Case(POINTER, 2, 5, 33, 20, 5, 7, crop=3),
+    Case(POINTER, 1, 24, 1, 100, 7, 9, pad=0, crop=4),
+    Case(BOX, 1, 8, 24, 64, 6, 17, crop=3),
+    Case(BATCH_BOX, 3, 40, 16, 48, 7, 9, pad=0, crop=2),
+    Case(ROWS, 1, 32, 8, 64, 7, 15, pad=0, crop=4),
+    Case(TWO_ROWS, 2, 8, 24, 32, 6, 16, crop=2),
+    Case(TWO_ROWS, 1, 16, 16, 16, 8, 17, pad=0),
+    Case(None, 2, 16, 16, 16, 7, 8, crop=1),
+    Case(None, 1, 2, 3, 4, 15, 15),
+]
+def dtypes_of(cases):
+    """Explicit tiles in float32 and one of each variant in float16; the chosen ones in float16, which has more choice.
+
+    (IEEE float32 products leave one.) Everything in every dtype on a GPU.
+    """
+    gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: the "
+           "interpreter's casts to bfloat16 truncate, and it is too slow for every case in two dtypes")]
+    params, seen = [], {POINTER.variant} if cases is TWO_SOURCES else set()
+    for case in cases:
+        half = case.config is None or case.config.variant not in seen
+        seen |= {case.config.variant} if case.config else set()
+        params += [
+            pytest.param(case, torch.float32, id=f"{case}-fp32", marks=[] if case.config else gpu),
+            pytest.param(case, torch.float16, id=f"{case}-fp16", marks=[] if half else gpu),
+            pytest.param(case, torch.bfloat16, id=f"{case}-bf16", marks=gpu),
+        ]
+    return params
+
+
+def operands(case, dtype, device, bias=True):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    c_in = case.c_skip + case.c_x
+    x = normal(case.n, case.c_x, case.h, case.w).to(memory_format=torch.channels_last)
+    skip = normal(case.n, case.c_skip, case.h + case.crop, case.w + case.crop + 1) if case.c_skip else None
+    weight = normal(case.c_out, c_in, 3, 3) / (3 * c_in**0.5)
+    return x, skip, weight, normal(case.c_out) if bias else None
+
+
+def reference(x, skip, weight, bias, pad, relu, dtype):
+    """Plain PyTorch in ``dtype``; in float64 the specification."""
+    x, skip, weight, bias = (None if t is None else t.to(dtype) for t in (x, skip, weight, bias))
+    if skip is not None:
+        top, left = (skip.shape[2] - x.shape[2]) // 2, (skip.shape[3] - x.shape[3]) // 2
+        x = torch.cat([skip[:, :, top : top + x.shape[2], left : left + x.shape[3]], x], 1)
+    y = F.conv2d(x, weight, bias, padding=pad)
+    return F.relu(y) if relu else y
+
+
+@pytest.mark.parametrize("case, dtype", dtypes_of(ONE_SOURCE) + dtypes_of(TWO_SOURCES))
+def test_forward(case, dtype, device):
+    x, skip, weight, bias = operands(case, dtype, device)
+    y = conv_relu.forward(x, skip, weight, bias, case.pad, True, case.config)
+    same, exact = (reference(x, skip, weight, bias, case.pad, True, d) for d in (dtype, torch.float64))
+    assert_within_budget(y, same, exact, "y")
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("case", [c for c in ONE_SOURCE if c.config and c.pad == 0], ids=str)
+def test_forward_without_bias_and_relu(case, device):
+    x, skip, weight, _ = operands(case, torch.float32, device, bias=False)
+    y = conv_relu.forward(x, skip, weight, None, case.pad, False, case.config)
+    same, exact = (reference(x, skip, weight, None, case.pad, False, d) for d in (torch.float32, torch.float64))
+    assert_within_budget(y, same, exact, "y")
+    assert (y < 0).any()
+
+
+@pytest.mark.parametrize("case, dtype", dtypes_of(ONE_SOURCE))
+def test_forward_pool(case, dtype, device):
+    x, _, weight, bias = operands(case, dtype, device)
+    y, pooled = conv_relu.forward_pool(x, weight, bias, case.pad, True, case.config)
+    same, exact = (reference(x, None, weight, bias, case.pad, True, d) for d in (dtype, torch.float64))
+    assert_within_budget(y, same, exact, "y")
+    if min(y.shape[2:]) < 2:
+        assert pooled.numel() == 0
+    else:
+        assert torch.equal(pooled, F.max_pool2d(y, 2)), "the pooled tensor is not the pool of what was written"
+
+
+@pytest.mark.parametrize("output", ["logits", "probabilities", "labels"])
+@pytest.mark.parametrize("case", [
+    Case(POINTER, 2, 0, 33, 20, 5, 7),
+    Case(BOX, 1, 8, 24, 64, 6, 17),
+    Case(BATCH_BOX, 3, 0, 16, 40, 7, 9, pad=0),
+    Case(ROWS, 1, 0, 24, 64, 7, 17),
+    Case(TWO_ROWS, 2, 8, 24, 24, 6, 17, crop=2),
+    Case(TWO_ROWS, 1, 0, 32, 32, 8, 9, pad=0),
+    Case(None, 1, 0, 32, 100, 3, 5),
+    Case(None, 1, 0, 2, 8, 3, 5),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("classes", [1, 4, 17, 32])
+def test_forward_head(case, output, classes, device):
+    if case.config is not TWO_ROWS and classes in (1, 17) and output != "logits":
+        pytest.skip("padded class counts differ from full ones only in the epilogue, which all variants share")
+    x, skip, weight, bias = operands(case, torch.float32, device)
+    head_weight = torch.randn(classes, case.c_out, 1, 1, device=device) / case.c_out**0.5
+    head_bias = torch.randn(classes, device=device)
+    out = conv_relu.forward_head(x, skip, weight, bias, case.pad, head_weight, head_bias, output, case.config)
+    same, exact = (
+        F.conv2d(reference(x, skip, weight, bias, case.pad, True, d), head_weight.to(d), head_bias.to(d))
+        for d in (torch.float32, torch.float64)
+    )
+    if output == "labels":
+        assert out.dtype == torch.uint8
+        assert torch.equal(out.long(), exact.argmax(1))
+    elif output == "probabilities":
+        assert_within_budget(out, same.softmax(1), exact.softmax(1), output)
+    else:
+        assert_within_budget(out, same, exact, output)
+
+
+def test_head_reads_features_rounded_to_the_activations_dtype(device):
+    """The fused head equals a 1×1 convolution of the features as `forward` writes them."""
+    case = Case(BOX, 1, 0, 24, 64, 6, 17)
+    x, _, weight, bias = operands(case, torch.float16, device)
+    head_weight = torch.full((2, 64, 1, 1), 1.0, device=device, dtype=torch.float16)
+    features = conv_relu.forward(x, None, weight, bias, 1, True, BOX)
+    out = conv_relu.forward_head(x, None, weight, bias, 1, head_weight, None, "logits", BOX)
+    assert torch.equal(out, features.double().sum(1, keepdim=True).expand(-1, 2, -1, -1).to(torch.float16))
+
+
+def test_labels_take_the_first_maximum_and_nan_above_all(device):
+    case = Case(TWO_ROWS, 1, 0, 8, 8, 2, 3)
+    x, _, weight, _ = operands(case, torch.float32, device)
+    zero = torch.zeros(5, 8, 1, 1, device=device)
+    for head_bias, label in (([0, 2, 1, 2, 0], 1), ([0, 2, float("nan"), 3, 0], 2), ([float("-inf")] * 5, 0)):
+        bias = torch.tensor(head_bias, device=device, dtype=torch.float32)
+        labels = conv_relu.forward_head(x, None, weight, None, 1, zero, bias, "labels", TWO_ROWS)
+        assert (labels == label).all()
+
+
+@pytest.mark.parametrize("case", [
+    Case(POINTER, 2, 0, 33, 20, 5, 7),
+    Case(BOX, 1, 0, 24, 64, 6, 17),
+    Case(BATCH_BOX, 3, 0, 16, 40, 7, 9),
+    Case(ROWS, 1, 0, 24, 64, 7, 17),
+    Case(TWO_ROWS, 1, 0, 32, 24, 8, 9),
+    Case(None, 1, 0, 16, 2, 4, 5),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("offset, out_size", [((2, 2), (2, 2)), ((4, 3), (5, 6)), ((-1, -2), (-3, -4))])
+def test_convolve(case, offset, out_size, device):
+    """Offsets of the forward and of both data gradients, sizes larger and smaller than x, with and without the mask."""
+    x, _, weight, _ = operands(case, torch.float32, device)
+    grow = out_size or (0, 0)
+    size = (case.h + grow[0], case.w + grow[1])
+    mask = torch.randn(case.n, case.c_out, *size, device=device) if out_size != (2, 2) else None
+    y = conv_relu.convolve(x, conv_relu.pack(weight), size, *offset, mask=mask, config=case.config)
+
+    def plain(dtype):
+        bottom, right = size[0] + 2 - offset[0] - case.h, size[1] + 2 - offset[1] - case.w
+        padded = F.pad(x.to(dtype), (offset[1], right, offset[0], bottom))
+        z = F.conv2d(padded, weight.to(dtype))
+        return z if mask is None else z * (mask > 0)
+
+    assert_within_budget(y, plain(torch.float32), plain(torch.float64), "y")
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "sliced", "transposed", "expanded"])
+@pytest.mark.parametrize("config", [POINTER, BOX, ROWS, TWO_ROWS], ids=lambda c: c.variant)
+def test_any_strides(config, layout, device):
+    """Inputs that are not channels_last are read as what they are, weights as well."""
+    x, weight = torch.randn(2, 16, 8, 8, device=device), torch.randn(24, 16, 3, 3, device=device) / 12
+    if layout == "sliced":
+        x = torch.randn(2, 20, 8, 11, device=device).to(memory_format=torch.channels_last)[:, 2:18, :, 3:]
+        weight = torch.randn(24, 16, 5, 5, device=device)[..., 1:4, 2:] / 12
+    elif layout == "transposed":
+        x, weight = x.transpose(2, 3), weight.transpose(2, 3)
+    elif layout == "expanded":
+        x = x[:1].expand(2, -1, -1, -1)
+        weight = weight.to(memory_format=torch.channels_last)
+    y = conv_relu.forward(x, x, torch.cat([weight, weight], 1), None, 1, True, config)
+    same, exact = (reference(x, x, torch.cat([weight, weight], 1), None, 1, True, d) for d in (x.dtype, torch.float64))
+    assert_within_budget(y, same, exact, layout)
+
+
+def test_batch_0(device):
+    x, weight, head = torch.empty(0, 8, 6, 6, device=device), torch.randn(16, 8, 3, 3), torch.randn(4, 16, 1, 1)
+    weight, head = weight.to(device), head.to(device)
+    assert conv_relu.forward(x, None, weight, None, 0, True).shape == (0, 16, 4, 4)
+    assert [t.shape for t in conv_relu.forward_pool(x, weight, None, 1, True)] == [(0, 16, 6, 6), (0, 16, 3, 3)]
+    assert conv_relu.forward_head(x, None, weight, None, 1, head, None, "labels").shape == (0, 6, 6)
+
+
+@pytest.mark.parametrize("case", [ONE_SOURCE[5], *TWO_SOURCES[2:6]], ids=str)
+def test_repeats_are_bit_identical(case, device):
+    x, skip, weight, bias = operands(case, torch.float32, device)
+    repeats = 2 if device.type == "cpu" else 10
+    first, *others = [conv_relu.forward(x, skip, weight, bias, case.pad, True, case.config) for _ in range(repeats)]
+    assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("config", [POINTER, FIRST, BOX, ROWS, TWO_ROWS], ids=lambda c: c.variant)
+def test_nan_spreads_as_in_pytorch(config, device):
+    """Through ReLU and through the pooling, to the pixels around it and no further.
+
+    The two stacked rows share their input rows, with zero weights where a row has no tap: NaN reaches both.
+    """
+    x = torch.randn(1, 4 if config is FIRST else 8, 8, 10, device=device)
+    x[0, 3, 4, 5] = float("nan")
+    weight = torch.randn(16, x.shape[1], 3, 3, device=device)
+    y, pooled = conv_relu.forward_pool(x, weight, None, 1, True, config)
+    expected = F.relu(F.conv2d(x, weight, padding=1))
+    if config is TWO_ROWS:
+        in_pair = expected.isnan().view(1, 16, 4, 2, 10).any(3).repeat_interleave(2, 2)
+        expected = expected.masked_fill(in_pair, torch.nan)
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert torch.equal(pooled.isnan(), F.max_pool2d(expected, 2).isnan())
+    assert y.isnan().sum() == (12 if config is TWO_ROWS else 9) * 16
+
+
+def test_weights_of_another_source_never_enter(device):
+    """An infinite weight of x beside a skip of 8 channels, whose last step of 16 must not touch it."""
+    x, skip = torch.zeros(1, 8, 4, 16, device=device), torch.ones(1, 8, 4, 16, device=device)
+    weight = torch.ones(64, 16, 3, 3, device=device)
+    weight[:, 8:] = torch.finfo(torch.float32).max
+    skip_only = conv_relu.forward(skip, None, weight[:, :8], None, 1, True, BOX)
+    assert torch.equal(conv_relu.forward(x, skip, weight, None, 1, True, BOX), skip_only)
+
+
+@pytest.mark.parametrize("config, message", [
+    (dataclasses.replace(FIRST), "at most 7 channels"),
+    (dataclasses.replace(TWO_ROWS), "even height and at most 32"),
+    (dataclasses.replace(BOX), "multiple of 16 bytes, not \\(33,\\) to 48"),
+], ids=lambda value: getattr(value, "variant", ""))  # fmt: skip
+def test_a_configuration_that_cannot_run_says_why(config, message, device):
+    channels = 33 if config.variant == "box" else 16
+    x, weight = torch.randn(1, channels, 5, 8, device=device), torch.randn(48, channels, 3, 3, device=device)
+    with pytest.raises(ValueError, match=message):
+        conv_relu.forward(x, None, weight, None, 1, True, config)
+
+
+def test_head_of_too_many_features_is_an_error(device):
+    x, weight = torch.randn(1, 8, 4, 4, device=device), torch.randn(129, 8, 3, 3, device=device)
+    with pytest.raises(ValueError, match="at most 128 features, not 129"):
+        conv_relu.forward_head(x, None, weight, None, 1, torch.randn(4, 129, 1, 1, device=device), None, "labels")
+
+
+@pytest.mark.parametrize("architecture, dtype, c_x, c_out, size, expected", [
+    (90, torch.bfloat16, 2, 32, 240, ConvConfig("first", 32, 128, num_stages=1)),
+    (90, torch.bfloat16, 32, 32, 240, ConvConfig("two_rows", 32, 16, 8, 1, 32, 4, 4)),
+    (90, torch.bfloat16, 64, 64, 120, ConvConfig("rows", 64, 64, 4, 1, 64, 4, 2)),
+    (90, torch.float16, 128, 128, 60, ConvConfig("rows", 128, 64, 4, 1, 64, 8, 2)),
+    (90, torch.bfloat16, 256, 256, 64, ConvConfig("box", 128, 16, 16, 1, 64, 8, 4)),
+    (90, torch.bfloat16, 33, 64, 64, ConvConfig("pointer", 64, 128, block_c=32, num_warps=8)),
+    (80, torch.bfloat16, 256, 256, 64, ConvConfig("pointer", 128, 128, block_c=32, num_warps=8)),
+    (120, torch.bfloat16, 64, 64, 120, ConvConfig("box", 64, 16, 8, 1, 64, 4, 4)),
+])  # fmt: skip
+def test_choice(architecture, dtype, c_x, c_out, size, expected):
+    """One layer of each kind keeps its configuration; a change of the heuristic must show here."""
+    from fastunet.kernels.conv_relu_config import Convolution, choose_config
+
+    x = torch.empty(16, c_x, size, size, device="meta", dtype=dtype).to(memory_format=torch.channels_last)
+    weight = torch.empty(c_out, 3, 3, c_x, device="meta", dtype=dtype)
+    with _launch.recording(architecture):
+        assert choose_config(Convolution(x, None, weight, (1, 1), (size, size))) == expected
