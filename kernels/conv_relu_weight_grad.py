@@ -24,31 +24,33 @@ def load_tile(image, shape, n, h, w, c, BLOCK_H: tl.constexpr, BLOCK_W: tl.const
               VECTOR: tl.constexpr, BULK: tl.constexpr):
     """[BLOCK_H * BLOCK_W, BLOCK_C] of an NHWC image from pixel (h, w) and channel c on, zero outside of it.
 
-    ``image`` is a descriptor if ``BULK``, else a pointer; ``shape`` (H, W, C), where VECTOR divides C.
+    ``image`` is a descriptor if ``BULK``, else a pointer; ``shape`` (H, W, C), where VECTOR divides C, so that
+    C // VECTOR * VECTOR is C and shows the compiler how wide it may load.
     """
     if BULK:
-        return tl.reshape(image.load([n, h, w, c]), (BLOCK_H * BLOCK_W, BLOCK_C))
-    H, W, C = shape
-    C = C // VECTOR * VECTOR  # shows the compiler how wide it may load
-    offs_p, offs_c = tl.arange(0, BLOCK_H * BLOCK_W), c + tl.arange(0, BLOCK_C)
-    h, w = h + offs_p // BLOCK_W, w + offs_p % BLOCK_W
-    mask = ((h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None] & (offs_c < C)[None, :]
-    pixel = (n.to(tl.int64) * H + h) * W + w
-    return tl.load(image + pixel[:, None] * C + offs_c[None, :], mask=mask, other=0.0)
+        tile = tl.reshape(image.load([n, h, w, c]), (BLOCK_H * BLOCK_W, BLOCK_C))
+    else:
+        H, W, C = shape
+        C = C // VECTOR * VECTOR
+        offs_p, offs_c = tl.arange(0, BLOCK_H * BLOCK_W), c + tl.arange(0, BLOCK_C)
+        h, w = h + offs_p // BLOCK_W, w + offs_p % BLOCK_W
+        mask = ((h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None] & (offs_c < C)[None, :]
+        pixel = (n.to(tl.int64) * H + h) * W + w
+        tile = tl.load(image + pixel[:, None] * C + offs_c[None, :], mask=mask, other=0.0)
+    return tile
 
 
 @triton.jit
 def sum_share(x, x_shape, offset, dz, dz_shape, partial_ptr, partial_bias_ptr, stride_tap, column, tiles, tiles_a_split,
               k0, c0, s, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
-              BLOCK_C: tl.constexpr, X_VECTOR: tl.constexpr, DZ_VECTOR: tl.constexpr, BULK: tl.constexpr,
-              SUM_DZ: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):
+              BLOCK_C: tl.constexpr, X_VECTOR: tl.constexpr, DZ_VECTOR: tl.constexpr, OUT_VECTOR: tl.constexpr,
+              BULK: tl.constexpr, DZ_BULK: tl.constexpr, SUM_DZ: tl.constexpr, STAGES: tl.constexpr,
+              PRECISION: tl.constexpr):
     """The three taps of column shift ``s`` over one split's tiles, and the sum of dz if ``SUM_DZ``; stores both.
 
     A tile is ROWS successive boxes of output rows. With boxes of one row, each row of x is loaded once and meets up to
     three rows of dz.
     """
-    # a box of several rows reaches the product without a detour only as its right operand
-    DZ_BULK: tl.constexpr = BULK and BLOCK_H == 1
     split = tl.program_id(1)
     tiles_h, tiles_w = tl.cdiv(dz_shape[0], BLOCK_H * ROWS), tl.cdiv(dz_shape[1], BLOCK_W)
     top = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
@@ -73,7 +75,8 @@ def sum_share(x, x_shape, offset, dz, dz_shape, partial_ptr, partial_bias_ptr, s
 
     C_out = dz_shape[2]
     offs_k, offs_c = k0 + tl.arange(0, BLOCK_K), c0 + tl.arange(0, BLOCK_C)
-    mask = (offs_k < C_out)[:, None] & (offs_c < x_shape[2])[None, :]
+    mask = (offs_k < C_out)[:, None] & (offs_c < x_shape[2] // X_VECTOR * X_VECTOR)[None, :]
+    stride_tap, column = stride_tap // OUT_VECTOR * OUT_VECTOR, column // OUT_VECTOR * OUT_VECTOR
     row = (split.to(tl.int64) * C_out + offs_k) * 9 + s
     out = partial_ptr + row[:, None] * stride_tap + (column + offs_c)[None, :]
     tl.store(out, top, mask=mask)
@@ -88,12 +91,13 @@ def sum_share(x, x_shape, offset, dz, dz_shape, partial_ptr, partial_bias_ptr, s
 def conv_relu_weight_grad_kernel(x, x_shape, offset, dz, dz_shape, partial_ptr, partial_bias_ptr, stride_tap, column,
                                  tiles, tiles_a_split, sums_bias, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
                                  ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
-                                 X_VECTOR: tl.constexpr, DZ_VECTOR: tl.constexpr, BULK: tl.constexpr,
-                                 STAGES: tl.constexpr, PRECISION: tl.constexpr):
+                                 X_VECTOR: tl.constexpr, DZ_VECTOR: tl.constexpr, OUT_VECTOR: tl.constexpr,
+                                 BULK: tl.constexpr, DZ_BULK: tl.constexpr, STAGES: tl.constexpr,
+                                 PRECISION: tl.constexpr):
     """partial[split, k, (r, s), column + c] of the formula; partial_bias[split, k] the sum of dz if ``sums_bias``.
 
-    ``x`` and ``dz`` are descriptors if ``BULK`` (dz only with boxes of one row), else pointers, of images with shapes
-    (H, W, C). Grid: (3 column shifts, C_in and C_out tiles) × splits.
+    ``x`` is a descriptor if ``BULK``, else a pointer, and ``dz`` if ``DZ_BULK``, of images with shapes (H, W, C).
+    Grid: (3 column shifts, C_in and C_out tiles) × splits.
     """
     pid = tl.program_id(0)
     s, tiles_c = pid % 3, tl.cdiv(x_shape[2], BLOCK_C)
@@ -101,12 +105,12 @@ def conv_relu_weight_grad_kernel(x, x_shape, offset, dz, dz_shape, partial_ptr, 
     # two loops: a sum inside the product's own loop would load dz into the registers of every program
     if (s == 1) & (c0 == 0) & (sums_bias != 0):
         sum_share(x, x_shape, offset, dz, dz_shape, partial_ptr, partial_bias_ptr, stride_tap, column, tiles,
-                  tiles_a_split, k0, c0, s, BLOCK_H, BLOCK_W, ROWS, BLOCK_K, BLOCK_C, X_VECTOR, DZ_VECTOR, BULK,
-                  True, STAGES, PRECISION)
+                  tiles_a_split, k0, c0, s, BLOCK_H, BLOCK_W, ROWS, BLOCK_K, BLOCK_C, X_VECTOR, DZ_VECTOR,
+                  OUT_VECTOR, BULK, DZ_BULK, True, STAGES, PRECISION)
     else:
         sum_share(x, x_shape, offset, dz, dz_shape, partial_ptr, partial_bias_ptr, stride_tap, column, tiles,
-                  tiles_a_split, k0, c0, s, BLOCK_H, BLOCK_W, ROWS, BLOCK_K, BLOCK_C, X_VECTOR, DZ_VECTOR, BULK,
-                  False, STAGES, PRECISION)
+                  tiles_a_split, k0, c0, s, BLOCK_H, BLOCK_W, ROWS, BLOCK_K, BLOCK_C, X_VECTOR, DZ_VECTOR,
+                  OUT_VECTOR, BULK, DZ_BULK, False, STAGES, PRECISION)
 
 
 def weight_grad(dz: torch.Tensor, x: torch.Tensor, skip: torch.Tensor | None, pad: int, has_bias: bool,
@@ -154,16 +158,20 @@ def _launch_source(dz: torch.Tensor, x: torch.Tensor, offset: tuple[int, int], p
     """Writes the columns of ``x`` (from ``column`` on) of ``partial``, and ``partial_bias`` unless that is None."""
     if config.variant == "first":
         return launch_first(dz, x, offset, partial, column, partial_bias, config)
-    splits, bulk = partial.shape[0], config.variant == "bulk"
+    splits, channels, bulk = partial.shape[0], partial.shape[3], config.variant == "bulk"
+    out_vector = next(width for width in (4, 2, 1) if channels % width == column % width == 0)
     box = (1, config.block_h, config.block_w)
+    # A 16-bit box of several rows reaches the product without a detour only as its right operand, so that dz comes by
+    # pointers. float32 takes the detour through registers anyway.
+    dz_bulk = bulk and (config.block_h == 1 or dz.element_size() == 4)
     tiles, programs = config.tiles(dz), config.programs(dz.shape[1], x.shape[1])
     _launch.launch(conv_relu_weight_grad_kernel, (programs, splits),
                    _launch.image_descriptor(x, (*box, config.block_c)) if bulk else x,
                    (*x.shape[2:], x.shape[1]), offset,
-                   _launch.image_descriptor(dz, (*box, config.block_k)) if bulk and config.block_h == 1 else dz,
+                   _launch.image_descriptor(dz, (*box, config.block_k)) if dz_bulk else dz,
                    (*dz.shape[2:], dz.shape[1]), partial, partial if partial_bias is None else partial_bias,
-                   partial.shape[3], column, tiles, triton.cdiv(tiles, splits), int(partial_bias is not None),
+                   channels, column, tiles, triton.cdiv(tiles, splits), int(partial_bias is not None),
                    BLOCK_H=config.block_h, BLOCK_W=config.block_w, ROWS=config.rows, BLOCK_K=config.block_k,
                    BLOCK_C=config.block_c, X_VECTOR=_launch.vector_width(x), DZ_VECTOR=_launch.vector_width(dz),
-                   BULK=bulk, STAGES=config.num_stages, PRECISION=_launch.dot_precision(dz.dtype),
-                   num_warps=config.num_warps, num_stages=config.num_stages)
+                   OUT_VECTOR=out_vector, BULK=bulk, DZ_BULK=dz_bulk, STAGES=config.num_stages,
+                   PRECISION=_launch.dot_precision(dz.dtype), num_warps=config.num_warps, num_stages=config.num_stages)

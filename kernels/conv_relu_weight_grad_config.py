@@ -55,17 +55,22 @@ def choose_config(dz: torch.Tensor, x: torch.Tensor) -> WeightGradConfig:
     wide, ieee = dz.element_size() == 4, key[-1] == "ieee"
     if x.shape[1] <= 4:
         block_c = max(16, triton.next_power_of_2(9 * x.shape[1] + 1))
-        return WeightGradConfig("first", 32 if ieee else 64, block_c, 32 if ieee else 128)
+        return WeightGradConfig("first", 32 if wide else 64, block_c, 64 if wide else 128)
     block_k, block_c = max(16, min(64, c_out)), max(16, min(64, c_in))
     if ieee:
         return WeightGradConfig("pointer", min(32, block_k), min(32, block_c), 16, block_h=2, num_stages=2)
     if not bulk:
-        return WeightGradConfig("pointer", block_k, block_c, 16, block_h=2 if wide else 4)
+        if _launch.vector_width(x) * x.element_size() < 4:  # loaded through registers, of which there are too few
+            block_c = min(32, block_c)
+        return WeightGradConfig("pointer", block_k, block_c, 16, block_h=2 if wide else 4, num_warps=8)
+    rows = min(rows, 4 if c_out < 128 and block_c <= 32 else 2)
     if wide:
-        return WeightGradConfig("bulk", 64, min(32, block_c), block_w // 2, block_h, rows)
-    if c_out >= 128:
-        return WeightGradConfig("bulk", 128, block_c, block_w, block_h, min(2, rows), num_warps=8)
-    return WeightGradConfig("bulk", 64, block_c, block_w, block_h, rows, num_stages=2)
+        block_w //= 2
+        if _launch.architecture() >= 100:  # every operand gets a transposed copy in shared memory there
+            rows = 1
+    if c_out < 128:  # half the shared memory of a multiprocessor: chained products drain, and a second program fills in
+        return WeightGradConfig("bulk", 64, block_c, block_w, block_h, rows, 4, 2 if rows > 1 else 3)
+    return WeightGradConfig("bulk", 128, block_c, block_w, block_h, rows, 8, 3 if rows > 1 or wide else 4)
 
 
 def _pixels(w: int) -> tuple[int, int, int]:
@@ -73,7 +78,7 @@ def _pixels(w: int) -> tuple[int, int, int]:
 
     The boxes of several rows load each row of x three times; that is taken to cost 1.3 times as much a pixel.
     """
-    choices = {(1, 64, 4): 1.0, (4, 32, 1): 1.3, (8, 16, 1): 1.3}
+    choices = {(1, 64, 4): 1.0, (2, 32, 1): 1.3, (4, 16, 1): 1.3}
     return min(choices, key=lambda pixels: choices[pixels] * triton.cdiv(w, pixels[1]) * pixels[1])
 
 
@@ -83,7 +88,8 @@ def choose_splits(dz: torch.Tensor, c_in: int, channels: int, config: WeightGrad
     The fp32 workspace of splits · C_out · 9 · ``channels`` elements stays below 64 MiB, or holds a single split.
     """
     programs, tiles = config.programs(dz.shape[1], c_in), config.tiles(dz)
-    multiprocessors = _MULTIPROCESSORS.get(_launch.architecture(), 132)
+    resident = 8 // config.num_warps if config.variant == "bulk" else 3
+    multiprocessors = resident * _MULTIPROCESSORS.get(_launch.architecture(), 132)
     fewest = triton.cdiv(2 * multiprocessors, programs)
     most = max(1, min(tiles, _WORKSPACE // (4 * 9 * channels * dz.shape[1])))
     candidates = range(min(fewest, most), min(2 * fewest, most) + 1)

@@ -19,10 +19,12 @@ from .conv_relu_weight_grad_config import WeightGradConfig
 def conv_relu_weight_grad_first_kernel(x_ptr, x_shape, offset, dz_ptr, dz_shape, partial_ptr, partial_bias_ptr,
                                        stride_tap, column, tiles_a_split, sums_bias, C_IN: tl.constexpr,
                                        BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr,
-                                       VECTOR: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):
+                                       VECTOR: tl.constexpr, TAPS_FIRST: tl.constexpr, STAGES: tl.constexpr,
+                                       PRECISION: tl.constexpr):
     """partial[split, k, tap, column + c] = sum of dz[p, k] x[p + tap, c]; partial_bias[split, k] = sum of dz[p, k].
 
     Shapes: x (H, W), dz (N, H, W, C_out), pixels flattened. Column q = tap * C_IN + c of the product; q = 9 C_IN is 1.
+    The product is taps × channels if TAPS_FIRST, else channels × taps.
     """
     _, H, W, C_out = dz_shape
     pixels = dz_shape[0] * H * W
@@ -31,7 +33,7 @@ def conv_relu_weight_grad_first_kernel(x_ptr, x_shape, offset, dz_ptr, dz_shape,
     offs_k, q = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_Q)
     k_mask = offs_k < C_out
     r, s, c = q // (3 * C_IN) - offset[0], q // C_IN % 3 - offset[1], q % C_IN
-    acc = tl.zeros((BLOCK_K, BLOCK_Q), tl.float32)
+    acc = tl.zeros((BLOCK_Q, BLOCK_K) if TAPS_FIRST else (BLOCK_K, BLOCK_Q), tl.float32)
     for tile in tl.range(split * tiles_a_split, (split + 1) * tiles_a_split, num_stages=STAGES):
         p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
         p_mask = p < pixels
@@ -43,7 +45,12 @@ def conv_relu_weight_grad_first_kernel(x_ptr, x_shape, offset, dz_ptr, dz_shape,
         at = (n * x_shape[0] * x_shape[1] * C_IN)[:, None] + (h * x_shape[1] + w) * C_IN + c[None, :]
         x = tl.load(x_ptr + at, mask=inside, other=0.0)
         x = tl.where((q == 9 * C_IN)[None, :], 1.0, x).to(x.dtype)
-        acc = mma(dz.T, x, acc, PRECISION)
+        if TAPS_FIRST:
+            acc = mma(x.T, dz, acc, PRECISION)
+        else:
+            acc = mma(dz.T, x, acc, PRECISION)
+    if TAPS_FIRST:
+        acc = acc.T
     row = split.to(tl.int64) * C_out + offs_k
     out = partial_ptr + row[:, None] * 9 * stride_tap + (q // C_IN * stride_tap + column + c)[None, :]
     tl.store(out, acc, mask=k_mask[:, None] & (q < 9 * C_IN)[None, :])
@@ -56,10 +63,12 @@ def launch_first(dz: torch.Tensor, x: torch.Tensor, offset: tuple[int, int], par
                  partial_bias: torch.Tensor | None, config: WeightGradConfig) -> None:
     """Writes the columns of ``x`` (from ``column`` on) of ``partial``, and ``partial_bias`` unless that is None."""
     (n, c_out, h, w), splits = dz.shape, partial.shape[0]
+    # dz is loaded 16 bytes wide as the right operand; only wgmma with 16-bit types takes it as the left one as well
+    taps_first = dz.element_size() == 4 or _launch.architecture() < 90
     grid = (triton.cdiv(c_out, config.block_k), splits)
     _launch.launch(conv_relu_weight_grad_first_kernel, grid, x, tuple(x.shape[2:]), offset, dz, (n, h, w, c_out),
                    partial, partial if partial_bias is None else partial_bias, partial.shape[3], column,
                    triton.cdiv(config.tiles(dz), splits), int(partial_bias is not None), C_IN=x.shape[1],
                    BLOCK_P=config.block_w, BLOCK_K=config.block_k, BLOCK_Q=config.block_c,
-                   VECTOR=_launch.vector_width(dz), STAGES=config.num_stages,
+                   VECTOR=_launch.vector_width(dz), TAPS_FIRST=taps_first, STAGES=config.num_stages,
                    PRECISION=_launch.dot_precision(dz.dtype), num_warps=config.num_warps, num_stages=config.num_stages)
