@@ -6,6 +6,7 @@ import torch
 
 from fastunet import reference
 from fastunet.dispatch import BACKENDS
+from fastunet.frozen import FrozenUNet
 from fastunet.functional.blocks import conv_block, decoder_block, decoder_block_head, encoder_block
 from fastunet.functional.segmentation_head import head_of_network
 
@@ -58,6 +59,13 @@ class UNet(reference.UNet):
     def predict(self, x: torch.Tensor) -> torch.Tensor:
         """Labels (N, H', W') uint8, the first of equally likely classes, without gradients."""
         return self._run(x, "labels")
+
+    def freeze(self, graphs: int = 8) -> FrozenUNet:
+        """Inference with prepared weights and, on a CUDA device, one CUDA graph for each of ``graphs`` input shapes.
+
+        The model must be in evaluation mode when the frozen network is called; later changes of its parameters count.
+        """
+        return FrozenUNet(self, graphs)
 
     def _run(self, x: torch.Tensor, output: str) -> torch.Tensor:
         height, width = self._check(x)

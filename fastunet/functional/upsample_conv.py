@@ -18,7 +18,7 @@ _OPS = torch.ops.fastunet
 _GEOMETRY = [2, 2], [1, 1], [1, 1], True, [1, 1], 1
 
 
-def _transposed_kernel(weight):
+def transposed_kernel(weight):
     """k as (C_in, C_out, 3, 3) in NHWC memory; half-precision weights are summed in float32 and rounded once."""
     wide = weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
     bottom, top = wide.permute(1, 2, 3, 0).unbind(1)
@@ -27,13 +27,13 @@ def _transposed_kernel(weight):
 
 
 def _forward(x, weight, bias, relu):
-    y = F.conv_transpose2d(nhwc(x), _transposed_kernel(weight), bias, stride=2, padding=1, output_padding=1)
+    y = F.conv_transpose2d(nhwc(x), transposed_kernel(weight), bias, stride=2, padding=1, output_padding=1)
     y = nhwc(y)
     return y.relu_() if relu else y
 
 
 def _data_grad(dz, weight, x, mask_x):
-    k = _transposed_kernel(weight)
+    k = transposed_kernel(weight)
     x = nhwc(x)
     dx, _, _ = torch.ops.aten.convolution_backward(nhwc(dz), x, k, None, *_GEOMETRY, [True, False, False])
     dx = nhwc(dx)

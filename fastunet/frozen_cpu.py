@@ -1,0 +1,109 @@
+"""A U-Net with its weights packed once in oneDNN's own layouts: inference in float32 on a CPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from fastunet.functional._layout import nhwc
+from fastunet.functional._onednn import accumulates
+from fastunet.functional.segmentation_head import finish
+from fastunet.functional.upsample_conv import transposed_kernel
+from fastunet.reference import centre_crop
+
+if TYPE_CHECKING:
+    from fastunet.unet import UNet
+
+_UNIT, _STRIDE2, _NONE = [1, 1], [2, 2], ("none", [], "")
+
+
+def packable(x: torch.Tensor) -> bool:
+    """Whether inference on ``x`` can use packed weights: float32 on a CPU whose PyTorch has oneDNN's operators."""
+    return accumulates(x) and hasattr(torch.ops.mkldnn, "_convolution_transpose_pointwise")
+
+
+class PackedNetwork:
+    """The forward pass of ``model`` on packed copies of its weights, which it makes when built.
+
+    Memory: one more copy of the weights. oneDNN chooses the layouts by image size; ``height`` and ``width`` are the
+    ones to choose for, and other sizes stay right, at the price of a conversion in each call.
+    """
+
+    def __init__(self, model: UNet, height: int, width: int):
+        self.pad = 1 if model.architecture.padding == "same" else 0
+        self.transpose = model.architecture.up == "transpose"
+        self.encoders = []
+        size = 1, height, width
+        for encoder in model.encoders:
+            block, size = self._pack_block(encoder, size)
+            self.encoders.append(block)
+            size = size[0], size[1] // 2, size[2] // 2
+        self.bottleneck, size = self._pack_block(model.bottleneck, size)
+        self.decoders = []
+        for decoder in model.decoders:
+            up = self._pack_up(decoder.up, size)
+            size = size[0], 2 * size[1], 2 * size[2]
+            block, size = self._pack_block(decoder, size, split=decoder.conv2.out_channels)
+            self.decoders.append((up, block))
+        self.head = nhwc(model.head.weight.detach().clone()), model.head.bias.detach().clone()
+
+    def run(self, x: torch.Tensor, output: str) -> torch.Tensor:
+        """Logits, probabilities or labels of padded images."""
+        x, skips = nhwc(x), []
+        for block in self.encoders:
+            x = self._block(block, x)
+            skips.append(x)
+            x = F.max_pool2d(x, 2)
+        x = self._block(self.bottleneck, x)
+        for (weight, bias), block in self.decoders:
+            x = self._up(x, weight, bias)
+            x = self._block(block, x, skips.pop())
+        return finish(F.conv2d(x, *self.head), output)
+
+    def _pack_block(self, block, size, split=0):
+        """The packed convolutions [(skip weight or None, weight, bias), …] of a block and the size behind it."""
+        packed = []
+        for layer in (block.conv1, block.conv2):
+            weight, bias = layer.weight.detach(), layer.bias.detach().clone()
+            skip = self._pack_conv(weight[:, :split], size) if split else None
+            packed.append((skip, self._pack_conv(weight[:, split:], size), bias))
+            size, split = (size[0], size[1] + 2 * self.pad - 2, size[2] + 2 * self.pad - 2), 0
+        return packed, size
+
+    def _pack_conv(self, weight, size):
+        images = [size[0], weight.shape[1], *size[1:]]
+        return torch.ops.mkldnn._reorder_convolution_weight(nhwc(weight), [self.pad] * 2, _UNIT, _UNIT, 1, images)
+
+    def _pack_up(self, layer, size):
+        weight = layer.weight.detach() if self.transpose else transposed_kernel(layer.weight.detach())
+        images = [size[0], weight.shape[0], *size[1:]]
+        packed = torch.ops.mkldnn._reorder_convolution_transpose_weight(
+            nhwc(weight), *self._up_padding(), _STRIDE2, _UNIT, 1, images
+        )
+        return packed, layer.bias.detach().clone()
+
+    def _up_padding(self):
+        """Padding and output padding of the transposed convolution."""
+        return ([0, 0], [0, 0]) if self.transpose else ([1, 1], [1, 1])
+
+    def _up(self, x, weight, bias):
+        y = torch.ops.mkldnn._convolution_transpose_pointwise(
+            x, weight, bias, *self._up_padding(), _STRIDE2, _UNIT, 1, *_NONE
+        )
+        return y if self.transpose else y.relu_()
+
+    def _block(self, block, x, skip=None):
+        padding = [self.pad, self.pad]
+        for skip_weight, weight, bias in block:
+            # The ReLU stays a step of its own: oneDNN's fused one turns NaN into 0.
+            if skip_weight is None:
+                x = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, padding, _UNIT, _UNIT, 1, *_NONE).relu_()
+                continue
+            crop = nhwc(centre_crop(skip, *x.shape[2:]))
+            y = torch.ops.mkldnn._convolution_pointwise(crop, skip_weight, bias, padding, _UNIT, _UNIT, 1, *_NONE)
+            x = torch.ops.mkldnn._convolution_pointwise_.binary(
+                y, x, weight, None, padding, _UNIT, _UNIT, 1, "add", 1.0, None, [], ""
+            ).relu_()
+        return x

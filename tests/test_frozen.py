@@ -1,0 +1,99 @@
+"""The frozen network: the model's results, and no stale weights whatever changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastunet import UNet
+
+NETWORKS = {
+    "brats": (dict(width=6, depth=2), (17, 30)),
+    "isbi": (dict(in_channels=1, num_classes=3, width=6, depth=2, padding="valid", up="transpose"), (60, 76)),
+    "no pooling": (dict(width=4, depth=0), (5, 7)),
+}
+
+
+def build(name: str = "brats"):
+    arguments, size = NETWORKS[name]
+    torch.manual_seed(0)
+    model = UNet(**arguments).eval()
+    return model, model.freeze(), torch.randn(2, model.architecture.in_channels, *size)
+
+
+def assert_same(model, frozen, x):
+    with torch.no_grad():
+        torch.testing.assert_close(frozen(x), model(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(frozen.predict_proba(x), model.predict_proba(x), rtol=0, atol=1e-5)
+        assert (frozen.predict(x) == model.predict(x)).double().mean() > 0.999
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gives_the_model_s_results_for_every_shape(name):
+    model, frozen, x = build(name)
+    assert_same(model, frozen, x)
+    assert frozen._packed is not None
+    assert_same(model, frozen, x[:1])
+    assert_same(model, frozen, torch.cat([x, x], 3) if name != "isbi" else torch.randn(1, 1, 44, 64))
+    assert frozen(x[:0]).shape == model(x[:0]).shape
+
+
+def test_notices_changed_parameters():
+    model, frozen, x = build()
+    before = frozen(x)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(x).square().mean().backward()
+    optimiser.step()
+    assert_same(model, frozen, x)
+    assert not torch.allclose(frozen(x), before)
+    model.load_state_dict(UNet(**NETWORKS["brats"][0]).state_dict())
+    assert_same(model, frozen, x)
+    model.head.weight.data = torch.randn_like(model.head.weight)
+    assert_same(model, frozen, x)
+    model.head.weight.data.mul_(3)
+    frozen.refresh()
+    assert_same(model, frozen, x)
+
+
+def test_other_dtypes_and_autocast_run_the_model():
+    model, frozen, x = build()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert torch.equal(frozen(x), model(x))
+    model.double()
+    with torch.no_grad():
+        assert torch.equal(frozen(x.double()), model(x.double()))
+
+
+def test_keeps_nan():
+    _, frozen, x = build()
+    x[0, 0, 3, 4] = float("nan")
+    assert frozen(x)[0].isnan().any()
+    assert not frozen(x)[1].isnan().any()
+
+
+def test_refuses_training_mode_and_wrong_images():
+    model, frozen, x = build()
+    with pytest.raises(ValueError, match=r"expected images of shape \(N, 2, H, W\)"):
+        frozen(x[:, :1])
+    model.train()
+    with pytest.raises(RuntimeError, match="evaluation mode"):
+        frozen(x)
+    with pytest.raises(ValueError, match="graphs is 0"):
+        model.freeze(graphs=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_graphs_replay_and_the_least_recent_is_dropped():
+    torch.manual_seed(0)
+    model = UNet(width=8, depth=2).cuda().eval()
+    frozen = model.freeze(graphs=2)
+    for side in (16, 24, 32, 16):
+        x = torch.randn(1, 2, side, side, device="cuda")
+        with torch.no_grad():
+            assert torch.equal(frozen(x), model(x))
+    assert len(frozen._graphs) == 2
+    first = frozen(x).clone()
+    with torch.no_grad():
+        model.head.weight.mul_(2)
+    assert not torch.equal(frozen(x), first)
