@@ -67,7 +67,7 @@ def prepare_data(config: TrainConfig, cache: Path, processes: Processes, display
     if val.size != train.size:
         raise UserError(f"training slices are {train.size}, validation slices {val.size}: give one --size for all")
     display.message(
-        f"{len(split.train)} training cases ({len(train)} slices), {len(split.validation)} validation cases "
+        f"training cases: {len(split.train)} ({len(train)} slices), validation cases: {len(split.validation)} "
         f"({len(val)} slices) of {train.size[0]}×{train.size[1]}, {', '.join(modalities)}"
     )
     return TrainingData(train, val, cases[0].label_map, tuple(modalities), config)

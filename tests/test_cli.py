@@ -1,0 +1,152 @@
+"""The command itself: exit codes, help, versions, and what it imports."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fastunet import __version__, cli, functional
+from fastunet.cli import main
+from fastunet.training.display import Display
+from tests.cli_helpers import assert_user_error, command, run
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert f"usage: fastunet {name}" in out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.split() == ["fastunet", __version__]
+
+
+def test_module_and_exit_code():
+    done = command("summary", "--preset", "isbi", "--size", "500")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [done.stderr.strip()]
+    assert done.stderr.startswith("fastunet: an input of 500×500 does not fit")
+    assert done.stdout == ""
+
+
+def test_interruption(monkeypatch, capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.info, "run", interrupted)
+    assert run("info") == 130
+    assert capsys.readouterr().err == "fastunet: interrupted\n"
+
+
+def test_defects_are_not_hidden(monkeypatch):
+    def broken(args):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli.info, "run", broken)
+    with pytest.raises(ZeroDivisionError):
+        run("info")
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys, fastunet.cli\n"
+        "try: fastunet.cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'matplotlib', 'nibabel', 'triton', 'safetensors', 'PIL'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_reader_that_goes_away():
+    """`fastunet summary | head -1`: no traceback, no complaint at exit."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastunet", "summary"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() in (0, 120)
+
+
+def test_info_names_every_operator_and_the_reason(capsys, monkeypatch):
+    monkeypatch.delenv("FASTUNET_BACKEND", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert run("info", "--device", "cpu") == 0
+    lines = capsys.readouterr().out.splitlines()
+    for operator in functional.__all__:
+        row = next(line for line in lines if line.startswith(operator + " "))
+        assert row.split()[1:] == ["torch"] * 3
+    assert any(line.startswith("not Triton for float32, float16, bfloat16: ") for line in lines)
+    assert any(line.startswith("torch 2.") for line in lines)
+
+
+def test_info_follows_the_environment(capsys, monkeypatch):
+    monkeypatch.setenv("FASTUNET_BACKEND", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert run("info", "--device", "cpu") == 0
+    out = capsys.readouterr().out
+    expected = "triton" if "triton not installed" not in out else "error"
+    row = next(line for line in out.splitlines() if line.startswith("max_pool2d"))
+    assert row.split()[1:] == [expected] * 3
+    monkeypatch.setenv("FASTUNET_BACKEND", "abacus")
+    assert_user_error(capsys, run("info", "--device", "cpu"), "abacus")
+
+
+def test_display_writes_plain_lines_to_a_file(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr("fastunet.training.display._SECONDS_BETWEEN_LINES", 0.0)
+    display = Display(stream=stream)
+    display.start("epoch 1/1", 4, 1)
+    display.step(8, 0.0, 0.5)
+    display.step(8, 0.0, 0.25)
+    display.stop()
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("epoch 1/1: batch 2/4, loss 0.5000, ")
+    assert "slices/s" in lines[1]
+    assert lines[1].endswith("s left")
+    assert "\r" not in stream.getvalue()
+
+
+def test_display_draws_a_bar_on_a_terminal():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    stream = Terminal()
+    display = Display(stream=stream)
+    display.start("epoch 1/1", 2)
+    display.step(8, 0.0, 0.5)
+    display.message("a line")
+    display.step(8, 0.0, 0.25)
+    display.stop()
+    assert "a line\n" in stream.getvalue()
+    assert "\r" in stream.getvalue()
+    assert "epoch 1/1" in stream.getvalue()
+
+
+def test_quiet_display_says_nothing():
+    stream = io.StringIO()
+    display = Display(stream=stream, quiet=True)
+    display.start("epoch", 1)
+    display.step(8, 0.0)
+    display.message("text")
+    assert stream.getvalue() == ""
+
+
+def test_script_and_module_are_the_same_entry():
+    script = os.path.join(os.path.dirname(sys.executable), "fastunet")
+    if not os.path.exists(script):
+        pytest.skip("the package is not installed")
+    out = subprocess.run([script, "--version"], capture_output=True, text=True, check=True).stdout
+    assert out == f"fastunet {__version__}\n"
