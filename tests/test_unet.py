@@ -11,7 +11,7 @@ import torch
 
 import fastunet
 from fastunet import UNet, reference
-from fastunet.functional.blocks import encoder_block
+from fastunet.functional.blocks import conv_block, decoder_block, encoder_block
 from tests.tolerance import assert_within_budget
 
 NETWORKS = {
@@ -129,16 +129,40 @@ def test_saves_at_most_three_quarters_of_the_plain_build():
     assert saved_bytes(lambda: fast(x)) <= 0.75 * saved_bytes(lambda: plain(x))
 
 
-def test_encoder_block_keeps_exactly_what_it_states():
-    x, width = torch.randn(2, 8, 16, 16, requires_grad=True), 8
-    parameters = [torch.randn(width, 8, 3, 3), torch.randn(width), torch.randn(width, width, 3, 3), torch.randn(width)]
+def test_blocks_keep_exactly_what_they_state():
+    """In units of one full-resolution image of ``width`` channels; the weights aside."""
+    width, side = 8, 16
+    image = 4 * 2 * width * side * side
+    x, skip = torch.randn(2, width, side, side, requires_grad=True), torch.randn(2, width, side, side)
+    low = torch.randn(2, 2 * width, side // 2, side // 2, requires_grad=True)
+    conv, merge = torch.randn(width, width, 3, 3), torch.randn(width, 2 * width, 3, 3)
+    up, bias = torch.randn(width, 2 * width, 2, 2), torch.randn(width)
+    convs = 4 * (conv.numel() + conv.numel())
+    kept = saved_bytes(lambda: encoder_block(x, conv, bias, conv.clone(), bias)[1])
+    assert kept == 3 * image + convs
+    assert saved_bytes(lambda: conv_block(x, conv, bias, conv.clone(), bias)) == 3 * image + convs
+    assert saved_bytes(lambda: conv_block(x, conv, bias, conv.clone(), bias, grad_masked=True)) == 2 * image + convs
+    decoder = [low, skip, up, bias, merge, bias, conv, bias]
+    weights = 4 * (up.numel() + merge.numel() + conv.numel())
+    assert saved_bytes(lambda: decoder_block(*decoder, up="upsample")) == image // 2 + 4 * image + weights
+    kept = saved_bytes(lambda: decoder_block(*decoder, up="upsample", grad_masked=True))
+    assert kept == image // 2 + 3 * image + weights
 
-    def run():
-        return encoder_block(x, *parameters)[1]
 
-    image = 4 * 2 * 8 * 16 * 16
-    weights = 4 * 2 * width * width * 9
-    assert saved_bytes(run) == 3 * image + weights
+def test_activation_checkpointing_gives_the_same_gradients_for_less_memory():
+    torch.manual_seed(0)
+    model = UNet(width=8, depth=2, dropout=0.5)
+    x = torch.randn(2, 2, 32, 32)
+    gradients, kept = [], []
+    for setting in (False, True):
+        model.activation_checkpointing = setting
+        kept.append(saved_bytes(lambda: model(x)))
+        model.zero_grad()
+        torch.manual_seed(1)
+        model(x).square().mean().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert kept[1] < 0.65 * kept[0]
 
 
 def test_compiles_whole():
