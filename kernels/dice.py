@@ -35,18 +35,16 @@ def choose_config(classes: int, layout: str, itemsize: int) -> DiceConfig:
     found = _tuned.lookup("dice", (classes, layout, itemsize), DiceConfig)
     if found is not None:
         return found
-    vector, block_c = 16 // itemsize, triton.next_power_of_2(classes)
-    num_warps = 4 if block_c <= 32 else 8
-    threads = 32 * num_warps
+    vector, block_c, threads = 16 // itemsize, triton.next_power_of_2(classes), 128
     if layout in ("planes", "triplets"):
         # up to eight classes one thread holds all of its pixels' classes; beyond, they would not fit its registers
         values = 32 if block_c <= 8 else 16
         block_s = max(vector, min(threads * vector, values * threads // block_c))
-        return DiceConfig(block_s, keep=block_s // vector, num_warps=num_warps)
+        return DiceConfig(block_s, keep=block_s // vector)
     if layout == "rows":
         vector = next(width for width in (vector, 4, 2, 1) if classes % width == 0)
     block_s = max(1, 16 * threads // block_c)
-    return DiceConfig(block_s, keep=max(1, min(block_s, threads * vector // block_c)), num_warps=num_warps)
+    return DiceConfig(block_s, keep=max(1, min(block_s, threads * vector // block_c)))
 
 
 def layout_of(logits: torch.Tensor) -> str:

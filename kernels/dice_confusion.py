@@ -25,11 +25,12 @@ _MOST_PIXELS = 2**23
 
 @dataclass(frozen=True)
 class ConfusionConfig:
-    """Pixels of a tile, programs over the whole batch, warps."""
+    """Pixels of a tile, programs over the whole batch, warps, stages of the loop over tiles."""
 
     block_s: int
     programs: int
     num_warps: int = 4
+    num_stages: int = 3
 
 
 def choose_config(classes: int, itemsize: int) -> ConfusionConfig:
@@ -37,9 +38,11 @@ def choose_config(classes: int, itemsize: int) -> ConfusionConfig:
     found = _tuned.lookup("dice_confusion", (classes, itemsize), ConfusionConfig)
     if found is not None:
         return found
-    if classes <= 16:
-        return ConfusionConfig(block_s=256, programs=2048)
-    return ConfusionConfig(block_s=64 if classes <= 64 else 32, programs=512, num_warps=8)
+    if classes <= 32:
+        return ConfusionConfig(block_s=256 if classes <= 16 else 128, programs=2048)
+    # One stage: Hopper's asynchronous product would read one-hot tiles from registers while the next iteration writes
+    # them, which ptxas before 13.3 assembles wrongly (triton#9433). The small products above are not asynchronous.
+    return ConfusionConfig(block_s=64 if classes <= 64 else 32, programs=512, num_warps=8, num_stages=1)
 
 
 @triton.jit
@@ -134,7 +137,7 @@ def confusion(
         CLASSES=classes, BLOCK_K=max(16, triton.next_power_of_2(classes)), C=c, BLOCK_C=triton.next_power_of_2(c),
         BLOCK_S=config.block_s, LAYOUT="planes" if hard else layout_of(predictions),
         VECTOR=1 if hard else 16 // predictions.element_size(), HARD=hard, IGNORE=ignore_index, NONE_WRONG=NONE_WRONG,
-        num_warps=config.num_warps,
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if programs == 0:
         partial = partial.new_zeros((n, 1, classes * classes + 2))
