@@ -23,7 +23,7 @@ figure { margin: 1rem 0; background: white; border-radius: .5rem; box-shadow: 0 
 figure img { display: block; width: 100%; } figcaption { padding: .6rem 1rem; font-size: .92rem; }
 .small { max-width: 34rem; }
 table { border-collapse: collapse; background: white; border-radius: .5rem; box-shadow: 0 1px 3px #0002; width: 100%; }
-th, td { padding: .45rem .8rem; text-align: right; border-bottom: 1px solid #e6e9ec; }
+th, td { padding: .45rem .8rem; text-align: right; vertical-align: bottom; border-bottom: 1px solid #e6e9ec; }
 th:first-child, td:first-child { text-align: left; } tr:last-child td { font-weight: bold; border: 0; }
 .chip { display: inline-block; width: .8em; height: .8em; border-radius: .2em; margin-right: .4em; }
 pre { background: #22303c; color: #eef; padding: .8rem 1rem; border-radius: .5rem; white-space: pre-wrap; }
@@ -89,7 +89,7 @@ def score_table(scores: Sequence[Score], *, empty: str = "one") -> str:
         if score.kind == "class":
             chip = f'<span class="chip" style="background:{class_colour(classes.index(score.structure) + 1)}"></span>'
         region = " <small>(region)</small>" if score.kind == "region" else ""
-        return f"<th>{chip}{html.escape(score.structure)}{region}</th>"
+        return f"<th>{chip}&#8288;{html.escape(score.structure)}{region}</th>"
 
     rows = ["<tr><th>Dice</th>" + "".join(map(heading, means)) + "</tr>"]
     for case in [*cases, "mean"]:

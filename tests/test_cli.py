@@ -102,6 +102,15 @@ def test_info_follows_the_environment(capsys, monkeypatch):
     assert_user_error(capsys, run("info", "--device", "cpu"), "abacus")
 
 
+def test_info_of_kernels(capsys, monkeypatch):
+    table = pytest.importorskip("fastunet.kernel_table", reason="needs Triton")
+    monkeypatch.setattr(table, "kernel_table", lambda: "conv_relu  90 registers")
+    assert run("info", "--device", "cpu", "--kernels") == 0
+    assert capsys.readouterr().out.endswith("\n\nconv_relu  90 registers\n")
+    monkeypatch.setattr("fastunet.dispatch.triton_installed", lambda: False)
+    assert_user_error(capsys, run("info", "--device", "cpu", "--kernels"), "Triton", "not installed")
+
+
 def test_display_writes_plain_lines_to_a_file(monkeypatch):
     stream = io.StringIO()
     monkeypatch.setattr("fastunet.training.display._SECONDS_BETWEEN_LINES", 0.0)

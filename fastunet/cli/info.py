@@ -14,7 +14,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--kernels", action="store_true",
-                        help="compile every kernel and list registers, spills and shared memory")  # fmt: skip
+                        help="compile every kernel for the GPU (sm_90 without one) and list its machine code")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:
@@ -71,9 +71,9 @@ def _kernels() -> None:
 
     if not triton_installed():
         raise UserError("--kernels needs Triton, which is not installed")
-    from fastunet import machine_code
+    from fastunet.kernel_table import kernel_table
 
-    print(machine_code.kernel_table())
+    print(kernel_table())
 
 
 def _describe(device) -> str:
