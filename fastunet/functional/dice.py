@@ -137,7 +137,7 @@ def dice_cross_entropy(
         raise ValueError("include_background=False leaves no class: one logit already stands for the foreground alone")
     targets, class_weights = _validated(logits, labels, class_weights, ignore_index)
     backend = dispatch.select_backend(backend, "dice_cross_entropy", logits)
-    sums = _DiceSums.apply(logits.flatten(2), targets, class_weights, ignore_index, bool(ce_weight), backend)
+    sums = _DiceSums.apply(_pixels(logits), targets, class_weights, ignore_index, bool(ce_weight), backend)
     wrong = sums[:, -1].sum()
     if check_labels and not _cannot_raise(logits) and wrong.item() > 0:
         _raise_out_of_range(targets, max(logits.shape[1], 2), ignore_index)
@@ -261,7 +261,7 @@ def confusion_counts(
         shape = tuple(predictions.shape)
         if len(shape) < 3 or max(shape[1], 2) != num_classes:
             raise ValueError(f"logits have shape {shape}; {num_classes} classes need (N, {num_classes}, H, W)")
-        predictions, pixels = predictions.detach().flatten(2), (shape[0], *shape[2:])
+        predictions, pixels = _pixels(predictions.detach()), (shape[0], *shape[2:])
     else:
         predictions = _integer_labels(predictions, labels.ndim, "predicted labels")
         predictions, pixels = predictions.flatten(1), tuple(predictions.shape)
@@ -278,6 +278,12 @@ def raise_for_wrong(count: int, greatest: int, classes: int) -> None:
     """Raises ``ValueError`` if the ``count`` of labels out of range is not zero; ``greatest`` is one of them."""
     if count:
         raise ValueError(f"{count} labels are out of range, {greatest} among them; expected 0 to {classes - 1}")
+
+
+def _pixels(logits: torch.Tensor) -> torch.Tensor:
+    """(N, C, S), dense in that order or in (N, S, C): a view unless the memory is in some other order."""
+    flat = logits.flatten(2)
+    return flat if flat.is_contiguous() or flat.transpose(1, 2).is_contiguous() else flat.contiguous()
 
 
 def _validated(
