@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import _launch
+from . import _launch, _tuned
 
 
 @dataclass(frozen=True)
@@ -205,15 +205,42 @@ def stack_images(x: torch.Tensor) -> torch.Tensor:
     return x.as_strided((1, c, n * h, w), (n * h * w * c, 1, w * c, c))
 
 
+def bulk_copies_fit(*images: torch.Tensor) -> bool:
+    """Whether the current device copies tiles of all of ``images`` in bulk, with the shared memory of a data centre."""
+    return 90 <= _launch.architecture() < 110 and all(map(_launch.bulk_copy_fits, images))
+
+
+def key_of(x: torch.Tensor, c_out: int, side: int) -> tuple:
+    """What a committed configuration is found by: sizes rounded up to powers of two, so that layers share rows."""
+    sizes = (*x.shape, c_out)
+    return (side, *map(triton.next_power_of_2, sizes), x.dtype, _launch.dot_precision(x.dtype))
+
+
 def choose_forward_config(x: torch.Tensor, c_out: int, side: int) -> Stride2Config:
-    """The heuristic for :func:`forward`, from (C_in, C_out, W) in buckets, dtype and architecture."""
-    precision, wide = _launch.dot_precision(x.dtype), x.element_size() == 4
-    bulk = _launch.architecture() >= 90 and _launch.bulk_copy_fits(x) and c_out * x.element_size() % 16 == 0
-    if precision == "ieee":
-        return Stride2Config(4, 16, 64, 16, 8, 2, bulk)
-    if not bulk:
-        return Stride2Config(8, 16, 64, 16 if wide else 32, 8, 3, False)
-    block_c = 16 if wide else 32
+    """The committed winner for :func:`forward` on this GPU, else a heuristic."""
+    fits = bulk_copies_fit(x) and c_out * x.element_size() % 16 == 0
+    return _tuned.choose(
+        "stride2_forward", key_of(x, c_out, side), Stride2Config,
+        lambda: _forward_heuristic(x, c_out, side, fits), lambda config: fits or not config.bulk,
+    )  # fmt: skip
+
+
+def choose_data_grad_config(dy: torch.Tensor, x: torch.Tensor, side: int) -> Stride2Config:
+    """The committed winner for :func:`data_grad` on this GPU, else a heuristic."""
+    fits, c_out = bulk_copies_fit(x, dy), dy.shape[1]
+    return _tuned.choose(
+        "stride2_data_grad", key_of(x, c_out, side), Stride2Config,
+        lambda: _data_grad_heuristic(x, c_out, side, fits),
+        lambda config: not config.bulk or (fits and c_out % config.block_c == 0),
+    )  # fmt: skip
+
+
+def _forward_heuristic(x: torch.Tensor, c_out: int, side: int, fits: bool) -> Stride2Config:
+    block_c = 16 if x.element_size() == 4 else 32
+    if _launch.dot_precision(x.dtype) == "ieee":
+        return Stride2Config(4, 16, 64, 16, 8, 2, fits)
+    if not fits:
+        return Stride2Config(8, 16, 64, block_c, 8, 3, False)
     if side == 2:
         return Stride2Config(*((64, 4, 64) if c_out % 64 else (32, 4, 128)), block_c, 8, 4, True)
     if c_out % 128:
@@ -223,20 +250,18 @@ def choose_forward_config(x: torch.Tensor, c_out: int, side: int) -> Stride2Conf
     return Stride2Config(8, block_w, 128, block_c, num_warps, 4, True)
 
 
-def choose_data_grad_config(dy: torch.Tensor, c_in: int, side: int) -> Stride2Config:
-    """The heuristic for :func:`data_grad`, from (C_in, C_out, W) in buckets, dtype and architecture."""
-    c_out, precision, wide = dy.shape[1], _launch.dot_precision(dy.dtype), dy.element_size() == 4
-    fits = _launch.bulk_copy_fits(dy) and c_in * dy.element_size() % 16 == 0
+def _data_grad_heuristic(x: torch.Tensor, c_out: int, side: int, fits: bool) -> Stride2Config:
+    wide, ieee = x.element_size() == 4, _launch.dot_precision(x.dtype) == "ieee"
     block_c = next((b for b in (64, 32, 16) if c_out % b == 0), 0) // (2 if wide else 1)
-    bulk = _launch.architecture() >= 90 and fits and block_c > 0
-    if precision == "ieee":
+    bulk = fits and block_c > 0
+    if ieee:
         return Stride2Config(4, 16, 64, min(block_c, 16) if bulk else 16, 8, 2, bulk)
     if not bulk:
         return Stride2Config(8, 16, 64, 16 if wide else 32, 8, 3, False)
-    block_m = 128 if c_in % 128 == 0 else 64
+    block_m = 128 if x.shape[1] % 128 == 0 else 64
     if side == 2:
         return Stride2Config(32 if block_m == 128 else 64, 4, block_m, block_c, 8, 4, True)
-    if dy.shape[3] <= 16:
+    if x.shape[3] <= 8:
         return Stride2Config(8, 8, block_m, block_c, 4, 4, True)
     return Stride2Config(8, 16 if block_m == 128 else 32, block_m, block_c, 8, 4, True)
 

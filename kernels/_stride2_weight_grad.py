@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _launch
-from ._stride2 import load_tile, phase_view, stack_images
+from . import _launch, _tuned
+from ._stride2 import bulk_copies_fit, key_of, load_tile, phase_view, stack_images
 
 _PROGRAMS = 264  # two programs for each of an H100's 132 multiprocessors
 _BLOCK_Q = 64  # columns of one program that sums the bias
@@ -112,17 +112,26 @@ def stride2_weight_grad_kernel(
         sum_columns(dy_ptr, out_ptr, q0, row, tl.minimum(row + rows_a_split, rows), 2 * C_out, 64, BLOCK_Q)
 
 
-def choose_config(dy: torch.Tensor, c_in: int) -> WeightGradConfig:
-    """The heuristic for :func:`partial_sums`, from (C_in, C_out, W) in buckets, dtype and architecture."""
-    precision, wide = _launch.dot_precision(dy.dtype), dy.element_size() == 4
-    bulk = _launch.architecture() >= 90 and _launch.bulk_copy_fits(dy) and c_in * dy.element_size() % 16 == 0
-    if precision == "ieee":
-        return WeightGradConfig(2, 8, 64, 32, 8, 2, bulk)
-    if not bulk:
+def choose_config(dy: torch.Tensor, x: torch.Tensor, side: int) -> WeightGradConfig:
+    """The committed winner for :func:`partial_sums` on this GPU, else a heuristic."""
+    fits = bulk_copies_fit(x, dy)
+    return _tuned.choose(
+        "stride2_weight_grad", key_of(x, dy.shape[1], side), WeightGradConfig,
+        lambda: _heuristic(dy, x, fits), lambda config: fits or not config.bulk,
+    )  # fmt: skip
+
+
+def _heuristic(dy: torch.Tensor, x: torch.Tensor, fits: bool) -> WeightGradConfig:
+    wide = x.element_size() == 4
+    if _launch.dot_precision(x.dtype) == "ieee":
+        return WeightGradConfig(4, 8, 64, 32, 8, 2, fits)
+    if not fits:
         return WeightGradConfig(4, 8, 64, 32, 4, 3, False)
-    if c_in % 128 or dy.shape[1] % 64:
+    if x.shape[1] % 128 or dy.shape[1] % 64:
         return WeightGradConfig(8, 8, 64, 32, 4, 3 if wide else 4, True)
-    return WeightGradConfig(4 if wide else 8, 8, 128, 64, 8, 4, True)
+    # from compute capability 10.0 on accumulators are not in registers, and eight warps leave each thread too few
+    num_warps = 4 if _launch.architecture() >= 100 else 8
+    return WeightGradConfig(4 if wide else 8, 8, 128, 64, num_warps, 4, True)
 
 
 def partial_sums(

@@ -27,7 +27,7 @@ def data_grad(
 ) -> torch.Tensor:
     """dx (N, C_in, H, W) of ``dy`` (N, C_out, 2H, 2W), times x > 0 if ``mask_x`` (x the output of a ReLU)."""
     dy, x = _launch.channels_last(dy), _launch.channels_last(x)
-    config = config or _stride2.choose_data_grad_config(dy, weight.shape[0], side=2)
+    config = config or _stride2.choose_data_grad_config(dy, x, side=2)
     k = weight.permute(2, 3, 0, 1).contiguous()
     return _stride2.data_grad(dy, k, x, mask_x, side=2, config=config)
 
@@ -37,7 +37,7 @@ def weight_grad(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dw (C_in, C_out, 2, 2) and db (C_out,) in ``x``'s dtype; db is empty (0,) without ``has_bias``."""
     dy, x = _launch.channels_last(dy), _launch.channels_last(x)
-    config = config or _stride2_weight_grad.choose_config(dy, x.shape[1])
+    config = config or _stride2_weight_grad.choose_config(dy, x, side=2)
     partial, partial_bias = _stride2_weight_grad.partial_sums(dy, x, has_bias, side=2, in_first=True, config=config)
     dw = _reduce.sum_splits(partial, x.dtype, taps_last=True).unflatten(-1, (2, 2))
     if partial_bias is None:

@@ -11,10 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _launch, _reduce
+from . import _launch, _reduce, _tuned
 
 _OUTPUTS = ("logits", "probabilities", "labels")
-_PROGRAMS = 528  # that share the pixels in the backward: four for each of an H100's 132 multiprocessors
+_PROGRAMS = 660  # that share the pixels in the backward: five for each of an H100's 132 multiprocessors
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,8 @@ def segmentation_head_backward_kernel(
         g_mask = p_mask[:, None] & k_mask[None, :]
         g = tl.load(dlogits_ptr + offs_p[:, None] * CLASSES + offs_k[None, :], mask=g_mask, other=0.0)
         x = tl.load(x_ptr + offs_p[:, None] * C + offs_c[None, :], mask=mask, other=0.0)
-        dx = _launch.mma(g, w, tl.zeros((BLOCK_P, BLOCK_C), tl.float32), PRECISION)
+        # channels by rows: few enough for the product that takes its operands from registers, where the mask is
+        dx = _launch.mma(w.T, g.T, tl.zeros((BLOCK_C, BLOCK_P), tl.float32), PRECISION).T
         if MASK_X:
             dx = tl.where(x > 0, dx, 0.0)
         tl.store(dx_ptr + offs_p[:, None] * C + offs_c[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
@@ -115,16 +116,16 @@ def segmentation_head_backward_kernel(
             tl.store(partial_bias_ptr + split * CLASSES + offs_k, tl.sum(db, axis=0), mask=k_mask)
 
 
-def choose_forward_config(x: torch.Tensor) -> HeadConfig:
-    """The heuristic for :func:`forward`, from the bucketed C_in and the dtype."""
-    block_c = min(64 if x.element_size() == 2 else 32, max(16, triton.next_power_of_2(x.shape[1])))
-    return HeadConfig(64, block_c, 4, 2) if _launch.dot_precision(x.dtype) == "ieee" else HeadConfig(128, block_c, 4, 3)
-
-
-def choose_backward_config(x: torch.Tensor) -> HeadConfig:
-    """The heuristic for :func:`backward`, from the bucketed C_in and the dtype; larger tiles spill."""
-    block_c = min(64 if x.element_size() == 2 else 32, max(16, triton.next_power_of_2(x.shape[1])))
-    return HeadConfig(64, block_c, 4, 3) if x.element_size() == 2 else HeadConfig(64, block_c, 8, 2)
+def choose_config(kernel: str, x: torch.Tensor, classes: int) -> HeadConfig:
+    """The committed winner of ``kernel`` on this GPU, else a heuristic; sizes are rounded up to powers of two."""
+    precision = _launch.dot_precision(x.dtype)
+    key = (*map(triton.next_power_of_2, (*x.shape, classes)), x.dtype, precision)
+    block_c = max(16, triton.next_power_of_2(x.shape[1]))
+    if kernel == "segmentation_head_backward":  # larger tiles spill
+        config = HeadConfig(64, min(32, block_c), *((8, 2) if precision == "ieee" else (4, 3)))
+    else:
+        config = HeadConfig(64 if precision == "ieee" else 128, min(128 // x.element_size(), block_c), 4, 3)
+    return _tuned.choose(kernel, key, HeadConfig, lambda: config)
 
 
 def forward(
@@ -141,7 +142,7 @@ def forward(
     if output not in _OUTPUTS:
         raise ValueError(f"output is {output!r}; expected one of {', '.join(_OUTPUTS)}")
     x, weight = _launch.channels_last(x), weight.contiguous()
-    config = config or choose_forward_config(x)
+    config = config or choose_config("segmentation_head", x, weight.shape[0])
     n, c, h, w = x.shape
     classes, pixels = weight.shape[0], n * h * w
     if output == "labels":
@@ -166,7 +167,7 @@ def backward(
     dw (classes, C, 1, 1) and db (classes,) in ``x``'s dtype; db is empty (0,) without ``has_bias``.
     """
     dlogits, x, weight = _launch.channels_last(dlogits), _launch.channels_last(x), weight.contiguous()
-    config = config or choose_backward_config(x)
+    config = config or choose_config("segmentation_head_backward", x, weight.shape[0])
     n, c, h, w = x.shape
     classes, tiles = weight.shape[0], triton.cdiv(n * h * w, config.block_p)
     tiles_a_program = max(1, triton.cdiv(tiles, _PROGRAMS))

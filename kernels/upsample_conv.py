@@ -120,7 +120,7 @@ def data_grad(
     Times x > 0 if ``mask_x`` (x the output of a ReLU).
     """
     dz, x = _launch.channels_last(dz), _launch.channels_last(x)
-    config = config or _stride2.choose_data_grad_config(dz, weight.shape[1], side=3)
+    config = config or _stride2.choose_data_grad_config(dz, x, side=3)
     k = sub_pixel_weights(weight, slots=3, out_first=False)
     return _stride2.data_grad(dz, k, x, mask_x, side=3, config=config)
 
@@ -131,7 +131,7 @@ def weight_grad(
     """dw (C_out, C_in, 2, 2) and db (C_out,) in ``x``'s dtype; db is empty (0,) without ``has_bias``."""
     dz, x = _launch.channels_last(dz), _launch.channels_last(x)
     c_out, c_in = dz.shape[1], x.shape[1]
-    config = config or _stride2_weight_grad.choose_config(dz, c_in)
+    config = config or _stride2_weight_grad.choose_config(dz, x, side=3)
     partial, partial_bias = _stride2_weight_grad.partial_sums(dz, x, has_bias, side=3, in_first=False, config=config)
     dw = _launch.empty((c_out, c_in, 2, 2), x.dtype, x.device)
     grid = (triton.cdiv(c_out * c_in, _FOLD_TILE),)
