@@ -118,6 +118,12 @@ def test_empty_and_missing_folders(tmp_path):
         discover_cases(tmp_path / "nowhere")
 
 
+def test_the_folder_above_a_decathlon_task(tmp_path):
+    msd_folder(tmp_path / "Task01")
+    with pytest.raises(UserError, match=r"no dataset\.json \(but there is one in .*Task01\)"):
+        discover_cases(tmp_path)
+
+
 def test_two_cases_of_one_name(tmp_path):
     brats_case(tmp_path / "HGG" / "a")
     brats_case(tmp_path / "LGG" / "a")

@@ -160,6 +160,20 @@ def test_no_thresholds_solve_them(heads, skull, bound):
     assert np.mean(best) < bound
 
 
+def test_healthy_tissue_is_as_bright_as_each_part_of_the_tumour():
+    """Lesions as oedema in FLAIR, vessels and choroid plexus as the rim in T1ce, CSF as necrosis, all in the brain."""
+    shares = []
+    for index in range(4):
+        images, classes = phantom(np.random.default_rng([11, index]), SHAPE, skull=False)
+        healthy = (images[0] > 0) & (classes == 0)
+        flair, t1ce = images[MODALITIES.index("flair")], images[MODALITIES.index("t1ce")]
+        like_oedema = flair[healthy] > np.quantile(flair[classes == 2], 0.2)
+        like_rim = t1ce[healthy] > np.quantile(t1ce[classes == 3], 0.3)
+        like_necrosis = t1ce[healthy] < np.median(t1ce[classes == 1])
+        shares.append([like_oedema.mean(), like_rim.mean(), like_necrosis.mean()])
+    assert (np.mean(shares, axis=0) > (1e-3, 2e-3, 0.1)).all()
+
+
 def test_intensities_are_noisy_like_magnitudes(heads):
     images, _ = heads
     for case in images:

@@ -80,6 +80,19 @@ def test_empty_slices_can_be_left_out(tmp_path, cases):
     np.testing.assert_array_equal(data.foreground, (labels != 0).any(-1).any(-1).numpy()[filled])
 
 
+def test_a_crop_beside_the_brain_is_empty(tmp_path):
+    folder = brats_case(tmp_path / "data" / "a", shape=(12, 12, 4))
+    for part in ("flair", "t1ce", "seg"):
+        path = folder / f"a_{part}.nii.gz"
+        array = np.asanyarray(nib.load(path).dataobj).copy()
+        array[2:] = 0
+        save(path, array, oriented_affine("LPS"))
+    data = SliceDataset(discover_cases(tmp_path / "data"), cache_dir=tmp_path / "cache", size=4)
+    images, labels = data.load(range(len(data)))
+    assert not images.any()
+    assert not labels.any()
+
+
 def test_labels_outside_the_brain_are_kept(tmp_path):
     folder = head_case(tmp_path / "data" / "a")
     labels = np.zeros(SHAPE, np.uint8)

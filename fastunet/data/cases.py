@@ -93,7 +93,10 @@ def discover_cases(
     else:
         cases = _brats_cases(_nifti_files(root), edition)
     if not cases:
-        raise UserError(f"{root} holds no cases: no files named like *_flair.nii.gz or *-t2f.nii.gz, no dataset.json")
+        nested = sorted(root.glob("*/dataset.json"))
+        hint = f" (but there is one in {nested[0].parent})" if nested else ""
+        names = "no files named like *_flair.nii.gz or *-t2f.nii.gz"
+        raise UserError(f"{root} holds no cases: {names}, and no dataset.json{hint}")
     return _checked(cases, root, modalities or ())
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import logging
+import threading
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -127,7 +129,6 @@ def _write(path: Path, values: np.ndarray, like: Volume) -> None:
     header = like.header.copy()
     header.set_data_dtype(values.dtype)
     header["cal_min"] = header["cal_max"] = 0  # the display window of the intensities would hide the labels
-    header["pixdim"][4:] = 1
     image_class = nibabel.Nifti2Image if header["sizeof_hdr"] == 540 else nibabel.Nifti1Image
     save_nifti(path, image_class(values, like.affine, header))
 
@@ -137,7 +138,6 @@ def _opened(path: Path, whole: bool = True) -> Iterator[Nifti1Image]:
     """The image, readable inside the block; ``whole`` reads the file to its end, where gzip keeps the checksum."""
     import nibabel
     from nibabel.filebasedimages import ImageFileError
-    from nibabel.imageglobals import LoggingOutputSuppressor
     from nibabel.spatialimages import HeaderDataError
     from nibabel.wrapstruct import WrapStructError
 
@@ -146,7 +146,7 @@ def _opened(path: Path, whole: bool = True) -> Iterator[Nifti1Image]:
             size = int.from_bytes(stream.read(4), "little")
             stream.seek(0)
             nifti2 = 540 in (size, int.from_bytes(size.to_bytes(4, "little"), "big"))
-            with LoggingOutputSuppressor():  # nibabel prints what it puts right in a header
+            with _nibabel_silent():
                 image = (nibabel.Nifti2Image if nifti2 else nibabel.Nifti1Image).from_stream(stream)
             yield image
             while whole and stream.read(_CHUNK_BYTES):
@@ -165,6 +165,23 @@ def _opened(path: Path, whole: bool = True) -> Iterator[Nifti1Image]:
         raise UserError(f"{path} cannot be read: {error.strerror or 'it is shorter than its header says'}") from error
     except (ValueError, OverflowError, MemoryError) as error:
         raise UserError(f"{path} cannot be read: its header describes no volume that fits into memory") from error
+
+
+@contextlib.contextmanager
+def _nibabel_silent() -> Iterator[None]:
+    """Drops what nibabel logs in this thread: it prints each thing that it puts right in a header."""
+    from nibabel.imageglobals import logger
+
+    thread = threading.get_ident()
+
+    def from_other_threads(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    logger.addFilter(from_other_threads)
+    try:
+        yield
+    finally:
+        logger.removeFilter(from_other_threads)
 
 
 def _open_stream(path: Path) -> BinaryIO:
