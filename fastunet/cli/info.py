@@ -14,7 +14,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--kernels", action="store_true",
-                        help="compile every kernel for the GPU (sm_90 without one) and list its machine code")  # fmt: skip
+                        help="compile every kernel (for sm_90 if there is no GPU) and list its code")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:
