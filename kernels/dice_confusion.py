@@ -1,7 +1,8 @@
 """Confusion counts in one read of logits (or predicted labels) and true labels.
 
-Each program counts its pixels by a product of one-hot tiles, which is exact in float32 for fewer than 2^24 of them,
-and writes one row of int32 partial counts; integer sums make the order of the rows irrelevant.
+Each program writes one row of int32 partial counts, and integer sums make the order of the rows irrelevant. Up to four
+classes, every thread counts each of the at most 16 pairs of its own pixels; beyond, a product of one-hot tiles counts
+them, exactly in float32 as long as a program has fewer than 2^24 pixels.
 """
 
 from __future__ import annotations
@@ -25,19 +26,22 @@ _MOST_PIXELS = 2**23
 
 @dataclass(frozen=True)
 class ConfusionConfig:
-    """Pixels of a tile, programs over the whole batch, warps, stages of the loop over tiles."""
+    """Pixels of a tile, programs over the whole batch, whether pairs are counted one by one, warps, loop stages."""
 
     block_s: int
     programs: int
+    pairs: bool = False
     num_warps: int = 4
     num_stages: int = 3
 
 
 def choose_config(classes: int, itemsize: int) -> ConfusionConfig:
-    """The tile for ``classes`` of ``itemsize`` bytes; fewer programs where a row of counts is long."""
+    """The tile for ``classes`` of ``itemsize`` bytes (0: labels); fewer programs where a row of counts is long."""
     found = _tuned.lookup("dice_confusion", (classes, itemsize), ConfusionConfig)
     if found is not None:
         return found
+    if classes <= 4:
+        return ConfusionConfig(block_s=128 * (16 // (itemsize or 4)), programs=4096, pairs=True)
     if classes <= 32:
         return ConfusionConfig(block_s=256 if classes <= 16 else 128, programs=2048)
     # One stage: Hopper's asynchronous product would read one-hot tiles from registers while the next iteration writes
@@ -73,13 +77,18 @@ def confusion_kernel(
     predictions_ptr, labels_ptr, partial_ptr, S, programs,
     CLASSES: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
     LAYOUT: tl.constexpr, VECTOR: tl.constexpr, HARD: tl.constexpr, IGNORE: tl.constexpr, NONE_WRONG: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):  # fmt: skip
     """partial[sample, program] = (counts by truth and prediction, wrong pixels, the greatest wrong value)."""
     sample, program = tl.program_id(0) // programs, tl.program_id(0) % programs
     predictions_ptr += sample.to(tl.int64) * (1 if HARD else C) * S
     labels_ptr += sample.to(tl.int64) * S
     offs_k = tl.arange(0, BLOCK_K)
-    counts = tl.zeros((BLOCK_K, BLOCK_K), tl.float32)
+    offs_pair = tl.arange(0, BLOCK_K * BLOCK_K)
+    if PAIRS:
+        counts = tl.zeros((BLOCK_K * BLOCK_K, 128), tl.int32)
+    else:
+        counts = tl.zeros((BLOCK_K, BLOCK_K), tl.float32)
     wrongs = tl.zeros((BLOCK_S,), tl.int32)
     greatest = tl.full((BLOCK_S,), NONE_WRONG, tl.int32)
     for tile in range(program, tl.cdiv(S, BLOCK_S), programs):
@@ -99,10 +108,17 @@ def confusion_kernel(
         value = tl.minimum(tl.maximum(value, NONE_WRONG), 2147483647).to(tl.int32)
         greatest = tl.maximum(greatest, tl.where(wrong, value, NONE_WRONG))
         truth = tl.where(counted & (predicted >= 0), truth, -1)
-        is_truth = (truth[None, :] == offs_k[:, None]).to(tl.float16)
-        is_predicted = (predicted[:, None] == offs_k[None, :]).to(tl.float16)
-        counts = tl.dot(is_truth, is_predicted, counts)
+        if PAIRS:
+            pair = tl.where(truth >= 0, truth * BLOCK_K + predicted, -1)
+            is_pair = (pair[None, :] == offs_pair[:, None]).to(tl.int32)
+            counts += tl.sum(tl.reshape(is_pair, (BLOCK_K * BLOCK_K, 128, BLOCK_S // 128)), axis=2)
+        else:
+            is_truth = (truth[None, :] == offs_k[:, None]).to(tl.float16)
+            is_predicted = (predicted[:, None] == offs_k[None, :]).to(tl.float16)
+            counts = tl.dot(is_truth, is_predicted, counts)
     row = partial_ptr + tl.program_id(0).to(tl.int64) * (CLASSES * CLASSES + 2)
+    if PAIRS:
+        counts = tl.reshape(tl.sum(counts, axis=1), (BLOCK_K, BLOCK_K))
     mask = (offs_k < CLASSES)[:, None] & (offs_k < CLASSES)[None, :]
     tl.store(row + offs_k[:, None] * CLASSES + offs_k[None, :], counts.to(tl.int32), mask=mask)
     tl.store(row + CLASSES * CLASSES, tl.sum(wrongs))
@@ -134,9 +150,10 @@ def confusion(
     _launch.launch(
         confusion_kernel, (n * programs,),
         predictions.contiguous() if hard else predictions, labels.contiguous(), partial, s, programs,
-        CLASSES=classes, BLOCK_K=max(16, triton.next_power_of_2(classes)), C=c, BLOCK_C=triton.next_power_of_2(c),
-        BLOCK_S=config.block_s, LAYOUT="planes" if hard else layout_of(predictions),
-        VECTOR=1 if hard else 16 // predictions.element_size(), HARD=hard, IGNORE=ignore_index, NONE_WRONG=NONE_WRONG,
+        CLASSES=classes, BLOCK_K=max(1 if config.pairs else 16, triton.next_power_of_2(classes)),
+        C=c, BLOCK_C=triton.next_power_of_2(c), BLOCK_S=config.block_s,
+        LAYOUT="planes" if hard else layout_of(predictions), VECTOR=1 if hard else 16 // predictions.element_size(),
+        HARD=hard, IGNORE=ignore_index, NONE_WRONG=NONE_WRONG, PAIRS=config.pairs,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if programs == 0:

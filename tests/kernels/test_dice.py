@@ -206,9 +206,10 @@ def test_confusion_of_labels(label_dtype, device):
     assert torch.equal(counts, slow_confusion(predictions, labels, 7, 200))
 
 
-def test_confusion_in_several_tiles_a_program(device):
-    logits, labels = inputs(1, 4, 300, torch.float32, device)
-    config = dice_confusion.ConfusionConfig(block_s=32, programs=2)
+@pytest.mark.parametrize("pairs", [False, True], ids=["product", "pairs"])
+def test_confusion_in_several_tiles_a_program(pairs, device):
+    logits, labels = inputs(1, 4, 600, torch.float32, device)
+    config = dice_confusion.ConfusionConfig(block_s=128, programs=2, pairs=pairs)
     counts = dice_confusion.confusion(logits, labels, 4, 200, config)
     assert torch.equal(counts, slow_confusion(logits.argmax(1), labels, 4, 200))
 
