@@ -22,6 +22,9 @@ from fastunet.machine_code import (
 )
 from fastunet.traffic import Traffic, count
 
+TRAINING_KERNELS, INFERENCE_KERNELS = 70, 24
+"""At most so many kernels the first training step of a reference network compiles, and its first inference."""
+
 
 @dataclass(frozen=True)
 class Use:
@@ -32,15 +35,21 @@ class Use:
     dtype: torch.dtype
     architecture: int
     launch: Launch
+    launches: list[Launch]
+    """All launches of the call, of which ``launch`` is one."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One distinct compiled kernel: its first use, its machine code, its traffic there, and what is wrong with it."""
+    """One distinct compiled kernel: its first use, its machine code, its traffic there, and what is wrong with it.
+
+    ``call_flop`` counts the products of all launches of the use's operator call.
+    """
 
     use: Use
     report: Report
     traffic: Traffic
+    call_flop: int
     failures: list[str]
 
 
@@ -58,9 +67,17 @@ def uses(architecture: int, dtype: torch.dtype, *, batch: int = 16, names: Itera
     found = []
     for name in names or CASES:
         network, (height, width) = CASES[name]
-        for call in _calls(network, batch, height, width):
-            found += [Use(name, call, dtype, architecture, launch)
-                      for launch in launches(call, dtype, architecture, gpu)]  # fmt: skip
+        found += uses_of(name, _calls(network, batch, height, width), dtype, architecture, gpu)
+    return found
+
+
+def uses_of(case: str, calls: Iterable[Call], dtype: torch.dtype, architecture: int,
+            gpu: str | None = None) -> list[Use]:
+    """Every launch of ``calls``, in order."""
+    found = []
+    for call in calls:
+        records = launches(call, dtype, architecture, gpu)
+        found += [Use(case, call, dtype, architecture, launch, records) for launch in records]
     return found
 
 
@@ -75,8 +92,10 @@ def distinct(all_uses: Iterable[Use]) -> list[Use]:
 def examine(use: Use) -> Row:
     """Compiles a use, reads its machine code and counts its traffic."""
     compiled = compile_launch(use.launch, use.architecture)
-    report = inspect(compiled, use.architecture)
-    return Row(use, report, count(use.launch, compiled.asm["ttir"]), failures(report, use.launch))
+    report, traffic = inspect(compiled, use.architecture), count(use.launch, compiled.asm["ttir"])
+    others = [launch for launch in use.launches if launch is not use.launch] if traffic.flop else []
+    call_flop = traffic.flop + sum(count(o, compile_launch(o, use.architecture).asm["ttir"]).flop for o in others)
+    return Row(use, report, traffic, call_flop, failures(report, use.launch))
 
 
 def examine_all(all_uses: Iterable[Use], threads: int = 2) -> list[Row]:
@@ -101,8 +120,8 @@ HEADER = ("kernel", "layer", "arch", "registers", "stack", "shared", "main loop"
 
 def format_table(rows: Iterable[Row]) -> str:
     """``rows`` as text: registers of a thread, bytes of stack and shared memory, instructions and products of the main
-    loop, then of one launch the bytes that its tiles ask for beside the operator's floor, and the share of its
-    arithmetic that the layer needs."""
+    loop, then of one launch the bytes that its tiles ask for beside the floor of its operator call, its arithmetic,
+    and the share of the call's arithmetic that the layer needs."""
     lines = [HEADER, *map(_cells, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
     return "\n".join(
@@ -129,7 +148,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{floor / 1e6:.2f}",
         f"{traffic.bytes / floor:.2f}",
         f"{traffic.flop / 1e9:.2f}" if traffic.flop else "-",
-        f"{2 * use.call.macs / traffic.flop:.0%}" if traffic.flop else "-",
+        f"{2 * use.call.macs / row.call_flop:.0%}" if traffic.flop else "-",
         "; ".join(row.failures),
     )
 

@@ -147,9 +147,9 @@ def failures(report: Report, launch: Launch) -> list[str]:
     """What is wrong with a kernel compiled for ``report.architecture``, one sentence each; empty if nothing is.
 
     Checked: registers spilled or local memory used, shared memory over the limit, Hopper's and Blackwell's
-    asynchronous products missing where a product's shape allows them, ``ldmatrix`` in a main loop that could feed
-    them from shared memory, products that the assembler serialised (ptxas' warning C7515), and narrow global loads
-    in the main loop of a launch whose channels fill 16 bytes.
+    asynchronous products missing where a product's shape allows them, and products that wait for one another (ptxas'
+    warning C7515 is one cause). In the main loop of a launch whose pixels all are whole 16-byte pieces, so that bulk
+    copies can feed the products from shared memory: ``ldmatrix``, and narrow global loads.
     """
     found = []
     if report.stack or report.spills:
@@ -161,7 +161,7 @@ def failures(report: Report, launch: Launch) -> list[str]:
         prefix = {90: "HGMMA", 100: "UTC"}[report.architecture]
         if not report.count(prefix):
             found.append(f"multiplies without {prefix} though its products allow it: {_shapes(report)}")
-        elif report.main_loops and report.count("LDSM"):
+        elif report.main_loops and report.count("LDSM") and _aligned(launch):
             found.append(f"passes {report.count('LDSM')} operands through registers (LDSM) in its main loop")
         elif report.main_loops and 1 < report.count("HGMMA") <= report.count("WARPGROUP.DEPBAR"):
             found.append(f"waits for each of its {report.count('HGMMA')} products before the next one starts")
