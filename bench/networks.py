@@ -10,7 +10,7 @@ from bench import floors
 from bench.losses import one_hot_dice_cross_entropy
 from bench.precision import DTYPES
 from bench.rows import OTHER
-from bench.variants import NETWORK_VARIANTS, Function, Variant
+from bench.variants import FROZEN, NETWORK_VARIANTS, Function, Variant
 from bench.workloads import Workload
 from fastunet import UNet, reference
 from fastunet.architecture import Architecture
@@ -49,9 +49,13 @@ def network_workload(preset: str, step: str, batch: int, side: int, precision: s
             model = model.to(memory_format=torch.channels_last)
         if step != TRAINING:
             model = model.eval()
-            predict = (model if step == LOGITS else
-                       model.predict if isinstance(model, reference.UNet) else
-                       lambda x: model(x).argmax(1).to(torch.uint8))  # fmt: skip
+            runnable = model.freeze() if variant.form == FROZEN.form else model
+            if step == LOGITS:
+                predict = runnable
+            elif hasattr(runnable, "predict"):
+                predict = runnable.predict
+            else:
+                predict = lambda x: runnable(x).argmax(1).to(torch.uint8)  # noqa: E731
             wrapped = variant.wrap(predict)
             return torch.no_grad()(lambda x: (wrapped(x),))
         ours = variant.form == "fastunet"
@@ -70,7 +74,8 @@ def network_workload(preset: str, step: str, batch: int, side: int, precision: s
     else:
         output = "logits" if step == LOGITS else "labels"
         floor = floors.of_inference(architecture, batch, side, side, output, dtype)
-    variants = tuple(v for v in NETWORK_VARIANTS if preset == "brats" or v.role != OTHER)
+    variants = tuple(v for v in NETWORK_VARIANTS
+                     if (preset == "brats" or v.role != OTHER) and not (step == TRAINING and v == FROZEN))  # fmt: skip
     depth = 5 * architecture.depth + 3
     return Workload(preset, step, f"{batch}×{architecture.in_channels}×{side}×{side}", batch, precision, floor,
                     depth if step != TRAINING else 2 * depth, variants, operands, build, exact, without)  # fmt: skip

@@ -59,11 +59,14 @@ CHANNELS_LAST = Variant("plain, channels_last", "plain")
 COMPILED = Variant("compiled", "plain", compile_mode="default")
 AUTOTUNED = Variant("compiled, max-autotune", "plain", compile_mode="max-autotune")
 FASTUNET = Variant("fastunet", "fastunet", OURS)
+FROZEN = Variant("fastunet, frozen", "fastunet frozen", OURS)
+"""Weights packed once on a CPU, a CUDA graph per shape on a GPU; for inference."""
 
 NETWORK_VARIANTS = (
     *_with_graphs(PLAIN, CHANNELS_LAST, COMPILED, AUTOTUNED),
     Variant("MONAI BasicUNet", "MONAI BasicUNet", OTHER),
     *_with_graphs(FASTUNET),
+    FROZEN,
 )
 OPERATOR_VARIANTS = (*_with_graphs(PLAIN, CHANNELS_LAST, COMPILED, AUTOTUNED), *_with_graphs(FASTUNET))
 LOSS_VARIANTS = (
