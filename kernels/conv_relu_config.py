@@ -143,7 +143,7 @@ def choose_config(conv: Convolution, *, pool: bool = False, classes: int = 0) ->
 
 def _heuristic(conv: Convolution, classes: int) -> ConvConfig:
     ieee = conv.x.dtype == torch.float32 and _launch.dot_precision(conv.x.dtype) == "ieee"
-    candidates = [_first(conv)] if ieee else [_first(conv), _two_rows(conv), _rows(conv), *_boxes(conv)]
+    candidates = [_first(conv, ieee)] if ieee else [_first(conv, ieee), _two_rows(conv), _rows(conv), *_boxes(conv)]
     for config in candidates:
         if config is not None and why_not(config, conv, classes=classes) is None:
             return config
@@ -167,11 +167,12 @@ def _stages(stage_elements: int, conv: Convolution, most: int = 4) -> int:
     return min(most, shared // (stage_elements * conv.x.element_size()))
 
 
-def _first(conv: Convolution) -> ConvConfig | None:
+def _first(conv: Convolution, ieee: bool) -> ConvConfig | None:
     """One product for all taps of the 1 to 4 channels (up to 7 fit) of an image."""
     if conv.x.shape[1] > 7:
         return None
-    return ConvConfig("first", max(16, min(64, triton.next_power_of_2(conv.c_out))), 128, num_stages=1)
+    most, pixels = (32, 32) if ieee else (64, 128)
+    return ConvConfig("first", max(16, min(most, triton.next_power_of_2(conv.c_out))), pixels, num_stages=1)
 
 
 def _two_rows(conv: Convolution) -> ConvConfig | None:
@@ -215,14 +216,16 @@ def _boxes(conv: Convolution) -> list[ConvConfig]:
 def _pointer(conv: Convolution, classes: int, ieee: bool) -> ConvConfig:
     """Tiles that keep their addresses and masks in registers: ragged channels need one of each an element."""
     k = max(16, triton.next_power_of_2(conv.c_out))
-    if ieee:
-        return ConvConfig("pointer", k if classes else min(k, 64), 32 if k > 64 else 64, block_c=16, num_stages=2)
     wide = min(map(_launch.vector_width, conv.images)) * conv.x.element_size() == 16
     block_c = 64 // conv.x.element_size()
-    config = ConvConfig("pointer", k if classes else min(k, 64), 128, block_c=block_c, num_warps=8)
-    if wide:
+    if ieee:  # without matrix instructions: every thread holds rows of both operands
+        config = ConvConfig("pointer", k if classes else min(k, 64), 32 if classes and k > 64 else 64, block_c=block_c,
+                            num_warps=4 if wide else 8)
+    elif wide:
         config = ConvConfig("pointer", min(k, 128), 128, block_c=block_c, num_warps=8 if k > 64 else 4)
         idle = conv.batch * conv.out_size[0] * conv.out_size[1] * conv.c_out < _MULTIPROCESSORS * 128 * config.block_k
         if idle and not classes:
             config = ConvConfig("pointer", min(k, 64), 64, block_c=block_c)
+    else:
+        config = ConvConfig("pointer", k if classes else min(k, 64), 128, block_c=block_c, num_warps=8)
     return dataclasses.replace(config, num_stages=_stages((config.block_k + config.pixels) * block_c, conv, 3))
