@@ -1,0 +1,419 @@
+"""The Dice functions on a CPU: values, gradients, options, errors, and what holds for any input."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastunet.functional import dice_cpu
+from fastunet.functional.dice import confusion_matrix, dice_coefficient, dice_cross_entropy, dice_loss
+from tests.tolerance import assert_within_budget
+
+LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+
+
+@pytest.fixture
+def tiny_chunks(monkeypatch):
+    """So small that every image is walked in many chunks, the last one shorter."""
+    monkeypatch.setattr(dice_cpu, "_CHUNK_BYTES", 4 * 4 * 23 // torch.get_num_threads())
+
+
+def batch(c, size=(7, 9), n=3, dtype=torch.float64, seed=0, labels=torch.uint8):
+    generator = torch.Generator().manual_seed(seed)
+    logits = (2 * torch.randn(n, c, *size, generator=generator, dtype=torch.float64)).to(dtype)
+    return logits, torch.randint(0, max(c, 2), (n, *size), generator=generator).to(labels)
+
+
+def literal(logits, labels, *, weights=None, ignore=None, smooth=1.0, include_background=True, reduction="batch",
+            ce_weight=1.0, dice_weight=1.0, empty="smooth"):  # fmt: skip
+    """The eager one-hot loss, option by option, as one would write it without a library."""
+    one_logit = logits.shape[1] == 1
+    z = torch.cat([torch.zeros_like(logits), logits], 1) if one_logit else logits
+    k = z.shape[1]
+    valid = torch.ones_like(labels, dtype=torch.bool) if ignore is None else labels != ignore
+    t = F.one_hot(torch.where(valid, labels.long(), 0), k).movedim(-1, 1) * valid[:, None]
+    p = z.softmax(1) * valid[:, None]
+    axes = [0, *range(2, z.ndim)] if reduction == "batch" else list(range(2, z.ndim))
+    i, p_sum, t_sum = ((x.sum(axes)) for x in (p * t, p, t))
+    scores, present = (2 * i + smooth) / (p_sum + t_sum + smooth), t_sum > 0
+    if empty == "one":
+        scores = torch.where(present, scores, (p_sum == 0).to(scores.dtype))
+    per_class = torch.ones(k, dtype=z.dtype) if weights is None or one_logit else weights.to(z.dtype)
+    per_class = (per_class * (present if empty == "skip" else 1)).expand_as(scores)
+    first = 1 if one_logit or not include_background else 0
+    scores, per_class = scores[..., first:], per_class[..., first:]
+    dice_term = (per_class * (1 - scores)).sum() / per_class.sum()
+    target = torch.where(valid, labels.long(), -100)
+    ce = F.cross_entropy(z, target, None if weights is None else weights.to(z.dtype), ignore_index=-100)
+    return dice_weight * dice_term + ce_weight * ce
+
+
+OPTIONS = {
+    "plain": {},
+    "weights": dict(weights=True),
+    "ignore": dict(ignore=1),
+    "everything": dict(weights=True, ignore=255, smooth=0.5, reduction="sample", ce_weight=0.3, dice_weight=2.0),
+    "foreground": dict(include_background=False, weights=True),
+    "skip": dict(empty="skip", reduction="sample"),
+    "one": dict(empty="one", smooth=0.0, reduction="sample"),
+}
+
+
+def arguments(options, k, dtype):
+    """The same options for :func:`literal` and for the library."""
+    options = dict(options)
+    if options.pop("weights", False):
+        options["weights"] = torch.linspace(0.2, 1.7, k, dtype=dtype)
+    names = {"weights": "class_weights", "ignore": "ignore_index"}
+    return options, {names.get(name, name): value for name, value in options.items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("c", [1, 2, 4, 7])
+def test_equals_the_eager_loss(c, options, layout, tiny_chunks):
+    if c == 1 and options.get("include_background") is False:
+        pytest.skip("one logit has no background class")
+    logits, labels = batch(c)
+    labels[0, 2] = 255 if "ignore" in options else 0
+    if options.get("ignore") == 1:
+        labels[labels == 255] = 1
+    labels[1] = 0  # a sample without foreground
+    logits = logits.contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
+    theirs, ours = arguments(options, max(c, 2), torch.float64)
+    loss, expected = dice_cross_entropy(logits, labels, **ours), literal(logits, labels, **theirs)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    (gradient,), (wanted,) = torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-10, atol=1e-16)
+    assert gradient.stride() == logits.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_low_precision_stays_within_budget(dtype, tiny_chunks):
+    logits, labels = batch(4, (40, 50), dtype=dtype)
+    leaf, same, exact = (logits.clone().to(d).requires_grad_() for d in (dtype, dtype, torch.float64))
+    loss, same_loss, exact_loss = (
+        dice_cross_entropy(leaf, labels),
+        literal(same.float(), labels),
+        literal(exact, labels),
+    )
+    assert loss.dtype == torch.float32
+    assert_within_budget(loss.detach(), same_loss.detach(), exact_loss, "loss")
+    for value in (loss, same_loss, exact_loss):
+        value.backward()
+    assert_within_budget(leaf.grad, same.grad, exact.grad, "gradient")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64], ids=str)
+def test_label_dtypes_and_channel_axis(dtype):
+    logits, labels = batch(4)
+    want = dice_cross_entropy(logits, labels)
+    assert torch.equal(dice_cross_entropy(logits, labels.to(dtype)), want)
+    assert torch.equal(dice_cross_entropy(logits, labels.to(dtype)[:, None]), want)
+
+
+@pytest.mark.parametrize("c", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bool, torch.uint8], ids=str)
+def test_one_hot_targets_equal_labels(c, dtype):
+    if c == 1 and dtype != torch.float64:
+        pytest.skip("(N, 1, H, W) integers are labels")
+    logits, labels = batch(c)
+    one_hot = F.one_hot(labels.long(), max(c, 2)).movedim(-1, 1)[:, -c:].to(dtype)
+    weights = torch.linspace(0.5, 2, max(c, 2))
+    got = dice_cross_entropy(logits, one_hot, class_weights=weights)
+    torch.testing.assert_close(got, dice_cross_entropy(logits, labels, class_weights=weights), rtol=1e-12, atol=0)
+
+
+def test_soft_targets_equal_cross_entropy_of_probabilities():
+    logits, _ = batch(4)
+    targets = torch.randn(3, 4, 7, 9, dtype=torch.float64).softmax(1)
+    got = dice_cross_entropy(logits, targets, dice_weight=0.0)
+    torch.testing.assert_close(got, F.cross_entropy(logits, targets), rtol=1e-12, atol=0)
+
+
+def test_volumes_and_sequences_of_pixels():
+    logits, labels = batch(3, (4, 5, 6))
+    want = dice_cross_entropy(logits, labels)
+    assert torch.equal(dice_cross_entropy(logits.flatten(2), labels.flatten(1)), want)
+    strided = torch.stack([logits, logits], -1)[..., 0]
+    assert torch.equal(dice_cross_entropy(strided, labels), want)
+
+
+@pytest.mark.parametrize("c", [1, 3])
+def test_gradcheck(c, tiny_chunks):
+    logits, labels = batch(c, (3, 4), n=2)
+    labels[0, 0] = 255
+    options = dict(ignore_index=255, class_weights=torch.linspace(0.5, 2, max(c, 2), dtype=torch.float64))
+    assert torch.autograd.gradcheck(lambda z: dice_cross_entropy(z, labels, **options), logits.requires_grad_())
+    soft = torch.rand(2, c, 3, 4, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda z: dice_cross_entropy(z, soft), logits)
+
+
+def test_opcheck():
+    logits, labels = batch(4, dtype=torch.float32)
+    flat, pixels = logits.flatten(2), labels.flatten(1)
+    torch.library.opcheck(torch.ops.fastunet.dice_sums, (flat, pixels, None, 255, True, "torch"))
+    grad = torch.randn(3, 15)
+    torch.library.opcheck(torch.ops.fastunet.dice_sums_grad, (grad, flat, pixels, torch.rand(4), None, True, "torch"))
+    torch.library.opcheck(torch.ops.fastunet.confusion_counts, (flat, pixels, 4, None, "torch"))
+
+
+def test_compiles_to_one_graph():
+    logits, labels = batch(4, dtype=torch.float32)
+
+    def step(z, y):
+        return dice_cross_entropy(z, y, empty="skip", reduction="sample"), confusion_matrix(z, y, 4)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    a, b = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    (loss, counts), (want, want_counts) = compiled(a, labels), step(b, labels)
+    loss.backward()
+    want.backward()
+    torch.testing.assert_close(loss, want)
+    assert torch.equal(a.grad, b.grad)
+    assert torch.equal(counts, want_counts)
+    labels[0, 0, 0] = 9
+    assert compiled(logits, labels)[0].isnan()
+
+
+def test_repeats_are_bit_identical(tiny_chunks):
+    logits, labels = batch(4, dtype=torch.float32)
+    losses = [dice_cross_entropy(logits.requires_grad_(), labels) for _ in range(2)]
+    assert torch.equal(*losses)
+    assert torch.equal(*(torch.autograd.grad(loss, logits)[0] for loss in losses))
+
+
+def test_half_precision_beyond_its_range():
+    """More pixels than float16 counts (65,504), under autocast: finite, and right to float16's rounding of logits."""
+    logits, labels = batch(2, (600, 500), n=1, dtype=torch.float16)
+    labels.zero_()
+    leaf = logits.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = dice_cross_entropy(leaf, labels)
+    loss.backward()
+    wide = logits.double().requires_grad_()
+    expected = literal(wide, labels)
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    scale = wide.grad.abs().max()
+    assert (leaf.grad.double() - wide.grad).abs().max() <= max(2e-3 * scale, 2**-24)
+
+
+def test_extreme_logits():
+    logits = torch.tensor([[[[1e4, -1e4]], [[-1e4, 1e4]]]], requires_grad=True)
+    loss = dice_cross_entropy(logits, torch.tensor([[[1, 1]]]))
+    loss.backward()
+    assert loss.isfinite()
+    assert logits.grad.isfinite().all()
+    impossible = torch.tensor([[[[0.0]], [[0.0]], [[-torch.inf]]]])
+    torch.testing.assert_close(
+        dice_cross_entropy(impossible, torch.tensor([[[0]]]), dice_weight=0), torch.tensor(2.0).log()
+    )
+    assert dice_cross_entropy(impossible, torch.tensor([[[2]]])) == torch.inf
+    assert dice_cross_entropy(impossible * torch.nan, torch.tensor([[[2]]])).isnan()
+
+
+@pytest.mark.parametrize("empty, expected", [("smooth", 1 - 1 / (1 + 8 * 0.5)), ("skip", 0.0), ("one", 1.0)])
+def test_slice_without_foreground(empty, expected):
+    """Class 1 is absent and predicted with 0.5 at eight pixels: the table of docs/losses.md."""
+    logits = torch.zeros(1, 2, 2, 4, dtype=torch.float64, requires_grad=True)
+    labels = torch.zeros(1, 2, 4, dtype=torch.uint8)
+    loss = dice_loss(logits, labels, include_background=False, empty=empty)
+    assert loss.item() == pytest.approx(expected, abs=1e-15)
+    loss.backward()
+    if empty == "smooth":
+        # d(1 - s / (P + s)) / dp = s / (P + s)^2 = 1 / 25, times p (1 - p): pushes the false positives down
+        torch.testing.assert_close(logits.grad[:, 1], torch.full((1, 2, 4), 0.25 / 25, dtype=torch.float64))
+    else:
+        assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+@pytest.mark.parametrize("empty, expected", [("smooth", 0.0), ("skip", 0.0), ("one", 0.0)])
+def test_empty_prediction_of_an_empty_class(empty, expected):
+    logits = torch.tensor([[[[900.0]], [[-900.0]]]], dtype=torch.float64)
+    loss = dice_loss(logits, torch.tensor([[[0]]]), include_background=False, empty=empty)
+    assert loss.item() == expected
+
+
+def test_everything_ignored():
+    logits, labels = batch(4)
+    leaf = logits.requires_grad_()
+    loss = dice_cross_entropy(leaf, torch.full_like(labels, 255), ignore_index=255, empty="skip")
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(leaf.grad, torch.zeros_like(leaf))
+
+
+def test_empty_batch():
+    loss = dice_cross_entropy(torch.zeros(0, 4, 8, 8, requires_grad=True), torch.zeros(0, 8, 8, dtype=torch.uint8))
+    loss.backward()
+    assert loss.item() == 0
+
+
+@pytest.mark.parametrize("value", [4, 200, -1])
+def test_label_out_of_range_is_named(value):
+    logits, labels = batch(4, labels=torch.int32)
+    want = dice_cross_entropy(logits, torch.where(torch.arange(9) == 3, 255, labels), ignore_index=255)
+    labels[..., 3] = value
+    for function in (dice_loss, dice_cross_entropy, lambda z, y: confusion_matrix(z, y, 4)):
+        with pytest.raises(ValueError, match=f"21 labels are out of range, {value} among them; expected 0 to 3"):
+            function(logits, labels)
+    torch.testing.assert_close(dice_cross_entropy(logits, labels, check_labels=False), want)
+    with pytest.raises(ValueError, match=f"{value} among them"):
+        dice_coefficient(logits.softmax(1), labels)
+
+
+def test_bad_arguments_are_named():
+    logits, labels = batch(4)
+    cases = [
+        (dict(empty="none"), "empty is 'none'"),
+        (dict(smooth=0.0), "smooth is 0.0"),
+        (dict(smooth=-1.0, empty="skip"), "smooth is -1.0"),
+        (dict(reduction="mean"), "reduction is 'mean'"),
+        (dict(grad_reduction="max"), "grad_reduction is 'max'"),
+        (dict(sync=True, reduction="sample"), "needs reduction='batch'"),
+        (dict(class_weights=torch.ones(3)), r"class_weights have shape \(3,\); expected \(4,\)"),
+        (dict(backend="cuda"), "backend is 'cuda'"),
+    ]
+    for options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            dice_cross_entropy(logits, labels, **options)
+    with pytest.raises(ValueError, match=r"labels have dtype torch\.float64"):
+        dice_loss(logits, labels.double())
+    with pytest.raises(ValueError, match=r"labels have shape \(3, 7, 8\)"):
+        dice_loss(logits, labels[..., 1:])
+    with pytest.raises(ValueError, match=r"logits have shape \(3, 200, 7, 9\)"):
+        dice_loss(torch.zeros(3, 200, 7, 9), labels)
+    with pytest.raises(ValueError, match=r"logits have dtype torch\.uint8"):
+        dice_loss(logits.to(torch.uint8), labels)
+    with pytest.raises(ValueError, match="ignore_index=0 needs integer labels"):
+        dice_loss(logits, logits.softmax(1), ignore_index=0)
+    with pytest.raises(ValueError, match="leaves no class"):
+        dice_loss(logits[:, :1], labels.clamp(max=1), include_background=False)
+    with pytest.raises(ValueError, match=r"logits have shape \(3, 4, 7, 9\); 5 classes need \(N, 5, H, W\)"):
+        confusion_matrix(logits, labels, 5)
+    with pytest.raises(ValueError, match="num_classes is 129"):
+        confusion_matrix(labels, labels, 129)
+    with pytest.raises(ValueError, match=r"labels have shape \(3, 7, 8\); the predictions need \(3, 7, 9\)"):
+        confusion_matrix(labels, labels[..., 1:], 4)
+
+
+def keras_dice_coef(y_true, y_pred, smooth=1.0):
+    """The source's function, in NumPy float64 on (N, H, W, C) arrays."""
+    total = 0.0
+    for i in range(4):
+        t, p = y_true[..., i].astype(np.float64).ravel(), y_pred[..., i].astype(np.float64).ravel()
+        total += (2.0 * (t * p).sum() + smooth) / (t.sum() + p.sum() + smooth)
+    return total / 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_dice_coefficient_is_the_sources(dtype):
+    logits, labels = batch(4, (128, 128), n=4, dtype=dtype)
+    p = logits.softmax(1)
+    one_hot = F.one_hot(labels.long(), 4).movedim(-1, 1)
+    want = keras_dice_coef(one_hot.movedim(1, -1).numpy(), p.movedim(1, -1).numpy())
+    for target in (labels, labels[:, None], one_hot, one_hot.to(dtype)):
+        assert dice_coefficient(p, target).item() == pytest.approx(want, abs=1e-6 if dtype == torch.float32 else 1e-14)
+    assert 1 - dice_loss(logits, labels).item() == pytest.approx(want, abs=1e-6)
+
+
+def test_dice_coefficient_is_differentiable():
+    logits, labels = batch(4)
+    a, b = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    (1 - dice_coefficient(a.softmax(1), labels)).backward()
+    dice_loss(b, labels).backward()
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-16)
+
+
+@pytest.mark.parametrize("c", [1, 2, 5])
+def test_confusion_matrix(c, tiny_chunks):
+    logits, labels = batch(c)
+    k = max(c, 2)
+    predicted = logits.argmax(1) if c > 1 else (logits[:, 0] > 0).long()
+    want = np.zeros((k, k), dtype=np.int64)
+    np.add.at(want, (labels.numpy().ravel(), predicted.numpy().ravel()), 1)
+    for given_ in (logits, logits.requires_grad_(), predicted, predicted.to(torch.uint8)):
+        assert np.array_equal(confusion_matrix(given_, labels, k).numpy(), want)
+    assert confusion_matrix(predicted, labels, k, ignore_index=0)[0].sum() == 0
+
+
+images = st.tuples(st.integers(2, 6), st.integers(1, 9), st.integers(1, 3), st.integers(0, 10**6))
+
+
+@settings(max_examples=40, deadline=None)
+@given(images, st.permutations(range(6)))
+def test_permuting_classes_permutes_the_sums(image, order):
+    c, size, n, seed = image
+    order = torch.tensor([i for i in order if i < c])
+    logits, labels = batch(c, (size, size), n, seed=seed)
+    renamed = torch.argsort(order)[labels.long()]
+    for given_, other in ((logits, logits[:, order]), (logits.argmax(1), torch.argsort(order)[logits.argmax(1)])):
+        matrix = confusion_matrix(given_, labels, c)
+        assert torch.equal(confusion_matrix(other, renamed, c), matrix[order][:, order])
+    for empty in ("smooth", "skip", "one"):
+        got = dice_cross_entropy(logits[:, order], renamed, empty=empty)
+        torch.testing.assert_close(got, dice_cross_entropy(logits, labels, empty=empty), rtol=1e-10, atol=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(images, st.integers(0, 10**6))
+def test_ignored_pixels_change_nothing(image, other_seed):
+    c, size, n, seed = image
+    logits, labels = batch(c, (size, size), n, seed=seed)
+    labels[..., ::2] = 255
+    changed = torch.where(labels[:, None] == 255, batch(c, (size, size), n, seed=other_seed)[0] * 10, logits)
+    a, b = logits.requires_grad_(), changed.requires_grad_()
+    losses = [dice_cross_entropy(z, labels, ignore_index=255) for z in (a, b)]
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=1e-12)
+    losses[1].backward()
+    assert torch.equal(b.grad * (labels[:, None] == 255), torch.zeros_like(b))
+    assert torch.equal(*(confusion_matrix(z, labels, c, ignore_index=255) for z in (a, b)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(images, st.sampled_from(["smooth", "skip", "one"]))
+def test_a_perfect_prediction_costs_nothing(image, empty):
+    c, size, n, seed = image
+    _, labels = batch(c, (size, size), n, seed=seed)
+    logits = 1000 * F.one_hot(labels.long(), c).movedim(-1, 1).double()
+    assert dice_cross_entropy(logits, labels, empty=empty).item() <= 1e-12
+
+
+@settings(max_examples=40, deadline=None)
+@given(images)
+def test_sums_equal_the_pixel_count(image):
+    c, size, n, seed = image
+    logits, labels = batch(c, (size, size), n, seed=seed, dtype=torch.float32)
+    sums = torch.ops.fastunet.dice_sums(logits.flatten(2), labels.flatten(1), None, None, True, "torch")
+    pixels = torch.full((n,), float(size * size))
+    torch.testing.assert_close(sums[:, c : 2 * c].sum(1), pixels)
+    assert torch.equal(sums[:, 2 * c : 3 * c].sum(1), pixels)
+    assert torch.equal(sums[:, 3 * c + 1], pixels)
+    assert confusion_matrix(logits, labels, c).sum() == n * size * size
+
+
+def test_no_full_size_tensor_beside_the_gradient():
+    """The sums allocate chunks only; the gradient allocates chunks and itself."""
+    logits, labels = batch(4, (600, 600), n=2, dtype=torch.float32)
+    logits, labels = logits.flatten(2), labels.flatten(1)
+    given_, sizes = {logits.untyped_storage().data_ptr(), labels.untyped_storage().data_ptr()}, []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in given_:
+                sizes.append(out.untyped_storage().nbytes())
+            return out
+
+    chunks = 4 * dice_cpu._CHUNK_BYTES * torch.get_num_threads()
+    assert chunks < logits.numel() * 4
+    with Watch():
+        dice_cpu.sums(logits, labels, None, None, True)
+    assert max(sizes) <= chunks
+    with Watch():
+        dice_cpu.sums_grad(torch.ones(2, 15), logits, labels, None, None, True)
+    assert sorted(set(sizes))[-1] == logits.numel() * 4
+    assert sorted(set(sizes))[-2] <= chunks

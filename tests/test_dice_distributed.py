@@ -1,0 +1,70 @@
+"""Two gloo processes with half of a batch each against one process with all of it."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastunet.losses import DiceCrossEntropyLoss
+from fastunet.metrics import SegmentationMetrics
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch is built without gloo")
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Conv2d(2, 4, 3, padding=1).double()
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(4, 2, 6, 7, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 4, (4, 6, 7), generator=generator)
+    labels[:2, :3] = 255  # the halves count different numbers of pixels
+    return images, labels
+
+
+OPTIONS = dict(ignore_index=255, class_weights=[0.5, 1.0, 2.0, 3.0], empty="skip")
+
+
+def work(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    images, labels = (x[2 * rank : 2 * rank + 2] for x in batch())
+    found = {}
+
+    model = DistributedDataParallel(network())
+    loss = DiceCrossEntropyLoss(**OPTIONS, sync=True)(model(images), labels)
+    loss.backward()
+    found["mean"] = loss.detach(), model.module.weight.grad
+
+    model = network()
+    loss = DiceCrossEntropyLoss(**OPTIONS, sync=True, grad_reduction="sum")(model(images), labels)
+    loss.backward()
+    dist.all_reduce(model.weight.grad)
+    found["sum"] = loss.detach(), model.weight.grad
+
+    scores = SegmentationMetrics(4, ignore_index=255)
+    scores.update(model(images), labels, [f"case {rank}", "shared"])
+    scores.all_reduce()
+    found["metrics"] = scores.compute(), scores.compute_cases()
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path):
+    mp.spawn(work, args=(str(tmp_path),), nprocs=2)
+    model, (images, labels) = network(), batch()
+    loss = DiceCrossEntropyLoss(**OPTIONS)(model(images), labels)
+    loss.backward()
+    scores = SegmentationMetrics(4, ignore_index=255)
+    scores.update(model(images), labels, ["case 0", "shared", "case 1", "shared"])
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        for way in ("mean", "sum"):
+            torch.testing.assert_close(found[way][0], loss.detach(), rtol=1e-12, atol=0)
+            torch.testing.assert_close(found[way][1], model.weight.grad, rtol=1e-10, atol=1e-14)
+        assert found["metrics"][0] == scores.compute()
+        assert found["metrics"][1] == scores.compute_cases()
