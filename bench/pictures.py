@@ -56,7 +56,7 @@ def rivals(results: Results) -> Figure | None:
         place.tick_params(labelsize=8)
     for place in axes.flat[len(groups) :]:
         place.axis("off")
-    figure.suptitle(results.environment.device, fontsize=11)
+    figure.suptitle(f"{results.environment.device}: fastunet orange, rivals blue", fontsize=11)
     return figure
 
 
@@ -80,8 +80,7 @@ def waterfall(results: Results) -> Figure | None:
     floor = steps[0].floor_ms
     place.axhline(floor, color="#333333", lw=1, ls="--")
     place.text(len(steps) - 0.4, floor, "floor ", fontsize=8, va="bottom", ha="right")
-    place.set_xticks(list(places), [row.variant.replace(" ", "\n", 1) if row.variant[0] == "+" else row.variant
-                                    for row in steps], fontsize=8)  # fmt: skip
+    place.set_xticks(list(places), [_two_lines(row.variant) for row in steps], fontsize=8)
     place.set_ylim(0, 1.2 * max(row.p80_ms for row in steps))
     place.set_ylabel("milliseconds")
     place.set_title(f"{results.environment.device}: brats {steps[0].step}, {steps[0].shape}, {steps[0].precision}; "
@@ -91,14 +90,15 @@ def waterfall(results: Results) -> Figure | None:
 
 def roofline(results: Results) -> Figure | None:
     """Counted arithmetic per counted byte against achieved rate, below the ceilings that the same run measured."""
-    timed = [row for row in results.rows if row.tflops and row.gbs and row.subject != SUBJECT]
+    timed = [r for r in results.rows if r.tflops and r.gbs and r.subject != SUBJECT and r.step != "first result"]
     ours = [row for group in by_workload(timed).values() if (row := best(group, OURS))]
     if not ours:
         return None
     figure = _figure(9, 5)
     place = figure.subplots()
     intensities = [row.tflops * 1e3 / row.gbs for row in ours]
-    low, high = min(intensities) / 2, max(intensities) * 2
+    ridges = [rate * 1e3 / results.environment.copy_gbs for rate in results.environment.matmul_tflops.values()]
+    low, high = min(intensities + ridges) / 4, max(intensities + ridges) * 2
     for precision in sorted({row.precision for row in ours}):
         _roof(place, results.environment, precision, low, high)
     subjects = list(dict.fromkeys(row.subject for row in ours))
@@ -122,6 +122,11 @@ def _roof(place, environment: Environment, precision: str, low: float, high: flo
     xs = [low, ridge, high] if low < ridge < high else [low, high]
     place.plot(xs, [min(peak, x * environment.copy_gbs / 1e3) for x in xs], color="#333333", lw=1.5)
     place.text(high, peak, f"{precision} product ", ha="right", va="bottom", fontsize=8)
+
+
+def _two_lines(name: str) -> str:
+    """``name`` broken before its last word."""
+    return "\n".join(name.rsplit(" ", 1)) if len(name) > 12 else name
 
 
 def _figure(width: float, height: float) -> Figure:

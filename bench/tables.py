@@ -56,9 +56,9 @@ def _heading(environment: Environment) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items() if name != "fastunet")
     return (
         f"### {environment.device}\n\n"
-        f"Commit {environment.commit}, {environment.date[:10]}; {versions}; driver or kernel {environment.driver or 'unknown'}; "
-        f"{environment.threads} CPU threads. Ceilings in the same run: copy {_number(environment.copy_gbs)} GB/s, matrix "
-        f"product {products}."
+        f"Commit {environment.commit}, {environment.date[:10]}; {versions}; driver or kernel "
+        f"{environment.driver or 'unknown'}; {environment.threads} CPU threads. Ceilings in the same run: copy "
+        f"{_number(environment.copy_gbs)} GB/s, matrix product {products}."
     )
 
 
