@@ -59,7 +59,7 @@ def test_equals_slow_counting():
 @pytest.mark.parametrize("absent", [None, 3])
 def test_mean_iou_equals_keras(absent):
     os.environ["KERAS_BACKEND"] = "torch"
-    keras = pytest.importorskip("keras", reason="Keras, whose MeanIoU this reproduces, is not installed (pip install 'fastunet[rivals]')")
+    keras = pytest.importorskip("keras", reason="Keras is not installed (pip install 'fastunet[rivals]')")
     logits, labels = batch(1)
     if absent is not None:
         logits[:, absent] = -100
