@@ -124,9 +124,9 @@ def choose_config(dy: torch.Tensor, x: torch.Tensor, side: int) -> WeightGradCon
 def _heuristic(dy: torch.Tensor, x: torch.Tensor, fits: bool) -> WeightGradConfig:
     wide = x.element_size() == 4
     if _launch.dot_precision(x.dtype) == "ieee":
-        return WeightGradConfig(4, 8, 64, 32, 8, 2, fits)
-    if not fits:
-        return WeightGradConfig(4, 8, 64, 32, 4, 3, False)
+        return WeightGradConfig(2, 8, 32, 32, 4, 2, fits)
+    if not fits:  # asynchronous copies would bring the transposed operand in pieces of 4 bytes where they are 32-bit
+        return WeightGradConfig(2 if wide else 4, 8, 64, 32, 4, 1 if wide else 3, False)
     if x.shape[1] % 128 or dy.shape[1] % 64:
         return WeightGradConfig(8, 8, 64, 32, 4, 3 if wide else 4, True)
     # from compute capability 10.0 on accumulators are not in registers, and eight warps leave each thread too few
