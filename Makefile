@@ -8,7 +8,7 @@ OLDEST_TRITON := 3.6.0
 .PHONY: demo test lint smoke bench clean device
 
 demo: $(READY) device
-	$(BIN)/fastunet demo --out demo --overwrite
+	$(BIN)/fastunet demo --out demo
 
 test: $(READY) device
 	$(BIN)/python -m pytest tests --ignore=tests/kernels --ignore=tests/aot

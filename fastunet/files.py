@@ -11,6 +11,16 @@ from pathlib import Path
 from fastunet.errors import UserError
 
 
+def _read_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+_UMASK = _read_umask()
+"""Read once: reading sets it for a moment, which another thread's new file would notice."""
+
+
 @contextlib.contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside ``path`` (same suffixes) that becomes ``path`` when the block ends well.
@@ -28,7 +38,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         os.close(handle)
         yield temporary
         _synchronise(temporary)
-        temporary.chmod(0o666 & ~_umask())
+        temporary.chmod(0o666 & ~_UMASK)
         temporary.replace(path)
         _synchronise(path.parent)
     except OSError as error:
@@ -87,9 +97,3 @@ def _synchronise(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -16,6 +16,7 @@ from fastunet.errors import UserError
 from fastunet.segmentation_tiles import segment_tiled
 from fastunet.training.checkpoint import ModelCard
 from fastunet.training.precision import autocast
+from fastunet.unet import UNet
 
 Progress = Callable[[int, int], None]
 
@@ -40,6 +41,9 @@ class Segmenter:
     precision: str = "fp32"
     tile: int | None = None
 
+    def __post_init__(self):
+        self._network = self.model.freeze() if isinstance(self.model, UNet) else self.model
+
     @property
     def label_map(self) -> LabelMap:
         """The label table of the training data."""
@@ -62,7 +66,7 @@ class Segmenter:
     def predict(self, images: np.ndarray) -> np.ndarray:
         """Classes, uint8 (N, H, W), of float32 images (N, C, H, W)."""
         out = np.empty((len(images), *images.shape[2:]), dtype=np.uint8)
-        for rows, columns, result in self._run(self.model.predict, images):
+        for rows, columns, result in self._run(self._network.predict, images):
             out[:, rows, columns] = result.cpu().numpy()
         return out
 
@@ -71,7 +75,7 @@ class Segmenter:
         """Classes, uint8 (N, H, W), and probabilities, float32 (N, classes, H, W)."""
         labels = np.empty((len(images), *images.shape[2:]), dtype=np.uint8)
         maps = np.empty((len(images), len(self.card.class_names), *images.shape[2:]), dtype=np.float32)
-        for rows, columns, logits in self._run(self.model, images):
+        for rows, columns, logits in self._run(self._network, images):
             # The labels come from the logits, as in predict(): probabilities that round to the same value would tie.
             labels[:, rows, columns] = logits.argmax(1).cpu().numpy()
             maps[:, :, rows, columns] = logits.float().softmax(1).cpu().numpy()

@@ -114,7 +114,7 @@ def channels_last(x: torch.Tensor) -> torch.Tensor:
 
     PyTorch calls a tensor with C == 1 or H == W == 1 channels_last whatever its strides are; kernels rely on them.
     """
-    n, c, h, w = x.shape
+    _, c, h, w = x.shape
     if x.stride() == (h * w * c, 1, w * c, c):
         return x
     out = torch.empty_strided(x.shape, (h * w * c, 1, w * c, c), dtype=x.dtype, device=x.device)

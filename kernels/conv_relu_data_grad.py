@@ -5,8 +5,9 @@ With ``dz`` the gradient before ReLU and ``pad`` 1 ("same") or 0 ("valid"),
     dx[n, c, i, j] = sum over k, r, s of  weight[k, c, r, s] · dz[n, k, i + pad - r, j + pad - s]
 
 which is :func:`conv_relu.convolve` of ``dz`` with the taps flipped, the channel axes exchanged and offset 2 - pad. A
-skip whose centre was cropped at (crop_h, crop_w) adds that crop to the offset: pixels outside of it see no tap and so
-get zero.
+skip whose centre was cropped at (crop_h, crop_w) adds that crop to the offset. Under "valid", pixels outside of the
+crop see no tap and so get zero; under "same" those next to it would see the taps of the forward's zero padding, so the
+gradient of the crop is computed alone and copied into zeros.
 """
 
 from __future__ import annotations
@@ -52,6 +53,12 @@ def data_grad(
         return dx, _launch.empty((0,), x.dtype, x.device)
     skip_h, skip_w = skip.shape[2:]
     crop_h, crop_w = (skip_h - h) // 2, (skip_w - w) // 2
+    if pad and (skip_h, skip_w) != (h, w):
+        crop = (..., slice(crop_h, crop_h + h), slice(crop_w, crop_w + w))
+        mask = _launch.channels_last(skip[crop]) if mask_skip else None
+        dskip = _launch.empty_image(tuple(skip.shape), skip.dtype, skip.device).zero_()
+        dskip[crop] = convolve(dz, packed[:c_skip], (h, w), offset, offset, mask=mask, config=config)
+        return dx, dskip
     dskip = convolve(
         dz, packed[:c_skip], (skip_h, skip_w), offset + crop_h, offset + crop_w,
         mask=skip if mask_skip else None, config=config,

@@ -199,7 +199,7 @@ def few(self, forward, images):
     if len(calls) <= 2:
         yield from real(self, forward, images)
     else:
-        shape = (len(images), 4, 240, 240) if forward is self.model else (len(images), 240, 240)
+        shape = (len(images), 4, 240, 240) if forward is self._network else (len(images), 240, 240)
         yield slice(None), slice(None), torch.zeros(shape, dtype=torch.float32 if len(shape) == 4 else torch.uint8)
 Segmenter._run = few
 opened = Segmenter.open

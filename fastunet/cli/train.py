@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fastunet.architecture import PRESETS
 from fastunet.cli.arguments import add_nan_option, fraction, names, non_negative_float, positive_float, positive_int
+from fastunet.data.labels import LABEL_MAPS
 from fastunet.training.config import LOSSES, PRECISIONS, SCHEDULES
 
 
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     network.add_argument("--dropout", type=fraction, help="after the bottleneck (default: the preset's)")
     data = parser.add_argument_group("data")
     data.add_argument("--modalities", type=names, metavar="A,B", help="channels, in order (default: flair,t1ce)")
+    data.add_argument("--edition", choices=tuple(LABEL_MAPS), help="of the data, where its folders do not tell")
     data.add_argument("--size", type=positive_int, help="crop or pad slices to this side (default: as they are)")
     data.add_argument("--axis", type=int, choices=(0, 1, 2), help="slice along this axis (default: 2, axial)")
     data.add_argument("--val-fraction", type=fraction, help="share of the patients kept for validation (default: 0.2)")

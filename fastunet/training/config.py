@@ -34,6 +34,7 @@ class TrainConfig:
     depth: int | None = None
     dropout: float | None = None
     modalities: list[str] | None = None
+    edition: str | None = None
     size: int | None = None
     axis: int = 2
     epochs: int = 20

@@ -80,7 +80,7 @@ def centre_crop(labels: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def _labelled_cases(config: TrainConfig, display: Display) -> list[Case]:
-    found = discover_cases(config.data, modalities=config.modalities)
+    found = discover_cases(config.data, modalities=config.modalities, edition=config.edition)
     cases = [case for case in found if case.label is not None]
     if not cases:
         raise UserError(f"{config.data} holds no labelled cases")

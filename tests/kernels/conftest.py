@@ -19,7 +19,7 @@ def pytest_ignore_collect(collection_path, config):
     return None if GPU or INTERPRETER else (True if collection_path.name.startswith("test_") else None)
 
 
-@pytest.fixture()
+@pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if GPU and not INTERPRETER else "cpu")
 
