@@ -31,10 +31,12 @@ class DiceConfig:
 
 
 def choose_config(classes: int, layout: str, itemsize: int) -> DiceConfig:
+    """The committed winner on this GPU, else a heuristic."""
+    return _tuned.choose("dice", (classes, layout, itemsize), DiceConfig, lambda: _heuristic(classes, layout, itemsize))
+
+
+def _heuristic(classes: int, layout: str, itemsize: int) -> DiceConfig:
     """The tile for 16 to 32 values a thread, and one kept column for every thread along the pixels."""
-    found = _tuned.lookup("dice", (classes, layout, itemsize), DiceConfig)
-    if found is not None:
-        return found
     vector, block_c, threads = 16 // itemsize, triton.next_power_of_2(classes), 128
     if layout in ("planes", "triplets"):
         # up to eight classes one thread holds all of its pixels' classes; beyond, they would not fit its registers

@@ -36,10 +36,12 @@ class ConfusionConfig:
 
 
 def choose_config(classes: int, itemsize: int) -> ConfusionConfig:
-    """The tile for ``classes`` of ``itemsize`` bytes (0: labels); fewer programs where a row of counts is long."""
-    found = _tuned.lookup("dice_confusion", (classes, itemsize), ConfusionConfig)
-    if found is not None:
-        return found
+    """The committed winner for ``classes`` of ``itemsize`` bytes (0: labels) on this GPU, else a heuristic."""
+    return _tuned.choose("dice_confusion", (classes, itemsize), ConfusionConfig, lambda: _heuristic(classes, itemsize))
+
+
+def _heuristic(classes: int, itemsize: int) -> ConfusionConfig:
+    """Fewer programs where a row of counts is long."""
     if classes <= 4:
         return ConfusionConfig(block_s=128 * (16 // (itemsize or 4)), programs=4096, pairs=True)
     if classes <= 32:
