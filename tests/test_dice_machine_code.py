@@ -1,0 +1,68 @@
+"""The Dice kernels compiled for GPUs that need not be there: whole-vector loads and stores, no spills.
+
+By default sm_90 in bfloat16 and float32 for few classes and for 100, and four classes elsewhere; the rest is slow.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton, which compiles the kernels, is not installed")
+
+from fastunet.kernels import _launch, dice, dice_confusion
+
+from fastunet.machine_code import compile_launch, failures, inspect
+
+pytestmark = pytest.mark.skipif(_launch.INTERPRETED, reason="the interpreter has no machine code")
+
+PIXELS = 240 * 240
+QUICK = [(90, 2), (90, 3), (90, 100), (80, 4), (90, 4), (100, 4)]
+ALL = [(architecture, c) for architecture in (80, 90, 100) for c in (1, 2, 3, 4, 8, 16, 32, 64, 100, 128)]
+CASES = [pytest.param(a, c, marks=() if (a, c) in QUICK else pytest.mark.slow) for a, c in ALL]
+
+
+def launches(c, layout, dtype, architecture):
+    """Forward, backward and confusion counts of a batch, with class weights and an ignored label."""
+    if layout == "NCHW":
+        logits = torch.empty(4, c, PIXELS, dtype=dtype, device="meta")
+    else:
+        logits = torch.empty(4, PIXELS, c, dtype=dtype, device="meta").transpose(1, 2)
+    labels = torch.empty(4, PIXELS, dtype=torch.uint8, device="meta")
+    weights = torch.empty(max(c, 2), device="meta")
+    grad = torch.empty(4, 3 * c + 3, device="meta")
+    with _launch.recording(architecture) as found:
+        dice.sums(logits, labels, weights, 255, True)
+        dice.sums_grad(grad, logits, labels, weights, 255, True)
+        dice_confusion.confusion(logits, labels, max(c, 2), 255)
+    return [launch for launch in found if "dice" in launch.kernel.__name__ or "confusion" in launch.kernel.__name__]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("architecture, c", CASES)
+def test_machine_code(architecture, c, layout, dtype):
+    found = launches(c, layout, dtype, architecture)
+    assert len(found) == 3
+    # rows of 100 two-byte classes start at multiples of 8 bytes only
+    narrow_rows = layout == "NHWC" and c > 4 and c * dtype.itemsize % 16 != 0
+    width = "64" if narrow_rows else "128"
+    for launch in found:
+        report = inspect(compile_launch(launch, architecture), architecture)
+        name = f"{report.kernel}: {report.registers} registers, {dict(report.opcodes)}"
+        assert (report.stack, report.spills) == (0, 0), name
+        assert not [text for text in failures(report, launch) if "LDSM" not in text], name
+        wide = report.count(f"LDG.E.{width}") + report.count("LDGSTS.E.BYPASS.128") + report.count(f"LDGSTS.E.{width}")
+        assert wide > 0, name
+        if report.kernel == "dice_backward_kernel":
+            assert report.count("STG.E.") == report.count(f"STG.E.{width}") > 0, name
+            vectors = c * dtype.itemsize * launch.args["BLOCK_S"] // (int(width) // 8) // (32 * launch.num_warps)
+            if c <= 4:  # every logit by a whole vector: as many loads as vectors in a thread's share of the tile
+                assert report.count("LDG.E.128") == report.count("STG.E.128") == vectors, name
+
+
+def test_wide_confusion_product_waits_before_its_operands_change():
+    """Hopper's asynchronous product reads one-hot operands from registers; ptxas before 13.3 may reuse them early."""
+    launch = launches(100, "NCHW", torch.bfloat16, 90)[-1]
+    assert launch.num_stages == 1
+    report = inspect(compile_launch(launch, 90), 90)
+    assert report.count("HGMMA") > 0
+    assert report.count("WARPGROUP.DEPBAR") == 1
