@@ -15,6 +15,7 @@ import triton.language as tl
 from . import _launch
 from ._launch import mma
 from ._reduce import sum_splits
+from .conv_relu_weight_grad_bias import bias_grad
 from .conv_relu_weight_grad_config import WeightGradConfig, choose_config, choose_splits
 from .conv_relu_weight_grad_first import launch_first
 
@@ -40,38 +41,41 @@ def load_tile(image, shape, n, h, w, c, BLOCK_H: tl.constexpr, BLOCK_W: tl.const
     return tile
 
 
-@triton.jit
-def sum_share(x, x_shape, offset, dz, dz_shape, partial_ptr, partial_bias_ptr, stride_tap, column, tiles, tiles_a_split,
-              k0, c0, s, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
-              BLOCK_C: tl.constexpr, X_VECTOR: tl.constexpr, DZ_VECTOR: tl.constexpr, OUT_VECTOR: tl.constexpr,
-              BULK: tl.constexpr, DZ_BULK: tl.constexpr, SUM_DZ: tl.constexpr, STAGES: tl.constexpr,
-              PRECISION: tl.constexpr):
-    """The three taps of column shift ``s`` over one split's tiles, and the sum of dz if ``SUM_DZ``; stores both.
+@triton.jit(do_not_specialize=["x_shape", "offset", "dz_shape", "stride_tap", "column", "tiles", "tiles_a_split"])
+def conv_relu_weight_grad_kernel(x, x_shape, offset, dz, dz_shape, partial_ptr, stride_tap, column, tiles,
+                                 tiles_a_split, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr,
+                                 BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, X_VECTOR: tl.constexpr,
+                                 DZ_VECTOR: tl.constexpr, OUT_VECTOR: tl.constexpr, BULK: tl.constexpr,
+                                 DZ_BULK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):
+    """partial[split, k, (r, s), column + c] = the formula's sum over the split's tiles; a program holds one shift s.
 
-    A tile is ROWS successive boxes of output rows. With boxes of one row, each row of x is loaded once and meets up to
-    three rows of dz.
+    ``x`` is a descriptor if ``BULK``, else a pointer, and ``dz`` if ``DZ_BULK``, of images with shapes (H, W, C). A
+    tile is ROWS successive boxes of output rows: with boxes of one row, each row of x is loaded once and meets up to
+    three rows of dz. Grid: (3 column shifts, C_in and C_out tiles) × splits.
     """
-    split = tl.program_id(1)
+    pid, split = tl.program_id(0), tl.program_id(1)
+    s, tiles_c = pid % 3, tl.cdiv(x_shape[2], BLOCK_C)
+    c0, k0 = pid // 3 % tiles_c * BLOCK_C, pid // 3 // tiles_c * BLOCK_K
     tiles_h, tiles_w = tl.cdiv(dz_shape[0], BLOCK_H * ROWS), tl.cdiv(dz_shape[1], BLOCK_W)
     top = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
     middle = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
     bottom = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
-    sums = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_K), tl.float32)
     first = split * tiles_a_split
     for tile in tl.range(first, tl.minimum(first + tiles_a_split, tiles), num_stages=STAGES):
         w0, h0, n = tile % tiles_w * BLOCK_W, tile // tiles_w % tiles_h * BLOCK_H * ROWS, tile // (tiles_w * tiles_h)
         h, w = h0 - offset[0], w0 + s - offset[1]
-        x0 = load_tile(x, x_shape, n, h, w, c0, BLOCK_H, BLOCK_W, BLOCK_C, X_VECTOR, BULK)
-        x1 = load_tile(x, x_shape, n, h + 1, w, c0, BLOCK_H, BLOCK_W, BLOCK_C, X_VECTOR, BULK)
+        x_rows, dz_rows = (), ()
+        for i in tl.static_range(ROWS + 2):
+            x_rows += (load_tile(x, x_shape, n, h + i, w, c0, BLOCK_H, BLOCK_W, BLOCK_C, X_VECTOR, BULK),)
         for i in tl.static_range(ROWS):
-            x2 = load_tile(x, x_shape, n, h + i + 2, w, c0, BLOCK_H, BLOCK_W, BLOCK_C, X_VECTOR, BULK)
-            d = load_tile(dz, dz_shape, n, h0 + i, w0, k0, BLOCK_H, BLOCK_W, BLOCK_K, DZ_VECTOR, DZ_BULK)
-            top = mma(d.T, x0, top, PRECISION)
-            middle = mma(d.T, x1, middle, PRECISION)
-            bottom = mma(d.T, x2, bottom, PRECISION)
-            if SUM_DZ:
-                sums += d.to(tl.float32)
-            x0, x1 = x1, x2
+            dz_rows += (load_tile(dz, dz_shape, n, h0 + i, w0, k0, BLOCK_H, BLOCK_W, BLOCK_K, DZ_VECTOR, DZ_BULK),)
+        # one accumulator after the other: products that alternate between them wait for each other
+        for i in tl.static_range(ROWS):
+            top = mma(dz_rows[i].T, x_rows[i], top, PRECISION)
+        for i in tl.static_range(ROWS):
+            middle = mma(dz_rows[i].T, x_rows[i + 1], middle, PRECISION)
+        for i in tl.static_range(ROWS):
+            bottom = mma(dz_rows[i].T, x_rows[i + 2], bottom, PRECISION)
 
     C_out = dz_shape[2]
     offs_k, offs_c = k0 + tl.arange(0, BLOCK_K), c0 + tl.arange(0, BLOCK_C)
@@ -82,35 +86,6 @@ def sum_share(x, x_shape, offset, dz, dz_shape, partial_ptr, partial_bias_ptr, s
     tl.store(out, top, mask=mask)
     tl.store(out + 3 * stride_tap, middle, mask=mask)
     tl.store(out + 6 * stride_tap, bottom, mask=mask)
-    if SUM_DZ:
-        tl.store(partial_bias_ptr + split * C_out + offs_k, tl.sum(sums, axis=0), mask=offs_k < C_out)
-
-
-@triton.jit(do_not_specialize=["x_shape", "offset", "dz_shape", "stride_tap", "column", "tiles", "tiles_a_split",
-                             "sums_bias"])
-def conv_relu_weight_grad_kernel(x, x_shape, offset, dz, dz_shape, partial_ptr, partial_bias_ptr, stride_tap, column,
-                                 tiles, tiles_a_split, sums_bias, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
-                                 ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
-                                 X_VECTOR: tl.constexpr, DZ_VECTOR: tl.constexpr, OUT_VECTOR: tl.constexpr,
-                                 BULK: tl.constexpr, DZ_BULK: tl.constexpr, STAGES: tl.constexpr,
-                                 PRECISION: tl.constexpr):
-    """partial[split, k, (r, s), column + c] of the formula; partial_bias[split, k] the sum of dz if ``sums_bias``.
-
-    ``x`` is a descriptor if ``BULK``, else a pointer, and ``dz`` if ``DZ_BULK``, of images with shapes (H, W, C).
-    Grid: (3 column shifts, C_in and C_out tiles) × splits.
-    """
-    pid = tl.program_id(0)
-    s, tiles_c = pid % 3, tl.cdiv(x_shape[2], BLOCK_C)
-    c0, k0 = pid // 3 % tiles_c * BLOCK_C, pid // 3 // tiles_c * BLOCK_K
-    # two loops: a sum inside the product's own loop would load dz into the registers of every program
-    if (s == 1) & (c0 == 0) & (sums_bias != 0):
-        sum_share(x, x_shape, offset, dz, dz_shape, partial_ptr, partial_bias_ptr, stride_tap, column, tiles,
-                  tiles_a_split, k0, c0, s, BLOCK_H, BLOCK_W, ROWS, BLOCK_K, BLOCK_C, X_VECTOR, DZ_VECTOR,
-                  OUT_VECTOR, BULK, DZ_BULK, True, STAGES, PRECISION)
-    else:
-        sum_share(x, x_shape, offset, dz, dz_shape, partial_ptr, partial_bias_ptr, stride_tap, column, tiles,
-                  tiles_a_split, k0, c0, s, BLOCK_H, BLOCK_W, ROWS, BLOCK_K, BLOCK_C, X_VECTOR, DZ_VECTOR,
-                  OUT_VECTOR, BULK, DZ_BULK, False, STAGES, PRECISION)
 
 
 def weight_grad(dz: torch.Tensor, x: torch.Tensor, skip: torch.Tensor | None, pad: int, has_bias: bool,
@@ -119,7 +94,7 @@ def weight_grad(dz: torch.Tensor, x: torch.Tensor, skip: torch.Tensor | None, pa
 
     dz (N, C_out, H_out, W_out), x (N, C_x, H, W), skip (N, C_skip, >= H, >= W) or None. dw (C_out, C_skip + C_x, 3, 3)
     in channels_last memory and x's dtype; db (C_out,), or (0,) without a bias. ``config`` is used for both sources.
-    The fp32 workspace is splits · C_out · (9 · (C_skip + C_x) + 1) · 4 bytes, bounded by :func:`choose_splits`.
+    The fp32 workspace is splits · C_out · 9 · (C_skip + C_x) · 4 bytes, bounded by :func:`choose_splits`.
 
     Raises:
         ValueError: the shapes do not belong together.
@@ -135,16 +110,18 @@ def weight_grad(dz: torch.Tensor, x: torch.Tensor, skip: torch.Tensor | None, pa
         return _as_weight(dw), _launch.empty(db_shape, x.dtype, x.device).zero_()
     dz, x = _launch.channels_last(dz), _launch.channels_last(x)
     x_config = config or choose_config(dz, x)
-    splits = choose_splits(dz, x.shape[1], channels, x_config)
+    splits, in_product = choose_splits(dz, x.shape[1], channels, x_config), has_bias and x_config.variant == "first"
+    db = bias_grad(dz) if has_bias and not in_product else _launch.empty((0,), x.dtype, x.device)
     partial = _launch.empty((splits, *dw_shape), torch.float32, x.device)
-    partial_bias = _launch.empty((splits, c_out), torch.float32, x.device) if has_bias else None
+    partial_bias = _launch.empty((splits, c_out), torch.float32, x.device) if in_product else None
     _launch_source(dz, x, (pad, pad), partial, c_skip, partial_bias, x_config)
     if skip is not None:
         skip = _launch.channels_last(skip)
         crop_h, crop_w = (skip.shape[2] - x.shape[2]) // 2, (skip.shape[3] - x.shape[3]) // 2
         skip_config = config or choose_config(dz, skip)
         _launch_source(dz, skip, (pad - crop_h, pad - crop_w), partial, 0, None, skip_config)
-    db = sum_splits(partial_bias, x.dtype) if has_bias else _launch.empty((0,), x.dtype, x.device)
+    if partial_bias is not None:
+        db = sum_splits(partial_bias, x.dtype)
     return _as_weight(sum_splits(partial, x.dtype)), db
 
 
@@ -155,7 +132,7 @@ def _as_weight(dw: torch.Tensor) -> torch.Tensor:
 
 def _launch_source(dz: torch.Tensor, x: torch.Tensor, offset: tuple[int, int], partial: torch.Tensor, column: int,
                    partial_bias: torch.Tensor | None, config: WeightGradConfig) -> None:
-    """Writes the columns of ``x`` (from ``column`` on) of ``partial``, and ``partial_bias`` unless that is None."""
+    """Writes the columns of ``x`` (from ``column`` on) of ``partial``; the "first" variant ``partial_bias`` as well."""
     if config.variant == "first":
         return launch_first(dz, x, offset, partial, column, partial_bias, config)
     splits, channels, bulk = partial.shape[0], partial.shape[3], config.variant == "bulk"
@@ -169,8 +146,7 @@ def _launch_source(dz: torch.Tensor, x: torch.Tensor, offset: tuple[int, int], p
                    _launch.image_descriptor(x, (*box, config.block_c)) if bulk else x,
                    (*x.shape[2:], x.shape[1]), offset,
                    _launch.image_descriptor(dz, (*box, config.block_k)) if dz_bulk else dz,
-                   (*dz.shape[2:], dz.shape[1]), partial, partial if partial_bias is None else partial_bias,
-                   channels, column, tiles, triton.cdiv(tiles, splits), int(partial_bias is not None),
+                   (*dz.shape[2:], dz.shape[1]), partial, channels, column, tiles, triton.cdiv(tiles, splits),
                    BLOCK_H=config.block_h, BLOCK_W=config.block_w, ROWS=config.rows, BLOCK_K=config.block_k,
                    BLOCK_C=config.block_c, X_VECTOR=_launch.vector_width(x), DZ_VECTOR=_launch.vector_width(dz),
                    OUT_VECTOR=out_vector, BULK=bulk, DZ_BULK=dz_bulk, STAGES=config.num_stages,

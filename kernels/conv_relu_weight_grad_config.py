@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -43,34 +44,54 @@ class WeightGradConfig:
         return tiles_k if self.variant == "first" else 3 * tiles_k * triton.cdiv(c_in, self.block_c)
 
 
+def why_not(config: WeightGradConfig, dz: torch.Tensor, x: torch.Tensor) -> str | None:
+    """Why ``config`` cannot run the source ``x``; None if it can."""
+    if config.variant == "first":
+        fits = 9 * x.shape[1] < config.block_c
+        return None if fits else f"9 taps of {x.shape[1]} channels and a column of ones need more than {config.block_c}"
+    if config.rows > 1 and config.block_h > 1:
+        return f"{config.rows} rows of boxes need boxes of one row, not of {config.block_h}"
+    if config.variant == "bulk":
+        if _launch.architecture() < 90:
+            return f"bulk copies need compute capability 9.0, not {_launch.architecture() / 10}"
+        if not (_launch.bulk_copy_fits(dz) and _launch.bulk_copy_fits(x)):
+            return f"bulk copies need pixels of a multiple of 16 bytes, not {x.shape[1]} to {dz.shape[1]} channels"
+    return None
+
+
 def choose_config(dz: torch.Tensor, x: torch.Tensor) -> WeightGradConfig:
-    """The committed winner for ``dz`` and one source ``x`` on this GPU, else a heuristic, from bucketed channels."""
-    c_in, c_out = triton.next_power_of_2(x.shape[1]), triton.next_power_of_2(dz.shape[1])
-    bulk = _launch.architecture() >= 90 and _launch.bulk_copy_fits(dz) and _launch.bulk_copy_fits(x)
-    block_h, block_w, rows = _pixels(dz.shape[3])
-    key = (min(c_in, 512), min(c_out, 512), block_w, bulk, dz.dtype, _launch.dot_precision(dz.dtype))
-    found = _tuned.lookup("conv_relu_weight_grad", key, WeightGradConfig)
-    if found is not None:
-        return found
-    wide, ieee = dz.element_size() == 4, key[-1] == "ieee"
+    """The committed winner for ``dz`` and one source ``x`` on this GPU, else a heuristic.
+
+    The key rounds every size up to a power of two, so that the layers of a network share few rows.
+    """
+    sizes = (*dz.shape, x.shape[1])
+    key = (*map(triton.next_power_of_2, sizes), dz.dtype, _launch.dot_precision(dz.dtype))
+    return _tuned.choose("conv_relu_weight_grad", key, WeightGradConfig, lambda: _heuristic(dz, x),
+                         lambda config: why_not(config, dz, x) is None)
+
+
+def _heuristic(dz: torch.Tensor, x: torch.Tensor) -> WeightGradConfig:
+    c_in, c_out, wide = triton.next_power_of_2(x.shape[1]), triton.next_power_of_2(dz.shape[1]), dz.element_size() == 4
     if x.shape[1] <= 4:
         block_c = max(16, triton.next_power_of_2(9 * x.shape[1] + 1))
         return WeightGradConfig("first", 32 if wide else 64, block_c, 64 if wide else 128)
     block_k, block_c = max(16, min(64, c_out)), max(16, min(64, c_in))
-    if ieee:
+    if _launch.dot_precision(dz.dtype) == "ieee":
         return WeightGradConfig("pointer", min(32, block_k), min(32, block_c), 16, block_h=2, num_stages=2)
-    if not bulk:
+    block_h, block_w, rows = _pixels(dz.shape[3])
+    if wide:
+        block_w //= 2
+    bulk = WeightGradConfig("bulk", 128 if c_out >= 128 else 64, block_c, block_w, block_h)
+    if why_not(bulk, dz, x) is not None or _launch.architecture() >= 110:  # the latter have 99 KiB of shared memory
         if _launch.vector_width(x) * x.element_size() < 4:  # loaded through registers, of which there are too few
             block_c = min(32, block_c)
         return WeightGradConfig("pointer", block_k, block_c, 16, block_h=2 if wide else 4, num_warps=8)
     rows = min(rows, 4 if c_out < 128 and block_c <= 32 else 2)
-    if wide:
-        block_w //= 2
-        if _launch.architecture() >= 100:  # every operand gets a transposed copy in shared memory there
-            rows = 1
+    if wide and _launch.architecture() >= 100:  # every operand gets a transposed copy in shared memory there
+        rows = 1
     if c_out < 128:  # half the shared memory of a multiprocessor: chained products drain, and a second program fills in
-        return WeightGradConfig("bulk", 64, block_c, block_w, block_h, rows, 4, 2 if rows > 1 else 3)
-    return WeightGradConfig("bulk", 128, block_c, block_w, block_h, rows, 8, 3 if rows > 1 or wide else 4)
+        return dataclasses.replace(bulk, rows=rows, num_stages=2 if rows > 1 else 3)
+    return dataclasses.replace(bulk, rows=rows, num_warps=8, num_stages=3 if rows > 1 or wide else 4)
 
 
 def _pixels(w: int) -> tuple[int, int, int]:

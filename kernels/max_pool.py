@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _launch
+from . import _launch, _tuned
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,14 @@ class MaxPoolConfig:
     num_warps: int = 4
 
 
-def choose_config(row_vectors: int, backward: bool) -> MaxPoolConfig:
-    """The tile for rows of ``row_vectors`` channel vectors; a backward thread holds nine vectors at once."""
-    return MaxPoolConfig(block=128 if backward or row_vectors <= 128 else 256)
+def choose_config(row_vectors: int, dtype: torch.dtype, backward: bool) -> MaxPoolConfig:
+    """The committed winner for rows of ``row_vectors`` channel vectors, else a heuristic.
+
+    A thread of the backward pass holds nine vectors at once, so its tiles stay small.
+    """
+    block = 128 if backward or row_vectors <= 128 else 256
+    key = (triton.next_power_of_2(row_vectors), dtype, backward)
+    return _tuned.choose("max_pool", key, MaxPoolConfig, lambda: MaxPoolConfig(block))
 
 
 @triton.jit
@@ -119,7 +124,7 @@ def forward(x: torch.Tensor, config: MaxPoolConfig | None = None) -> torch.Tenso
     y = _launch.empty_image((n, c, h // 2, w // 2), x.dtype, x.device)
     vector = _launch.vector_width(x)
     groups = c // vector
-    config = config or choose_config(w // 2 * groups, backward=False)
+    config = config or choose_config(w // 2 * groups, x.dtype, backward=False)
     tiles = triton.cdiv(w // 2 * groups, config.block)
     _launch.launch(
         max_pool_forward_kernel, (n * (h // 2) * tiles,), x, y, h, w, h // 2, w // 2, groups, tiles,
@@ -152,7 +157,7 @@ def backward(
     dz = _launch.empty_image((n, c, h, w), y.dtype, y.device)
     vector = _launch.vector_width(y)
     groups, windows_h, windows_w = c // vector, triton.cdiv(h, 2), triton.cdiv(w, 2)
-    config = config or choose_config(windows_w * groups, backward=True)
+    config = config or choose_config(windows_w * groups, y.dtype, backward=True)
     tiles = triton.cdiv(windows_w * groups, config.block)
     _launch.launch(
         max_pool_backward_kernel, (n * windows_h * tiles,), d_pool, d_skip_or_y, y, dz, h, w, groups, tiles,

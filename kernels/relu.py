@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _launch
+from . import _launch, _tuned
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def backward(dy: torch.Tensor, y: torch.Tensor, config: ReluConfig | None = None
     """
     if dy.shape != y.shape:
         raise ValueError(f"relu backward: gradient of shape {tuple(dy.shape)} for an output of shape {tuple(y.shape)}")
-    config = config or ReluConfig()
+    config = config or _tuned.choose("relu", (y.dtype,), ReluConfig, ReluConfig)
     if dy.is_contiguous() and y.is_contiguous():
         dz = _launch.empty(tuple(y.shape), y.dtype, y.device)
     else:
