@@ -107,13 +107,15 @@ def _monai(architecture: Architecture) -> torch.nn.Module:
 class TrainingStep:
     """Forward, loss, backward and Adam; called with images and labels, returns loss and gradients.
 
-    The gradients are those of the scaled loss; ``parameters`` are the model's.
+    The gradients are those of the scaled loss; ``parameters`` are the model's. ``exchange`` sums their gradients over
+    processes.
     """
 
-    def __init__(self, model: torch.nn.Module, loss_of: Callable, precision: str, graph: bool):
+    def __init__(self, model: torch.nn.Module, loss_of: Callable, precision: str, graph: bool,
+                 exchange: Callable[[list], None] | None = None):
         self.parameters = list(model.parameters())
         self._optimiser = torch.optim.Adam(self.parameters, lr=0.0, fused=True, capturable=graph)
-        self._loss_of, self._scale = loss_of, _scale(precision)
+        self._loss_of, self._scale, self._exchange = loss_of, _scale(precision), exchange
         device = self.parameters[0].device.type
         # inside a graph the cache of cast weights would outlive the memory that it points to
         self._autocast = torch.autocast(device, DTYPES[precision], precision in ("fp16", "bf16"), not graph)
@@ -123,6 +125,8 @@ class TrainingStep:
         with self._autocast:
             loss = self._loss_of(images, labels)
         (loss * self._scale if self._scale != 1 else loss).backward()
+        if self._exchange:
+            self._exchange(self.parameters)
         self._optimiser.step()
         return loss.detach(), *(p.grad for p in self.parameters)
 

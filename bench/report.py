@@ -27,7 +27,7 @@ def section(root: Path = RESULTS) -> str:
     """The README's performance section of all devices with committed results; empty without any."""
     parts = []
     for slug in devices(root):
-        results = newest(slug, root=root)
+        results = newest(slug, root)
         if results is not None:
             parts.append(f"{device_report(results)}\n\n{_pictures(slug)}".strip())
     return "\n\n".join(parts)
@@ -62,7 +62,7 @@ def draw(root: Path = RESULTS, folder: Path = PICTURES) -> list[Path]:
     # matplotlib is needed for nothing else here, and absent on a bare GPU machine
     from bench.pictures import draw_all
 
-    found: list[Results] = [r for slug in devices(root) if (r := newest(slug, root=root)) is not None]
+    found: list[Results] = [r for slug in devices(root) if (r := newest(slug, root)) is not None]
     return [path for results in found for path in draw_all(results, folder)]
 
 

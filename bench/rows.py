@@ -129,10 +129,20 @@ def read(path: Path) -> Results:
         raise ValueError(f"{path} is not a result file of this version: {error}") from error
 
 
-def newest(slug: str, *, scaling: bool = False, root: Path = RESULTS) -> Results | None:
-    """The newest committed results of a device, or None; those of a scaling run are files of their own."""
-    files = [path for path in sorted((root / slug).glob("*.json")) if path.stem.endswith("-scaling") == scaling]
+def newest(slug: str, root: Path = RESULTS) -> Results | None:
+    """The newest committed results of a device that are not of a scaling run, or None."""
+    files = [path for path in (root / slug).glob("*.json") if not path.stem.endswith("-scaling")]
     return max((read(path) for path in files), key=lambda results: results.environment.date, default=None)
+
+
+def scaling_results(slug: str, root: Path = RESULTS) -> Results | None:
+    """The newest row of every point of a device's scaling runs, which are files of their own; None without any."""
+    files = [read(path) for path in (root / slug).glob("*-scaling.json")]
+    if not files:
+        return None
+    files.sort(key=lambda results: results.environment.date)
+    rows = {(row.workload, row.variant): row for results in files for row in results.rows}
+    return Results(files[-1].environment, tuple(rows.values()))
 
 
 def devices(root: Path = RESULTS) -> list[str]:
