@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +16,7 @@ from bench.memory import peak_bytes, saved_bytes
 from bench.precision import precision_settings
 from bench.rows import FAILED, OK, OTHER, WRONG, Environment, Row
 from bench.timing import Budget, Timing, interleave
-from bench.variants import CHANNELS_LAST, PLAIN, Runner, Variant
+from bench.variants import CHANNELS_LAST, PLAIN, Function, Runner, Variant
 from bench.workloads import Workload
 
 _MOST_SETS = 16
@@ -31,18 +32,19 @@ class Measurement:
 
 
 def measure(workload: Workload, device: torch.device, environment: Environment, budget: Budget,
-            only: Iterable[str] | None = None) -> list[Measurement]:
-    """All variants of ``workload`` that can run on ``device`` (or those named in ``only``), in the workload's order.
+            deadline: float = math.inf) -> list[Measurement]:
+    """All variants of ``workload`` that can run on ``device``, those that compile last.
 
     A variant whose results miss the budget becomes a row in state "wrong", one that raises in state "failed"; neither
-    is timed. Operands are drawn anew for each set that the calls rotate through.
+    is timed. Operands are drawn anew for each set that the calls rotate through. No variant is built after ``deadline``
+    (of ``time.monotonic``).
     """
-    variants = [v for v in workload.variants
-                if workload.why_not(v, device) is None and (only is None or v.name in only)]  # fmt: skip
+    variants = [v for v in workload.variants if workload.why_not(v, device) is None]
+    variants.sort(key=lambda v: (None, "default", "max-autotune").index(v.compile_mode))
     with precision_settings(workload.precision):
         torch._dynamo.reset()
         sets = [workload.operands(device, _GATE_SEED + i) for i in range(_number_of_sets(workload, device))]
-        checked = list(_checked(workload, variants, device, sets))
+        checked = list(_checked(workload, variants, device, sets, deadline))
         right = [(row, runner) for row, runner in checked if runner is not None]
         timings = interleave([runner for _, runner in right], [runner.calls for _, runner in right], device, budget)
         state = telemetry(device)
@@ -61,15 +63,22 @@ def _number_of_sets(workload: Workload, device: torch.device) -> int:
     return min(max(math.ceil(2 * cache_bytes(device) / max(workload.floor.bytes, 1)), 1), _MOST_SETS)
 
 
-def _checked(workload: Workload, variants: list[Variant], device: torch.device, sets: list[list[torch.Tensor]]):
+def _checked(workload: Workload, variants: list[Variant], device: torch.device, sets: list[list[torch.Tensor]],
+             deadline: float):
     """Yields each variant's row without times, and its runner if it is right."""
     exact = workload.exact(*sets[0])
     same_precision = [_eager_results(workload, variant, device, sets[0]) for variant in (PLAIN, CHANNELS_LAST)]
+    functions: dict[Variant, Function] = {}
     for variant in variants:
         row = Row(workload.subject, workload.step, workload.shape, workload.batch, workload.precision, variant.name,
                   variant.role, OK)  # fmt: skip
+        if time.monotonic() > deadline:
+            yield replace(row, state=FAILED, note="not enough time left to build it"), None
+            continue
+        # a graph replays what its twin without one has compiled
+        ungraphed = replace(variant, name="", graph=False)
         try:
-            function = workload.build(variant, device)
+            function = functions.get(ungraphed) or functions.setdefault(ungraphed, workload.build(variant, device))
             placed = [[variant.place(t) for t in operands] for operands in sets]
             runner = Runner(function, placed, graph=variant.graph)
             if variant.role == OTHER:

@@ -60,7 +60,7 @@ def network_workload(preset: str, step: str, batch: int, side: int, precision: s
             return torch.no_grad()(lambda x: (wrapped(x),))
         ours = variant.form == "fastunet"
         loss = (lambda z, y: dice_cross_entropy(z, y, check_labels=False)) if ours else one_hot_dice_cross_entropy
-        return TrainingStep(model, variant.wrap(lambda x, y: loss(model(x), y)), precision, variant.graph)
+        return TrainingStep(model, variant.wrap(lambda x, y: loss(model(x), y)), precision)
 
     def exact(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         model = model_with_weights("plain", architecture, tensors[0].device, stored).double()
@@ -111,14 +111,14 @@ class TrainingStep:
     processes.
     """
 
-    def __init__(self, model: torch.nn.Module, loss_of: Callable, precision: str, graph: bool,
+    def __init__(self, model: torch.nn.Module, loss_of: Callable, precision: str,
                  exchange: Callable[[list], None] | None = None):
         self.parameters = list(model.parameters())
-        self._optimiser = torch.optim.Adam(self.parameters, lr=0.0, fused=True, capturable=graph)
-        self._loss_of, self._scale, self._exchange = loss_of, _scale(precision), exchange
         device = self.parameters[0].device.type
-        # inside a graph the cache of cast weights would outlive the memory that it points to
-        self._autocast = torch.autocast(device, DTYPES[precision], precision in ("fp16", "bf16"), not graph)
+        # with capturable and without autocast's cache, whose memory would outlive it, a CUDA graph can hold the step
+        self._optimiser = torch.optim.Adam(self.parameters, lr=0.0, fused=True, capturable=device == "cuda")
+        self._loss_of, self._scale, self._exchange = loss_of, _scale(precision), exchange
+        self._autocast = torch.autocast(device, DTYPES[precision], precision in ("fp16", "bf16"), cache_enabled=False)
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         self._optimiser.zero_grad(set_to_none=True)

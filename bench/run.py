@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if time.monotonic() > deadline:
             left_out = len(chosen) - index
             break
-        rows += [m.row for m in measure(workload, device, machine, time_budget(device))]
+        rows += [m.row for m in measure(workload, device, machine, time_budget(device), deadline)]
         write(path, machine, rows)
         print(_line(rows[-1].workload, rows), flush=True)
     if first_results and time.monotonic() < deadline:

@@ -96,7 +96,7 @@ def _distributed_step(processes: Processes, batch: int, side: int, precision: st
     model = model_with_weights("fastunet", architecture, processes.device, torch.float32)
     images, labels = workload.operands(processes.device, processes.rank)
     loss_of = lambda x, y: dice_cross_entropy(model(x), y, check_labels=False)  # noqa: E731
-    step = TrainingStep(model, loss_of, precision, graph=False, exchange=processes.sum_gradients)
+    step = TrainingStep(model, loss_of, precision, exchange=processes.sum_gradients)
     return functools.partial(step, FASTUNET.place(images), labels)
 
 

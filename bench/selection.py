@@ -60,16 +60,17 @@ def networks(device: torch.device, full: bool) -> list[Workload]:
             *(network_workload("isbi", step, 1, ISBI_QUICK_SIDE, "fp32", without=_NO_COMPILER)
               for step in (LOGITS, TRAINING)),
         ]  # fmt: skip
+    without = () if full else _NO_AUTOTUNER
     head = [
         network_workload("brats", LOGITS, 16, 240, "bf16"),
         network_workload("brats", TRAINING, 16, 240, "bf16"),
         network_workload("isbi", LOGITS, 16, 572, "bf16"),
-        network_workload("isbi", TRAINING, 8, 572, "bf16"),
-        network_workload("brats", LABELS, 1, 240, "bf16"),
-        network_workload("brats", LOGITS, 1, 128, "bf16"),
-        network_workload("brats", TRAINING, 16, 128, "bf16"),
-        network_workload("brats", LOGITS, 16, 240, "tf32"),
-        network_workload("brats", TRAINING, 16, 240, "tf32"),
+        network_workload("isbi", TRAINING, 8, 572, "bf16", without=without),
+        network_workload("brats", LABELS, 1, 240, "bf16", without=without),
+        network_workload("brats", LOGITS, 1, 128, "bf16", without=without),
+        network_workload("brats", TRAINING, 16, 128, "bf16", without=without),
+        network_workload("brats", LOGITS, 16, 240, "tf32", without=without),
+        network_workload("brats", TRAINING, 16, 240, "tf32", without=without),
     ]
     if not full:
         return head
