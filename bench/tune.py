@@ -33,10 +33,10 @@ SECONDS_FOR_ONE_KEY = 40.0
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One key to search: the first operator call that asks for it, and what its heuristic takes."""
+    """One key to search: the first operator call that asks for it, and where to start, the heuristic's choice first."""
 
     entry: Entry
-    start: Any
+    starts: list[Any]
     call: Call
     dtype: torch.dtype
 
@@ -53,10 +53,11 @@ def tasks(architecture: int) -> list[Task]:
                 for call in calls:
                     with _launch.recording(architecture), _tuned.asking() as asked:
                         call.launcher()(*call.allocate(dtype))
-                    for entry, start in asked.items():
-                        found.setdefault(entry, Task(entry, start, call, dtype))
-                        # seconds by the rates of a large GPU, to order by; nothing else depends on them
+                    for entry, starts in asked.items():
+                        found.setdefault(entry, Task(entry, starts, call, dtype))
+                        # by the rates of a large GPU and the dtype that matters most; they decide the order alone
                         seconds = max(call.floor_bytes(dtype) / 3e12, 2 * call.macs / 8e14)
+                        seconds *= 1.0 if dtype == DTYPES[0] else 0.1
                         cost[entry] = cost.get(entry, 0.0) + seconds
     return sorted(found.values(), key=lambda task: -cost[task.entry])
 
@@ -86,7 +87,7 @@ def tune_all(todo: list[Task], path: Path, head: dict[str, Any], stamp: dict[str
         kernel, key = task.entry
         if found is None:
             print(f"{kernel} {list(key)}: the heuristic's configuration fails its error budget or does not run: "
-                  f"{task.start}", flush=True)  # fmt: skip
+                  f"{task.starts[0]}", flush=True)  # fmt: skip
             continue
         row = dict(kernel=kernel, key=list(key), config=dataclasses.asdict(found.config),
                    microseconds=round(found.microseconds, 3),
@@ -116,7 +117,7 @@ def search_on_device(task: Task, deadline: float) -> tuning.Found | None:
         return all(tuning.error_within_budget(a, s, e) for a, s, e in zip(results, same, exact, strict=True))
 
     measure = tuning.measured(task.entry, lambda: launcher(*operands), accept)
-    return tuning.search(task.start, measure, deadline=deadline, prepare=lambda around: precompile(task, around))
+    return tuning.search(task.starts, measure, deadline=deadline, prepare=lambda around: precompile(task, around))
 
 
 def precompile(task: Task, candidates: list[Any]) -> None:

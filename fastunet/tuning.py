@@ -1,7 +1,8 @@
 """The search for faster configurations: offline (``bench/tune.py``), or at first use under ``FASTUNET_TUNE=1``.
 
-A search goes downhill from a kernel's heuristic: of the configurations that differ in one field, the fastest becomes
-the next start, until none is faster. A candidate is timed only after its results have passed the error budget.
+A search goes downhill from the best of a kernel's starts, the first of which is its heuristic's choice: a faster one
+among the configurations that differ in one field becomes the next start, until none is faster. A candidate is timed
+only after its results have passed the error budget.
 """
 
 from __future__ import annotations
@@ -51,30 +52,35 @@ def neighbours(config: Any) -> Iterator[Any]:
             yield dataclasses.replace(config, **{field.name: changed})
 
 
-def search(start: Any, measure: Callable[[Any], float | None], *, deadline: float = float("inf"),
+def search(starts: list[Any], measure: Callable[[Any], float | None], *, deadline: float = float("inf"),
            clock: Callable[[], float] = time.monotonic,
            prepare: Callable[[list], None] = lambda _: None) -> Found | None:
-    """Goes downhill from ``start``.
+    """Goes downhill from the fastest of ``starts``.
 
     ``measure`` returns the microseconds of a configuration, or None for one that does not compile, does not fit or is
     wrong. ``prepare`` gets each round's candidates before they are measured. At ``deadline`` (by ``clock``) the best
-    so far is returned. None if ``start`` itself cannot be measured.
+    so far is returned. None if the first of ``starts``, the heuristic's choice, cannot be measured.
     """
-    best, best_time = start, measure(start)
-    if best_time is None:
+    best, times = starts[0], {starts[0]: measure(starts[0])}
+    if times[best] is None:
         return None
-    heuristic_time, seen, improved = best_time, {start}, True
-    while improved and clock() < deadline:
-        improved, around = False, [c for c in neighbours(best) if c not in seen]
-        prepare(around)
-        for candidate in around:
+
+    def improve(candidates: Iterable[Any]) -> bool:
+        nonlocal best
+        start, fresh = best, [c for c in candidates if c not in times]
+        prepare(fresh)
+        for candidate in fresh:
             if clock() >= deadline:
                 break
-            seen.add(candidate)
-            elapsed = measure(candidate)
-            if elapsed is not None and elapsed < GAIN * best_time:
-                best, best_time, improved = candidate, elapsed, True
-    return Found(best, best_time, heuristic_time, len(seen))
+            times[candidate] = measure(candidate)
+            if times[candidate] is not None and times[candidate] < GAIN * times[best]:
+                best = candidate
+        return best is not start
+
+    improve(starts[1:])
+    while improve(neighbours(best)):
+        pass
+    return Found(best, times[best], times[starts[0]], len(times))
 
 
 def error_within_budget(actual: torch.Tensor, same_dtype: torch.Tensor, exact: torch.Tensor) -> bool:
@@ -139,11 +145,11 @@ def tunable(launcher: Callable) -> Callable:
         with _tuned.asking() as asked:
             results = launcher(*operands)
         expected = tensors(results)
-        for entry, start in asked.items():
+        for entry, starts in asked.items():
             if not _tuned.is_kept(entry):
                 measure = measured(entry, lambda: launcher(*operands), lambda found: _close(found, expected))
-                found = search(start, measure)
-                _tuned.keep(entry, found.config if found else start)
+                found = search(starts, measure)
+                _tuned.keep(entry, found.config if found else starts[0])
         return results
 
     return searching

@@ -31,7 +31,7 @@ Entry = tuple[str, tuple]
 class _State:
     told: str | None = None
     forced: dict[Entry, Any] = dataclasses.field(default_factory=dict)
-    asked: dict[Entry, Any] | None = None
+    asked: dict[Entry, list[Any]] | None = None
     found: dict[str | None, dict[Entry, Any]] = dataclasses.field(default_factory=dict)
     kept: set[tuple[str | None, Entry]] = dataclasses.field(default_factory=set)
 
@@ -40,9 +40,10 @@ _state = _State()
 
 
 def choose(kernel: str, key: tuple, cls: type[Config], heuristic: Callable[[], Config],
-           usable: Callable[[Config], bool] | None = None) -> Config:
+           usable: Callable[[Config], bool] | None = None,
+           others: Callable[[], list[Config]] | None = None) -> Config:
     """The committed winner of ``kernel`` for ``key`` on the current GPU, if there is one that is ``usable``; else
-    ``heuristic()``.
+    ``heuristic()``. A search starts from that and from ``others()``, usable configurations of other kinds.
 
     ``key`` is the launcher's bucketed key: numbers, strings, booleans and dtypes. In the interpreter and inside
     ``_launch.recording`` there is no GPU and so no table, unless :func:`using` names one.
@@ -53,7 +54,7 @@ def choose(kernel: str, key: tuple, cls: type[Config], heuristic: Callable[[], C
     """
     entry = (kernel, normal(key))
     if _state.asked is not None and entry not in _state.asked:
-        _state.asked[entry] = heuristic()
+        _state.asked[entry] = [heuristic(), *(others() if others else ())]
     if entry in _state.forced:
         if usable is not None and not usable(_state.forced[entry]):
             raise ValueError(f"{kernel} cannot use {_state.forced[entry]} for {entry[1]}")
@@ -147,8 +148,8 @@ def using(slug: str | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def asking() -> Iterator[dict[Entry, Any]]:
-    """Collects which entries the launchers choose, with what each one's heuristic would take."""
+def asking() -> Iterator[dict[Entry, list[Any]]]:
+    """Collects which entries the launchers choose, each with the starts of a search, the heuristic's choice first."""
     previous, _state.asked = _state.asked, {}
     try:
         yield _state.asked

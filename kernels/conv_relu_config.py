@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -136,18 +137,21 @@ def choose_config(conv: Convolution, *, pool: bool = False, classes: int = 0) ->
     """
     sizes = (conv.batch, *conv.out_size, *(conv.channels if conv.skip is not None else (0, *conv.channels)), conv.c_out)
     buckets = tuple(triton.next_power_of_2(size) if size else 0 for size in sizes)
-    key = (*buckets, conv.x.dtype, conv.mask is not None, pool, classes > 0)
-    return _tuned.choose("conv_relu", key, ConvConfig, lambda: _heuristic(conv, classes),
-                         lambda config: why_not(config, conv, classes=classes) is None)
+    precision = _launch.dot_precision(conv.x.dtype)
+    key = (*buckets, conv.x.dtype, precision, conv.mask is not None, pool, classes > 0)
+    return _tuned.choose("conv_relu", key, ConvConfig, lambda: next(_usable(conv, classes)),
+                         lambda config: why_not(config, conv, classes=classes) is None,
+                         lambda: list(_usable(conv, classes))[1:])
 
 
-def _heuristic(conv: Convolution, classes: int) -> ConvConfig:
+def _usable(conv: Convolution, classes: int) -> Iterator[ConvConfig]:
+    """One configuration or more of each variant that can run, the heuristic's choice first."""
     ieee = conv.x.dtype == torch.float32 and _launch.dot_precision(conv.x.dtype) == "ieee"
     candidates = [_first(conv, ieee)] if ieee else [_first(conv, ieee), _two_rows(conv), _rows(conv), *_boxes(conv)]
     for config in candidates:
         if config is not None and why_not(config, conv, classes=classes) is None:
-            return config
-    return _pointer(conv, classes, ieee)
+            yield config
+    yield _pointer(conv, classes, ieee)
 
 
 def _programs(conv: Convolution, config: ConvConfig) -> int:

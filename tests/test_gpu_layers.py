@@ -83,8 +83,8 @@ def test_every_layer_with_other_warps(warps):
         with _launch.recording(_launch.architecture()), _tuned.asking() as asked:
             call.launcher()(*call.allocate(torch.bfloat16))
         with contextlib.ExitStack() as stack:
-            for entry, config in asked.items():
-                stack.enter_context(_tuned.forcing(entry, dataclasses.replace(config, num_warps=warps)))
+            for entry, starts in asked.items():
+                stack.enter_context(_tuned.forcing(entry, dataclasses.replace(starts[0], num_warps=warps)))
             try:
                 check(call, torch.bfloat16, repeats=1)
             except AssertionError as error:

@@ -75,11 +75,11 @@ def test_a_forced_configuration_must_be_usable(folder):
             choose(usable=lambda config: False)
 
 
-def test_a_search_sees_the_heuristic_of_every_key(folder):
+def test_a_search_sees_the_starts_of_every_key(folder):
     with _launch.recording(90), _tuned.asking() as asked:
         choose()
-        choose(key=(1,))
-    assert asked == {("k", (64, "bfloat16", True)): Tile(32), ("k", (1,)): Tile(32)}
+        choose(key=(1,), others=lambda: [Tile(8)])
+    assert asked == {("k", (64, "bfloat16", True)): [Tile(32)], ("k", (1,)): [Tile(32), Tile(8)]}
 
 
 @pytest.mark.parametrize(
@@ -126,34 +126,40 @@ def test_search_goes_downhill_to_the_best():
     def measure(config):
         return 10.0 + abs(config.block - 256) / 8 + abs(config.num_warps - 8) + abs(config.num_stages - 3)
 
-    found = tuning.search(Tile(32), measure)
+    found = tuning.search([Tile(32)], measure)
     assert found.config == Tile(256, 8, 3)
     assert found.microseconds == 10.0
     assert found.heuristic_microseconds == 42.0
 
 
+def test_search_starts_from_the_best_kind():
+    times = {Tile(32): 9.0, Tile(32, bulk=False): 7.0, Tile(64, bulk=False): 5.0}
+    found = tuning.search([Tile(32), Tile(32, bulk=False)], times.get)
+    assert found.config == Tile(64, bulk=False)
+    assert found.heuristic_microseconds == 9.0
+
+
 def test_search_keeps_the_heuristic_against_noise():
-    assert tuning.search(Tile(32), lambda config: 100.0 if config == Tile(32) else 99.0).config == Tile(32)
+    assert tuning.search([Tile(32)], lambda config: 100.0 if config == Tile(32) else 99.0).config == Tile(32)
 
 
 def test_search_passes_over_what_cannot_be_measured():
     def measure(config):
         return None if config.block == 64 else 100.0 / config.num_stages
 
-    found = tuning.search(Tile(32), measure)
+    found = tuning.search([Tile(32)], measure)
     assert found.config == Tile(32, num_stages=6)
-    assert tuning.search(Tile(64), measure) is None
+    assert tuning.search([Tile(64)], measure) is None
 
 
 def test_search_ends_at_its_deadline():
-    now = iter(range(100))
     tried = []
 
     def measure(config):
         tried.append(config)
         return 1.0 / len(tried)
 
-    tuning.search(Tile(32), measure, deadline=5, clock=lambda: next(now))
+    tuning.search([Tile(32)], measure, deadline=5, clock=lambda: len(tried))
     assert len(tried) == 5
 
 
