@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from fastunet.kernels import dice, dice_confusion
 
+from fastunet.functional import dice as functional
 from fastunet.functional import dice_cpu
 from tests.tolerance import assert_within_budget
 
@@ -149,6 +150,16 @@ def test_impossible_class_is_infinitely_wrong_only_where_true(device):
     assert dice.sums(logits, torch.tensor([[0, 2]], device=device), None, None, True)[0, 9] == torch.inf
 
 
+def test_one_extreme_logit(device):
+    """log(1 + exp(z)) of ±200 must not pass through exp(200)."""
+    logits = torch.tensor([[[200.0, -200.0, 200.0, -200.0]]], device=device)
+    labels = torch.tensor([[0, 0, 1, 1]], device=device)
+    sums = dice.sums(logits, labels, None, None, True)
+    assert sums.tolist() == [[1, 2, 2, 400, 4, 0]]
+    dlogits = dice.sums_grad(torch.eye(6, device=device)[3:4], logits, labels, None, None, True)
+    assert dlogits.tolist() == [[[1, 0, 0, -1]]]
+
+
 def test_nan_logits_show(device):
     logits, labels = inputs(1, 4, 16, torch.float32, device)
     logits[0, 2, 3] = torch.nan
@@ -162,6 +173,50 @@ def test_fp16_sums_beyond_its_range(device):
     config = dice.DiceConfig(block_s=8192, keep=1024)
     sums = dice.sums(logits, labels, None, None, True, config)
     assert sums[0, :6].tolist() == [35_000, 0, 35_000, 35_000, 70_000, 0]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_the_function_runs_on_the_kernels(memory_format, device):
+    """Loss, gradient and counts through autograd and the registered operators, against the PyTorch backend."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 9, 11, generator=generator).to(device).contiguous(memory_format=memory_format)
+    labels = torch.randint(0, 3, (2, 9, 11), generator=generator).to(device)
+    options = dict(class_weights=torch.tensor([0.5, 1.0, 2.0], device=device), empty="skip", reduction="sample")
+    found = {}
+    runs = [("kernel", "triton", torch.float32), ("torch", "torch", torch.float32), ("exact", "torch", torch.float64)]
+    for name, backend, dtype in runs:
+        leaf = logits.detach().to(dtype).requires_grad_()
+        loss = functional.dice_cross_entropy(leaf, labels, backend=backend, **options)
+        found[name] = loss.detach(), torch.autograd.grad(loss, leaf)[0]
+    for name, *values in zip(["loss", "gradient"], found["kernel"], found["torch"], found["exact"]):
+        assert_within_budget(*values, name)
+    counts = [functional.confusion_matrix(logits, labels, 3, backend=backend) for backend in ("triton", "torch")]
+    assert torch.equal(*counts)
+    labels[1, 2, 3] = 7
+    with pytest.raises(ValueError, match="1 labels are out of range, 7 among them"):
+        functional.dice_cross_entropy(logits, labels, backend="triton")
+
+
+@pytest.mark.gpu
+def test_cuda_graph(device):
+    if device.type == "cpu":
+        pytest.skip("CUDA graphs need a CUDA device")
+    logits = torch.randn(8, 4, 1024, 1024, device=device, dtype=torch.float16).requires_grad_()
+    labels = torch.randint(0, 4, (8, 1024, 1024), device=device, dtype=torch.uint8)
+    want = functional.dice_cross_entropy(logits, labels)
+    (want_gradient,) = torch.autograd.grad(want, logits)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = functional.dice_cross_entropy(logits, labels)
+        (gradient,) = torch.autograd.grad(loss, logits)
+    graph.replay()
+    assert torch.equal(loss, want)
+    assert torch.equal(gradient, want_gradient)
+    assert loss.isfinite()
+    assert gradient.isfinite().all()
+    labels[0, 0, 0] = 9
+    graph.replay()
+    assert loss.isnan()
 
 
 def test_repeats_are_bit_identical(device):
