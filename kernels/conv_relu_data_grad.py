@@ -51,16 +51,26 @@ def data_grad(
     dx = convolve(dz, packed[c_skip:], (h, w), offset, offset, mask=x if mask_x else None, config=config)
     if skip is None:
         return dx, _launch.empty((0,), x.dtype, x.device)
-    skip_h, skip_w = skip.shape[2:]
-    crop_h, crop_w = (skip_h - h) // 2, (skip_w - w) // 2
-    if pad and (skip_h, skip_w) != (h, w):
-        crop = (..., slice(crop_h, crop_h + h), slice(crop_w, crop_w + w))
-        mask = _launch.channels_last(skip[crop]) if mask_skip else None
-        dskip = _launch.empty_image(tuple(skip.shape), skip.dtype, skip.device).zero_()
-        dskip[crop] = convolve(dz, packed[:c_skip], (h, w), offset, offset, mask=mask, config=config)
-        return dx, dskip
-    dskip = convolve(
-        dz, packed[:c_skip], (skip_h, skip_w), offset + crop_h, offset + crop_w,
-        mask=skip if mask_skip else None, config=config,
-    )  # fmt: skip
-    return dx, dskip
+    return dx, _skip_grad(dz, packed[:c_skip], skip, (h, w), offset, mask_skip, config)
+
+
+def _skip_grad(
+    dz: torch.Tensor,
+    packed: torch.Tensor,
+    skip: torch.Tensor,
+    size: tuple[int, int],
+    offset: int,
+    mask_skip: bool,
+    config: ConvConfig | None,
+) -> torch.Tensor:
+    """The gradient of the whole skip, of which the centre of ``size`` was convolved: zero outside of that."""
+    (skip_h, skip_w), (h, w) = skip.shape[2:], size
+    top, left = (skip_h - h) // 2, (skip_w - w) // 2
+    if offset == 2 or (skip_h, skip_w) == size:  # "valid": no tap reaches the pixels around the centre
+        mask = skip if mask_skip else None
+        return convolve(dz, packed, (skip_h, skip_w), offset + top, offset + left, mask=mask, config=config)
+    centre = slice(top, top + h), slice(left, left + w)
+    mask = skip[(..., *centre)] if mask_skip else None
+    dskip = _launch.empty_image(tuple(skip.shape), skip.dtype, skip.device).zero_()
+    dskip[(..., *centre)] = convolve(dz, packed, size, offset, offset, mask=mask, config=config)
+    return dskip

@@ -1,9 +1,9 @@
 """Weight and bias gradient of the 3×3 convolution: a matrix product whose reduction runs over all pixels, split.
 
-    dw[k, c, r, s] = sum over n, i, j of  dz[n, k, i, j] · x[n, c, i + r - off_h, j + s - off_w]
+    dw[k, c, r, s] = sum over n, i, j of  dz[n, k, i, j] · x[n, c, i + r - pad, j + s - pad]
 
-with x zero outside of the image; off = pad, less the crop for a centre-cropped skip. Each program sums its share of
-the pixels in fp32, and a second kernel adds the shares in a fixed order.
+with x zero outside of the image. Each program sums its share of the pixels in fp32, and a second kernel adds the
+shares in a fixed order.
 """
 
 from __future__ import annotations
@@ -15,38 +15,41 @@ import triton.language as tl
 from . import _launch
 from ._launch import mma
 from ._reduce import sum_splits
+from .conv_relu_descriptors import image_boxes
 from .conv_relu_weight_grad_bias import bias_grad
 from .conv_relu_weight_grad_config import WeightGradConfig, choose_config, choose_splits
 from .conv_relu_weight_grad_first import launch_first
 
 
 @triton.jit
-def load_tile(image, shape, n, h, w, c, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+def load_tile(image, shape, strides, n, h, w, c, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
               VECTOR: tl.constexpr, BULK: tl.constexpr):
     """[BLOCK_H * BLOCK_W, BLOCK_C] of an NHWC image from pixel (h, w) and channel c on, zero outside of it.
 
-    ``image`` is a descriptor if ``BULK``, else a pointer; ``shape`` (H, W, C), where VECTOR divides C, so that
-    C // VECTOR * VECTOR is C and shows the compiler how wide it may load.
+    ``image`` is a descriptor if ``BULK``, else a pointer; ``shape`` (H, W, C); ``strides`` of N and H. VECTOR divides
+    them and C, and what is written a // VECTOR * VECTOR shows the compiler how wide it may load.
     """
     if BULK:
         tile = tl.reshape(image.load([n, h, w, c]), (BLOCK_H * BLOCK_W, BLOCK_C))
     else:
         H, W, C = shape
-        C = C // VECTOR * VECTOR
+        C, stride_n, stride_h = C // VECTOR * VECTOR, strides[0] // VECTOR * VECTOR, strides[1] // VECTOR * VECTOR
         offs_p, offs_c = tl.arange(0, BLOCK_H * BLOCK_W), c + tl.arange(0, BLOCK_C)
         h, w = h + offs_p // BLOCK_W, w + offs_p % BLOCK_W
         mask = ((h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None] & (offs_c < C)[None, :]
-        pixel = (n.to(tl.int64) * H + h) * W + w
-        tile = tl.load(image + pixel[:, None] * C + offs_c[None, :], mask=mask, other=0.0)
+        offs = n.to(tl.int64) * stride_n + h.to(tl.int64) * stride_h + w * C
+        tile = tl.load(image + offs[:, None] + offs_c[None, :], mask=mask, other=0.0)
     return tile
 
 
-@triton.jit(do_not_specialize=["x_shape", "offset", "dz_shape", "stride_tap", "column", "tiles", "tiles_a_split"])
-def conv_relu_weight_grad_kernel(x, x_shape, offset, dz, dz_shape, partial_ptr, stride_tap, column, tiles,
-                                 tiles_a_split, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr,
-                                 BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, X_VECTOR: tl.constexpr,
-                                 DZ_VECTOR: tl.constexpr, OUT_VECTOR: tl.constexpr, BULK: tl.constexpr,
-                                 DZ_BULK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):
+@triton.jit(do_not_specialize=["x_shape", "x_strides", "dz_shape", "dz_strides", "pad", "stride_tap", "column", "tiles",
+                             "tiles_a_split"])
+def conv_relu_weight_grad_kernel(x, x_shape, x_strides, dz, dz_shape, dz_strides, pad, partial_ptr, stride_tap, column,
+                                 tiles, tiles_a_split, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+                                 ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+                                 X_VECTOR: tl.constexpr, DZ_VECTOR: tl.constexpr, OUT_VECTOR: tl.constexpr,
+                                 BULK: tl.constexpr, DZ_BULK: tl.constexpr, STAGES: tl.constexpr,
+                                 PRECISION: tl.constexpr):
     """partial[split, k, (r, s), column + c] = the formula's sum over the split's tiles; a program holds one shift s.
 
     ``x`` is a descriptor if ``BULK``, else a pointer, and ``dz`` if ``DZ_BULK``, of images with shapes (H, W, C). A
@@ -63,12 +66,13 @@ def conv_relu_weight_grad_kernel(x, x_shape, offset, dz, dz_shape, partial_ptr, 
     first = split * tiles_a_split
     for tile in tl.range(first, tl.minimum(first + tiles_a_split, tiles), num_stages=STAGES):
         w0, h0, n = tile % tiles_w * BLOCK_W, tile // tiles_w % tiles_h * BLOCK_H * ROWS, tile // (tiles_w * tiles_h)
-        h, w = h0 - offset[0], w0 + s - offset[1]
+        h, w = h0 - pad, w0 + s - pad
         x_rows, dz_rows = (), ()
         for i in tl.static_range(ROWS + 2):
-            x_rows += (load_tile(x, x_shape, n, h + i, w, c0, BLOCK_H, BLOCK_W, BLOCK_C, X_VECTOR, BULK),)
+            x_rows += (load_tile(x, x_shape, x_strides, n, h + i, w, c0, BLOCK_H, BLOCK_W, BLOCK_C, X_VECTOR, BULK),)
         for i in tl.static_range(ROWS):
-            dz_rows += (load_tile(dz, dz_shape, n, h0 + i, w0, k0, BLOCK_H, BLOCK_W, BLOCK_K, DZ_VECTOR, DZ_BULK),)
+            dz_rows += (load_tile(dz, dz_shape, dz_strides, n, h0 + i, w0, k0, BLOCK_H, BLOCK_W, BLOCK_K, DZ_VECTOR,
+                                  DZ_BULK),)
         # one accumulator after the other: products that alternate between them wait for each other
         for i in tl.static_range(ROWS):
             top = mma(dz_rows[i].T, x_rows[i], top, PRECISION)
@@ -114,12 +118,12 @@ def weight_grad(dz: torch.Tensor, x: torch.Tensor, skip: torch.Tensor | None, pa
     db = bias_grad(dz) if has_bias and not in_product else _launch.empty((0,), x.dtype, x.device)
     partial = _launch.empty((splits, *dw_shape), torch.float32, x.device)
     partial_bias = _launch.empty((splits, c_out), torch.float32, x.device) if in_product else None
-    _launch_source(dz, x, (pad, pad), partial, c_skip, partial_bias, x_config)
+    _launch_source(dz, x, pad, partial, c_skip, partial_bias, x_config)
     if skip is not None:
-        skip = _launch.channels_last(skip)
-        crop_h, crop_w = (skip.shape[2] - x.shape[2]) // 2, (skip.shape[3] - x.shape[3]) // 2
-        skip_config = config or choose_config(dz, skip)
-        _launch_source(dz, skip, (pad - crop_h, pad - crop_w), partial, 0, None, skip_config)
+        height, width = x.shape[2:]
+        top, left = (skip.shape[2] - height) // 2, (skip.shape[3] - width) // 2
+        skip = _launch.channels_last(skip)[:, :, top : top + height, left : left + width]
+        _launch_source(dz, skip, pad, partial, 0, None, config or choose_config(dz, skip))
     if partial_bias is not None:
         db = sum_splits(partial_bias, x.dtype)
     return _as_weight(sum_splits(partial, x.dtype)), db
@@ -130,11 +134,11 @@ def _as_weight(dw: torch.Tensor) -> torch.Tensor:
     return dw.view(dw.shape[0], 3, 3, dw.shape[2]).permute(0, 3, 1, 2)
 
 
-def _launch_source(dz: torch.Tensor, x: torch.Tensor, offset: tuple[int, int], partial: torch.Tensor, column: int,
+def _launch_source(dz: torch.Tensor, x: torch.Tensor, pad: int, partial: torch.Tensor, column: int,
                    partial_bias: torch.Tensor | None, config: WeightGradConfig) -> None:
     """Writes the columns of ``x`` (from ``column`` on) of ``partial``; the "first" variant ``partial_bias`` as well."""
     if config.variant == "first":
-        return launch_first(dz, x, offset, partial, column, partial_bias, config)
+        return launch_first(dz, x, pad, partial, column, partial_bias, config)
     splits, channels, bulk = partial.shape[0], partial.shape[3], config.variant == "bulk"
     out_vector = next(width for width in (4, 2, 1) if channels % width == column % width == 0)
     box = (1, config.block_h, config.block_w)
@@ -143,10 +147,11 @@ def _launch_source(dz: torch.Tensor, x: torch.Tensor, offset: tuple[int, int], p
     dz_bulk = bulk and (config.block_h == 1 or dz.element_size() == 4)
     tiles, programs = config.tiles(dz), config.programs(dz.shape[1], x.shape[1])
     _launch.launch(conv_relu_weight_grad_kernel, (programs, splits),
-                   _launch.image_descriptor(x, (*box, config.block_c)) if bulk else x,
-                   (*x.shape[2:], x.shape[1]), offset,
-                   _launch.image_descriptor(dz, (*box, config.block_k)) if dz_bulk else dz,
-                   (*dz.shape[2:], dz.shape[1]), partial, channels, column, tiles, triton.cdiv(tiles, splits),
+                   image_boxes(x, (*box, config.block_c)) if bulk else x,
+                   (*x.shape[2:], x.shape[1]), (x.stride(0), x.stride(2)),
+                   image_boxes(dz, (*box, config.block_k)) if dz_bulk else dz,
+                   (*dz.shape[2:], dz.shape[1]), (dz.stride(0), dz.stride(2)), pad,
+                   partial, channels, column, tiles, triton.cdiv(tiles, splits),
                    BLOCK_H=config.block_h, BLOCK_W=config.block_w, ROWS=config.rows, BLOCK_K=config.block_k,
                    BLOCK_C=config.block_c, X_VECTOR=_launch.vector_width(x), DZ_VECTOR=_launch.vector_width(dz),
                    OUT_VECTOR=out_vector, BULK=bulk, DZ_BULK=dz_bulk, STAGES=config.num_stages,
