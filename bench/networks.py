@@ -74,8 +74,10 @@ def network_workload(preset: str, step: str, batch: int, side: int, precision: s
     else:
         output = "logits" if step == LOGITS else "labels"
         floor = floors.of_inference(architecture, batch, side, side, output, dtype)
-    variants = tuple(v for v in NETWORK_VARIANTS
-                     if (preset == "brats" or v.role != OTHER) and not (step == TRAINING and v == FROZEN))  # fmt: skip
+    # MONAI's has four levels and upsamples by itself; weights are packed for inference only
+    left_out = [v for v in NETWORK_VARIANTS if v.role == OTHER and (preset != "brats" or architecture.depth != 4)]
+    left_out += [FROZEN] if step == TRAINING else []
+    variants = tuple(v for v in NETWORK_VARIANTS if v not in left_out)
     depth = 5 * architecture.depth + 3
     return Workload(preset, step, f"{batch}×{architecture.in_channels}×{side}×{side}", batch, precision, floor,
                     depth if step != TRAINING else 2 * depth, variants, operands, build, exact, without)  # fmt: skip

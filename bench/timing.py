@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,6 +43,8 @@ def interleave(passes: Sequence[Callable[[], object]], calls: Sequence[int], dev
     After a warm-up, which also says how many passes make a sample, each round takes one sample of each function,
     beginning with another one every time.
     """
+    if not passes:
+        return []
     clock = _seconds_on_cuda if device.type == "cuda" else _seconds_on_cpu
     for run in passes:
         clock(run, 1)
@@ -63,12 +64,6 @@ def interleave(passes: Sequence[Callable[[], object]], calls: Sequence[int], dev
         if gc_was_on:
             gc.enable()
     return [Timing(tuple(taken)) for taken in samples]
-
-
-def median_seconds(function: Callable[[], object], device: torch.device, *, rounds: int = 5) -> float:
-    """The median of a few calls after one warm-up; for curves where nothing is compared within a point."""
-    clock = _seconds_on_cuda if device.type == "cuda" else _seconds_on_cpu
-    return statistics.median([clock(function, 1) for _ in range(rounds + 1)][1:])
 
 
 def _seconds_on_cuda(run: Callable[[], object], repeats: int) -> float:

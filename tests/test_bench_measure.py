@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import time
 
 import pytest
 import torch
@@ -71,6 +72,12 @@ def test_a_wrong_variant_is_reported_and_never_timed(monkeypatch, spoil, state, 
     assert wrong.p50_ms == 0
     assert wrong.note
     assert [len(runs) for runs in timed] == [1]
+
+
+def test_nothing_is_built_after_the_deadline():
+    workload = eager(network_workload("brats", LOGITS, 1, 8, "fp32", **TINY))
+    found = measure(workload, CPU, MACHINE, QUICK, deadline=time.monotonic() - 1)
+    assert [(m.row.state, m.timing) for m in found] == [(FAILED, None)] * 3
 
 
 def test_wrong_labels_are_reported():
