@@ -7,6 +7,7 @@ target; :func:`inspect` disassembles the result, finds its main loops and counts
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -96,13 +97,19 @@ def specialise(launch: Launch, architecture: int) -> tuple[ASTSource, dict[str, 
     """
     if _launch.INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set: the kernels were built for the interpreter and cannot be compiled")
-    backend = make_backend(target_of(architecture))
-    kernel = launch.kernel
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    backend, bind = _binder(launch.kernel, architecture)
     given = dict(num_warps=launch.num_warps, num_stages=launch.num_stages, debug=False, enable_fp_fusion=True)
     bound, specialization, _ = bind(**launch.args, **given)
-    options, signature, constants, attributes = kernel._pack_args(backend, given, bound, specialization, given)
-    return ASTSource(kernel, signature, constants, attributes), options.__dict__
+    pack = launch.kernel._pack_args
+    options, signature, constants, attributes = pack(backend, given, bound, specialization, given)
+    return ASTSource(launch.kernel, signature, constants, attributes), options.__dict__
+
+
+@functools.cache
+def _binder(kernel: Any, architecture: int) -> tuple[Any, Any]:
+    """Triton's backend, and its function that binds and specialises a call's arguments."""
+    backend = make_backend(target_of(architecture))
+    return backend, create_function_from_signature(kernel.signature, kernel.params, backend)
 
 
 def compiled_key(launch: Launch, architecture: int) -> str:
