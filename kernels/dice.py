@@ -67,7 +67,7 @@ def _memberships(
     targets_ptr, weights_ptr, first, S, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
     LAYOUT: tl.constexpr, VECTOR: tl.constexpr, SOFT: tl.constexpr, IGNORE: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """Of one tile: memberships t, w t, and per pixel sum(w t), whether it counts, and whether its label is wrong."""
+    """Of one tile: memberships t, weights w that broadcast to it, and per pixel sum(w t), valid, out of range."""
     BINARY: tl.constexpr = C == 1
     offs_c = tl.arange(0, BLOCK_C) + BINARY
     offs_s = first + tl.arange(0, BLOCK_S)
@@ -75,11 +75,11 @@ def _memberships(
     if SOFT:
         t = load_tile(targets_ptr, first, S, C, BLOCK_C, BLOCK_S, LAYOUT, VECTOR)
         background = tl.where(valid, 1 - tl.sum(t, axis=0), 0.0) if BINARY else 0.0
-        weighted = t
+        w = tl.full((BLOCK_C, 1), 1.0, tl.float32)
         if HAS_WEIGHTS:
-            weighted *= tl.load(weights_ptr + offs_c, mask=offs_c < C + BINARY, other=0.0)[:, None]
+            w = tl.load(weights_ptr + offs_c, mask=offs_c < C + BINARY, other=0.0)[:, None]
             background *= tl.load(weights_ptr)
-        return t, weighted, tl.sum(weighted, axis=0) + background, valid, offs_s < 0
+        return t, w, tl.sum(t * w, axis=0) + background, valid, offs_s < 0
     label = tl.load(targets_ptr + offs_s, mask=valid, other=0)
     if label.dtype != tl.int64:
         label = label.to(tl.int32)
@@ -92,7 +92,7 @@ def _memberships(
     weight = valid.to(tl.float32)
     if HAS_WEIGHTS:
         weight = tl.load(weights_ptr + label, mask=valid, other=0.0)
-    return t, t * weight[None, :] if HAS_WEIGHTS else t, weight, valid, wrong
+    return t, weight[None, :], weight, valid, wrong
 
 
 @triton.jit
@@ -140,7 +140,7 @@ def dice_forward_kernel(
     for tile in range(program, tl.cdiv(S, BLOCK_S), programs):
         first = tile * BLOCK_S
         z = load_tile(logits_ptr, first, S, C, BLOCK_C, BLOCK_S, LAYOUT, VECTOR)
-        t, weighted, weight, valid, wrong = _memberships(
+        t, w, weight, valid, wrong = _memberships(
             targets_ptr, weights_ptr, first, S, C, BLOCK_C, BLOCK_S, LAYOUT, VECTOR, SOFT, IGNORE, HAS_WEIGHTS
         )
         shifted, p, peak, log_total = _softmax(z, valid, C, BLOCK_C)
@@ -149,9 +149,13 @@ def dice_forward_kernel(
         truth += _folded(t, KEEP, LAYOUT)
         if CROSS_ENTROPY:
             # 0 · -inf, a class that is impossible and not true, is 0
-            true_logit = tl.sum(weighted * tl.where(weighted == 0, 0.0, shifted), axis=0)
+            true_logit = t * tl.where(t == 0, 0.0, shifted)
+            if SOFT:
+                true_logit = tl.sum(w * true_logit, axis=0)
+            else:
+                true_logit = weight * tl.sum(true_logit, axis=0)
             if C == 1:
-                true_logit -= (weight - tl.sum(weighted, axis=0)) * peak
+                true_logit -= (weight - tl.sum(w * t, axis=0)) * peak
             nll += _folded(tl.where(valid, weight * log_total - true_logit, 0.0)[None, :], KEEP, LAYOUT)
         weights += _folded(weight[None, :], KEEP, LAYOUT)
         wrongs += _folded(wrong.to(tl.float32)[None, :], KEEP, LAYOUT)
@@ -181,14 +185,14 @@ def dice_backward_kernel(
     grad_i = tl.load(grad_ptr + offs_c, mask=offs_c < C, other=0.0)
     grad_p = tl.load(grad_ptr + C + offs_c, mask=offs_c < C, other=0.0)
     z = load_tile(logits_ptr, first, S, C, BLOCK_C, BLOCK_S, LAYOUT, VECTOR)
-    t, weighted, weight, valid, _ = _memberships(
+    t, w, weight, valid, _ = _memberships(
         targets_ptr, weights_ptr, first, S, C, BLOCK_C, BLOCK_S, LAYOUT, VECTOR, SOFT, IGNORE, HAS_WEIGHTS
     )
     _, p, _, _ = _softmax(z, valid, C, BLOCK_C)
     g = grad_i[:, None] * t + grad_p[:, None]
     dz = p * (g - tl.sum(p * g, axis=0)[None, :])
     if CROSS_ENTROPY:
-        dz += tl.load(grad_ptr + 3 * C) * (p * weight[None, :] - weighted)
+        dz += tl.load(grad_ptr + 3 * C) * (p * weight[None, :] - w * t)
     store_tile(dlogits_ptr, dz, first, S, C, BLOCK_C, BLOCK_S, LAYOUT, VECTOR)
 
 
