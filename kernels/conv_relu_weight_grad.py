@@ -17,7 +17,7 @@ from ._launch import mma
 from ._reduce import sum_splits
 from .conv_relu_descriptors import image_boxes
 from .conv_relu_weight_grad_bias import bias_grad
-from .conv_relu_weight_grad_config import WeightGradConfig, choose_config, choose_splits
+from .conv_relu_weight_grad_config import WeightGradConfig, choose_config, choose_splits, why_not
 from .conv_relu_weight_grad_first import launch_first
 
 
@@ -101,7 +101,7 @@ def weight_grad(dz: torch.Tensor, x: torch.Tensor, skip: torch.Tensor | None, pa
     The fp32 workspace is splits · C_out · 9 · (C_skip + C_x) · 4 bytes, bounded by :func:`choose_splits`.
 
     Raises:
-        ValueError: the shapes do not belong together.
+        ValueError: the shapes do not belong together, or ``config`` cannot run.
     """
     n, c_out, h, w = dz.shape
     if (n, h, w) != (x.shape[0], x.shape[2] + 2 * pad - 2, x.shape[3] + 2 * pad - 2):
@@ -137,6 +137,9 @@ def _as_weight(dw: torch.Tensor) -> torch.Tensor:
 def _launch_source(dz: torch.Tensor, x: torch.Tensor, pad: int, partial: torch.Tensor, column: int,
                    partial_bias: torch.Tensor | None, config: WeightGradConfig) -> None:
     """Writes the columns of ``x`` (from ``column`` on) of ``partial``; the "first" variant ``partial_bias`` as well."""
+    reason = why_not(config, dz, x)
+    if reason is not None:
+        raise ValueError(f"weight gradient variant {config.variant!r} cannot run here: {reason}")
     if config.variant == "first":
         return launch_first(dz, x, pad, partial, column, partial_bias, config)
     splits, channels, bulk = partial.shape[0], partial.shape[3], config.variant == "bulk"

@@ -155,7 +155,7 @@ def test_choice_fits_and_fills_the_gpu(n, c_in, c_out, size, architecture, dtype
     assert full or splits == config.tiles(dz) or workspace + workspace // splits > 64 << 20
 
 
-def test_tiles_that_cannot_run_are_refused():
+def test_tiles_that_cannot_run_are_refused(device):
     dz, x = torch.empty(1, 64, 8, 8, device="meta"), torch.empty(1, 33, 8, 8, device="meta")
     with _launch.recording(90):
         assert "multiple of 16 bytes" in why_not(ROWS, dz, x)
@@ -163,3 +163,5 @@ def test_tiles_that_cannot_run_are_refused():
         assert "boxes of one row" in why_not(dataclasses.replace(BOX, rows=2), dz, dz)
     with _launch.recording(80):
         assert "compute capability 9.0" in why_not(ROWS, dz, dz)
+    with pytest.raises(ValueError, match="'first' cannot run here: 9 taps of 8 channels"):
+        weight_grad(*torch.zeros(2, 1, 8, 4, 4, device=device), None, 1, True, FIRST)

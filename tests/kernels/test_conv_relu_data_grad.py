@@ -1,0 +1,130 @@
+"""Data gradients against PyTorch's autograd: both sources, cropped skips, masks, and channel counts of first layers."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fastunet.kernels.conv_relu_config import ConvConfig
+from fastunet.kernels.conv_relu_data_grad import data_grad
+
+from ..tolerance import assert_within_budget
+from .conftest import INTERPRETER
+
+POINTER = ConvConfig("pointer", block_k=32, block_w=32, block_c=32)
+BOX = ConvConfig("box", block_k=64, block_w=16, block_h=4, block_c=16)
+DTYPES = [
+    torch.float32,
+    torch.float16,
+    pytest.param(
+        torch.bfloat16,
+        marks=[pytest.mark.gpu, pytest.mark.skipif(INTERPRETER, reason="the interpreter truncates casts to bfloat16")],
+    ),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """(C_skip, C_x) channels to c_out, x of h × w pixels, the skip larger by ``crop`` rows and ``crop + 1`` columns.
+
+    A crop of None is a skip of x's own size. ``masks`` says whether x and the skip are outputs of a ReLU.
+    """
+
+    config: ConvConfig | None
+    n: int
+    c_skip: int
+    c_x: int
+    c_out: int
+    h: int
+    w: int
+    pad: int = 1
+    crop: int | None = None
+    masks: tuple[bool, bool] = (True, True)
+
+    def __str__(self):
+        name = self.config.variant if self.config else "chosen"
+        masks = "x" * self.masks[0] + "s" * self.masks[1]
+        sizes = f"{self.n}x{self.c_skip}+{self.c_x}-{self.c_out}x{self.h}x{self.w}"
+        return f"{name}-{sizes}-pad{self.pad}-crop{self.crop}-{masks}"
+
+    def operands(self, dtype, device):
+        """(dz, weight, x, skip); x and the skip hold exact zeros, as ReLU's outputs do."""
+        torch.manual_seed(len(str(self)))
+        dz = torch.randn(self.n, self.c_out, self.h + 2 * self.pad - 2, self.w + 2 * self.pad - 2, device=device)
+        weight = torch.randn(self.c_out, self.c_skip + self.c_x, 3, 3, device=device) / (9 * self.c_out) ** 0.5
+        x = torch.randn(self.n, self.c_x, self.h, self.w, device=device).relu()
+        more_h, more_w = (0, 0) if self.crop is None else (self.crop, self.crop + 1)
+        skip = torch.randn(self.n, self.c_skip, self.h + more_h, self.w + more_w, device=device).relu()
+        return dz.to(dtype), weight.to(dtype), x.to(dtype), skip.to(dtype) if self.c_skip else None
+
+
+CASES = [
+    Case(None, 1, 0, 1, 16, 15, 16, masks=(False, False)),
+    Case(None, 2, 0, 2, 24, 5, 7, pad=0),
+    Case(None, 1, 0, 3, 33, 16, 17),
+    Case(POINTER, 3, 0, 4, 8, 3, 15, pad=0),
+    Case(None, 1, 32, 32, 32, 8, 16),
+    Case(POINTER, 1, 3, 33, 48, 7, 5, pad=0, crop=3),
+    Case(POINTER, 1, 5, 24, 17, 4, 9, crop=2, masks=(False, True)),
+    Case(BOX, 1, 24, 40, 16, 6, 15, pad=0, crop=4),
+    Case(BOX, 2, 16, 8, 48, 5, 17, crop=1, masks=(True, False)),
+    Case(BOX, 1, 8, 16, 24, 4, 4, crop=0, masks=(False, False)),
+    Case(None, 3, 0, 100, 8, 3, 3, pad=0),
+    Case(None, 0, 4, 8, 8, 6, 6, crop=1),
+]
+
+
+def gradients(case, dz, weight, x, skip, dtype):
+    """(dx, dskip) by autograd, computed in ``dtype``; masked where the operand is a ReLU's output."""
+    dz, weight, x = dz.to(dtype), weight.to(dtype), x.to(dtype).requires_grad_()
+    whole = x
+    if skip is not None:
+        skip = skip.to(dtype).requires_grad_()
+        top, left = (skip.shape[2] - x.shape[2]) // 2, (skip.shape[3] - x.shape[3]) // 2
+        whole = torch.cat([skip[:, :, top : top + x.shape[2], left : left + x.shape[3]], x], 1)
+    sources = (x,) if skip is None else (x, skip)
+    found = torch.autograd.grad(F.conv2d(whole, weight, padding=case.pad), sources, dz)
+    return [torch.where(s > 0, d, 0) if mask else d for d, s, mask in zip(found, sources, case.masks)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_autograd(case, dtype, device):
+    dz, weight, x, skip = case.operands(dtype, device)
+    results = data_grad(dz, weight, x, skip, case.pad, *case.masks, config=case.config)
+    exact = gradients(case, dz, weight, x, skip, torch.float64)
+    same = gradients(case, dz, weight, x, skip, dtype)
+    for name, actual, ours, reference in zip(("dx", "dskip"), results, same, exact):
+        assert_within_budget(actual, ours, reference, name)
+        assert torch.equal(actual == 0, reference == 0) or dtype != torch.float32, f"{name} has zeros elsewhere"
+    if skip is None:
+        assert results[1].shape == (0,)
+
+
+@pytest.mark.parametrize("config", [POINTER, BOX], ids=lambda config: config.variant)
+def test_strided_operands_and_repeats(config, device):
+    """Views give what their copies give, bit for bit, each time."""
+    case = Case(config, 1, 16, 24, 16, 6, 17, pad=0, crop=2)
+    dz, weight, x, skip = case.operands(torch.float32, device)
+    views = [torch.stack([t, t], -1)[..., 0] for t in (dz, weight, x, skip)]
+    first = data_grad(dz, weight, x, skip, 0, True, True, config)
+    for again in (data_grad(*views, 0, True, True, config), data_grad(dz, weight, x, skip, 0, True, True, config)):
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("pad, crop", [(0, 5), (1, 5), (0, 0)])
+def test_pixels_around_a_crop_get_zero(pad, crop, device):
+    case = Case(POINTER, 1, 4, 4, 8, 4, 4, pad=pad, crop=crop, masks=(False, False))
+    dz, weight, x, skip = case.operands(torch.float32, device)
+    _, dskip = data_grad(dz, weight, x, skip, pad, False, False, POINTER)
+    top, left = crop // 2, (crop + 1) // 2
+    inside = dskip[:, :, top : top + 4, left : left + 4].clone()
+    dskip[:, :, top : top + 4, left : left + 4] = 0
+    assert inside.count_nonzero() == inside.numel()
+    assert dskip.count_nonzero() == 0
+
+
+def test_shapes_that_do_not_fit_are_named(device):
+    dz, weight, x = (torch.zeros(shape, device=device) for shape in ((1, 2, 4, 4), (2, 5, 3, 3), (1, 3, 4, 4)))
+    with pytest.raises(ValueError, match=r"\(2, 5, 3, 3\) do not fit x \(1, 3, 4, 4\), 0 skip channels and padding 1"):
+        data_grad(dz, weight, x, None, 1, False, False)
