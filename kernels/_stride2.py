@@ -236,18 +236,18 @@ def choose_data_grad_config(dy: torch.Tensor, x: torch.Tensor, side: int) -> Str
 
 
 def _forward_heuristic(x: torch.Tensor, c_out: int, side: int, fits: bool) -> Stride2Config:
-    block_c = 16 if x.element_size() == 4 else 32
+    """Four warps: Triton 3.6 makes eight wait for each product of 128 rows, and all versions lay the two accumulators
+    of a 64-row tile out differently for eight and convert one of them in the loop."""
+    wide = x.element_size() == 4
     if _launch.dot_precision(x.dtype) == "ieee":
         return Stride2Config(4, 16, 64, 16, 8, 2, fits)
     if not fits:
-        return Stride2Config(8, 16, 64, block_c, 8, 3, False)
+        return Stride2Config(8, 16, 64, 16 if wide else 32, 8, 3, False)
     if side == 2:
-        return Stride2Config(*((64, 4, 64) if c_out % 64 else (32, 4, 128)), block_c, 8, 4, True)
-    if c_out % 128:
-        # eight warps would lay the two accumulators of a 64-row tile out differently and convert one in the loop
-        return Stride2Config(8, 16, 64, block_c, 4, 3, True)
-    block_w, num_warps = (8, 4) if x.shape[3] <= 8 else (16, 8)
-    return Stride2Config(8, block_w, 128, block_c, num_warps, 4, True)
+        return Stride2Config(32, 4, 64, 32 if wide else 64, 4, 3, True)
+    if c_out % 128 == 0 and x.shape[3] <= 8:
+        return Stride2Config(8, 8, 128, 16 if wide else 32, 4, 4, True)
+    return Stride2Config(8, 16, 64, 16 if wide else 32, 4, 3, True)
 
 
 def _data_grad_heuristic(x: torch.Tensor, c_out: int, side: int, fits: bool) -> Stride2Config:
@@ -260,10 +260,8 @@ def _data_grad_heuristic(x: torch.Tensor, c_out: int, side: int, fits: bool) -> 
         return Stride2Config(8, 16, 64, 16 if wide else 32, 8, 3, False)
     block_m = 128 if x.shape[1] % 128 == 0 else 64
     if side == 2:
-        return Stride2Config(32 if block_m == 128 else 64, 4, block_m, block_c, 8, 4, True)
-    if x.shape[3] <= 8:
-        return Stride2Config(8, 8, block_m, block_c, 4, 4, True)
-    return Stride2Config(8, 16 if block_m == 128 else 32, block_m, block_c, 8, 4, True)
+        return Stride2Config(32, 4, block_m, block_c, 4, 3, True)
+    return Stride2Config(8, 8 if x.shape[3] <= 8 else 16, block_m, block_c, 4, 3, True)
 
 
 def forward(

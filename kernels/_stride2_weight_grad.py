@@ -117,21 +117,22 @@ def choose_config(dy: torch.Tensor, x: torch.Tensor, side: int) -> WeightGradCon
     fits = bulk_copies_fit(x, dy)
     return _tuned.choose(
         "stride2_weight_grad", key_of(x, dy.shape[1], side), WeightGradConfig,
-        lambda: _heuristic(dy, x, fits), lambda config: fits or not config.bulk,
+        lambda: _heuristic(dy, x, side, fits), lambda config: fits or not config.bulk,
     )  # fmt: skip
 
 
-def _heuristic(dy: torch.Tensor, x: torch.Tensor, fits: bool) -> WeightGradConfig:
-    wide = x.element_size() == 4
+def _heuristic(dy: torch.Tensor, x: torch.Tensor, side: int, fits: bool) -> WeightGradConfig:
+    wide, architecture = x.element_size() == 4, _launch.architecture()
     if _launch.dot_precision(x.dtype) == "ieee":
-        return WeightGradConfig(2, 8, 32, 32, 4, 2, fits)
+        return WeightGradConfig(4, 8, 32, 16, 4, 2, fits)
     if not fits:  # asynchronous copies would bring the transposed operand in pieces of 4 bytes where they are 32-bit
         return WeightGradConfig(2 if wide else 4, 8, 64, 32, 4, 1 if wide else 3, False)
     if x.shape[1] % 128 or dy.shape[1] % 64:
         return WeightGradConfig(8, 8, 64, 32, 4, 3 if wide else 4, True)
+    if side == 3 and architecture < 100:  # a third accumulator of 128 rows spills in four warps, and makes eight wait
+        return WeightGradConfig(4 if wide else 8, 8, 64, 64, 4, 3, True)
     # from compute capability 10.0 on accumulators are not in registers, and eight warps leave each thread too few
-    num_warps = 4 if _launch.architecture() >= 100 else 8
-    return WeightGradConfig(4 if wide else 8, 8, 128, 64, num_warps, 4, True)
+    return WeightGradConfig(4 if wide else 8, 8, 128, 64, 4 if architecture >= 100 else 8, 4, True)
 
 
 def partial_sums(
