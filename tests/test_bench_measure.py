@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench import measure as measure_module
-from bench import selection
+from bench import operators, selection
 from bench.floors import Floor, of_inference
 from bench.gate import error_shares
 from bench.losses import loss_workload
@@ -121,6 +121,15 @@ def test_every_operator_at_every_layer_is_right(preset, side):
     assert {row.state for row in rows} == {OK}
     missing = "conv_transpose2d" if preset == "brats" else "upsample_conv_relu"
     assert {row.subject for row in rows} == set(SUBJECTS) - {missing}
+
+
+def test_no_gradient_arrives_where_rounding_decides():
+    linear = torch.tensor([[1.0, -1.0, 1e-9, 3.0], [-2.0, -3.0, 3.0 + 1e-6, 0.5]]).view(1, 1, 2, 4)
+    cotangents = [torch.ones(1, 1, 2, 4), torch.ones(1, 1, 1, 2)]
+    operators._forget_undecided(cotangents, linear, 1e-5)
+    assert cotangents[0].flatten().tolist() == [1, 1, 0, 1, 1, 1, 1, 1]
+    # the left window has one positive value, the right one two that are nearly equal
+    assert cotangents[1].flatten().tolist() == [1, 0]
 
 
 def test_every_form_of_the_loss_is_right():
