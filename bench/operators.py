@@ -126,8 +126,8 @@ def _workload(call: Call, backward: list[Call], step: str, precision: str, witho
         return complete(PLAIN[call.operator])(*(t.double() for t in tensors))
 
     return Workload(call.operator, step, _shape(call, outputs), shapes[0][0], precision,
-                    floors.of_calls([call, *backward], dtype), _roundings(call, precision), OPERATOR_VARIANTS, operands, build, exact,
-                    without)  # fmt: skip
+                    floors.of_calls([call, *backward], dtype), _roundings(call, precision), OPERATOR_VARIANTS,
+                    operands, build, exact, without)  # fmt: skip
 
 
 def _roundings(call: Call, precision: str) -> int:
