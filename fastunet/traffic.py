@@ -53,7 +53,7 @@ def count(launch: Launch, ttir: str) -> Traffic:
     Raises:
         ValueError: a loop's length or a branch depends on loaded data or on a value carried around a loop.
     """
-    return _Counter(launch).run(_tree(ttir.splitlines()))
+    return _Counter(launch, ttir).run(_tree(ttir.splitlines()))
 
 
 class _UnknownError(ValueError):
@@ -94,15 +94,14 @@ def _tree(lines: list[str]) -> list[_Region]:
 class _Counter:
     """Runs the scalar arithmetic for all programs of a grid side by side: values are arrays over the programs."""
 
-    def __init__(self, launch: Launch):
+    def __init__(self, launch: Launch, ttir: str):
         grid = (*launch.grid, 1, 1)[:3]
         index = np.arange(math.prod(grid), dtype=np.int64)
         self.programs = dict(x=index % grid[0], y=index // grid[0] % grid[1], z=index // (grid[0] * grid[1]))
         self.grid = dict(zip("xyz", grid))
         self.values: dict[str, Any] = {}
         for name, value in launch.args.items():
-            for suffix, element in _leaves(value):
-                self.values[f"%{name}{suffix}"] = np.int64(element)
+            self.values |= _parameters(name, value, ttir)
         self.read = self.written = self.flop = 0
         self.ones = np.ones(len(index), np.int64)
 
@@ -197,11 +196,21 @@ class _Counter:
             self.values.pop(assigned[1], None)
 
 
-def _leaves(value: Any, suffix: str = "") -> list[tuple[str, int]]:
-    """(name suffix, integer) of an integer argument or of the integers in a tuple argument."""
-    if isinstance(value, tuple):
-        return [leaf for i, element in enumerate(value) for leaf in _leaves(element, f"{suffix}.{i}")]
-    return [(suffix, value)] if isinstance(value, int) else []
+def _parameters(name: str, value: Any, ttir: str) -> dict[str, np.int64]:
+    """The IR's names and values of an argument that is an integer or a tuple of integers.
+
+    A tuple's elements are ``%name.0``, ``%name.1``, … in Triton 3.9. In 3.6 they are numbered at will and told by their
+    location, and those that are 1 are missing, since they were compiled in.
+    """
+    if isinstance(value, int):
+        return {f"%{name}": np.int64(value)}
+    if not isinstance(value, tuple):
+        return {}
+    names = re.findall(rf'(%[\w.]+): i\d+ [^(]*?loc\("{name}"', ttir)
+    if names:
+        present = value if len(names) == len(value) else [element for element in value if element != 1]
+        return {key: np.int64(element) for key, element in zip(names, present, strict=True)}
+    return {f"%{name}.{i}": np.int64(element) for i, element in enumerate(value)}
 
 
 def _bytes(line: str) -> int:
