@@ -17,6 +17,9 @@ import triton.language as tl
 from . import _launch, _reduce, _tuned
 from .dice_tiles import load_tile, store_tile
 
+_MOST_SAMPLES = 65535
+"""The greatest second side of a CUDA grid."""
+
 _PROGRAMS = 4096
 """About how many programs share a forward pass: several waves of any GPU, and few rows of partial sums."""
 
@@ -39,8 +42,8 @@ def _heuristic(classes: int, layout: str, itemsize: int) -> DiceConfig:
     """The tile for 16 to 32 values a thread, and one kept column for every thread along the pixels."""
     vector, block_c, threads = 16 // itemsize, triton.next_power_of_2(classes), 128
     if layout in ("planes", "triplets"):
-        # up to eight classes one thread holds all of its pixels' classes; beyond, they would not fit its registers
-        values = 32 if block_c <= 8 else 16
+        # half as many beyond 16 classes, whose address and mask registers would push values to local memory
+        values = 32 if block_c <= 16 else 16
         block_s = max(vector, min(threads * vector, values * threads // block_c))
         return DiceConfig(block_s, keep=block_s // vector)
     if layout == "rows":
@@ -60,6 +63,12 @@ def layout_of(logits: torch.Tensor) -> str:
     if not logits.transpose(1, 2).is_contiguous():
         raise ValueError(f"logits of shape {tuple(logits.shape)} have strides {logits.stride()}; expected dense memory")
     return {2: "packed", 3: "triplets", 4: "packed"}.get(logits.shape[1], "rows")
+
+
+def check_samples(n: int) -> None:
+    """Raises ``ValueError`` for a batch of more samples than a grid has rows."""
+    if n > _MOST_SAMPLES:
+        raise ValueError(f"a batch of {n} images; the kernels take at most {_MOST_SAMPLES} at a time")
 
 
 @triton.jit
@@ -122,13 +131,13 @@ def _folded(x, KEEP: tl.constexpr, LAYOUT: tl.constexpr):
 
 @triton.jit
 def dice_forward_kernel(
-    logits_ptr, targets_ptr, weights_ptr, partial_ptr, S, samples, programs,
+    logits_ptr, targets_ptr, weights_ptr, partial_ptr, S,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, KEEP: tl.constexpr, LAYOUT: tl.constexpr,
     VECTOR: tl.constexpr, SOFT: tl.constexpr, IGNORE: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     CROSS_ENTROPY: tl.constexpr,
 ):  # fmt: skip
     """partial[program, sample] = (I, P, T of each channel, sum(-w t log p), sum(w t), wrong labels) of its tiles."""
-    sample, program = tl.program_id(0) // programs, tl.program_id(0) % programs
+    sample, programs = tl.program_id(1), tl.num_programs(0)
     logits_ptr += sample.to(tl.int64) * C * S
     targets_ptr += sample.to(tl.int64) * (C if SOFT else 1) * S
     intersection = tl.zeros((BLOCK_C, KEEP), tl.float32)
@@ -137,7 +146,7 @@ def dice_forward_kernel(
     nll = tl.zeros((1, KEEP), tl.float32)
     weights = tl.zeros((1, KEEP), tl.float32)
     wrongs = tl.zeros((1, KEEP), tl.float32)
-    for tile in range(program, tl.cdiv(S, BLOCK_S), programs):
+    for tile in range(tl.program_id(0), tl.cdiv(S, BLOCK_S), programs):
         first = tile * BLOCK_S
         z = load_tile(logits_ptr, first, S, C, BLOCK_C, BLOCK_S, LAYOUT, VECTOR)
         t, w, weight, valid, wrong = _memberships(
@@ -160,7 +169,7 @@ def dice_forward_kernel(
         weights += _folded(weight[None, :], KEEP, LAYOUT)
         wrongs += _folded(wrong.to(tl.float32)[None, :], KEEP, LAYOUT)
     offs_c = tl.arange(0, BLOCK_C)
-    row = partial_ptr + (program.to(tl.int64) * samples + sample) * (3 * C + 3)
+    row = partial_ptr + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + sample) * (3 * C + 3)
     tl.store(row + offs_c, tl.sum(intersection, axis=1), mask=offs_c < C)
     tl.store(row + C + offs_c, tl.sum(predicted, axis=1), mask=offs_c < C)
     tl.store(row + 2 * C + offs_c, tl.sum(truth, axis=1), mask=offs_c < C)
@@ -171,12 +180,12 @@ def dice_forward_kernel(
 
 @triton.jit
 def dice_backward_kernel(
-    grad_ptr, logits_ptr, targets_ptr, weights_ptr, dlogits_ptr, S, tiles,
+    grad_ptr, logits_ptr, targets_ptr, weights_ptr, dlogits_ptr, S,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, LAYOUT: tl.constexpr, VECTOR: tl.constexpr,
     SOFT: tl.constexpr, IGNORE: tl.constexpr, HAS_WEIGHTS: tl.constexpr, CROSS_ENTROPY: tl.constexpr,
 ):  # fmt: skip
     """dz_c = p_c (g_c - sum_k p_k g_k) + n (p_c sum(w t) - w_c t_c), with g = dL/dI t + dL/dP and n = dL/d(nll)."""
-    sample, first = tl.program_id(0) // tiles, (tl.program_id(0) % tiles) * BLOCK_S
+    sample, first = tl.program_id(1), tl.program_id(0) * BLOCK_S
     offs_c = tl.arange(0, BLOCK_C)
     logits_ptr += sample.to(tl.int64) * C * S
     dlogits_ptr += sample.to(tl.int64) * C * S
@@ -218,7 +227,7 @@ def sums(
     programs = min(triton.cdiv(s, arguments.config.block_s), triton.cdiv(_PROGRAMS, max(n, 1)))
     partial = _launch.empty((programs, n, 3 * c + 3), torch.float32, logits.device)
     _launch.launch(
-        dice_forward_kernel, (n * programs,), logits, arguments.targets, class_weights, partial, s, n, programs,
+        dice_forward_kernel, (programs, n), logits, arguments.targets, class_weights, partial, s,
         KEEP=arguments.config.keep, **arguments.constants, num_warps=arguments.config.num_warps,
     )  # fmt: skip
     return _reduce.sum_splits(partial, torch.float32)
@@ -244,10 +253,9 @@ def sums_grad(
         dlogits = _launch.empty((n, c, s), logits.dtype, logits.device)
     else:
         dlogits = _launch.empty((n, s, c), logits.dtype, logits.device).transpose(1, 2)
-    tiles = triton.cdiv(s, arguments.config.block_s)
     _launch.launch(
-        dice_backward_kernel, (n * tiles,),
-        grad.contiguous(), logits, arguments.targets, class_weights, dlogits, s, tiles,
+        dice_backward_kernel, (triton.cdiv(s, arguments.config.block_s), n),
+        grad.contiguous(), logits, arguments.targets, class_weights, dlogits, s,
         **arguments.constants, num_warps=arguments.config.num_warps,
     )  # fmt: skip
     return dlogits
@@ -257,6 +265,7 @@ class _Arguments:
     """What both kernels are launched with: targets in the logits' memory order, the tile, compile-time constants."""
 
     def __init__(self, logits, targets, class_weights, ignore_index, cross_entropy, config):
+        check_samples(len(logits))
         c, layout = logits.shape[1], layout_of(logits)
         soft = targets.ndim == 3
         if soft and layout != "planes":

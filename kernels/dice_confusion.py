@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from . import _launch, _tuned
-from .dice import layout_of
+from .dice import check_samples, layout_of
 from .dice_tiles import load_tile
 
 NONE_WRONG = -(2**31)
@@ -76,13 +76,13 @@ def _labels(ptr, first, S, CLASSES: tl.constexpr, BLOCK_S: tl.constexpr):
 
 @triton.jit
 def confusion_kernel(
-    predictions_ptr, labels_ptr, partial_ptr, S, programs,
+    predictions_ptr, labels_ptr, partial_ptr, S,
     CLASSES: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
     LAYOUT: tl.constexpr, VECTOR: tl.constexpr, HARD: tl.constexpr, IGNORE: tl.constexpr, NONE_WRONG: tl.constexpr,
     PAIRS: tl.constexpr,
 ):  # fmt: skip
     """partial[sample, program] = (counts by truth and prediction, wrong pixels, the greatest wrong value)."""
-    sample, program = tl.program_id(0) // programs, tl.program_id(0) % programs
+    sample, programs = tl.program_id(1), tl.num_programs(0)
     predictions_ptr += sample.to(tl.int64) * (1 if HARD else C) * S
     labels_ptr += sample.to(tl.int64) * S
     offs_k = tl.arange(0, BLOCK_K)
@@ -93,7 +93,7 @@ def confusion_kernel(
         counts = tl.zeros((BLOCK_K, BLOCK_K), tl.float32)
     wrongs = tl.zeros((BLOCK_S,), tl.int32)
     greatest = tl.full((BLOCK_S,), NONE_WRONG, tl.int32)
-    for tile in range(program, tl.cdiv(S, BLOCK_S), programs):
+    for tile in range(tl.program_id(0), tl.cdiv(S, BLOCK_S), programs):
         first = tile * BLOCK_S
         given, truth = _labels(labels_ptr, first, S, CLASSES, BLOCK_S)
         counted = first + tl.arange(0, BLOCK_S) < S
@@ -118,7 +118,7 @@ def confusion_kernel(
             is_truth = (truth[None, :] == offs_k[:, None]).to(tl.float16)
             is_predicted = (predicted[:, None] == offs_k[None, :]).to(tl.float16)
             counts = tl.dot(is_truth, is_predicted, counts)
-    row = partial_ptr + tl.program_id(0).to(tl.int64) * (CLASSES * CLASSES + 2)
+    row = partial_ptr + (sample.to(tl.int64) * programs + tl.program_id(0)) * (CLASSES * CLASSES + 2)
     if PAIRS:
         counts = tl.reshape(tl.sum(counts, axis=1), (BLOCK_K, BLOCK_K))
     mask = (offs_k < CLASSES)[:, None] & (offs_k < CLASSES)[None, :]
@@ -143,6 +143,7 @@ def confusion(
         ignore_index: the true label whose pixels are not counted, or None.
     """
     n, s = labels.shape
+    check_samples(n)
     hard = predictions.ndim == 2
     c = classes if hard else predictions.shape[1]
     config = config or choose_config(classes, 0 if hard else predictions.element_size())
@@ -150,8 +151,8 @@ def confusion(
     programs = min(programs, triton.cdiv(s, config.block_s))
     partial = _launch.empty((n, programs, classes * classes + 2), torch.int32, labels.device)
     _launch.launch(
-        confusion_kernel, (n * programs,),
-        predictions.contiguous() if hard else predictions, labels.contiguous(), partial, s, programs,
+        confusion_kernel, (programs, n),
+        predictions.contiguous() if hard else predictions, labels.contiguous(), partial, s,
         CLASSES=classes, BLOCK_K=max(1 if config.pairs else 16, triton.next_power_of_2(classes)),
         C=c, BLOCK_C=triton.next_power_of_2(c), BLOCK_S=config.block_s,
         LAYOUT="planes" if hard else layout_of(predictions), VECTOR=1 if hard else 16 // predictions.element_size(),

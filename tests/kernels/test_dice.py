@@ -232,6 +232,15 @@ def test_memory_in_neither_order_is_refused(device):
         dice.sums(logits[:, :, ::2], labels[:, ::2], None, None, True)
 
 
+def test_too_many_samples_are_refused(device):
+    logits = torch.zeros(65536, 2, 1, device=device)
+    labels = torch.zeros(65536, 1, dtype=torch.uint8, device=device)
+    with pytest.raises(ValueError, match="a batch of 65536 images"):
+        dice.sums(logits, labels, None, None, True)
+    with pytest.raises(ValueError, match="a batch of 65536 images"):
+        dice_confusion.confusion(logits, labels, 2, None)
+
+
 def test_heuristic_is_pinned():
     assert dice.choose_config(4, "planes", 4) == dice.DiceConfig(block_s=512, keep=128)
     assert dice.choose_config(3, "triplets", 2) == dice.DiceConfig(block_s=1024, keep=128)
