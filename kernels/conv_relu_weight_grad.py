@@ -23,11 +23,12 @@ from .conv_relu_weight_grad_first import launch_first
 
 @triton.jit
 def load_tile(image, shape, strides, n, h, w, c, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
-              VECTOR: tl.constexpr, BULK: tl.constexpr):
+              VECTOR: tl.constexpr, BULK: tl.constexpr, DETOUR: tl.constexpr = False):
     """[BLOCK_H * BLOCK_W, BLOCK_C] of an NHWC image from pixel (h, w) and channel c on, zero outside of it.
 
     ``image`` is a descriptor if ``BULK``, else a pointer; ``shape`` (H, W, C); ``strides`` of N and H. VECTOR divides
-    them and C, and what is written a // VECTOR * VECTOR shows the compiler how wide it may load.
+    them and C, and what is written a // VECTOR * VECTOR shows the compiler how wide it may load. ``DETOUR`` takes a
+    pointer's tile through registers: a transposed tf32 operand would else be copied to shared memory 4 bytes at a time.
     """
     if BULK:
         tile = tl.reshape(image.load([n, h, w, c]), (BLOCK_H * BLOCK_W, BLOCK_C))
@@ -39,6 +40,8 @@ def load_tile(image, shape, strides, n, h, w, c, BLOCK_H: tl.constexpr, BLOCK_W:
         mask = ((h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None] & (offs_c < C)[None, :]
         offs = n.to(tl.int64) * stride_n + h.to(tl.int64) * stride_h + w * C
         tile = tl.load(image + offs[:, None] + offs_c[None, :], mask=mask, other=0.0)
+        if DETOUR:
+            tile = tl.where(mask, tile, 0.0)
     return tile
 
 
@@ -72,7 +75,7 @@ def conv_relu_weight_grad_kernel(x, x_shape, x_strides, dz, dz_shape, dz_strides
             x_rows += (load_tile(x, x_shape, x_strides, n, h + i, w, c0, BLOCK_H, BLOCK_W, BLOCK_C, X_VECTOR, BULK),)
         for i in tl.static_range(ROWS):
             dz_rows += (load_tile(dz, dz_shape, dz_strides, n, h0 + i, w0, k0, BLOCK_H, BLOCK_W, BLOCK_K, DZ_VECTOR,
-                                  DZ_BULK),)
+                                  DZ_BULK, PRECISION == "tf32"),)
         # one accumulator after the other: products that alternate between them wait for each other
         for i in tl.static_range(ROWS):
             top = mma(dz_rows[i].T, x_rows[i], top, PRECISION)

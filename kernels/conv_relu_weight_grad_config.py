@@ -79,19 +79,22 @@ def _heuristic(dz: torch.Tensor, x: torch.Tensor) -> WeightGradConfig:
     if _launch.dot_precision(dz.dtype) == "ieee":
         return WeightGradConfig("pointer", min(32, block_k), min(32, block_c), 16, block_h=2, num_stages=2)
     block_h, block_w, rows = _pixels(dz.shape[3])
-    if wide:
+    if wide and _launch.architecture() >= 100:
+        # each operand gets a transposed copy in shared memory, and Triton 3.6 fails to compile boxes of several rows
+        block_h, block_w, rows = 1, 32, 1
+    elif wide:
         block_w //= 2
     bulk = WeightGradConfig("bulk", 128 if c_out >= 128 else 64, block_c, block_w, block_h)
     if why_not(bulk, dz, x) is not None or _launch.architecture() >= 110:  # the latter have 99 KiB of shared memory
         if _launch.vector_width(x) * x.element_size() < 4:  # loaded through registers, of which there are too few
             block_c = min(32, block_c)
-        return WeightGradConfig("pointer", block_k, block_c, 16, block_h=2 if wide else 4, num_warps=8)
+        num_warps = 8 if block_k * block_c >= 4096 else 4
+        return WeightGradConfig("pointer", block_k, block_c, 16, block_h=2 if wide else 4, num_warps=num_warps)
     rows = min(rows, 4 if c_out < 128 and block_c <= 32 else 2)
-    if wide and _launch.architecture() >= 100:  # every operand gets a transposed copy in shared memory there
-        rows = 1
     if c_out < 128:  # half the shared memory of a multiprocessor: chained products drain, and a second program fills in
         return dataclasses.replace(bulk, rows=rows, num_stages=2 if rows > 1 else 3)
-    return dataclasses.replace(bulk, rows=rows, num_warps=8, num_stages=3 if rows > 1 or wide else 4)
+    num_warps = 4 if _launch.architecture() >= 100 else 8  # Blackwell keeps the sums in tensor memory, not in registers
+    return dataclasses.replace(bulk, rows=rows, num_warps=num_warps, num_stages=3 if rows > 1 or wide else 4)
 
 
 def _pixels(w: int) -> tuple[int, int, int]:
@@ -109,7 +112,7 @@ def choose_splits(dz: torch.Tensor, c_in: int, channels: int, config: WeightGrad
     The fp32 workspace of splits · C_out · 9 · ``channels`` elements stays below 64 MiB, or holds a single split.
     """
     programs, tiles = config.programs(dz.shape[1], c_in), config.tiles(dz)
-    resident = 8 // config.num_warps if config.variant == "bulk" else 3
+    resident = (1 if config.block_k >= 128 else 2) if config.variant == "bulk" else 3  # programs on a multiprocessor
     multiprocessors = resident * _MULTIPROCESSORS.get(_launch.architecture(), 132)
     fewest = triton.cdiv(2 * multiprocessors, programs)
     most = max(1, min(tiles, _WORKSPACE // (4 * 9 * channels * dz.shape[1])))

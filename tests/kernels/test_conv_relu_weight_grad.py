@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from fastunet.kernels import _launch
+from fastunet.kernels import _launch, conv_relu_weight_grad_bias
 from fastunet.kernels.conv_relu_weight_grad import weight_grad
 from fastunet.kernels.conv_relu_weight_grad_config import WeightGradConfig, choose_config, choose_splits, why_not
 
@@ -165,3 +165,13 @@ def test_tiles_that_cannot_run_are_refused(device):
         assert "compute capability 9.0" in why_not(ROWS, dz, dz)
     with pytest.raises(ValueError, match="'first' cannot run here: 9 taps of 8 channels"):
         weight_grad(*torch.zeros(2, 1, 8, 4, 4, device=device), None, 1, True, FIRST)
+
+
+@pytest.mark.parametrize("c_out", [24, 160])
+def test_bias_of_shares_of_several_steps(c_out, device, monkeypatch):
+    """Three programs for all pixels, so that each takes several steps and the last one ends early."""
+    monkeypatch.setattr(conv_relu_weight_grad_bias, "_PROGRAMS", 3)
+    torch.manual_seed(0)
+    dz = torch.randn(2, c_out, 35, 21, device=device).contiguous(memory_format=torch.channels_last)
+    actual = conv_relu_weight_grad_bias.bias_grad(dz)
+    assert_within_budget(actual, dz.sum((0, 2, 3)), dz.double().sum((0, 2, 3)), "db")
