@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -35,6 +36,32 @@ def test_two_processes_equal_one(loss, phantoms, tmp_path):  # noqa: F811
         assert (weight - others[name]).abs().max() <= 1e-4, name
     learned = float(expected[0]["train_loss"]) - float(expected[1]["train_loss"])
     assert learned > 0.01, "only a network that changes shows whether the gradients agree"
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only Linux lists a process's threads there")
+def test_the_group_and_its_threads_end_together(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(THREADS)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*torchrun, script], capture_output=True, text=True, timeout=120, check=True)
+    assert sorted(done.stdout.split()) == ["0:True:False", "1:True:False"]
+
+
+THREADS = """
+import pathlib
+import torch
+from fastunet.training.distributed import process_group
+
+def gloo():
+    return any("gloo" in path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm"))
+
+with process_group("cpu") as processes:
+    weight = torch.nn.Parameter(torch.ones(1000))
+    torch.optim.Adam([weight]).zero_grad()  # imports what remembers the group it finds
+    processes.sum(weight.detach())
+    during = gloo()
+print(f"{processes.rank}:{during}:{gloo()}")
+"""
 
 
 def read_log(folder) -> list[dict[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -60,6 +61,10 @@ def process_group(device: str) -> Iterator[Processes]:
     if chosen.type == "cuda" and chosen.index is None:
         chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(chosen)
+    # Its functions take the group there is when they are defined as a default argument. Imported later (an optimiser
+    # imports it), they would keep the group alive, and gloo's threads with it: one that lets go of a tensor while the
+    # interpreter shuts down aborts the process.
+    importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield Processes(rank, world, chosen)
