@@ -42,29 +42,29 @@ def sums(
         then ``sum(-w_t t log p)``, ``sum(w_t t)`` and the number of labels out of range.
     """
     n, c, pixel_count = logits.shape
-    k, hard, rows = max(c, 2), targets.ndim == 2, 4 if cross_entropy else 3
+    k, rows = max(c, 2), 4 if cross_entropy else 3
+    numbers = _class_numbers(logits)
     # Of each class: I, P, T and, if wanted, sum(t log p).
     totals = torch.zeros(4, n, k, dtype=torch.float64, device=logits.device)
     ignored = torch.zeros(n, dtype=torch.float64, device=logits.device)
     for samples, pixels, block in _chunks(logits, 4):
         product, p, t, log_p = block.unbind()
-        ignored[samples] += _fill_memberships(t, targets[samples, ..., pixels], ignore_index)
+        left_out, complete = _fill_memberships(t, targets[samples, ..., pixels], numbers, ignore_index)
+        ignored[samples] += left_out
         z = _classes(log_p, logits[samples, :, pixels])
         if cross_entropy:
             # exp2 is vectorised in PyTorch where exp is not, and takes a third of its time.
             torch.mul(torch.log_softmax(z, 1, out=log_p), _LOG2_E, out=p).exp2_()
-        else:
-            torch.softmax(z, 1, out=p)
-        torch.mul(p, t, out=product)
-        if cross_entropy:
             # 0 · -inf, a class that is impossible and not true, is 0. NaN logits still show: in P.
             log_p.mul_(t).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
-        found = block[:rows].sum(-1)
-        if hard and _some_count_nowhere(found[2], t):
-            found[1] = p.mul_(t.sum(1, keepdim=True)).sum(-1)
-        totals[:rows, samples].add_(found)
+        else:
+            torch.softmax(z, 1, out=p)
+        if not complete:
+            p *= t.sum(1, keepdim=True)
+        torch.mul(p, t, out=product)
+        totals[:rows, samples].add_(block[:rows].sum(-1))
     weights = totals.new_ones(k) if class_weights is None else class_weights.double()
-    wrong = pixel_count - totals[2].sum(1) - ignored if hard else torch.zeros_like(ignored)
+    wrong = pixel_count - totals[2].sum(1) - ignored if targets.ndim == 2 else torch.zeros_like(ignored)
     scalars = torch.stack([-(totals[3] * weights).sum(1), (totals[2] * weights).sum(1), wrong], 1)
     return torch.cat([*totals[:3, :, k - c :], scalars], 1).to(sum_dtype(logits))
 
@@ -95,18 +95,18 @@ def sums_grad(
     grad_nll = grad[:, 3 * c, None, None]
     if class_weights is not None:
         grad_nll = grad_nll * class_weights.to(grad.dtype)[:, None]
-    result = torch.empty_like(logits)
+    result, numbers = torch.empty_like(logits), _class_numbers(logits)
     for samples, pixels, block in _chunks(logits, 3):
         h, p, t = block.unbind()
-        _fill_memberships(t, targets[samples, ..., pixels], ignore_index)
+        _, complete = _fill_memberships(t, targets[samples, ..., pixels], numbers, ignore_index)
         torch.softmax(_classes(h, logits[samples, :, pixels]), 1, out=p)
-        if targets.ndim == 2 and _some_count_nowhere(t, t):
+        if not complete:
             p *= t.sum(1, keepdim=True)
         torch.mul(t, grad_i[samples], out=h).add_(grad_p[samples]).mul_(p)
         if cross_entropy:
             h -= t.mul_(grad_nll[samples])
-        out = result[samples, :, pixels]
-        torch.addcmul(h[:, k - c :], p[:, k - c :], h.sum(1, keepdim=True), value=-1, out=out)
+        dz = result[samples, :, pixels]
+        torch.addcmul(h[:, k - c :], p[:, k - c :], h.sum(1, keepdim=True), value=-1, out=dz)
     return result
 
 
@@ -157,7 +157,7 @@ def _chunks(logits: torch.Tensor, buffers: int) -> Iterator[tuple[slice, slice, 
     n, c, s = logits.shape
     k = max(c, 2)
     most = max(1, _CHUNK_BYTES * torch.get_num_threads() // (4 * k))
-    chunk = -(-s // max(1, -(-s // most)))
+    chunk = max(1, -(-s // max(1, -(-s // most))))
     images = max(1, min(n, most // max(1, s)))
     memory = torch.empty(buffers * images * k * chunk, dtype=sum_dtype(logits), device=logits.device)
     for sample in range(0, n, images):
@@ -168,31 +168,33 @@ def _chunks(logits: torch.Tensor, buffers: int) -> Iterator[tuple[slice, slice, 
             yield slice(sample, sample + count), slice(start, start + size), block
 
 
-def _fill_memberships(t: torch.Tensor, targets: torch.Tensor, ignore_index: int | None) -> torch.Tensor | int:
+def _class_numbers(logits: torch.Tensor) -> torch.Tensor:
+    """(K, 1), in the dtype of the sums."""
+    return torch.arange(max(logits.shape[1], 2), dtype=sum_dtype(logits), device=logits.device)[:, None]
+
+
+def _fill_memberships(
+    t: torch.Tensor, targets: torch.Tensor, numbers: torch.Tensor, ignore_index: int | None
+) -> tuple[torch.Tensor | int, bool]:
     """Writes the (N, K, chunk) memberships of a chunk's targets, 0 where a pixel counts nowhere.
 
     Returns:
-        The number of ignored pixels of each sample.
+        The number of ignored pixels of each sample, and whether every pixel counts (on a GPU, where asking would wait,
+        False for labels).
     """
-    k = t.shape[1]
     if targets.ndim == 3:
-        t[:, k - targets.shape[1] :] = targets
-        if targets.shape[1] < k:
+        t[:, t.shape[1] - targets.shape[1] :] = targets
+        if targets.shape[1] < t.shape[1]:
             torch.sub(1, t[:, 1], out=t[:, 0])
-        return 0
+        return 0, True
     labels, ignored = targets.to(t.dtype), 0
     if ignore_index is not None:
         at = targets == ignore_index
         ignored = at.sum(1)
         labels = labels.masked_fill(at, -1)
     # Comparing floats into floats is vectorised; comparing integers into booleans takes five times as long.
-    torch.eq(labels[:, None], torch.arange(k, dtype=t.dtype, device=t.device)[:, None], out=t)
-    return ignored
-
-
-def _some_count_nowhere(memberships: torch.Tensor, t: torch.Tensor) -> bool:
-    """Whether the sum of ``memberships`` is less than the pixels of ``t``; on a GPU, where asking waits, always True."""
-    return t.is_cuda or memberships.sum().item() < t.shape[0] * t.shape[2]
+    torch.eq(labels[:, None], numbers, out=t)
+    return ignored, not t.is_cuda and labels.min().item() >= 0 and labels.max().item() < len(numbers)
 
 
 def _classes(memory: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
