@@ -16,7 +16,7 @@ NONE_WRONG = -(2**31)
 """Stands for "no value is out of range" in :func:`confusion`."""
 
 _CHUNK_BYTES = 1024 * 1024
-"""Of a chunk's probabilities, per thread. Smaller chunks spend more on starting operations than their cache saves."""
+"""Of a chunk's probabilities, for two threads. Smaller chunks spend more on starting operations than caches save."""
 
 _LOG2_E = 1 / math.log(2)
 
@@ -156,7 +156,7 @@ def _chunks(logits: torch.Tensor, buffers: int) -> Iterator[tuple[slice, slice, 
     """
     n, c, s = logits.shape
     k = max(c, 2)
-    most = max(1, _CHUNK_BYTES * torch.get_num_threads() // (4 * k))
+    most = max(1, _CHUNK_BYTES * max(1, torch.get_num_threads() // 2) // (4 * k))
     chunk = max(1, -(-s // max(1, -(-s // most))))
     images = max(1, min(n, most // max(1, s)))
     memory = torch.empty(buffers * images * k * chunk, dtype=sum_dtype(logits), device=logits.device)
