@@ -7,9 +7,9 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
-from fastunet.kernels import _launch
 
 from fastunet.kernel_table import distinct, uses
+from fastunet.kernels import _launch
 from fastunet.machine_code import compile_launch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

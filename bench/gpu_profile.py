@@ -1,13 +1,15 @@
 """The kernel timeline of a training step and of inference: ``python -m bench.gpu_profile --preset brats --out DIR``.
 
-Writes ``timeline-<preset>.json`` (open it in Perfetto), ``kernels-<preset>.json`` (time by kernel) and
-``expensive-<preset>.txt`` (the names of the ten most expensive kernels, for Nsight Compute).
+Writes ``timeline-<preset>.json`` (open it in Perfetto), ``kernels-<preset>.json`` (time by kernel),
+``expensive-<preset>.txt`` (the names of the ten most expensive kernels, for Nsight Compute) and
+``processor-<preset>.json`` (the processor's time for the launches of a step).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from fastunet.functional.dice import dice_cross_entropy
 
 SIZES = {"brats": (16, 240), "isbi": (2, 572)}
 """Images and pixels a side."""
+SMALL = {"brats": (1, 64), "isbi": (1, 188)}
+"""The same where the GPU has so little to do that the processor sets the pace."""
 
 
 def workload(preset: str, device: str = "cuda", images: int = 0, size: int = 0, **options) -> Callable[[], None]:
@@ -49,6 +53,18 @@ def kernel_times(profiler: torch.profiler.profile) -> list[dict]:
     return sorted(rows, key=lambda row: -row["microseconds"])
 
 
+def processor_microseconds(run: Callable[[], None], synchronize: Callable[[], None], repeats: int = 20) -> float:
+    """What the processor takes to start all of ``run``, on a device that keeps up."""
+    run()
+    synchronize()
+    started = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    elapsed = time.perf_counter() - started
+    synchronize()
+    return elapsed / repeats * 1e6
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_profile", description=__doc__.splitlines()[0])
@@ -72,6 +88,11 @@ def main() -> None:
     (options.out / f"kernels-{options.preset}.json").write_text(json.dumps(rows, indent=1) + "\n")
     names = [row["kernel"] for row in rows if row["kernel"].isidentifier()][:10]
     (options.out / f"expensive-{options.preset}.txt").write_text("\n".join(names) + "\n")
+    launches = sum(row["calls"] for row in rows) // 3
+    host = processor_microseconds(workload(options.preset, "cuda", *SMALL[options.preset]), torch.cuda.synchronize)
+    (options.out / f"processor-{options.preset}.json").write_text(
+        json.dumps(dict(microseconds_a_step=host, launches=launches), indent=1) + "\n")  # fmt: skip
+    print(f"{host:10.1f} µs of the processor for {launches} launches of a step and a prediction, one small image")
     for row in rows[:10]:
         print(f"{row['microseconds'] / 3:10.1f} µs a step  {row['calls'] // 3:3d} calls  {row['kernel'][:80]}")
 

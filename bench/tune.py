@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastunet.kernels import _launch, _tuned
-from fastunet.kernels._tuned import Entry
 
 from bench import machine
 from fastunet import tuning
+from fastunet.kernels import _launch, _tuned
+from fastunet.kernels._tuned import Entry
 from fastunet.layers import CASES, Call, network_calls
 from fastunet.machine_code import compile_launch
 

@@ -48,14 +48,17 @@ def define(schema: str, *, torch_impl: Callable, triton_impl: str, fake: Callabl
     @functools.cache
     def load() -> Callable:
         launcher = getattr(importlib.import_module(f"fastunet.kernels.{module}"), function)
-        return importlib.import_module("fastunet.tuning").tunable(launcher)
+        searching = importlib.import_module("fastunet.tuning").tunable(launcher)
+        if searching is not launcher:
+            return searching
+        return importlib.import_module("fastunet.kernels._plan").planned(launcher)
 
     def implementation(*args):
         *operands, backend = args
         if backend == "torch":
             return torch_impl(*operands)
         device = next(a.device for a in operands if isinstance(a, torch.Tensor))
-        if device.type != "cuda":
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
             return load()(*operands)
         with torch.cuda.device(device):
             return load()(*operands)
@@ -111,6 +114,7 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     return _why_not_cuda(device.index if device.index is not None else torch.cuda.current_device())
 
 
+@functools.cache
 def _why_not_cuda(index: int) -> str | None:
     major, minor = torch.cuda.get_device_capability(index)
     if major < 8:

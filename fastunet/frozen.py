@@ -6,6 +6,7 @@ multiplies by weights packed once. Where neither applies it runs the model as it
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ class FrozenUNet:
     Args:
         model: the network; it is not copied, and not switched to evaluation mode.
         graphs: how many input shapes keep a CUDA graph; the least recently used is dropped. Each keeps the memory of
-            one forward pass.
+            one forward pass. Under autocast a copy of the model in its dtype is kept, too.
     """
 
     def __init__(self, model: UNet, graphs: int = 8):
@@ -41,6 +42,7 @@ class FrozenUNet:
         """Forgets everything prepared; the next call prepares it again."""
         self._state = self._fingerprint()
         self._packed: frozen_cpu.PackedNetwork | None = None
+        self._casts: dict[torch.dtype, FrozenUNet] = {}
         self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -62,23 +64,32 @@ class FrozenUNet:
         height, width = self.model._check(x)
         if self._fingerprint() != self._state:
             self.refresh()
+        weight = self.model.head.weight
+        if torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            with torch.autocast(x.device.type, enabled=False):
+                return self._cast(dtype)._infer(x.to(dtype), output)
         if x.is_cuda and x.numel() and not torch.cuda.is_current_stream_capturing():
             return self._replay(x, output)
-        same_dtype = x.dtype == self.model.head.weight.dtype
-        if self.model.backend == "triton" or not (same_dtype and frozen_cpu.packable(x)) or _autocast(x):
+        if self.model.backend == "triton" or x.dtype != weight.dtype or not frozen_cpu.packable(x):
             return self.model._run(x, output)
         x = self.model._pad(x)
         if self._packed is None:
             self._packed = frozen_cpu.PackedNetwork(self.model, *x.shape[2:])
         return self._packed.run(x, output)[..., :height, :width]
 
+    def _cast(self, dtype: torch.dtype) -> FrozenUNet:
+        """The network with its weights cast once to what autocast would cast them to in each call."""
+        if dtype not in self._casts:
+            self._casts[dtype] = FrozenUNet(copy.deepcopy(self.model).requires_grad_(False).to(dtype), self.graphs)
+        return self._casts[dtype]
+
     def _fingerprint(self) -> tuple:
         """What changes when a parameter is written in place or replaced, and nothing that needs the device."""
         return tuple((p.data_ptr(), p._version, p.dtype) for p in self.model.parameters())
 
     def _replay(self, x: torch.Tensor, output: str) -> torch.Tensor:
-        autocast = torch.get_autocast_dtype("cuda") if _autocast(x) else None
-        key = x.shape, x.dtype, x.device, output, autocast
+        key = x.shape, x.dtype, x.device, output
         if key not in self._graphs:
             while len(self._graphs) >= self.graphs:
                 self._graphs.popitem(last=False)
@@ -107,7 +118,3 @@ class _Graph:
         self.input.copy_(x)
         self.graph.replay()
         return self.output.clone()
-
-
-def _autocast(x: torch.Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type)

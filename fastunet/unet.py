@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from fastunet import reference
 from fastunet.dispatch import BACKENDS
 from fastunet.frozen import FrozenUNet
+from fastunet.functional._layout import nhwc
 from fastunet.functional.blocks import conv_block, decoder_block, decoder_block_head, encoder_block
 from fastunet.functional.segmentation_head import head_of_network
 
@@ -75,7 +76,7 @@ class UNet(reference.UNet):
 
     def _run(self, x: torch.Tensor, output: str) -> torch.Tensor:
         height, width = self._check(x)
-        x = self._pad(x)
+        x = nhwc(self._pad(x))  # once, not in each operator that reads it
         padding, up, backend = self.architecture.padding, self.architecture.up, self.backend
         skips = []
         for encoder in self.encoders:

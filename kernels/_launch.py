@@ -8,6 +8,7 @@ Activations are logical NCHW tensors in ``channels_last`` memory, so that kernel
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,15 @@ class Launch:
     architecture: int
 
 
+@dataclass(frozen=True)
+class Started:
+    """A launch that was made: the compiled kernel, its grid, and every argument in the order of its signature."""
+
+    compiled: Any
+    grid: tuple[int, ...]
+    arguments: list[Any]
+
+
 @dataclass
 class _State:
     records: list[Launch] | None = None
@@ -42,6 +52,7 @@ class _State:
 
 
 _state = _State()
+_thread = threading.local()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], /, *args: Any, num_warps: int = 4, num_stages: int = 3, **kwargs: Any):
@@ -53,7 +64,25 @@ def launch(kernel: Any, grid: tuple[int, ...], /, *args: Any, num_warps: int = 4
         _state.records.append(Launch(kernel, grid, bound, num_warps, num_stages, architecture()))
         return
     # stated, because Triton 3.10 turns off by default the fusion of multiplication and addition that 3.9 has on
-    kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True, **kwargs)
+    compiled = kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True, **kwargs)
+    started = getattr(_thread, "started", None)
+    if started is not None:
+        started.append(Started(compiled, grid, [*args, *(kwargs[name] for name in kernel.arg_names[len(args) :])]))
+
+
+@contextlib.contextmanager
+def tracing() -> Iterator[list[Started]]:
+    """Collects this thread's launches while they are made."""
+    _thread.started = started = []
+    try:
+        yield started
+    finally:
+        _thread.started = None
+
+
+def observed() -> bool:
+    """Whether launches are interpreted, recorded or poisoned: not to be repeated without their launchers."""
+    return INTERPRETED or _state.records is not None or _state.architecture is not None or _state.poison
 
 
 @contextlib.contextmanager
@@ -130,6 +159,16 @@ def image_descriptor(x: torch.Tensor, box: tuple[int, int, int, int]) -> TensorD
 def matrix_descriptor(x: torch.Tensor, box: tuple[int, int]) -> TensorDescriptor:
     """A bulk-copy descriptor of a contiguous matrix."""
     return TensorDescriptor(x, list(x.shape), [x.shape[1], 1], list(box))
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up; Triton's own takes microseconds, being made for compile-time values too."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is at least ``n`` >= 1."""
+    return 1 << (n - 1).bit_length()
 
 
 def bulk_copy_fits(x: torch.Tensor) -> bool:

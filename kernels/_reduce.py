@@ -47,7 +47,7 @@ def sum_splits(partial: torch.Tensor, dtype: torch.dtype, taps_last: bool = Fals
     block_s = 4 if splits <= 8 else 32
     block_m = _TILE // block_s
     _launch.launch(
-        sum_splits_kernel, (triton.cdiv(out.numel(), block_m),), partial, out, splits, out.numel(), columns,
+        sum_splits_kernel, (_launch.cdiv(out.numel(), block_m),), partial, out, splits, out.numel(), columns,
         TAPS=taps, BLOCK_S=block_s, BLOCK_M=block_m,
     )  # fmt: skip
     return out

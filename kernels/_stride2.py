@@ -213,7 +213,7 @@ def bulk_copies_fit(*images: torch.Tensor) -> bool:
 def key_of(x: torch.Tensor, c_out: int, side: int) -> tuple:
     """What a committed configuration is found by: sizes rounded up to powers of two, so that layers share rows."""
     sizes = (*x.shape, c_out)
-    return (side, *map(triton.next_power_of_2, sizes), x.dtype, _launch.dot_precision(x.dtype))
+    return (side, *map(_launch.next_power_of_2, sizes), x.dtype, _launch.dot_precision(x.dtype))
 
 
 def choose_forward_config(x: torch.Tensor, c_out: int, side: int) -> Stride2Config:
@@ -252,7 +252,8 @@ def _forward_heuristic(x: torch.Tensor, c_out: int, side: int, fits: bool) -> St
 
 def _data_grad_heuristic(x: torch.Tensor, c_out: int, side: int, fits: bool) -> Stride2Config:
     wide, ieee = x.element_size() == 4, _launch.dot_precision(x.dtype) == "ieee"
-    block_c = next((b for b in (64, 32, 16) if c_out % b == 0), 0) // (2 if wide else 1)
+    # a divisor of C_out, 128 bytes at most, and 16 at least, which products need
+    block_c = next((b for b in ((32, 16) if wide else (64, 32, 16)) if c_out % b == 0), 0)
     bulk = fits and block_c > 0
     if ieee:
         return Stride2Config(4, 16, 64, min(block_c, 16) if bulk else 16, 8, 2, bulk)
@@ -273,8 +274,8 @@ def forward(
     y = _launch.empty_image((n, c_out, 2 * h, 2 * w), x.dtype, x.device)
     x, target = (stack_images(x), stack_images(y)) if side == 2 else (x, y)
     n, h = x.shape[0], x.shape[2]
-    tiles_h, tiles_w = triton.cdiv(h, config.block_h), triton.cdiv(w, config.block_w)
-    blocks_m = triton.cdiv(2 * c_out, config.block_m)
+    tiles_h, tiles_w = _launch.cdiv(h, config.block_h), _launch.cdiv(w, config.block_w)
+    blocks_m = _launch.cdiv(2 * c_out, config.block_m)
     _launch.launch(
         stride2_forward_kernel, (n * tiles_h * tiles_w * blocks_m,),
         phase_view(x, 1, config, config.block_c), row_view(k.view(-1, c_in), config), bias,
@@ -297,8 +298,8 @@ def data_grad(
     else:
         target = dx
     n, _, h, w = x.shape
-    tiles_h, tiles_w = triton.cdiv(h, config.block_h), triton.cdiv(w, config.block_w)
-    blocks_m = triton.cdiv(c_in, config.block_m)
+    tiles_h, tiles_w = _launch.cdiv(h, config.block_h), _launch.cdiv(w, config.block_w)
+    blocks_m = _launch.cdiv(c_in, config.block_m)
     _launch.launch(
         stride2_data_grad_kernel, (n * tiles_h * tiles_w * blocks_m,),
         phase_view(dy, 2, config, config.block_c), row_view(k.view(-1, c_out), config),

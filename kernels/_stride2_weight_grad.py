@@ -147,24 +147,24 @@ def partial_sums(
     if side == 2:
         dy, x = stack_images(dy), stack_images(x)
     n, _, h, w = x.shape
-    tiles_h, tiles_w = triton.cdiv(h, config.block_h), triton.cdiv(w, config.block_w)
+    tiles_h, tiles_w = _launch.cdiv(h, config.block_h), _launch.cdiv(w, config.block_w)
     tiles = n * tiles_h * tiles_w
-    blocks_in, blocks_out = triton.cdiv(c_in, config.block_in), triton.cdiv(c_out, config.block_out)
+    blocks_in, blocks_out = _launch.cdiv(c_in, config.block_in), _launch.cdiv(c_out, config.block_out)
     programs = side * blocks_in * blocks_out
-    tiles_a_split = max(1, triton.cdiv(tiles, max(1, _PROGRAMS // programs)))
-    splits = triton.cdiv(tiles, tiles_a_split)
+    tiles_a_split = max(1, _launch.cdiv(tiles, max(1, _PROGRAMS // programs)))
+    splits = _launch.cdiv(tiles, tiles_a_split)
     rows = 2 * n * h * w
     taps, (first, last) = side * side, (c_in, c_out) if in_first else (c_out, c_in)
     partial = _launch.empty((splits, first, taps, last), torch.float32, x.device)
     partial_bias = _launch.empty((2 * splits, c_out), torch.float32, x.device) if has_bias else None
     stride_in, stride_out = (taps * c_out, 1) if in_first else (1, taps * c_in)
     x_bulk = config.bulk and x.element_size() == 4
-    bias_programs = triton.cdiv(2 * c_out, _BLOCK_Q) if has_bias else 0
+    bias_programs = _launch.cdiv(2 * c_out, _BLOCK_Q) if has_bias else 0
     _launch.launch(
         stride2_weight_grad_kernel, (programs + bias_programs, splits),
         phase_view(x, 1, config, config.block_in) if x_bulk else x, phase_view(dy, 2, config, config.block_out), dy,
         partial, partial_bias if has_bias else partial, h, w, c_in, c_out, tiles_h, tiles_w, tiles, tiles_a_split,
-        rows, triton.cdiv(rows, max(1, splits)), blocks_in, blocks_out, stride_in, stride_out, last,
+        rows, _launch.cdiv(rows, max(1, splits)), blocks_in, blocks_out, stride_in, stride_out, last,
         SIDE=side, PRECISION=_launch.dot_precision(dy.dtype),
         BLOCK_H=config.block_h, BLOCK_W=config.block_w, BLOCK_IN=config.block_in, BLOCK_OUT=config.block_out,
         BLOCK_Q=_BLOCK_Q, BULK=config.bulk, X_BULK=x_bulk, num_warps=config.num_warps, num_stages=config.num_stages,

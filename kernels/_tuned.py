@@ -168,6 +168,11 @@ def forcing(entry: Entry, config: Any) -> Iterator[None]:
         _state.forced = previous
 
 
+def observed() -> bool:
+    """Whether choices are collected, forced or those of another GPU."""
+    return _state.asked is not None or bool(_state.forced) or _state.told is not None
+
+
 def _slug() -> str | None:
     if _state.told is not None:
         return _state.told

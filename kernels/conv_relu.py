@@ -14,6 +14,7 @@ import torch
 
 from . import _launch
 from .conv_relu_box import launch_box, launch_box_head
+from .conv_relu_box_split import launch_box_split
 from .conv_relu_config import ConvConfig, Convolution, Head, choose_config, why_not
 from .conv_relu_first import launch_first
 from .conv_relu_pointer import launch_pointer, launch_pointer_head
@@ -103,7 +104,8 @@ def _forward_convolution(x, skip, weight, bias, pad: int, relu: bool) -> Convolu
 def _run(conv: Convolution, y: torch.Tensor, pooled: torch.Tensor | None, config: ConvConfig | None) -> torch.Tensor:
     if y.numel():
         config = _checked(config, conv, 0) if config else choose_config(conv, pool=pooled is not None)
-        _LAUNCH[config.variant](conv, y, pooled, config)
+        run = launch_box_split if config.splits > 1 else _LAUNCH[config.variant]
+        run(conv, y, pooled, config)
     return y
 
 

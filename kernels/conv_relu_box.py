@@ -17,11 +17,15 @@ from .conv_relu_epilogue import bias_relu, head_store, max_of_pairs
 
 
 @triton.jit
-def add_box_source(acc, x_desc, weight_desc, C, n0, h0, w0, k0, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
-                   BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):
-    """Adds 9 taps and C channels to ``acc``; (h0, w0) is the input pixel of tap (0, 0) of the first output."""
+def add_box_source(acc, x_desc, weight_desc, first, last, n0, h0, w0, k0, BLOCK_N: tl.constexpr,
+                   BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
+                   PRECISION: tl.constexpr):
+    """Adds steps ``first`` to ``last``, excluded, to ``acc``: 9 taps of the first BLOCK_C channels, of the next, …
+
+    (h0, w0) is the input pixel of tap (0, 0) of the first output.
+    """
     BLOCK_K: tl.constexpr = acc.shape[0]
-    for i in tl.range(0, 9 * tl.cdiv(C, BLOCK_C), num_stages=STAGES):
+    for i in tl.range(first, last, num_stages=STAGES):
         tap = i % 9
         c = i // 9 * BLOCK_C
         x = x_desc.load([n0, h0 + tap // 3, w0 + tap % 3, c])
@@ -37,10 +41,10 @@ def accumulate_boxes(x_desc, x_weight_desc, x_channels, skip_desc, skip_weight_d
     """The sums of one tile over the skip, if any, then over x: two loops, for a choice inside one is not pipelined."""
     acc = tl.zeros((BLOCK_K, BLOCK_N * BLOCK_H * BLOCK_W), tl.float32)
     if skip_desc is not None:
-        acc = add_box_source(acc, skip_desc, skip_weight_desc, skip_channels, n0, h0 - offset[0],
-                             w0 - offset[1], k0, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_C, STAGES, PRECISION)
-    return add_box_source(acc, x_desc, x_weight_desc, x_channels, n0, h0 - offset[0], w0 - offset[1], k0,
-                          BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_C, STAGES, PRECISION)
+        acc = add_box_source(acc, skip_desc, skip_weight_desc, 0, 9 * tl.cdiv(skip_channels, BLOCK_C), n0,
+                             h0 - offset[0], w0 - offset[1], k0, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_C, STAGES, PRECISION)
+    return add_box_source(acc, x_desc, x_weight_desc, 0, 9 * tl.cdiv(x_channels, BLOCK_C), n0, h0 - offset[0],
+                          w0 - offset[1], k0, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_C, STAGES, PRECISION)
 
 
 @triton.jit(do_not_specialize=["x_channels", "skip_channels", "offset", "C_out", "tiles"])
@@ -99,17 +103,17 @@ def conv_relu_box_head_kernel(x_desc, x_weight_desc, x_channels, skip_desc, skip
                (n < N) & (h < H) & (w < W), offs_k, C_out, NUM_CLASSES, BLOCK_CLASSES, OUTPUT, PRECISION)
 
 
-def _tiles(conv: Convolution, config: ConvConfig) -> tuple[int, tuple[int, int, int]]:
+def box_tiles(conv: Convolution, config: ConvConfig) -> tuple[int, tuple[int, int, int]]:
     """The number of programs, and the tiles along output rows, columns and channels."""
     h, w = conv.out_size
-    tiles = triton.cdiv(h, config.block_h), triton.cdiv(w, config.block_w), triton.cdiv(conv.c_out, config.block_k)
-    return triton.cdiv(conv.batch, config.block_n) * tiles[0] * tiles[1] * tiles[2], tiles
+    tiles = _launch.cdiv(h, config.block_h), _launch.cdiv(w, config.block_w), _launch.cdiv(conv.c_out, config.block_k)
+    return _launch.cdiv(conv.batch, config.block_n) * tiles[0] * tiles[1] * tiles[2], tiles
 
 
 def launch_box(conv: Convolution, y, pooled, config: ConvConfig) -> None:
     """Writes the convolution to ``y``, and its 2×2 max-pool to ``pooled`` unless that is None."""
     n, h, w = config.block_n, config.block_h, config.block_w
-    programs, tiles = _tiles(conv, config)
+    programs, tiles = box_tiles(conv, config)
     box, half = (n, h, w, config.block_k), (n, h // 2, w // 2, config.block_k)
     _launch.launch(conv_relu_box_kernel, (programs,), *tap_sources(conv, (n, h, w, config.block_c), config.block_k),
                    conv.offset, conv.bias, None if conv.mask is None else image_boxes(conv.mask, box),
@@ -122,7 +126,7 @@ def launch_box(conv: Convolution, y, pooled, config: ConvConfig) -> None:
 def launch_box_head(conv: Convolution, head: Head, out, config: ConvConfig) -> None:
     """Writes the head's logits, probabilities or labels of the convolution to ``out``."""
     n, h, w = config.block_n, config.block_h, config.block_w
-    programs, tiles = _tiles(conv, config)
+    programs, tiles = box_tiles(conv, config)
     _launch.launch(conv_relu_box_head_kernel, (programs,),
                    *tap_sources(conv, (n, h, w, config.block_c), config.block_k), conv.offset, conv.bias, head.weight,
                    head.bias, out, (conv.batch, *conv.out_size, conv.c_out), tiles, RELU=conv.relu,

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import triton
 
-from . import _launch, _tuned
+from . import _launch, _tuned, _weights
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,9 @@ class Convolution:
 
     def taps(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weights (C_out, 9, C) of x and of the skip; views of one tensor, copied only if not in this order already."""
-        packed = self.weight.contiguous().view(self.c_out, 9, -1)
-        aligned = packed if packed.data_ptr() % 16 == 0 else packed.clone()  # views into a flat parameter may be off
-        return self.split(aligned)
+        # views into a flat parameter may be off the alignment of vector accesses
+        in_place = self.weight.is_contiguous() and (self.weight.is_meta or self.weight.data_ptr() % 16 == 0)
+        return self.split(self.weight.view(self.c_out, 9, -1) if in_place else _weights.forward_taps(self.weight))
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class Head:
     @property
     def block(self) -> int:
         """Classes padded to a side of a matrix product."""
-        return max(16, triton.next_power_of_2(self.classes))
+        return max(16, _launch.next_power_of_2(self.classes))
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class ConvConfig:
     """A variant and its tile: ``block_k`` output channels × (block_n · block_h · block_w) pixels, ``block_c`` a step.
 
     Variants: "pointer" and "first" flatten their pixels and use ``block_w`` alone; "box", "rows" and "two_rows" are
-    the bulk-copy kernels of the files of those names.
+    the bulk-copy kernels of the files of those names. ``splits`` > 1 shares out the sums of a box (``box_split``).
     """
 
     variant: str
@@ -92,6 +91,7 @@ class ConvConfig:
     block_c: int = 64
     num_warps: int = 4
     num_stages: int = 3
+    splits: int = 1
 
     @property
     def pixels(self) -> int:
@@ -99,6 +99,7 @@ class ConvConfig:
 
 
 _MULTIPROCESSORS = 132
+_MOST_SPLIT_ELEMENTS = 1 << 26
 _SHARED_KIB = {80: 163, 90: 227, 100: 227, 103: 227}
 """Shared memory of one program by architecture; 99 KiB on those not listed."""
 _BOXES = {
@@ -113,6 +114,10 @@ def why_not(config: ConvConfig, conv: Convolution, *, classes: int = 0) -> str |
     """Why ``config`` cannot run ``conv``, with a fused head where ``classes`` > 0; None if it can."""
     if classes and config.block_k < conv.c_out:
         return f"the fused head needs all {conv.c_out} channels in one tile of {config.block_k}"
+    if config.splits > 1:
+        size = conv.batch * conv.out_size[0] * conv.out_size[1] * conv.c_out
+        if config.variant != "box" or classes or config.splits > 9 or config.splits * size > _MOST_SPLIT_ELEMENTS:
+            return f"{config.splits} splits of a {config.variant}: at most 9, of a small map, without a head"
     if config.variant == "pointer":
         return None
     if config.variant == "first":
@@ -136,7 +141,7 @@ def choose_config(conv: Convolution, *, pool: bool = False, classes: int = 0) ->
     The key rounds every size up to a power of two, so that the layers of a network share few rows.
     """
     sizes = (conv.batch, *conv.out_size, *(conv.channels if conv.skip is not None else (0, *conv.channels)), conv.c_out)
-    buckets = tuple(triton.next_power_of_2(size) if size else 0 for size in sizes)
+    buckets = tuple(_launch.next_power_of_2(size) if size else 0 for size in sizes)
     precision = _launch.dot_precision(conv.x.dtype)
     key = (*buckets, conv.x.dtype, precision, conv.mask is not None, pool, classes > 0)
     return _tuned.choose("conv_relu", key, ConvConfig, lambda: next(_usable(conv, classes)),
@@ -147,7 +152,8 @@ def choose_config(conv: Convolution, *, pool: bool = False, classes: int = 0) ->
 def _usable(conv: Convolution, classes: int) -> Iterator[ConvConfig]:
     """One configuration or more of each variant that can run, the heuristic's choice first."""
     ieee = conv.x.dtype == torch.float32 and _launch.dot_precision(conv.x.dtype) == "ieee"
-    candidates = [_first(conv, ieee)] if ieee else [_first(conv, ieee), _two_rows(conv), _rows(conv), *_boxes(conv)]
+    boxes = _boxes(conv) if classes else [_split(conv, config) for config in _boxes(conv)]
+    candidates = [_first(conv, ieee)] if ieee else [_first(conv, ieee), _two_rows(conv), _rows(conv), *boxes]
     for config in candidates:
         if config is not None and why_not(config, conv, classes=classes) is None:
             yield config
@@ -156,13 +162,13 @@ def _usable(conv: Convolution, classes: int) -> Iterator[ConvConfig]:
 
 def _programs(conv: Convolution, config: ConvConfig) -> int:
     h, w = conv.out_size
-    tiles = triton.cdiv(h, config.block_h) * triton.cdiv(w, config.block_w) * triton.cdiv(conv.batch, config.block_n)
-    return tiles * triton.cdiv(conv.c_out, config.block_k)
+    tiles = _launch.cdiv(h, config.block_h) * _launch.cdiv(w, config.block_w) * _launch.cdiv(conv.batch, config.block_n)
+    return tiles * _launch.cdiv(conv.c_out, config.block_k)
 
 
 def _block_c(conv: Convolution, most: int) -> int:
     """Channels of one step: ``most`` bytes of a pixel, or the whole pixel where it is shorter."""
-    return max(16, min(most // conv.x.element_size(), triton.next_power_of_2(max(conv.channels))))
+    return max(16, min(most // conv.x.element_size(), _launch.next_power_of_2(max(conv.channels))))
 
 
 def _stages(stage_elements: int, conv: Convolution, most: int = 4) -> int:
@@ -176,7 +182,7 @@ def _first(conv: Convolution, ieee: bool) -> ConvConfig | None:
     if conv.x.shape[1] > 7:
         return None
     most, pixels = (32, 32) if ieee else (64, 128)
-    return ConvConfig("first", max(16, min(most, triton.next_power_of_2(conv.c_out))), pixels, num_stages=1)
+    return ConvConfig("first", max(16, min(most, _launch.next_power_of_2(conv.c_out))), pixels, num_stages=1)
 
 
 def _two_rows(conv: Convolution) -> ConvConfig | None:
@@ -185,7 +191,7 @@ def _two_rows(conv: Convolution) -> ConvConfig | None:
         return None
     block_c = _block_c(conv, 128)
     tall = ConvConfig("two_rows", 32, 16, 8, 1, block_c, 4, _stages((64 + 128) * block_c, conv))
-    if conv.batch * triton.cdiv(conv.out_size[0], 16) * triton.cdiv(conv.out_size[1], 16) >= 2 * _MULTIPROCESSORS:
+    if conv.batch * _launch.cdiv(conv.out_size[0], 16) * _launch.cdiv(conv.out_size[1], 16) >= 2 * _MULTIPROCESSORS:
         return tall
     return ConvConfig("two_rows", 32, 16, 4, 1, block_c, 4, tall.num_stages)
 
@@ -195,7 +201,7 @@ def _rows(conv: Convolution) -> ConvConfig | None:
     w = conv.out_size[1]
     block_k, block_c = (64 if conv.c_out <= 64 else 128), _block_c(conv, 128)
     config = ConvConfig("rows", block_k, 64, 4, 1, block_c, block_k // 16, 2)
-    wasteful = triton.cdiv(w, 64) * 64 > 1.3 * w or _programs(conv, config) < _MULTIPROCESSORS
+    wasteful = _launch.cdiv(w, 64) * 64 > 1.3 * w or _programs(conv, config) < _MULTIPROCESSORS
     fits = _stages((3 * block_k + 6 * 64) * block_c, conv) >= 2
     return None if conv.c_out > 128 or wasteful or not fits else config
 
@@ -207,7 +213,7 @@ def _boxes(conv: Convolution) -> list[ConvConfig]:
     configs = []
     for block_k, pixels, warps in ((128, 256, 8), (128, 128, 8), (64, 128, 4), (64, 64, 4)):
         # the later boxes read more halo for their pixels, so they must save a tenth of them
-        wasted = [1.1**i * triton.cdiv(conv.batch, n) * triton.cdiv(h, rows) * triton.cdiv(w, columns)
+        wasted = [1.1**i * _launch.cdiv(conv.batch, n) * _launch.cdiv(h, rows) * _launch.cdiv(w, columns)
                   for i, (n, rows, columns) in enumerate(_BOXES[pixels])]
         block_n, block_h, block_w = _BOXES[pixels][wasted.index(min(wasted))]
         stages = _stages((block_k + pixels) * block_c, conv)
@@ -217,9 +223,16 @@ def _boxes(conv: Convolution) -> list[ConvConfig]:
     return full or configs[-1:]
 
 
+def _split(conv: Convolution, config: ConvConfig) -> ConvConfig:
+    """``config`` with the sums of its few tiles shared out: one wave of programs, eight steps each at least."""
+    steps = sum(9 * _launch.cdiv(channels, config.block_c) for channels in conv.channels)
+    splits = min(9, _MULTIPROCESSORS // _programs(conv, config), steps // 8)
+    return dataclasses.replace(config, splits=splits) if splits > 1 else config
+
+
 def _pointer(conv: Convolution, classes: int, ieee: bool) -> ConvConfig:
     """Tiles that keep their addresses and masks in registers: ragged channels need one of each an element."""
-    k = max(16, triton.next_power_of_2(conv.c_out))
+    k = max(16, _launch.next_power_of_2(conv.c_out))
     wide = min(map(_launch.vector_width, conv.images)) * conv.x.element_size() == 16
     block_c = 64 // conv.x.element_size()
     if ieee:  # without matrix instructions: every thread holds rows of both operands

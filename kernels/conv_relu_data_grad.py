@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 
 from . import _launch
+from ._weights import backward_taps
 from .conv_relu import convolve
 from .conv_relu_config import ConvConfig
 
@@ -45,7 +46,7 @@ def data_grad(
             f"conv_relu data gradient: dz {tuple(dz.shape)} and weight {tuple(weight.shape)} do not fit x "
             f"{tuple(x.shape)}, {c_skip} skip channels and padding {pad}"
         )
-    packed = weight.flip((2, 3)).permute(1, 2, 3, 0).contiguous()
+    packed = backward_taps(weight)
     dz = _launch.channels_last(dz)
     offset = 2 - pad
     dx = convolve(dz, packed[c_skip:], (h, w), offset, offset, mask=x if mask_x else None, config=config)

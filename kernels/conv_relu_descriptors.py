@@ -35,15 +35,3 @@ def tap_sources(conv: Convolution, box: tuple[int, int, int, int], block_k: int)
             taps = matrix_boxes(weight.transpose(0, 1), (1, block_k, box[3]))
             args += [image_boxes(image, box), taps, image.shape[1]]
     return tuple(args)
-
-
-def stack_rows(weight: torch.Tensor, block_k: int) -> torch.Tensor:
-    """Weights (C_out, 3, 3, C) as (3 columns, 3 kernel rows of block_k channels, C), zero from C_out to block_k.
-
-    2 * block_k rows from (j - 1) * block_k are the taps of kernel rows j - 1 and j; out of the range they read as zero.
-    """
-    c_out, _, _, c = weight.shape
-    by_column = weight.permute(2, 1, 0, 3)
-    if c_out < block_k:
-        by_column = torch.nn.functional.pad(by_column, (0, 0, 0, block_k - c_out))
-    return by_column.contiguous().view(3, 3 * block_k, c)

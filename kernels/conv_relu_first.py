@@ -51,10 +51,10 @@ def launch_first(conv: Convolution, y, pooled, config: ConvConfig) -> None:
     """Writes the convolution of one source without a mask to ``y``, and its 2×2 max-pool to ``pooled`` unless None."""
     n, c_out, h, w = y.shape
     c_in = conv.x.shape[1]
-    pixels = n * h * w if pooled is None else n * triton.cdiv(h, 2) * triton.cdiv(w, 2) * 4
-    grid = (triton.cdiv(pixels, config.pixels) * triton.cdiv(c_out, config.block_k),)
+    pixels = n * h * w if pooled is None else n * _launch.cdiv(h, 2) * _launch.cdiv(w, 2) * 4
+    grid = (_launch.cdiv(pixels, config.pixels) * _launch.cdiv(c_out, config.block_k),)
     _launch.launch(conv_relu_first_kernel, grid, conv.x, conv.taps()[0], tuple(conv.x.shape[2:]), conv.offset,
                    conv.bias, y, pooled, (n, h, w, c_out), C_IN=c_in, RELU=conv.relu,
-                   BLOCK_R=max(16, triton.next_power_of_2(9 * c_in)), BLOCK_K=config.block_k, BLOCK_P=config.pixels,
+                   BLOCK_R=max(16, _launch.next_power_of_2(9 * c_in)), BLOCK_K=config.block_k, BLOCK_P=config.pixels,
                    VECTOR_OUT=_launch.vector_width(y), PRECISION=_launch.dot_precision(y.dtype),
                    num_warps=config.num_warps, num_stages=config.num_stages)

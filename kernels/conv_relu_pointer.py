@@ -153,8 +153,8 @@ def _sources(conv: Convolution) -> tuple:
 def launch_pointer(conv: Convolution, y, pooled, config: ConvConfig) -> None:
     """Writes the convolution to ``y``, and its 2×2 max-pool to ``pooled`` unless that is None."""
     n, c_out, h, w = y.shape
-    pixels = n * h * w if pooled is None else n * triton.cdiv(h, 2) * triton.cdiv(w, 2) * 4
-    grid = (triton.cdiv(pixels, config.pixels) * triton.cdiv(c_out, config.block_k),)
+    pixels = n * h * w if pooled is None else n * _launch.cdiv(h, 2) * _launch.cdiv(w, 2) * 4
+    grid = (_launch.cdiv(pixels, config.pixels) * _launch.cdiv(c_out, config.block_k),)
     _launch.launch(conv_relu_pointer_kernel, grid, *_sources(conv), conv.offset, conv.bias,
                    conv.mask, y, pooled, (n, h, w, c_out), sum(conv.channels), RELU=conv.relu, BLOCK_K=config.block_k,
                    BLOCK_P=config.pixels, BLOCK_C=config.block_c, VECTOR=min(map(_launch.vector_width, conv.images)),
@@ -166,7 +166,7 @@ def launch_pointer_head(conv: Convolution, head: Head, out, config: ConvConfig) 
     """Writes the head's logits, probabilities or labels of the convolution to ``out``."""
     n, h, w = conv.batch, *conv.out_size
     dtype = conv.x.dtype
-    grid = (triton.cdiv(n * h * w, config.pixels),)
+    grid = (_launch.cdiv(n * h * w, config.pixels),)
     _launch.launch(conv_relu_pointer_head_kernel, grid, *_sources(conv), conv.offset, conv.bias,
                    head.weight, head.bias, out, (n, h, w, conv.c_out), sum(conv.channels), RELU=conv.relu,
                    NUM_CLASSES=head.classes, BLOCK_CLASSES=head.block, OUTPUT=head.output, BLOCK_K=config.block_k,

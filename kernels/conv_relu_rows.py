@@ -148,7 +148,7 @@ def conv_relu_rows_head_kernel(x_desc, x_weight_desc, x_channels, skip_desc, ski
 def _tiles(conv: Convolution, config: ConvConfig) -> tuple[int, tuple[int, int, int]]:
     """The number of programs, and the tiles along output rows, columns and channels."""
     h, w = conv.out_size
-    tiles = triton.cdiv(h, ROWS), triton.cdiv(w, config.block_w), triton.cdiv(conv.c_out, config.block_k)
+    tiles = _launch.cdiv(h, ROWS), _launch.cdiv(w, config.block_w), _launch.cdiv(conv.c_out, config.block_k)
     return conv.batch * tiles[0] * tiles[1] * tiles[2], tiles
 
 

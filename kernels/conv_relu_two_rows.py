@@ -13,8 +13,9 @@ import triton.language as tl
 
 from . import _launch
 from ._launch import mma
+from ._weights import stacked_rows
 from .conv_relu_config import ConvConfig, Convolution, Head
-from .conv_relu_descriptors import image_boxes, matrix_boxes, row_pair_boxes, stack_rows
+from .conv_relu_descriptors import image_boxes, matrix_boxes, row_pair_boxes
 from .conv_relu_epilogue import bias_relu, head_store, max_of_pairs
 
 
@@ -110,7 +111,7 @@ def _sources(conv: Convolution, config: ConvConfig) -> tuple:
     """The kernels' arguments for x and the skip: image, weights, channels."""
     box = (1, config.block_h, 1, config.block_w, config.block_c)
     args = []
-    for image, weight in zip((conv.x, conv.skip), conv.split(stack_rows(conv.weight, config.block_k))):
+    for image, weight in zip((conv.x, conv.skip), conv.split(stacked_rows(conv.weight, config.block_k))):
         if image is None:
             args += [None, None, 0]
         else:
@@ -122,7 +123,7 @@ def _sources(conv: Convolution, config: ConvConfig) -> tuple:
 def _tiles(conv: Convolution, config: ConvConfig) -> tuple[int, tuple[int, int]]:
     """The number of programs, and the tiles along pairs of output rows and along columns."""
     h, w = conv.out_size
-    tiles = triton.cdiv(triton.cdiv(h, 2), config.block_h), triton.cdiv(w, config.block_w)
+    tiles = _launch.cdiv(_launch.cdiv(h, 2), config.block_h), _launch.cdiv(w, config.block_w)
     return conv.batch * tiles[0] * tiles[1], tiles
 
 

@@ -157,7 +157,7 @@ def _launch_source(dz: torch.Tensor, x: torch.Tensor, pad: int, partial: torch.T
                    (*x.shape[2:], x.shape[1]), (x.stride(0), x.stride(2)),
                    image_boxes(dz, (*box, config.block_k)) if dz_bulk else dz,
                    (*dz.shape[2:], dz.shape[1]), (dz.stride(0), dz.stride(2)), pad,
-                   partial, channels, column, tiles, triton.cdiv(tiles, splits),
+                   partial, channels, column, tiles, _launch.cdiv(tiles, splits),
                    BLOCK_H=config.block_h, BLOCK_W=config.block_w, ROWS=config.rows, BLOCK_K=config.block_k,
                    BLOCK_C=config.block_c, X_VECTOR=_launch.vector_width(x), DZ_VECTOR=_launch.vector_width(dz),
                    OUT_VECTOR=out_vector, BULK=bulk, DZ_BULK=dz_bulk, STAGES=config.num_stages,

@@ -41,11 +41,11 @@ def bias_grad(dz: torch.Tensor) -> torch.Tensor:
     fp32 sums of splits, added in a fixed order. The number of pixels N · H · W stays below 2³¹.
     """
     n, c_out, h, w = dz.shape
-    pixels, block_k = n * h * w, min(128, triton.next_power_of_2(c_out))
-    block_p, tiles_k = _TILE // block_k, triton.cdiv(c_out, block_k)
-    steps = triton.cdiv(pixels, block_p)
-    pixels_a_split = triton.cdiv(steps, max(1, min(steps, _PROGRAMS // tiles_k))) * block_p
-    splits = triton.cdiv(pixels, pixels_a_split)
+    pixels, block_k = n * h * w, min(128, _launch.next_power_of_2(c_out))
+    block_p, tiles_k = _TILE // block_k, _launch.cdiv(c_out, block_k)
+    steps = _launch.cdiv(pixels, block_p)
+    pixels_a_split = _launch.cdiv(steps, max(1, min(steps, _PROGRAMS // tiles_k))) * block_p
+    splits = _launch.cdiv(pixels, pixels_a_split)
     partial = _launch.empty((splits, c_out), torch.float32, dz.device)
     _launch.launch(conv_relu_bias_grad_kernel, (tiles_k, splits), dz, partial, pixels, c_out, pixels_a_split,
                    BLOCK_P=block_p, BLOCK_K=block_k, VECTOR=_launch.vector_width(dz))

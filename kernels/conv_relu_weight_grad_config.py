@@ -6,7 +6,6 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
-import triton
 
 from . import _launch, _tuned
 
@@ -35,13 +34,13 @@ class WeightGradConfig:
         """Steps over all pixels of ``dz``."""
         n, _, h, w = dz.shape
         if self.variant == "first":
-            return triton.cdiv(n * h * w, self.block_w)
-        return n * triton.cdiv(h, self.block_h * self.rows) * triton.cdiv(w, self.block_w)
+            return _launch.cdiv(n * h * w, self.block_w)
+        return n * _launch.cdiv(h, self.block_h * self.rows) * _launch.cdiv(w, self.block_w)
 
     def programs(self, c_out: int, c_in: int) -> int:
         """Programs of one split."""
-        tiles_k = triton.cdiv(c_out, self.block_k)
-        return tiles_k if self.variant == "first" else 3 * tiles_k * triton.cdiv(c_in, self.block_c)
+        tiles_k = _launch.cdiv(c_out, self.block_k)
+        return tiles_k if self.variant == "first" else 3 * tiles_k * _launch.cdiv(c_in, self.block_c)
 
 
 def why_not(config: WeightGradConfig, dz: torch.Tensor, x: torch.Tensor) -> str | None:
@@ -65,15 +64,16 @@ def choose_config(dz: torch.Tensor, x: torch.Tensor) -> WeightGradConfig:
     The key rounds every size up to a power of two, so that the layers of a network share few rows.
     """
     sizes = (*dz.shape, x.shape[1])
-    key = (*map(triton.next_power_of_2, sizes), dz.dtype, _launch.dot_precision(dz.dtype))
+    key = (*map(_launch.next_power_of_2, sizes), dz.dtype, _launch.dot_precision(dz.dtype))
     return _tuned.choose("conv_relu_weight_grad", key, WeightGradConfig, lambda: _heuristic(dz, x),
                          lambda config: why_not(config, dz, x) is None)
 
 
 def _heuristic(dz: torch.Tensor, x: torch.Tensor) -> WeightGradConfig:
-    c_in, c_out, wide = triton.next_power_of_2(x.shape[1]), triton.next_power_of_2(dz.shape[1]), dz.element_size() == 4
+    c_in, c_out = (_launch.next_power_of_2(tensor.shape[1]) for tensor in (x, dz))
+    wide = dz.element_size() == 4
     if x.shape[1] <= 4:
-        block_c = max(16, triton.next_power_of_2(9 * x.shape[1] + 1))
+        block_c = max(16, _launch.next_power_of_2(9 * x.shape[1] + 1))
         return WeightGradConfig("first", 32 if wide else 64, block_c, 64 if wide else 128)
     block_k, block_c = max(16, min(64, c_out)), max(16, min(64, c_in))
     if _launch.dot_precision(dz.dtype) == "ieee":
@@ -103,7 +103,7 @@ def _pixels(w: int) -> tuple[int, int, int]:
     The boxes of several rows load each row of x three times; that is taken to cost 1.3 times as much a pixel.
     """
     choices = {(1, 64, 4): 1.0, (2, 32, 1): 1.3, (4, 16, 1): 1.3}
-    return min(choices, key=lambda pixels: choices[pixels] * triton.cdiv(w, pixels[1]) * pixels[1])
+    return min(choices, key=lambda pixels: choices[pixels] * _launch.cdiv(w, pixels[1]) * pixels[1])
 
 
 def choose_splits(dz: torch.Tensor, c_in: int, channels: int, config: WeightGradConfig) -> int:
@@ -114,7 +114,7 @@ def choose_splits(dz: torch.Tensor, c_in: int, channels: int, config: WeightGrad
     programs, tiles = config.programs(dz.shape[1], c_in), config.tiles(dz)
     resident = (1 if config.block_k >= 128 else 2) if config.variant == "bulk" else 3  # programs on a multiprocessor
     multiprocessors = resident * _MULTIPROCESSORS.get(_launch.architecture(), 132)
-    fewest = triton.cdiv(2 * multiprocessors, programs)
+    fewest = _launch.cdiv(2 * multiprocessors, programs)
     most = max(1, min(tiles, _WORKSPACE // (4 * 9 * channels * dz.shape[1])))
     candidates = range(min(fewest, most), min(2 * fewest, most) + 1)
-    return min(candidates, key=lambda s: triton.cdiv(programs * s, multiprocessors) * triton.cdiv(tiles, s))
+    return min(candidates, key=lambda s: _launch.cdiv(programs * s, multiprocessors) * _launch.cdiv(tiles, s))

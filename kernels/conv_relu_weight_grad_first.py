@@ -67,10 +67,10 @@ def launch_first(dz: torch.Tensor, x: torch.Tensor, pad: int, partial: torch.Ten
     (n, c_out, h, w), splits = dz.shape, partial.shape[0]
     # dz is loaded 16 bytes wide as the right operand; only wgmma with 16-bit types takes it as the left one as well
     taps_first = dz.element_size() == 4 or _launch.architecture() < 90
-    grid = (triton.cdiv(c_out, config.block_k), splits)
+    grid = (_launch.cdiv(c_out, config.block_k), splits)
     _launch.launch(conv_relu_weight_grad_first_kernel, grid, x, tuple(x.shape[2:]), (x.stride(0), x.stride(2)), dz,
                    (n, h, w, c_out), pad, partial, partial if partial_bias is None else partial_bias,
-                   partial.shape[3], column, triton.cdiv(config.tiles(dz), splits), int(partial_bias is not None),
+                   partial.shape[3], column, _launch.cdiv(config.tiles(dz), splits), int(partial_bias is not None),
                    C_IN=x.shape[1], BLOCK_P=config.block_w, BLOCK_K=config.block_k, BLOCK_Q=config.block_c,
                    VECTOR=_launch.vector_width(dz), TAPS_FIRST=taps_first, STAGES=config.num_stages,
                    PRECISION=_launch.dot_precision(dz.dtype), num_warps=config.num_warps, num_stages=config.num_stages)

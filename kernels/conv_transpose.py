@@ -10,6 +10,7 @@ import torch
 from . import _launch, _reduce, _stride2, _stride2_weight_grad
 from ._stride2 import Stride2Config
 from ._stride2_weight_grad import WeightGradConfig
+from ._weights import stride2_taps
 
 
 def forward(
@@ -18,7 +19,7 @@ def forward(
     """y (N, C_out, 2H, 2W), channels_last, of ``x`` (N, C_in, H, W)."""
     x = _launch.channels_last(x)
     config = config or _stride2.choose_forward_config(x, weight.shape[1], side=2)
-    k = weight.permute(2, 3, 1, 0).contiguous()
+    k = stride2_taps(weight, out_first=True)
     return _stride2.forward(x, k, bias, relu=False, side=2, config=config)
 
 
@@ -28,7 +29,7 @@ def data_grad(
     """dx (N, C_in, H, W) of ``dy`` (N, C_out, 2H, 2W), times x > 0 if ``mask_x`` (x the output of a ReLU)."""
     dy, x = _launch.channels_last(dy), _launch.channels_last(x)
     config = config or _stride2.choose_data_grad_config(dy, x, side=2)
-    k = weight.permute(2, 3, 0, 1).contiguous()
+    k = stride2_taps(weight, out_first=False)
     return _stride2.data_grad(dy, k, x, mask_x, side=2, config=config)
 
 

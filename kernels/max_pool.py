@@ -29,7 +29,7 @@ def choose_config(row_vectors: int, dtype: torch.dtype, backward: bool) -> MaxPo
     A thread of the backward pass holds nine vectors at once, so its tiles stay small.
     """
     block = 128 if backward or row_vectors <= 128 else 256
-    key = (triton.next_power_of_2(row_vectors), dtype, backward)
+    key = (_launch.next_power_of_2(row_vectors), dtype, backward)
     return _tuned.choose("max_pool", key, MaxPoolConfig, lambda: MaxPoolConfig(block))
 
 
@@ -122,15 +122,21 @@ def forward(x: torch.Tensor, config: MaxPoolConfig | None = None) -> torch.Tenso
         raise ValueError(f"max_pool: an image of {h}x{w} pixels holds no 2x2 window")
     x = _launch.channels_last(x)
     y = _launch.empty_image((n, c, h // 2, w // 2), x.dtype, x.device)
+    pool_into(x, y, config)
+    return y
+
+
+def pool_into(x: torch.Tensor, y: torch.Tensor, config: MaxPoolConfig | None = None) -> None:
+    """:func:`forward` of an image in NHWC memory to ``y``."""
+    n, c, h, w = x.shape
     vector = _launch.vector_width(x)
     groups = c // vector
     config = config or choose_config(w // 2 * groups, x.dtype, backward=False)
-    tiles = triton.cdiv(w // 2 * groups, config.block)
+    tiles = _launch.cdiv(w // 2 * groups, config.block)
     _launch.launch(
         max_pool_forward_kernel, (n * (h // 2) * tiles,), x, y, h, w, h // 2, w // 2, groups, tiles,
         BLOCK=config.block, VECTOR=vector, num_warps=config.num_warps,
     )  # fmt: skip
-    return y
 
 
 def backward(
@@ -156,9 +162,9 @@ def backward(
     d_skip_or_y = y if d_skip is None else _launch.channels_last(d_skip)
     dz = _launch.empty_image((n, c, h, w), y.dtype, y.device)
     vector = _launch.vector_width(y)
-    groups, windows_h, windows_w = c // vector, triton.cdiv(h, 2), triton.cdiv(w, 2)
+    groups, windows_h, windows_w = c // vector, _launch.cdiv(h, 2), _launch.cdiv(w, 2)
     config = config or choose_config(windows_w * groups, y.dtype, backward=True)
-    tiles = triton.cdiv(windows_w * groups, config.block)
+    tiles = _launch.cdiv(windows_w * groups, config.block)
     _launch.launch(
         max_pool_backward_kernel, (n * windows_h * tiles,), d_pool, d_skip_or_y, y, dz, h, w, groups, tiles,
         BLOCK=config.block, VECTOR=vector, HAS_SKIP=d_skip is not None, RELU=relu, num_warps=config.num_warps,

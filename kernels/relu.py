@@ -50,6 +50,6 @@ def backward(dy: torch.Tensor, y: torch.Tensor, config: ReluConfig | None = None
     else:
         dy, y = _launch.channels_last(dy), _launch.channels_last(y)
         dz = _launch.empty_image(tuple(y.shape), y.dtype, y.device)
-    grid = (triton.cdiv(y.numel(), config.block),)
+    grid = (_launch.cdiv(y.numel(), config.block),)
     _launch.launch(relu_backward_kernel, grid, dy, y, dz, y.numel(), BLOCK=config.block, num_warps=config.num_warps)
     return dz

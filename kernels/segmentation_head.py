@@ -119,8 +119,8 @@ def segmentation_head_backward_kernel(
 def choose_config(kernel: str, x: torch.Tensor, classes: int) -> HeadConfig:
     """The committed winner of ``kernel`` on this GPU, else a heuristic; sizes are rounded up to powers of two."""
     precision = _launch.dot_precision(x.dtype)
-    key = (*map(triton.next_power_of_2, (*x.shape, classes)), x.dtype, precision)
-    block_c = max(16, triton.next_power_of_2(x.shape[1]))
+    key = (*map(_launch.next_power_of_2, (*x.shape, classes)), x.dtype, precision)
+    block_c = max(16, _launch.next_power_of_2(x.shape[1]))
     if kernel == "segmentation_head_backward":  # larger tiles spill
         config = HeadConfig(64, min(32, block_c), *((8, 2) if precision == "ieee" else (4, 3)))
     else:
@@ -150,9 +150,9 @@ def forward(
     else:
         out = _launch.empty_image((n, classes, h, w), x.dtype, x.device)
     _launch.launch(
-        segmentation_head_forward_kernel, (triton.cdiv(pixels, config.block_p),), x, weight, bias, out, pixels, c,
+        segmentation_head_forward_kernel, (_launch.cdiv(pixels, config.block_p),), x, weight, bias, out, pixels, c,
         CLASSES=classes, OUTPUT=output, PRECISION=_launch.dot_precision(x.dtype),
-        BLOCK_K=triton.next_power_of_2(classes), BLOCK_P=config.block_p, BLOCK_C=config.block_c,
+        BLOCK_K=_launch.next_power_of_2(classes), BLOCK_P=config.block_p, BLOCK_C=config.block_c,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out
@@ -169,17 +169,17 @@ def backward(
     dlogits, x, weight = _launch.channels_last(dlogits), _launch.channels_last(x), weight.contiguous()
     config = config or choose_config("segmentation_head_backward", x, weight.shape[0])
     n, c, h, w = x.shape
-    classes, tiles = weight.shape[0], triton.cdiv(n * h * w, config.block_p)
-    tiles_a_program = max(1, triton.cdiv(tiles, _PROGRAMS))
-    splits = triton.cdiv(tiles, tiles_a_program)
+    classes, tiles = weight.shape[0], _launch.cdiv(n * h * w, config.block_p)
+    tiles_a_program = max(1, _launch.cdiv(tiles, _PROGRAMS))
+    splits = _launch.cdiv(tiles, tiles_a_program)
     dx = _launch.empty_image(tuple(x.shape), x.dtype, x.device)
     partial = _launch.empty((splits, *weight.shape), torch.float32, x.device)
     partial_bias = _launch.empty((splits, classes), torch.float32, x.device) if has_bias else None
     _launch.launch(
-        segmentation_head_backward_kernel, (splits, triton.cdiv(c, config.block_c)),
+        segmentation_head_backward_kernel, (splits, _launch.cdiv(c, config.block_c)),
         dlogits, x, weight, dx, partial, partial_bias, n * h * w, c, tiles_a_program,
         CLASSES=classes, MASK_X=mask_x, HAS_BIAS=has_bias, PRECISION=_launch.dot_precision(x.dtype),
-        DOT_K=max(16, triton.next_power_of_2(classes)), BLOCK_P=config.block_p, BLOCK_C=config.block_c,
+        DOT_K=max(16, _launch.next_power_of_2(classes)), BLOCK_P=config.block_p, BLOCK_C=config.block_c,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     dw = _reduce.sum_splits(partial, x.dtype)

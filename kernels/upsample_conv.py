@@ -22,19 +22,21 @@ _FOLD_TILE, _FOLD_SPLITS = 64, 16  # weights, and rows of partial sums added at 
 
 @triton.jit
 def sub_pixel_weights_kernel(
-    w_ptr, k_ptr, C_out, C_in, stride_out, stride_in, SLOTS: tl.constexpr, BLOCK: tl.constexpr
+    w_ptr, w_stride_out, w_stride_in, w_stride_row, w_stride_column, k_ptr, C_out, C_in, stride_out, stride_in,
+    SLOTS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """k[r, SLOTS - 3 + s] = (flip(w) (*) ones(2, 2))[r, s], summed in fp32; slot 0 of 4 is zero. w (C_out, C_in, 2, 2).
 
-    k is (3, SLOTS) matrices of C_out C_in elements with the given strides.
+    w has any strides; k is (3, SLOTS) matrices of C_out C_in elements with strides ``stride_out`` and ``stride_in``.
     """
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < C_out * C_in
     size = C_out * C_in
-    w00 = tl.load(w_ptr + offs * 4, mask=mask, other=0.0).to(tl.float32)
-    w01 = tl.load(w_ptr + offs * 4 + 1, mask=mask, other=0.0).to(tl.float32)
-    w10 = tl.load(w_ptr + offs * 4 + 2, mask=mask, other=0.0).to(tl.float32)
-    w11 = tl.load(w_ptr + offs * 4 + 3, mask=mask, other=0.0).to(tl.float32)
+    w_ptr += (offs // C_in) * w_stride_out + (offs % C_in) * w_stride_in
+    w00 = tl.load(w_ptr, mask=mask, other=0.0).to(tl.float32)
+    w01 = tl.load(w_ptr + w_stride_column, mask=mask, other=0.0).to(tl.float32)
+    w10 = tl.load(w_ptr + w_stride_row, mask=mask, other=0.0).to(tl.float32)
+    w11 = tl.load(w_ptr + w_stride_row + w_stride_column, mask=mask, other=0.0).to(tl.float32)
     top, bottom = w10 + w11, w00 + w01
     k_ptr += (offs // C_in) * stride_out + (offs % C_in) * stride_in
     first = (SLOTS - 3) * size
@@ -93,12 +95,12 @@ def fold_taps_kernel(
 
 def sub_pixel_weights(weight: torch.Tensor, slots: int, out_first: bool) -> torch.Tensor:
     """k (3, slots, C_out, C_in), channels swapped unless ``out_first``, of ``weight`` (C_out, C_in, 2, 2)."""
-    weight = weight.contiguous()
     c_out, c_in = weight.shape[:2]
     shape, strides = ((c_out, c_in), (c_in, 1)) if out_first else ((c_in, c_out), (1, c_out))
     k = _launch.empty((3, slots, *shape), weight.dtype, weight.device)
-    grid = (triton.cdiv(c_out * c_in, _PACK_TILE),)
-    _launch.launch(sub_pixel_weights_kernel, grid, weight, k, c_out, c_in, *strides, SLOTS=slots, BLOCK=_PACK_TILE)
+    grid = (_launch.cdiv(c_out * c_in, _PACK_TILE),)
+    _launch.launch(sub_pixel_weights_kernel, grid, weight, *weight.stride(), k, c_out, c_in, *strides, SLOTS=slots,
+                   BLOCK=_PACK_TILE)
     return k
 
 
@@ -134,7 +136,7 @@ def weight_grad(
     config = config or _stride2_weight_grad.choose_config(dz, x, side=3)
     partial, partial_bias = _stride2_weight_grad.partial_sums(dz, x, has_bias, side=3, in_first=False, config=config)
     dw = _launch.empty((c_out, c_in, 2, 2), x.dtype, x.device)
-    grid = (triton.cdiv(c_out * c_in, _FOLD_TILE),)
+    grid = (_launch.cdiv(c_out * c_in, _FOLD_TILE),)
     _launch.launch(
         fold_taps_kernel, grid, partial, dw, partial.shape[0], c_out, c_in, BLOCK_S=_FOLD_SPLITS, BLOCK_M=_FOLD_TILE
     )

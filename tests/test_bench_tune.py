@@ -10,9 +10,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastunet.kernels import _launch, _tuned
-
 from bench import tune
+from fastunet.kernels import _launch, _tuned
 from fastunet.tuning import Found
 
 HEAD = dict(device="Some GPU", architecture=90)

@@ -159,3 +159,10 @@ def test_script_and_module_are_the_same_entry():
         pytest.skip("the package is not installed")
     out = subprocess.run([script, "--version"], capture_output=True, text=True, check=True).stdout
     assert out == f"fastunet {__version__}\n"
+
+
+def test_summary_tells_what_inference_holds_at_once(capsys):
+    assert main(["summary", "--width", "8", "--depth", "2", "--size", "64"]) == 0
+    *_, total, last = capsys.readouterr().out.splitlines()
+    ours, plain = (float(word.strip(".")) for word in last.split() if word[0].isdigit())
+    assert 0 < ours < plain < float(total.split()[-1])

@@ -26,6 +26,7 @@ def cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Test GPU")
     monkeypatch.setattr(dispatch, "triton_installed", lambda: True)
     monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(dispatch, "_why_not_cuda", dispatch._why_not_cuda.__wrapped__)  # remembers each device
     return lambda *c: capability.__setitem__(0, c)
 
 

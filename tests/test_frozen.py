@@ -58,7 +58,10 @@ def test_notices_changed_parameters():
 def test_other_dtypes_and_autocast_run_the_model():
     model, frozen, x = build()
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        assert torch.equal(frozen(x), model(x))
+        for _ in range(2):
+            assert torch.equal(frozen(x), model(x))
+            assert torch.equal(frozen.predict(x), model.predict(x))
+            model.head.weight.mul_(2)  # the copy that was cast must not outlive it
     model.double()
     with torch.no_grad():
         assert torch.equal(frozen(x.double()), model(x.double()))

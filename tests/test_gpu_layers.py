@@ -11,7 +11,6 @@ import torch
 pytest.importorskip("triton")
 
 from fastunet.kernels import _launch, _tuned
-
 from fastunet.layers import CASES, Call, network_calls, standalone_calls
 from fastunet.tuning import tensors
 from tests.tolerance import assert_within_budget

@@ -10,9 +10,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastunet.kernels import _launch, _tuned
-
 from fastunet import tuning
+from fastunet.kernels import _launch, _tuned
 
 
 @dataclasses.dataclass(frozen=True)

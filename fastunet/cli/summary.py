@@ -37,6 +37,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(str(error)) from error
     print(f"{title}, one image of {height}×{width}, {args.precision}")
     print(summary.table(rows, ELEMENT_SIZES[args.precision]))
+    peak, plain = _peaks(model.architecture, height, width, ELEMENT_SIZES[args.precision])
+    print(f"Inference holds at most {peak:.2f} MiB of activations at a time, the plain build {plain:.2f}.")
     if args.out:
         from fastunet.drawing import draw
         from fastunet.files import make_output_folder
@@ -44,6 +46,23 @@ def run(args: argparse.Namespace) -> None:
         make_output_folder(args.out.parent)
         written = draw(rows, args.out, title=f"{title}, {height}×{width}")
         print("wrote " + " and ".join(map(str, written)))
+
+
+def _peaks(architecture, height: int, width: int, element_size: int) -> tuple[float, float]:
+    """MiB of activations alive at once during inference on one image: of ``fastunet.UNet`` and of the plain build."""
+    import torch
+
+    from fastunet import UNet, reference
+    from fastunet.memory import inference_bytes
+
+    dtype = torch.float32 if element_size == 4 else torch.bfloat16
+    image = torch.empty(1, architecture.in_channels, height, width, dtype=dtype, device="meta")
+    found = []
+    for kind in (UNet, reference.UNet):
+        with torch.device("meta"):
+            model = kind(**architecture.as_dict()).to(dtype).eval()
+        found.append(inference_bytes(model, image)[0] / 2**20)
+    return tuple(found)
 
 
 def _network(args: argparse.Namespace):

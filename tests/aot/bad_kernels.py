@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from fastunet.kernels import _launch
 from fastunet.kernels._launch import Launch
 

@@ -7,8 +7,8 @@ from collections import Counter
 
 import pytest
 import torch
-from fastunet.kernels import _launch
 
+from fastunet.kernels import _launch
 from fastunet.machine_code import GFX942, compile_launch, compiled_key, failures, inspect
 from tests.aot import bad_kernels
 

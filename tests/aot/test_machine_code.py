@@ -1,7 +1,7 @@
 """Every kernel that the reference networks launch, compiled for several GPUs, holds what an expert wants to see.
 
-By default every distinct kernel of batch 16 in bfloat16 for sm_90, and one of each kernel function for some other
-dtypes and architectures; ``--full`` compiles all of them, for batch 1 too.
+By default every distinct kernel of batch 16 in bfloat16 for sm_90, with those functions that only batch 1 uses, and one
+of each kernel function for some other dtypes and architectures; ``--full`` compiles all of them, for batch 1 too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import os
 
 import pytest
 import torch
-from fastunet.kernels import _launch, _tuned
 
 from fastunet.kernel_table import (
     INFERENCE_KERNELS,
@@ -23,6 +22,7 @@ from fastunet.kernel_table import (
     uses,
     uses_of,
 )
+from fastunet.kernels import _launch, _tuned
 from fastunet.layers import CASES, network_calls
 from fastunet.machine_code import GFX942
 
@@ -69,10 +69,10 @@ def test_kernels(architecture, mode, show_table, request):
     if not full and (architecture, mode) not in REDUCED:
         pytest.skip("compiled with --full")
     with products(mode):
-        chosen = uses(architecture, MODES[mode])
-        if full:
-            chosen += uses(architecture, MODES[mode], batch=1)
-        elif (architecture, mode) != (90, "bf16"):
+        chosen, single = uses(architecture, MODES[mode]), uses(architecture, MODES[mode], batch=1)
+        names = {use.launch.kernel.__name__ for use in chosen}
+        chosen += single if full else [use for use in single if use.launch.kernel.__name__ not in names]
+        if not full and (architecture, mode) != (90, "bf16"):
             chosen = one_of_each(chosen)
         check(chosen, show_table, f"{architecture} {mode}")
 

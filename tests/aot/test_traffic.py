@@ -6,10 +6,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fastunet.kernels import _launch
-from fastunet.kernels._launch import Launch
 
 from fastunet import traffic
+from fastunet.kernels import _launch
+from fastunet.kernels._launch import Launch
 from fastunet.machine_code import compile_launch
 from tests.aot import bad_kernels
 

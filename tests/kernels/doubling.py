@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
+
 from fastunet.kernels._stride2 import Stride2Config
 from fastunet.kernels._stride2_weight_grad import WeightGradConfig
 

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+
 from fastunet.kernels import _launch, conv_relu
 from fastunet.kernels.conv_relu_config import ConvConfig
 
@@ -14,6 +15,8 @@ POINTER = ConvConfig("pointer", block_k=32, block_w=64, block_c=32)
 FIRST = ConvConfig("first", block_k=16, block_w=64)
 BOX = ConvConfig("box", block_k=64, block_w=16, block_h=4, block_c=16)
 BATCH_BOX = ConvConfig("box", block_k=64, block_w=8, block_h=8, block_n=2, block_c=32)
+SPLIT = ConvConfig("box", block_k=64, block_w=16, block_h=4, block_c=16, splits=5)
+BATCH_SPLIT = ConvConfig("box", block_k=64, block_w=8, block_h=8, block_n=2, block_c=16, splits=3)
 ROWS = ConvConfig("rows", block_k=64, block_w=16, block_c=32)
 TWO_ROWS = ConvConfig("two_rows", block_k=32, block_w=16, block_h=4, block_c=16)
 
@@ -34,6 +37,7 @@ class Case:
 
     def __str__(self):
         name = self.config.variant if self.config else "chosen"
+        name += "-split" if self.config and self.config.splits > 1 else ""
         crop = f"-crop{self.crop}" if self.crop else ""
         return f"{name}-{self.n}x{self.c_skip}+{self.c_x}-{self.c_out}x{self.h}x{self.w}-pad{self.pad}{crop}"
 
@@ -50,6 +54,9 @@ ONE_SOURCE = [
     Case(BOX, 2, 0, 24, 40, 9, 17),
     Case(BOX, 1, 0, 48, 100, 6, 18, pad=0),
     Case(BATCH_BOX, 3, 0, 40, 64, 7, 15),
+    Case(SPLIT, 1, 0, 48, 72, 7, 17),
+    Case(BATCH_SPLIT, 3, 0, 24, 40, 7, 9, pad=0),
+    Case(None, 1, 0, 64, 64, 4, 5),
     Case(ROWS, 1, 0, 48, 64, 7, 17),
     Case(ROWS, 1, 0, 16, 72, 6, 15, pad=0),
     Case(TWO_ROWS, 2, 0, 24, 32, 10, 17),
@@ -66,6 +73,7 @@ TWO_SOURCES = [
     Case(POINTER, 1, 24, 1, 100, 7, 9, pad=0, crop=4),
     Case(BOX, 1, 8, 24, 64, 6, 17, crop=3),
     Case(BATCH_BOX, 3, 40, 16, 48, 7, 9, pad=0, crop=2),
+    Case(SPLIT, 2, 8, 40, 24, 6, 9, crop=1),
     Case(ROWS, 1, 32, 8, 64, 7, 15, pad=0, crop=4),
     Case(TWO_ROWS, 2, 8, 24, 32, 6, 16, crop=2),
     Case(TWO_ROWS, 1, 16, 16, 16, 8, 17, pad=0),
@@ -200,6 +208,7 @@ def test_labels_take_the_first_maximum_and_nan_above_all(device):
     Case(POINTER, 2, 0, 33, 20, 5, 7),
     Case(BOX, 1, 0, 24, 64, 6, 17),
     Case(BATCH_BOX, 3, 0, 16, 40, 7, 9),
+    Case(SPLIT, 2, 0, 16, 40, 7, 9),
     Case(ROWS, 1, 0, 24, 64, 7, 17),
     Case(TWO_ROWS, 1, 0, 32, 24, 8, 9),
     Case(None, 1, 0, 16, 2, 4, 5),
@@ -256,7 +265,8 @@ def test_repeats_are_bit_identical(case, device):
     assert all(torch.equal(first, other) for other in others)
 
 
-@pytest.mark.parametrize("config", [POINTER, FIRST, BOX, ROWS, TWO_ROWS], ids=lambda c: c.variant)
+@pytest.mark.parametrize("config", [POINTER, FIRST, BOX, SPLIT, ROWS, TWO_ROWS],
+                         ids=lambda c: f"{c.variant}-{c.splits}")
 def test_nan_spreads_as_in_pytorch(config, device):
     """Through ReLU and through the pooling, to the pixels around it and no further.
 
@@ -288,6 +298,8 @@ def test_weights_off_the_alignment_of_bulk_copies(device):
     (dataclasses.replace(FIRST), "at most 7 channels"),
     (dataclasses.replace(TWO_ROWS), "even height and at most 32"),
     (dataclasses.replace(BOX), "multiple of 16 bytes, not \\(33,\\) to 48"),
+    (dataclasses.replace(ROWS, splits=2), "2 splits of a rows"),
+    (dataclasses.replace(BOX, splits=10), "10 splits of a box: at most 9"),
 ], ids=lambda value: getattr(value, "variant", ""))  # fmt: skip
 def test_a_configuration_that_cannot_run_says_why(config, message, device):
     channels = 33 if config.variant == "box" else 16
@@ -308,6 +320,7 @@ def test_head_of_too_many_features_is_an_error(device):
     (90, torch.bfloat16, 64, 64, 120, ConvConfig("rows", 64, 64, 4, 1, 64, 4, 2)),
     (90, torch.float16, 128, 128, 60, ConvConfig("rows", 128, 64, 4, 1, 64, 8, 2)),
     (90, torch.bfloat16, 256, 256, 64, ConvConfig("box", 128, 16, 16, 1, 64, 8, 4)),
+    (90, torch.bfloat16, 512, 64, 8, ConvConfig("box", 64, 8, 8, 1, 64, 4, 4, splits=8)),
     (90, torch.bfloat16, 33, 64, 64, ConvConfig("pointer", 64, 128, block_c=32, num_warps=8)),
     (80, torch.bfloat16, 256, 256, 64, ConvConfig("pointer", 128, 128, block_c=32, num_warps=8)),
     (120, torch.bfloat16, 64, 64, 120, ConvConfig("box", 64, 16, 8, 1, 64, 4, 4)),

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+
 from fastunet.kernels.conv_relu_config import ConvConfig
 from fastunet.kernels.conv_relu_data_grad import data_grad
 

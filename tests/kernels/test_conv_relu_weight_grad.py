@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+
 from fastunet.kernels import _launch, conv_relu_weight_grad_bias
 from fastunet.kernels.conv_relu_weight_grad import weight_grad
 from fastunet.kernels.conv_relu_weight_grad_config import WeightGradConfig, choose_config, choose_splits, why_not

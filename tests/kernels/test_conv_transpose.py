@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+
 from fastunet.kernels import conv_transpose
 
 from ..tolerance import assert_within_budget

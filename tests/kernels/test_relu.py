@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fastunet.kernels import relu
 
 SHAPES = [(1, 1, 1, 1), (3, 33, 5, 7), (2, 24, 15, 17), (0, 8, 4, 4), (1, 100, 16, 16)]

@@ -1,0 +1,85 @@
+"""Weights in the order in which a kernel reads them, by one small kernel instead of flips, pads and copies."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _launch
+
+_TILE = 32
+
+
+# not specialised, so that two compiled kernels serve every weight of a network
+@triton.jit(do_not_specialize=["rows", "columns", "out_rows", "stride_tap", "stride_row", "stride_column", "first",
+                               "stride_high", "stride_low", "out_stride_row"])
+def permuted_taps_kernel(w_ptr, out_ptr, rows, columns, out_rows, stride_tap, stride_row, stride_column, first,
+                         stride_high, stride_low, out_stride_row, LOW: tl.constexpr, TILE: tl.constexpr):
+    """out[first + t // LOW · stride_high + t % LOW · stride_low + m · out_stride_row + n] = w[t, m, n].
+
+    m < ``rows``, n < ``columns``; rows up to ``out_rows`` are zero. One program a tap and a tile of rows and columns.
+    """
+    tap = tl.program_id(1)
+    tiles = tl.cdiv(columns, TILE)
+    offs_m = tl.program_id(0) // tiles * TILE + tl.arange(0, TILE)[:, None]
+    offs_n = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)[None, :]
+    w = tl.load(w_ptr + tap * stride_tap + offs_m * stride_row + offs_n * stride_column,
+                mask=(offs_m < rows) & (offs_n < columns), other=0.0)
+    out_ptr += first + tap // LOW * stride_high + tap % LOW * stride_low
+    tl.store(out_ptr + offs_m * out_stride_row + offs_n, w, mask=(offs_m < out_rows) & (offs_n < columns))
+
+
+def _permute(taps: torch.Tensor, out: torch.Tensor, first: int, stride_high: int, stride_low: int, out_stride_row: int,
+             *, low: int = 1, out_rows: int | None = None) -> None:
+    """Writes ``taps`` (T, M, N) of any strides to ``out``; the strides of ``out`` are in elements."""
+    count, rows, columns = taps.shape
+    out_rows = out_rows or rows
+    grid = (_launch.cdiv(out_rows, _TILE) * _launch.cdiv(columns, _TILE), count)
+    _launch.launch(permuted_taps_kernel, grid, taps, out, rows, columns, out_rows, *taps.stride(), first, stride_high,
+                   stride_low, out_stride_row, LOW=low, TILE=_TILE)
+
+
+def _taps(weight: torch.Tensor) -> torch.Tensor:
+    """``weight`` (A, B, h, w) as (h · w, A, B), without a copy in the layouts that PyTorch's weights have."""
+    a, b, h, w = weight.shape
+    if weight.stride(2) != w * weight.stride(3):
+        weight = weight.contiguous()
+    return weight.as_strided((h * w, a, b), (weight.stride(3), weight.stride(0), weight.stride(1)),
+                             weight.storage_offset())  # fmt: skip
+
+
+def forward_taps(weight: torch.Tensor) -> torch.Tensor:
+    """``weight`` (C_out, 3, 3, C) of any strides as a contiguous (C_out, 9, C)."""
+    c_out, _, _, c = weight.shape
+    out = _launch.empty((c_out, 9, c), weight.dtype, weight.device)
+    _permute(_taps(weight.permute(0, 3, 1, 2)), out, 0, c, 0, 9 * c)
+    return out
+
+
+def backward_taps(weight: torch.Tensor) -> torch.Tensor:
+    """(C_in, 3, 3, C_out): the flipped, transposed ``weight`` (C_out, C_in, 3, 3) of the data gradient."""
+    c_out, c_in = weight.shape[:2]
+    out = _launch.empty((c_in, 3, 3, c_out), weight.dtype, weight.device)
+    _permute(_taps(weight).transpose(1, 2), out, 8 * c_out, -c_out, 0, 9 * c_out)
+    return out
+
+
+def stride2_taps(weight: torch.Tensor, out_first: bool) -> torch.Tensor:
+    """(2, 2, C_out, C_in), or (2, 2, C_in, C_out) unless ``out_first``, of ``weight`` (C_in, C_out, 2, 2)."""
+    taps = _taps(weight).transpose(1, 2) if out_first else _taps(weight)
+    _, rows, columns = taps.shape
+    out = _launch.empty((2, 2, rows, columns), weight.dtype, weight.device)
+    _permute(taps, out, 0, rows * columns, 0, columns)
+    return out
+
+
+def stacked_rows(weight: torch.Tensor, block_k: int) -> torch.Tensor:
+    """``weight`` (C_out, 3, 3, C) as (3 columns, 3 kernel rows of block_k channels, C), zero from C_out to block_k.
+
+    2 · block_k rows from (j - 1) · block_k are the taps of kernel rows j - 1 and j; out of the range they read as zero.
+    """
+    c = weight.shape[3]
+    out = _launch.empty((3, 3 * block_k, c), weight.dtype, weight.device)
+    _permute(_taps(weight.permute(0, 3, 1, 2)), out, 0, block_k * c, 3 * block_k * c, c, low=3, out_rows=block_k)
+    return out

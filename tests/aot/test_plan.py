@@ -1,0 +1,121 @@
+"""A repeated launch gets what the launcher itself would pass, and costs few Python calls. Compiled, but not run."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import pytest
+import torch
+
+from bench.host_driver import host_driver
+from fastunet.architecture import Architecture
+from fastunet.kernels import _plan, conv_relu, relu
+from fastunet.layers import network_calls
+
+VALID = dict(padding="valid", up="transpose", depth=1)
+NETWORKS = {
+    "upsample": (Architecture(width=32, depth=1), (32, 32)),
+    "upsample, 24 wide": (Architecture(width=24, depth=1), (32, 32)),
+    "transpose": (Architecture(in_channels=1, num_classes=2, width=16, **VALID), (20, 20)),
+}
+
+
+@pytest.fixture(scope="module")
+def started():
+    """The launches since it was last cleared."""
+    with host_driver() as launches:
+        yield launches
+
+
+def calls():
+    for name, (architecture, size) in NETWORKS.items():
+        for training in (True, False):
+            for call in network_calls(architecture, 2, *size, training=training):
+                yield f"{name} {'training' if training else 'inference'} {call.layer} {call.operator}", call
+
+
+def addressless(value, tensors):
+    """``value`` with addresses as (tensor, byte), without the objects by which Triton tells hooks of a launch."""
+    if isinstance(value, (tuple, list)):
+        return tuple(addressless(v, tensors) for v in value)
+    if hasattr(value, "data_ptr"):
+        value = value.data_ptr()
+    if isinstance(value, int) and not isinstance(value, bool):
+        for i, tensor in enumerate(tensors):
+            if 0 <= value - tensor.data_ptr() < tensor.untyped_storage().nbytes():
+                return "address", i, value - tensor.data_ptr()
+    return None if type(value).__name__ in ("LazyDict", "HookChain") else value
+
+
+def recorded(function, results):
+    def call(*args, **kwargs):
+        results.append(function(*args, **kwargs))
+        return results[-1]
+
+    return call
+
+
+def functions_called(function, *operands):
+    """The code objects of the Python functions that ``function(*operands)`` calls, once for each call."""
+    codes = []
+    sys.setprofile(lambda frame, event, argument: codes.append(frame.f_code) if event == "call" else None)
+    try:
+        function(*operands)
+    finally:
+        sys.setprofile(None)
+    return codes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_every_call_of_a_network_repeats_its_launches(started, dtype, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    allocated = []
+    for name in ("empty", "empty_strided"):
+        monkeypatch.setattr(torch, name, recorded(getattr(torch, name), allocated))
+    for name, call in calls():
+        launcher = call.launcher()
+        seen = []
+        for function in (launcher, launcher, launcher.__wrapped__):
+            operands = call.random(dtype, "cpu")
+            allocated.clear()
+            started.clear()
+            results = function(*operands)
+            tensors = [*(o for o in operands if isinstance(o, torch.Tensor)), *allocated]
+            launches = [addressless(launch, tensors) for launch in started]
+            results = results if isinstance(results, tuple) else (results,)
+            seen.append((launches, [(r.shape, r.stride(), r.dtype, r.storage_offset()) for r in results]))
+        assert seen[0][0], name
+        assert seen[1] == seen[2], f"{name}: the repeated call differs"
+        assert launcher.__wrapped__.__code__ not in functions_called(launcher, *operands), f"{name} is not kept"
+
+
+def test_a_repeated_launch_costs_few_python_calls(started):
+    x, weight, bias = (torch.randn(s).bfloat16() for s in ((1, 64, 32, 32), (64, 64, 3, 3), (64,)))
+    operands = x.contiguous(memory_format=torch.channels_last), None, weight, bias, 1, True
+    launcher = _plan.planned(conv_relu.forward)
+    launcher(*operands)
+    repeated, first = (len(functions_called(f, *operands)) for f in (launcher, launcher.__wrapped__))
+    assert repeated < first / 4
+
+
+def test_what_is_kept_depends_on_all_that_a_launcher_may_look_at(started):
+    launcher = _plan.planned(relu.backward)
+    y = torch.randn(2, 8, 16, 16).contiguous(memory_format=torch.channels_last)
+    for other in (y, y[:1], y[:, :, 1:], y.half(), y.contiguous(), y.expand(2, 8, 16, 16)):
+        for _ in range(2):
+            expected = relu.backward(other, other)
+            actual = launcher(other, other)
+            assert (actual.shape, actual.stride(), actual.dtype) == (expected.shape, expected.stride(), expected.dtype)
+
+
+def test_operands_of_one_storage_are_not_mixed_up(started):
+    """The first call cannot tell whose address it passed on, so that no call is repeated."""
+    launcher = _plan.planned(relu.backward)
+    flat = torch.randn(2 * 8 * 16 * 16)
+    dy, y = (part.view(8, 16, 16, 1).permute(0, 3, 1, 2) for part in flat.view(2, -1))
+    for operands in ((dy, y), (y, dy)):
+        started.clear()
+        launcher(*operands)
+        passed = [int(byte) for byte in re.findall(r"'address', 0, (\d+)", repr(addressless(started[0], [flat])))]
+        assert passed == [operand.data_ptr() - flat.data_ptr() for operand in operands]

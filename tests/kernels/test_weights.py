@@ -1,0 +1,67 @@
+"""Reordered weights are exactly those that PyTorch's flips, permutations and pads give."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastunet.kernels import _launch, _weights
+
+SHAPES = [(1, 1), (3, 31), (33, 32), (64, 17)]
+LAYOUTS = {
+    "contiguous": lambda w: w,
+    "channels_last": lambda w: w.contiguous(memory_format=torch.channels_last),
+    "strided": lambda w: w.transpose(2, 3).contiguous().transpose(2, 3),
+}
+
+
+@pytest.fixture(params=[torch.float32, torch.float16], ids=str)
+def dtype(request):
+    return request.param
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward_taps(shape, layout, dtype):
+    weight = torch.randn(*shape, 3, 3).to(dtype)
+    with _launch.poisoned():
+        actual = _weights.forward_taps(LAYOUTS[layout](weight).permute(0, 2, 3, 1))
+    assert torch.equal(actual, weight.permute(0, 2, 3, 1).reshape(shape[0], 9, shape[1]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_backward_taps(shape, layout, dtype):
+    weight = torch.randn(*shape, 3, 3).to(dtype)
+    with _launch.poisoned():
+        actual = _weights.backward_taps(LAYOUTS[layout](weight))
+    assert torch.equal(actual, weight.flip((2, 3)).permute(1, 2, 3, 0))
+    assert actual.is_contiguous()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_stride2_taps(shape, layout, dtype):
+    weight = torch.randn(*shape, 2, 2).to(dtype)
+    for out_first, order in ((True, (2, 3, 1, 0)), (False, (2, 3, 0, 1))):
+        with _launch.poisoned():
+            actual = _weights.stride2_taps(LAYOUTS[layout](weight), out_first)
+        assert torch.equal(actual, weight.permute(order))
+        assert actual.is_contiguous()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 31), (32, 33), (17, 64)], ids=str)
+def test_stacked_rows(shape, layout, dtype):
+    weight = torch.randn(*shape, 3, 3).to(dtype)
+    with _launch.poisoned():
+        actual = _weights.stacked_rows(LAYOUTS[layout](weight).permute(0, 2, 3, 1), 32)
+    by_column = torch.nn.functional.pad(weight.permute(3, 2, 0, 1), (0, 0, 0, 32 - shape[0]))
+    assert torch.equal(actual, by_column.reshape(3, 96, shape[1]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_part_of_a_larger_weight(layout):
+    """Offsets into a storage count."""
+    weight = LAYOUTS[layout](torch.randn(6, 10, 3, 3))[2:, 4:]
+    assert torch.equal(_weights.backward_taps(weight), weight.flip((2, 3)).permute(1, 2, 3, 0))
