@@ -86,11 +86,16 @@ class _DescriptorSlot:
         last = self.last  # read once: another thread may replace it
         if last[0] == address:
             return last[1]
-        # Without the constructor, whose checks the first call has passed.
-        moved = object.__new__(TensorDescriptor)
-        moved.__dict__.update(last[1].__dict__, base=_Address(address))
+        moved = _moved(last[1], address)
         self.last = address, moved
         return moved
+
+
+def _moved(descriptor: TensorDescriptor, address: int) -> TensorDescriptor:
+    """``descriptor`` of another address, made without the constructor, whose checks the first call has passed."""
+    moved = object.__new__(TensorDescriptor)
+    moved.__dict__.update(descriptor.__dict__, base=_Address(address))
+    return moved
 
 
 class _Address:
@@ -219,4 +224,6 @@ def _slot(position: int, value: Any, known: list[torch.Tensor],
     if source is None:
         return None
     where = position, source, tensor.data_ptr() - known[source].data_ptr()
-    return _Slot(*where) if tensor is value else _DescriptorSlot(*where, (-1, value))
+    if tensor is value:
+        return _Slot(*where)
+    return _DescriptorSlot(*where, (-1, _moved(value, -1)))  # without the tensor, whose memory it would keep

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import sys
+import weakref
 
 import pytest
 import torch
@@ -97,6 +99,19 @@ def test_a_repeated_launch_costs_few_python_calls(started):
     launcher(*operands)
     repeated, first = (len(functions_called(f, *operands)) for f in (launcher, launcher.__wrapped__))
     assert repeated < first / 4
+
+
+def test_what_is_kept_holds_no_tensor(started):
+    x, weight, bias = (torch.randn(s).bfloat16() for s in ((1, 64, 32, 32), (64, 64, 3, 3), (64,)))
+    x = x.contiguous(memory_format=torch.channels_last)
+    launcher = _plan.planned(conv_relu.forward)
+    for _ in range(2):
+        kept = [weakref.ref(t) for t in (x, weight, bias, launcher(x, None, weight, bias, 1, True))]
+        started.clear()  # holds what was launched
+        assert [ref() is None for ref in kept] == [False, False, False, True]
+    del x, weight, bias
+    gc.collect()
+    assert all(ref() is None for ref in kept)
 
 
 def test_what_is_kept_depends_on_all_that_a_launcher_may_look_at(started):
