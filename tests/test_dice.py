@@ -90,6 +90,25 @@ def test_equals_the_eager_loss(c, options, layout, tiny_chunks):
     assert gradient.stride() == logits.stride()
 
 
+@pytest.mark.parametrize("ignore", [None, 2])
+@pytest.mark.parametrize("c", [1, 4])
+def test_chunks_of_several_images(c, ignore, monkeypatch):
+    """Two images a chunk, and the fifth alone; beside one image a chunk."""
+    logits, labels = batch(c, n=5)
+    labels[1] = 0
+    found = []
+    for images in (1, 2):
+        pixel_bytes = 4 * max(c, 2) * 7 * 9
+        monkeypatch.setattr(dice_cpu, "_CHUNK_BYTES", images * pixel_bytes // max(1, torch.get_num_threads() // 2))
+        flat, targets, leaf = logits.flatten(2), labels.flatten(1), logits.clone().requires_grad_()
+        loss = dice_cross_entropy(leaf, labels, ignore_index=ignore, reduction="sample")
+        gradient = torch.autograd.grad(loss, leaf)[0]
+        sums = dice_cpu.sums(flat, targets, None, ignore, True)
+        found.append((sums, gradient, dice_cpu.confusion(flat, targets, max(c, 2), ignore)))
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-15)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_low_precision_stays_within_budget(dtype, tiny_chunks):
     logits, labels = batch(4, (40, 50), dtype=dtype)
@@ -395,7 +414,7 @@ def test_sums_equal_the_pixel_count(image):
     assert confusion_matrix(logits, labels, c).sum() == n * size * size
 
 
-def test_no_full_size_tensor_beside_the_gradient():
+def test_no_full_size_tensor_beside_the_gradient(monkeypatch):
     """The sums allocate chunks only; the gradient allocates chunks and itself."""
     logits, labels = batch(4, (600, 600), n=2, dtype=torch.float32)
     logits, labels = logits.flatten(2), labels.flatten(1)
@@ -408,7 +427,8 @@ def test_no_full_size_tensor_beside_the_gradient():
                 sizes.append(out.untyped_storage().nbytes())
             return out
 
-    chunks = 4 * dice_cpu._CHUNK_BYTES * torch.get_num_threads()
+    monkeypatch.setattr(dice_cpu, "_CHUNK_BYTES", 64 * 1024)
+    chunks = 4 * dice_cpu._CHUNK_BYTES * max(1, torch.get_num_threads() // 2)
     assert chunks < logits.numel() * 4
     with Watch():
         dice_cpu.sums(logits, labels, None, None, True)

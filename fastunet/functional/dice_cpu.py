@@ -1,8 +1,8 @@
 """The sums of the Dice operators in plain PyTorch: the specification of ``kernels/dice.py``, and its form on a CPU.
 
-The image is walked in chunks of pixels that fit a core's cache, so that neither a one-hot tensor nor the softmax of a
-whole image exists. Pixels whose label is ``ignore_index`` or out of range count nowhere. Everywhere C is the number of
-channels and K = max(C, 2) the number of classes: one channel is the logit of the second of two classes.
+The batch is walked in chunks of images or of pixels, a few megabytes each, so that neither a one-hot tensor nor the
+softmax of a whole batch exists. Pixels whose label is ``ignore_index`` or out of range count nowhere. Everywhere C is
+the number of channels and K = max(C, 2) the number of classes: one channel is the logit of the second of two classes.
 """
 
 from __future__ import annotations
