@@ -9,7 +9,6 @@ import torch
 pytest.importorskip("triton", reason="Triton, which compiles the kernels, is not installed")
 
 from fastunet.kernels import _launch, dice, dice_confusion
-
 from fastunet.machine_code import compile_launch, failures, inspect
 
 pytestmark = pytest.mark.skipif(_launch.INTERPRETED, reason="the interpreter has no machine code")

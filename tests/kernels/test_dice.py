@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from fastunet.kernels import dice, dice_confusion
 
 from fastunet.functional import dice as functional
 from fastunet.functional import dice_cpu
+from fastunet.kernels import dice, dice_confusion
 from tests.tolerance import assert_within_budget
 
 CLASSES = [1, 2, 3, 4, 5, 8, 33, 100]
