@@ -7,6 +7,7 @@ numpy, and on a GPU Triton, nothing else; MONAI is measured where it is installe
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 import sys
 import time
@@ -49,13 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = Path(options.out) / machine.slug / Results(machine, ()).filename
     products = ", ".join(f"{name} {rate:.3g} TFLOP/s" for name, rate in machine.matmul_tflops.items())
     print(f"{machine.device}: copy {machine.copy_gbs:.1f} GB/s, matrix product {products}", flush=True)
+    budget = dataclasses.replace(time_budget(device), least_rounds=options.rounds)
     rows: list[Row] = []
     left_out = 0
     for index, workload in enumerate(chosen):
         if time.monotonic() > deadline:
             left_out = len(chosen) - index
             break
-        rows += [m.row for m in measure(workload, device, machine, time_budget(device), deadline)]
+        rows += [m.row for m in measure(workload, device, machine, budget, deadline)]
         write(path, machine, rows)
         print(_line(rows[-1].workload, rows), flush=True)
     if first_results and time.monotonic() < deadline:
@@ -87,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", default=str(UNCOMMITTED),
                         help="folder of result files (bench/results to commit them; default .benchmarks)")  # fmt: skip
     parser.add_argument("--minutes", type=float, default=9.0, help="starts nothing new after this time")
+    parser.add_argument("--rounds", type=int, default=5, help="at least so many samples of each variant (default 5)")
     parser.add_argument("--full", action="store_true", help="every shape, precision and variant")
     parser.add_argument("--only", default="", metavar="REGEX", help='workloads whose name matches, as in "brats infer"')
     parser.add_argument("--device", help="cpu or cuda; by default CUDA where there is one")
