@@ -43,20 +43,21 @@ def sums(
     """
     n, c, pixel_count = logits.shape
     k, rows = max(c, 2), 4 if cross_entropy else 3
-    numbers = _class_numbers(logits)
+    numbers, complete = _class_numbers(logits), _every_pixel_counts(targets, k, ignore_index)
     # Of each class: I, P, T and, if wanted, sum(t log p).
     totals = torch.zeros(4, n, k, dtype=torch.float64, device=logits.device)
     ignored = torch.zeros(n, dtype=torch.float64, device=logits.device)
     for samples, pixels, block in _chunks(logits, 4):
         product, p, t, log_p = block.unbind()
-        left_out, complete = _fill_memberships(t, targets[samples, ..., pixels], numbers, ignore_index)
-        ignored[samples] += left_out
+        ignored[samples] += _fill_memberships(t, targets[samples, ..., pixels], numbers, ignore_index)
         z = _classes(log_p, logits[samples, :, pixels])
         if cross_entropy:
             # exp2 is vectorised in PyTorch where exp is not, and takes a third of its time.
             torch.mul(torch.log_softmax(z, 1, out=log_p), _LOG2_E, out=p).exp2_()
-            # 0 · -inf, a class that is impossible and not true, is 0. NaN logits still show: in P.
-            log_p.mul_(t).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+            log_p.mul_(t)
+            if log_p.is_cuda or not log_p.sum().isfinite().item():
+                # 0 · -inf, a class that is impossible and not true, is 0. NaN logits still show: in P.
+                log_p.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
         else:
             torch.softmax(z, 1, out=p)
         if not complete:
@@ -96,19 +97,20 @@ def sums_grad(
     if class_weights is not None:
         grad_nll = grad_nll * class_weights.to(grad.dtype)[:, None]
     result, numbers = torch.empty_like(logits), _class_numbers(logits)
+    complete = _every_pixel_counts(targets, k, ignore_index)
     # Where the result has the layout of a chunk, h is made in it: one pass over slow memory, and one buffer less.
     in_place = logits.is_contiguous() and c == k and logits.dtype == sum_dtype(logits)
     for samples, pixels, block in _chunks(logits, 2 if in_place else 3):
         p, t = block[:2].unbind()
         dz = result[samples, :, pixels]
         h = dz if in_place else block[2]
-        _, complete = _fill_memberships(t, targets[samples, ..., pixels], numbers, ignore_index)
+        _fill_memberships(t, targets[samples, ..., pixels], numbers, ignore_index)
         torch.softmax(_classes(h, logits[samples, :, pixels]), 1, out=p)
         if not complete:
             p *= t.sum(1, keepdim=True)
         torch.mul(t, grad_i[samples], out=h).add_(grad_p[samples]).mul_(p)
         if cross_entropy:
-            h -= t.mul_(grad_nll[samples])
+            h.addcmul_(t, grad_nll[samples], value=-1)
         torch.addcmul(h[:, k - c :], p[:, k - c :], h.sum(1, keepdim=True), value=-1, out=dz)
     return result
 
@@ -176,20 +178,29 @@ def _class_numbers(logits: torch.Tensor) -> torch.Tensor:
     return torch.arange(max(logits.shape[1], 2), dtype=sum_dtype(logits), device=logits.device)[:, None]
 
 
+def _every_pixel_counts(targets: torch.Tensor, classes: int, ignore_index: int | None) -> bool:
+    """Whether no pixel is ignored or out of range; False where it is not known, as on a GPU, where asking would wait."""
+    if targets.ndim == 3:
+        return True
+    if targets.is_cuda or not targets.numel() or (ignore_index is not None and 0 <= ignore_index < classes):
+        return False
+    least, greatest = targets.aminmax()
+    return least.item() >= 0 and greatest.item() < classes
+
+
 def _fill_memberships(
     t: torch.Tensor, targets: torch.Tensor, numbers: torch.Tensor, ignore_index: int | None
-) -> tuple[torch.Tensor | int, bool]:
+) -> torch.Tensor | int:
     """Writes the (N, K, chunk) memberships of a chunk's targets, 0 where a pixel counts nowhere.
 
     Returns:
-        The number of ignored pixels of each sample, and whether every pixel counts (on a GPU, where asking would wait,
-        False for labels).
+        The number of ignored pixels of each sample.
     """
     if targets.ndim == 3:
         t[:, t.shape[1] - targets.shape[1] :] = targets
         if targets.shape[1] < t.shape[1]:
             torch.sub(1, t[:, 1], out=t[:, 0])
-        return 0, True
+        return 0
     labels, ignored = targets.to(t.dtype), 0
     if ignore_index is not None:
         at = targets == ignore_index
@@ -197,7 +208,7 @@ def _fill_memberships(
         labels = labels.masked_fill(at, -1)
     # Comparing floats into floats is vectorised; comparing integers into booleans takes five times as long.
     torch.eq(labels[:, None], numbers, out=t)
-    return ignored, not t.is_cuda and labels.min().item() >= 0 and labels.max().item() < len(numbers)
+    return ignored
 
 
 def _classes(memory: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
