@@ -47,8 +47,6 @@ def interleave(passes: Sequence[Callable[[], object]], calls: Sequence[int], dev
     """
     if not passes:
         return []
-    if device.type == "cpu":
-        keep_freed_memory()
     clock = _seconds_on_cuda if device.type == "cuda" else _seconds_on_cpu
     for run in passes:
         clock(run, 1)
@@ -73,8 +71,7 @@ def interleave(passes: Sequence[Callable[[], object]], calls: Sequence[int], dev
 def keep_freed_memory() -> None:
     """Tells glibc to keep what is freed, as the allocators that PyTorch recommends on CPUs do.
 
-    By default it returns large blocks to the system, and the page faults of getting them back (3 µs each in a virtual
-    machine) hit whichever variant comes next: a loss of 11 ms then takes 22.
+    By default it returns large blocks to the system; getting them back costs page faults, most where most is allocated.
     """
     trim_threshold, most_mappings = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
     with contextlib.suppress(AttributeError, OSError):  # another C library
