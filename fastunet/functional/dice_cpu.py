@@ -179,7 +179,7 @@ def _class_numbers(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _every_pixel_counts(targets: torch.Tensor, classes: int, ignore_index: int | None) -> bool:
-    """Whether no pixel is ignored or out of range; False where it is not known, as on a GPU, where asking would wait."""
+    """Whether no pixel is ignored or out of range; False if not known, as on a GPU, where asking would wait."""
     if targets.ndim == 3:
         return True
     if targets.is_cuda or not targets.numel() or (ignore_index is not None and 0 <= ignore_index < classes):
