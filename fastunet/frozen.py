@@ -7,12 +7,14 @@ multiplies by weights packed once. Where neither applies it runs the model as it
 from __future__ import annotations
 
 import copy
+import importlib
 from collections import OrderedDict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastunet import frozen_cpu
+from fastunet.dispatch import triton_installed
 
 if TYPE_CHECKING:
     from fastunet.unet import UNet
@@ -43,6 +45,7 @@ class FrozenUNet:
         self._state = self._fingerprint()
         self._packed: frozen_cpu.PackedNetwork | None = None
         self._casts: dict[torch.dtype, FrozenUNet] = {}
+        self._kept: dict[tuple, Any] = {}
         self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -93,9 +96,16 @@ class FrozenUNet:
         if key not in self._graphs:
             while len(self._graphs) >= self.graphs:
                 self._graphs.popitem(last=False)
-            self._graphs[key] = _Graph(lambda images: self.model._run(images, output), x)
+            self._graphs[key] = _Graph(lambda images: self._run_kept(images, output), x)
         self._graphs.move_to_end(key)
         return self._graphs[key](x)
+
+    def _run_kept(self, images: torch.Tensor, output: str) -> torch.Tensor:
+        """The forward pass with the weights reordered for the kernels once: what is captured does not do it again."""
+        if not triton_installed():
+            return self.model._run(images, output)
+        with importlib.import_module("fastunet.kernels._weights").keeping(self._kept):
+            return self.model._run(images, output)
 
 
 class _Graph:

@@ -52,7 +52,8 @@ class _State:
 
 
 _state = _State()
-_thread = threading.local()
+thread = threading.local()
+"""What one thread alone is told: the launches being traced, the weights being kept."""
 
 
 def launch(kernel: Any, grid: tuple[int, ...], /, *args: Any, num_warps: int = 4, num_stages: int = 3, **kwargs: Any):
@@ -65,7 +66,7 @@ def launch(kernel: Any, grid: tuple[int, ...], /, *args: Any, num_warps: int = 4
         return
     # stated, because Triton 3.10 turns off by default the fusion of multiplication and addition that 3.9 has on
     compiled = kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True, **kwargs)
-    started = getattr(_thread, "started", None)
+    started = getattr(thread, "started", None)
     if started is not None:
         started.append(Started(compiled, grid, [*args, *(kwargs[name] for name in kernel.arg_names[len(args) :])]))
 
@@ -73,16 +74,17 @@ def launch(kernel: Any, grid: tuple[int, ...], /, *args: Any, num_warps: int = 4
 @contextlib.contextmanager
 def tracing() -> Iterator[list[Started]]:
     """Collects this thread's launches while they are made."""
-    _thread.started = started = []
+    thread.started = started = []
     try:
         yield started
     finally:
-        _thread.started = None
+        thread.started = None
 
 
 def observed() -> bool:
-    """Whether launches are interpreted, recorded or poisoned: not to be repeated without their launchers."""
-    return INTERPRETED or _state.records is not None or _state.architecture is not None or _state.poison
+    """Whether launches are interpreted, recorded, poisoned, or spared by kept weights: none that a plan may repeat."""
+    kept = getattr(thread, "kept_weights", None) is not None
+    return kept or INTERPRETED or _state.records is not None or _state.architecture is not None or _state.poison
 
 
 @contextlib.contextmanager

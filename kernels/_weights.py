@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -40,6 +45,38 @@ def _permute(taps: torch.Tensor, out: torch.Tensor, first: int, stride_high: int
                    stride_low, out_stride_row, LOW=low, TILE=_TILE)
 
 
+@contextlib.contextmanager
+def keeping(kept: dict[tuple, Any]) -> Iterator[None]:
+    """Inside, what :func:`keepable` functions make is stored in ``kept`` and found there again.
+
+    For weights that do not change while ``kept`` lives, as those of a captured forward pass.
+    """
+    previous = getattr(_launch.thread, "kept_weights", None)
+    _launch.thread.kept_weights = kept
+    try:
+        yield
+    finally:
+        _launch.thread.kept_weights = previous
+
+
+def keepable(reorder: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """``reorder(weight, *options)``, whose results :func:`keeping` keeps."""
+
+    @functools.wraps(reorder)
+    def call(weight: torch.Tensor, *options: Any, **named: Any) -> torch.Tensor:
+        kept = getattr(_launch.thread, "kept_weights", None)
+        if kept is None:
+            return reorder(weight, *options, **named)
+        key = (reorder.__name__, weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, options,
+               tuple(named.items()))  # fmt: skip
+        if key not in kept:
+            # with the weight itself, so that its address belongs to nothing else
+            kept[key] = weight, reorder(weight, *options, **named)
+        return kept[key][1]
+
+    return call
+
+
 def _taps(weight: torch.Tensor) -> torch.Tensor:
     """``weight`` (A, B, h, w) as (h · w, A, B), without a copy in the layouts that PyTorch's weights have."""
     a, b, h, w = weight.shape
@@ -49,6 +86,7 @@ def _taps(weight: torch.Tensor) -> torch.Tensor:
                              weight.storage_offset())  # fmt: skip
 
 
+@keepable
 def forward_taps(weight: torch.Tensor) -> torch.Tensor:
     """``weight`` (C_out, 3, 3, C) of any strides as a contiguous (C_out, 9, C)."""
     c_out, _, _, c = weight.shape
@@ -57,6 +95,7 @@ def forward_taps(weight: torch.Tensor) -> torch.Tensor:
     return out
 
 
+@keepable
 def backward_taps(weight: torch.Tensor) -> torch.Tensor:
     """(C_in, 3, 3, C_out): the flipped, transposed ``weight`` (C_out, C_in, 3, 3) of the data gradient."""
     c_out, c_in = weight.shape[:2]
@@ -65,6 +104,7 @@ def backward_taps(weight: torch.Tensor) -> torch.Tensor:
     return out
 
 
+@keepable
 def stride2_taps(weight: torch.Tensor, out_first: bool) -> torch.Tensor:
     """(2, 2, C_out, C_in), or (2, 2, C_in, C_out) unless ``out_first``, of ``weight`` (C_in, C_out, 2, 2)."""
     taps = _taps(weight).transpose(1, 2) if out_first else _taps(weight)
@@ -74,6 +114,7 @@ def stride2_taps(weight: torch.Tensor, out_first: bool) -> torch.Tensor:
     return out
 
 
+@keepable
 def stacked_rows(weight: torch.Tensor, block_k: int) -> torch.Tensor:
     """``weight`` (C_out, 3, 3, C) as (3 columns, 3 kernel rows of block_k channels, C), zero from C_out to block_k.
 

@@ -15,6 +15,7 @@ import triton.language as tl
 from . import _launch, _reduce, _stride2, _stride2_weight_grad
 from ._stride2 import Stride2Config
 from ._stride2_weight_grad import WeightGradConfig
+from ._weights import keepable
 
 _PACK_TILE = 256  # weights of one program of sub_pixel_weights_kernel
 _FOLD_TILE, _FOLD_SPLITS = 64, 16  # weights, and rows of partial sums added at once, of fold_taps_kernel
@@ -93,6 +94,7 @@ def fold_taps_kernel(
     tl.store(dw_ptr + offs, dw, mask=offs < 4 * C_out * C_in)
 
 
+@keepable
 def sub_pixel_weights(weight: torch.Tensor, slots: int, out_first: bool) -> torch.Tensor:
     """k (3, slots, C_out, C_in), channels swapped unless ``out_first``, of ``weight`` (C_out, C_in, 2, 2)."""
     c_out, c_in = weight.shape[:2]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastunet.kernels import _launch, _weights
+import fastunet
+from fastunet.kernels import _launch, _weights, upsample_conv
 
 SHAPES = [(1, 1), (3, 31), (33, 32), (64, 17)]
 LAYOUTS = {
@@ -65,3 +66,23 @@ def test_a_part_of_a_larger_weight(layout):
     """Offsets into a storage count."""
     weight = LAYOUTS[layout](torch.randn(6, 10, 3, 3))[2:, 4:]
     assert torch.equal(_weights.backward_taps(weight), weight.flip((2, 3)).permute(1, 2, 3, 0))
+
+
+def test_a_frozen_network_reorders_its_weights_once(device, monkeypatch):
+    torch.manual_seed(0)
+    model = fastunet.UNet(width=8, depth=1, backend="triton").to(device).half().eval()
+    frozen, x = model.freeze(), torch.randn(1, 2, 16, 16, device=device).half()
+    launched = []
+    start = _launch.launch
+    monkeypatch.setattr(_launch, "launch", lambda kernel, *a, **k: (launched.append(kernel), start(kernel, *a, **k)))
+    reorders = (_weights.permuted_taps_kernel, upsample_conv.sub_pixel_weights_kernel)
+    with torch.no_grad():
+        expected, *results = model(x), frozen._run_kept(x, "logits"), frozen._run_kept(x, "logits")
+        assert any(kernel in reorders for kernel in launched)
+        launched.clear()
+        results.append(frozen._run_kept(x, "logits"))
+    assert not any(kernel in reorders for kernel in launched)
+    assert launched
+    assert all(torch.equal(result, expected) for result in results)
+    frozen.refresh()
+    assert not frozen._kept
