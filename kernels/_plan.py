@@ -26,6 +26,7 @@ _VIEWS = frozenset((
     _aten.view.default,
 ))  # fmt: skip
 _hooks = triton.knobs.runtime
+_NEW: Any = object()
 _MOST_PLANS = 4096
 """Of one launcher: images of ever new sizes must not fill the memory."""
 
@@ -44,15 +45,16 @@ def planned(launcher: Callable[..., Any]) -> Callable[..., Any]:
             return launcher(*operands)
         tensors = [a for a in operands if isinstance(a, torch.Tensor)]
         key = (tuple([_alike(a) for a in operands]), torch.backends.cudnn.allow_tf32)
-        try:
-            plan = plans[key]
-        except KeyError:
-            result, plan = _traced(launcher, operands, tensors)
-            if len(plans) >= _MOST_PLANS:
-                plans.clear()
-            plans[key] = plan
-            return result
-        return launcher(*operands) if plan is None else plan.run(tensors)
+        plan = plans.get(key, _NEW)
+        if plan is None:
+            return launcher(*operands)
+        if plan is not _NEW:
+            return plan.run(tensors)
+        result, plan = _traced(launcher, operands, tensors)
+        if len(plans) >= _MOST_PLANS:
+            plans.clear()
+        plans[key] = plan
+        return result
 
     return call
 
