@@ -236,7 +236,7 @@ def _pointer(conv: Convolution, classes: int, ieee: bool) -> ConvConfig:
     wide = min(map(_launch.vector_width, conv.images)) * conv.x.element_size() == 16
     block_c = 64 // conv.x.element_size()
     if ieee:  # without matrix instructions: every thread holds rows of both operands
-        config = ConvConfig("pointer", k if classes else min(k, 64), 32 if classes and k > 64 else 64, block_c=block_c,
+        config = ConvConfig("pointer", k if classes else min(k, 64), 32 if classes else 64, block_c=block_c,
                             num_warps=4 if wide else 8)
     elif wide:
         config = ConvConfig("pointer", min(k, 128), 128, block_c=block_c, num_warps=8 if k > 64 else 4)
