@@ -106,11 +106,15 @@ def test_exit_status_says_whether_a_step_failed(tmp_path, monkeypatch):
         assert gpu.main(["--out", str(tmp_path), "--stage", "tune"]) == expected
 
 
-def test_the_profiled_workload_trains_and_predicts():
+def test_the_profiled_workload_trains_and_predicts(monkeypatch):
+    import fastunet
     from bench.gpu_profile import workload
 
-    run = workload("brats", device="cpu", images=1, size=16, width=4, depth=2)
-    run()
+    done, step, predict = [], torch.optim.Adam.step, fastunet.UNet.predict
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: (done.append("step"), step(self)))
+    monkeypatch.setattr(fastunet.UNet, "predict", lambda self, x: done.append(predict(self, x).shape))
+    workload("brats", device="cpu", images=1, size=16, width=4, depth=2)()
+    assert done == ["step", (1, 16, 16)]
 
 
 def test_small_launches_cover_every_operator():
