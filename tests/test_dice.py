@@ -1,14 +1,13 @@
-"""The Dice functions on a CPU: values, gradients, options, errors, and what holds for any input."""
+"""The Dice functions on a CPU: values, gradients, options and errors."""
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fastunet.functional import dice_cpu
 from fastunet.functional.dice import confusion_matrix, dice_coefficient, dice_cross_entropy, dice_loss
+from tests.dice_cases import OPTIONS, arguments, batch, literal
 from tests.tolerance import assert_within_budget
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
@@ -18,56 +17,6 @@ LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 def tiny_chunks(monkeypatch):
     """So small that every image is walked in many chunks, the last one shorter."""
     monkeypatch.setattr(dice_cpu, "_CHUNK_BYTES", 4 * 4 * 23 // torch.get_num_threads())
-
-
-def batch(c, size=(7, 9), n=3, dtype=torch.float64, seed=0, labels=torch.uint8):
-    generator = torch.Generator().manual_seed(seed)
-    logits = (2 * torch.randn(n, c, *size, generator=generator, dtype=torch.float64)).to(dtype)
-    return logits, torch.randint(0, max(c, 2), (n, *size), generator=generator).to(labels)
-
-
-def literal(logits, labels, *, weights=None, ignore=None, smooth=1.0, include_background=True, reduction="batch",
-            ce_weight=1.0, dice_weight=1.0, empty="smooth"):  # fmt: skip
-    """The eager one-hot loss, option by option, as one would write it without a library."""
-    one_logit = logits.shape[1] == 1
-    z = torch.cat([torch.zeros_like(logits), logits], 1) if one_logit else logits
-    k = z.shape[1]
-    valid = torch.ones_like(labels, dtype=torch.bool) if ignore is None else labels != ignore
-    t = F.one_hot(torch.where(valid, labels.long(), 0), k).movedim(-1, 1) * valid[:, None]
-    p = z.softmax(1) * valid[:, None]
-    axes = [0, *range(2, z.ndim)] if reduction == "batch" else list(range(2, z.ndim))
-    i, p_sum, t_sum = ((x.sum(axes)) for x in (p * t, p, t))
-    scores, present = (2 * i + smooth) / (p_sum + t_sum + smooth), t_sum > 0
-    if empty == "one":
-        scores = torch.where(present, scores, (p_sum == 0).to(scores.dtype))
-    per_class = torch.ones(k, dtype=z.dtype) if weights is None or one_logit else weights.to(z.dtype)
-    per_class = (per_class * (present if empty == "skip" else 1)).expand_as(scores)
-    first = 1 if one_logit or not include_background else 0
-    scores, per_class = scores[..., first:], per_class[..., first:]
-    dice_term = (per_class * (1 - scores)).sum() / per_class.sum()
-    target = torch.where(valid, labels.long(), -100)
-    ce = F.cross_entropy(z, target, None if weights is None else weights.to(z.dtype), ignore_index=-100)
-    return dice_weight * dice_term + ce_weight * ce
-
-
-OPTIONS = {
-    "plain": {},
-    "weights": dict(weights=True),
-    "ignore": dict(ignore=1),
-    "everything": dict(weights=True, ignore=255, smooth=0.5, reduction="sample", ce_weight=0.3, dice_weight=2.0),
-    "foreground": dict(include_background=False, weights=True),
-    "skip": dict(empty="skip", reduction="sample"),
-    "one": dict(empty="one", smooth=0.0, reduction="sample"),
-}
-
-
-def arguments(options, k, dtype):
-    """The same options for :func:`literal` and for the library."""
-    options = dict(options)
-    if options.pop("weights", False):
-        options["weights"] = torch.linspace(0.2, 1.7, k, dtype=dtype)
-    names = {"weights": "class_weights", "ignore": "ignore_index"}
-    return options, {names.get(name, name): value for name, value in options.items()}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -88,25 +37,6 @@ def test_equals_the_eager_loss(c, options, layout, tiny_chunks):
     (gradient,), (wanted,) = torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits)
     torch.testing.assert_close(gradient, wanted, rtol=1e-10, atol=1e-16)
     assert gradient.stride() == logits.stride()
-
-
-@pytest.mark.parametrize("ignore", [None, 2])
-@pytest.mark.parametrize("c", [1, 4])
-def test_chunks_of_several_images(c, ignore, monkeypatch):
-    """Two images a chunk, and the fifth alone; beside one image a chunk."""
-    logits, labels = batch(c, n=5)
-    labels[1] = 0
-    found = []
-    for images in (1, 2):
-        pixel_bytes = 4 * max(c, 2) * 7 * 9
-        monkeypatch.setattr(dice_cpu, "_CHUNK_BYTES", images * pixel_bytes // max(1, torch.get_num_threads() // 2))
-        flat, targets, leaf = logits.flatten(2), labels.flatten(1), logits.clone().requires_grad_()
-        loss = dice_cross_entropy(leaf, labels, ignore_index=ignore, reduction="sample")
-        gradient = torch.autograd.grad(loss, leaf)[0]
-        sums = dice_cpu.sums(flat, targets, None, ignore, True)
-        found.append((sums, gradient, dice_cpu.confusion(flat, targets, max(c, 2), ignore)))
-    for one, two in zip(*found, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -357,83 +287,3 @@ def test_confusion_matrix(c, tiny_chunks):
     for given_ in (logits, logits.requires_grad_(), predicted, predicted.to(torch.uint8)):
         assert np.array_equal(confusion_matrix(given_, labels, k).numpy(), want)
     assert confusion_matrix(predicted, labels, k, ignore_index=0)[0].sum() == 0
-
-
-images = st.tuples(st.integers(2, 6), st.integers(1, 9), st.integers(1, 3), st.integers(0, 10**6))
-
-
-@settings(max_examples=40, deadline=None)
-@given(images, st.permutations(range(6)))
-def test_permuting_classes_permutes_the_sums(image, order):
-    c, size, n, seed = image
-    order = torch.tensor([i for i in order if i < c])
-    logits, labels = batch(c, (size, size), n, seed=seed)
-    renamed = torch.argsort(order)[labels.long()]
-    for given_, other in ((logits, logits[:, order]), (logits.argmax(1), torch.argsort(order)[logits.argmax(1)])):
-        matrix = confusion_matrix(given_, labels, c)
-        assert torch.equal(confusion_matrix(other, renamed, c), matrix[order][:, order])
-    for empty in ("smooth", "skip", "one"):
-        got = dice_cross_entropy(logits[:, order], renamed, empty=empty)
-        torch.testing.assert_close(got, dice_cross_entropy(logits, labels, empty=empty), rtol=1e-10, atol=1e-12)
-
-
-@settings(max_examples=40, deadline=None)
-@given(images, st.integers(0, 10**6))
-def test_ignored_pixels_change_nothing(image, other_seed):
-    c, size, n, seed = image
-    logits, labels = batch(c, (size, size), n, seed=seed)
-    labels[..., ::2] = 255
-    changed = torch.where(labels[:, None] == 255, batch(c, (size, size), n, seed=other_seed)[0] * 10, logits)
-    a, b = logits.requires_grad_(), changed.requires_grad_()
-    losses = [dice_cross_entropy(z, labels, ignore_index=255) for z in (a, b)]
-    torch.testing.assert_close(*losses, rtol=1e-12, atol=1e-12)
-    losses[1].backward()
-    assert torch.equal(b.grad * (labels[:, None] == 255), torch.zeros_like(b))
-    assert torch.equal(*(confusion_matrix(z, labels, c, ignore_index=255) for z in (a, b)))
-
-
-@settings(max_examples=40, deadline=None)
-@given(images, st.sampled_from(["smooth", "skip", "one"]))
-def test_a_perfect_prediction_costs_nothing(image, empty):
-    c, size, n, seed = image
-    _, labels = batch(c, (size, size), n, seed=seed)
-    logits = 1000 * F.one_hot(labels.long(), c).movedim(-1, 1).double()
-    assert dice_cross_entropy(logits, labels, empty=empty).item() <= 1e-12
-
-
-@settings(max_examples=40, deadline=None)
-@given(images)
-def test_sums_equal_the_pixel_count(image):
-    c, size, n, seed = image
-    logits, labels = batch(c, (size, size), n, seed=seed, dtype=torch.float32)
-    sums = torch.ops.fastunet.dice_sums(logits.flatten(2), labels.flatten(1), None, None, True, "torch")
-    pixels = torch.full((n,), float(size * size))
-    torch.testing.assert_close(sums[:, c : 2 * c].sum(1), pixels)
-    assert torch.equal(sums[:, 2 * c : 3 * c].sum(1), pixels)
-    assert torch.equal(sums[:, 3 * c + 1], pixels)
-    assert confusion_matrix(logits, labels, c).sum() == n * size * size
-
-
-def test_no_full_size_tensor_beside_the_gradient(monkeypatch):
-    """The sums allocate chunks only; the gradient allocates chunks and itself."""
-    logits, labels = batch(4, (600, 600), n=2, dtype=torch.float32)
-    logits, labels = logits.flatten(2), labels.flatten(1)
-    given_, sizes = {logits.untyped_storage().data_ptr(), labels.untyped_storage().data_ptr()}, []
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in given_:
-                sizes.append(out.untyped_storage().nbytes())
-            return out
-
-    monkeypatch.setattr(dice_cpu, "_CHUNK_BYTES", 64 * 1024)
-    chunks = 4 * dice_cpu._CHUNK_BYTES * max(1, torch.get_num_threads() // 2)
-    assert chunks < logits.numel() * 4
-    with Watch():
-        dice_cpu.sums(logits, labels, None, None, True)
-    assert max(sizes) <= chunks
-    with Watch():
-        dice_cpu.sums_grad(torch.ones(2, 15), logits, labels, None, None, True)
-    assert sorted(set(sizes))[-1] == logits.numel() * 4
-    assert sorted(set(sizes))[-2] <= chunks

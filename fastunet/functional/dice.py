@@ -43,12 +43,21 @@ class _DiceSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, class_weights, *options):
         ctx.save_for_backward(logits, targets, class_weights)
-        ctx.options = options
+        ctx.options, ctx.kept = options, None
+        # Not under torch.compile, fake tensors and the like, which see the operators below as single nodes.
+        if ctx.needs_input_grad[0] and type(logits) is torch.Tensor and not torch.compiler.is_compiling():
+            ctx.kept = dice_cpu.room_for_probabilities(logits) if options[-1] == "torch" else None
+        if ctx.kept is not None:
+            return dice_cpu.sums(logits, targets, class_weights, *options[:-1], ctx.kept)
         return torch.ops.fastunet.dice_sums(logits, targets, class_weights, *options)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
+        if ctx.kept is not None:
+            # A second backward pass through a retained graph computes them again.
+            kept, ctx.kept = ctx.kept, None
+            return dice_cpu.sums_grad(grad, *ctx.saved_tensors, *ctx.options[:-1], kept), *[None] * 5
         return torch.ops.fastunet.dice_sums_grad(grad, *ctx.saved_tensors, *ctx.options), *[None] * 5
 
 

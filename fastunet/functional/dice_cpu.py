@@ -1,13 +1,12 @@
 """The sums of the Dice operators in plain PyTorch: the specification of ``kernels/dice.py``, and its form on a CPU.
 
-The batch is walked in chunks of images or of pixels, a few megabytes each, so that neither a one-hot tensor nor the
-softmax of a whole batch exists. Pixels whose label is ``ignore_index`` or out of range count nowhere. Everywhere C is
+The batch is walked in chunks of images or of pixels, a few megabytes each, so that no one-hot tensor of a whole batch
+exists, and its softmax only in the memory of the gradient. Pixels whose label is ``ignore_index`` or out of range count nowhere. Everywhere C is
 the number of channels and K = max(C, 2) the number of classes: one channel is the logit of the second of two classes.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -15,10 +14,11 @@ import torch
 NONE_WRONG = -(2**31)
 """Stands for "no value is out of range" in :func:`confusion`."""
 
-_CHUNK_BYTES = 2 * 1024 * 1024
-"""Of a chunk's probabilities, for two threads. Smaller chunks spend more on starting operations than caches save."""
+_CHUNK_BYTES = 4 * 1024 * 1024
+"""Of a chunk's probabilities, for two threads. Each operation on a chunk ends with threads that wait for each other."""
 
-_LOG2_E = 1 / math.log(2)
+_LEAST_PROBABILITY = 1e-30
+"""Below, float32 probabilities are about to lose digits, and then to become zero: the logarithm of one is no use."""
 
 
 def sums(
@@ -27,6 +27,7 @@ def sums(
     class_weights: torch.Tensor | None,
     ignore_index: int | None,
     cross_entropy: bool,
+    keep: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Per sample every sum that the Dice and cross-entropy losses need.
 
@@ -36,34 +37,30 @@ def sums(
         class_weights: (K,) weights of the cross-entropy, or None.
         ignore_index: the label that counts nowhere, or None.
         cross_entropy: whether its sum is wanted; it is 0 otherwise.
+        keep: from :func:`room_for_probabilities`, filled here for :func:`sums_grad`; or None.
 
     Returns:
         (N, 3 C + 3) in float32 (float64 for float64 logits): I = sum(p t), P = sum(p) and T = sum(t) of each channel,
         then ``sum(-w_t t log p)``, ``sum(w_t t)`` and the number of labels out of range.
     """
     n, c, pixel_count = logits.shape
-    k, rows = max(c, 2), 4 if cross_entropy else 3
+    k = max(c, 2)
     numbers, complete = _class_numbers(logits), _every_pixel_counts(targets, k, ignore_index)
     # Of each class: I, P, T and, if wanted, sum(t log p).
     totals = torch.zeros(4, n, k, dtype=torch.float64, device=logits.device)
     ignored = torch.zeros(n, dtype=torch.float64, device=logits.device)
-    for samples, pixels, block in _chunks(logits, 4):
-        product, p, t, log_p = block.unbind()
+    for samples, pixels, block in _chunks(logits, 1 + cross_entropy, in_place=keep is not None):
+        t, z = block[0], logits[samples, :, pixels]
+        product = block[1] if cross_entropy else t
+        p = torch.softmax(_classes(t, z), 1, out=block[-1] if keep is None else keep[samples, :, pixels])
         ignored[samples] += _fill_memberships(t, targets[samples, ..., pixels], numbers, ignore_index)
-        z = _classes(log_p, logits[samples, :, pixels])
-        if cross_entropy:
-            # exp2 is vectorised in PyTorch where exp is not, and takes a third of its time.
-            torch.mul(torch.log_softmax(z, 1, out=log_p), _LOG2_E, out=p).exp2_()
-            log_p.mul_(t)
-            if log_p.is_cuda or not log_p.sum().isfinite().item():
-                # 0 · -inf, a class that is impossible and not true, is 0. NaN logits still show: in P.
-                log_p.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
-        else:
-            torch.softmax(z, 1, out=p)
         if not complete:
             p *= t.sum(1, keepdim=True)
-        torch.mul(p, t, out=product)
-        totals[:rows, samples].add_(block[:rows].sum(-1))
+        totals[1, samples] += p.sum(-1)
+        totals[2, samples] += t.sum(-1)
+        totals[0, samples] += torch.mul(p, t, out=product).sum(-1)
+        if cross_entropy:
+            totals[3, samples] += _log_likelihood(product, t, z, labels=targets.ndim == 2)
     weights = totals.new_ones(k) if class_weights is None else class_weights.double()
     wrong = pixel_count - totals[2].sum(1) - ignored if targets.ndim == 2 else torch.zeros_like(ignored)
     scalars = torch.stack([-(totals[3] * weights).sum(1), (totals[2] * weights).sum(1), wrong], 1)
@@ -77,6 +74,7 @@ def sums_grad(
     class_weights: torch.Tensor | None,
     ignore_index: int | None,
     cross_entropy: bool,
+    kept: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The gradient of :func:`sums` with respect to the logits.
 
@@ -86,6 +84,7 @@ def sums_grad(
 
     Args:
         grad: (N, 3 C + 3), the loss's gradient with respect to the sums; only I, P and the first scalar depend on z.
+        kept: the probabilities that :func:`sums` kept, which the gradient overwrites; or None, to compute them again.
 
     Returns:
         dz, of the shape, dtype and strides of ``logits``.
@@ -96,23 +95,32 @@ def sums_grad(
     grad_nll = grad[:, 3 * c, None, None]
     if class_weights is not None:
         grad_nll = grad_nll * class_weights.to(grad.dtype)[:, None]
-    result, numbers = torch.empty_like(logits), _class_numbers(logits)
+    result, numbers = torch.empty_like(logits) if kept is None else kept, _class_numbers(logits)
     complete = _every_pixel_counts(targets, k, ignore_index)
-    # Where the result has the layout of a chunk, h is made in it: one pass over slow memory, and one buffer less.
-    in_place = logits.is_contiguous() and c == k and logits.dtype == sum_dtype(logits)
-    for samples, pixels, block in _chunks(logits, 2 if in_place else 3):
-        p, t = block[:2].unbind()
-        dz = result[samples, :, pixels]
-        h = dz if in_place else block[2]
+    # Where the result has the layout of a chunk, p is in it until dz takes its place.
+    in_place = _like_chunks(logits)
+    for samples, pixels, block in _chunks(logits, 1 + cross_entropy, in_place=in_place):
+        t, dz = block[0], result[samples, :, pixels]
+        h, p = block[1] if cross_entropy else t, dz if in_place else block[-1]
+        if kept is None:
+            torch.softmax(_classes(t, logits[samples, :, pixels]), 1, out=p)
         _fill_memberships(t, targets[samples, ..., pixels], numbers, ignore_index)
-        torch.softmax(_classes(h, logits[samples, :, pixels]), 1, out=p)
-        if not complete:
+        if kept is None and not complete:
             p *= t.sum(1, keepdim=True)
         torch.mul(t, grad_i[samples], out=h).add_(grad_p[samples]).mul_(p)
         if cross_entropy:
             h.addcmul_(t, grad_nll[samples], value=-1)
         torch.addcmul(h[:, k - c :], p[:, k - c :], h.sum(1, keepdim=True), value=-1, out=dz)
     return result
+
+
+def room_for_probabilities(logits: torch.Tensor) -> torch.Tensor | None:
+    """Memory in which :func:`sums` can keep p until :func:`sums_grad` turns it into dz, or None.
+
+    It spares the second softmax, a third of the work, and costs no memory at the peak. None where p does not have the
+    layout and dtype of dz (16-bit logits, channels_last, one logit) and on a GPU.
+    """
+    return torch.empty_like(logits) if logits.device.type == "cpu" and _like_chunks(logits) else None
 
 
 def confusion(predictions: torch.Tensor, labels: torch.Tensor, classes: int, ignore_index: int | None) -> torch.Tensor:
@@ -154,14 +162,18 @@ def sum_dtype(logits: torch.Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _chunks(logits: torch.Tensor, buffers: int) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+def _chunks(logits: torch.Tensor, buffers: int, in_place: bool = True) -> Iterator[tuple[slice, slice, torch.Tensor]]:
     """The samples and pixels of each chunk, and a (buffers, samples, K, pixels) block that the next one overwrites.
 
-    A chunk is part of one image, or as many small images as fit.
+    A chunk is part of one image, or as many small images as fit. Unless p is made ``in_place``, in memory of the
+    gradient, there is one buffer more. Then, and for parts of images, which operations copy, a chunk has half the size.
     """
     n, c, s = logits.shape
     k = max(c, 2)
+    buffers += not in_place
     most = max(1, _CHUNK_BYTES * max(1, torch.get_num_threads() // 2) // (4 * k))
+    if s > most or not in_place:
+        most = max(1, most // 2)
     chunk = max(1, -(-s // max(1, -(-s // most))))
     images = max(1, min(n, most // max(1, s)))
     memory = torch.empty(buffers * images * k * chunk, dtype=sum_dtype(logits), device=logits.device)
@@ -211,9 +223,30 @@ def _fill_memberships(
     return ignored
 
 
+def _log_likelihood(product: torch.Tensor, t: torch.Tensor, logits: torch.Tensor, labels: bool) -> torch.Tensor:
+    """sum(t log p) of each sample and class of a chunk. ``product`` holds p t, and is overwritten."""
+    if labels and not logits.is_cuda:
+        # One logarithm a pixel, that of the true class; pixels that count nowhere have t = 0 everywhere.
+        true = product.sum(1, keepdim=True)
+        least = true.amin().item()
+        if least == 0:
+            true += 1 - t.sum(1, keepdim=True)
+            least = true.amin().item()
+        if least >= _LEAST_PROBABILITY:
+            return torch.mul(t, true.log_(), out=product).sum(-1)
+    log_p = torch.log_softmax(_classes(product, logits), 1).mul_(t)
+    # 0 · -inf, a class that is impossible and not true, is 0. NaN logits still show: in P.
+    return log_p.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf).sum(-1)
+
+
+def _like_chunks(logits: torch.Tensor) -> bool:
+    """Whether p, t and dz of a chunk have the layout and dtype of the logits."""
+    return logits.is_contiguous() and logits.shape[1] > 1 and logits.dtype == sum_dtype(logits)
+
+
 def _classes(memory: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """(N, C, chunk) logits as (N, K, chunk) in the dtype of ``memory``, where they are copied if they differ."""
-    if memory.shape == logits.shape and memory.dtype == logits.dtype:
+    """(N, C, chunk) logits as dense (N, K, chunk) in the dtype of ``memory``, where they are copied if they differ."""
+    if memory.shape == logits.shape and memory.dtype == logits.dtype and logits.is_contiguous():
         return logits
     memory[:, memory.shape[1] - logits.shape[1] :] = logits
     if logits.shape[1] < memory.shape[1]:

@@ -1,0 +1,56 @@
+"""Batches for the tests of the Dice functions, and the eager one-hot loss that they are compared with."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def batch(c, size=(7, 9), n=3, dtype=torch.float64, seed=0, labels=torch.uint8):
+    generator = torch.Generator().manual_seed(seed)
+    logits = (2 * torch.randn(n, c, *size, generator=generator, dtype=torch.float64)).to(dtype)
+    return logits, torch.randint(0, max(c, 2), (n, *size), generator=generator).to(labels)
+
+
+def literal(logits, labels, *, weights=None, ignore=None, smooth=1.0, include_background=True, reduction="batch",
+            ce_weight=1.0, dice_weight=1.0, empty="smooth"):  # fmt: skip
+    """The eager one-hot loss, option by option, as one would write it without a library."""
+    one_logit = logits.shape[1] == 1
+    z = torch.cat([torch.zeros_like(logits), logits], 1) if one_logit else logits
+    k = z.shape[1]
+    valid = torch.ones_like(labels, dtype=torch.bool) if ignore is None else labels != ignore
+    t = F.one_hot(torch.where(valid, labels.long(), 0), k).movedim(-1, 1) * valid[:, None]
+    p = z.softmax(1) * valid[:, None]
+    axes = [0, *range(2, z.ndim)] if reduction == "batch" else list(range(2, z.ndim))
+    i, p_sum, t_sum = ((x.sum(axes)) for x in (p * t, p, t))
+    scores, present = (2 * i + smooth) / (p_sum + t_sum + smooth), t_sum > 0
+    if empty == "one":
+        scores = torch.where(present, scores, (p_sum == 0).to(scores.dtype))
+    per_class = torch.ones(k, dtype=z.dtype) if weights is None or one_logit else weights.to(z.dtype)
+    per_class = (per_class * (present if empty == "skip" else 1)).expand_as(scores)
+    first = 1 if one_logit or not include_background else 0
+    scores, per_class = scores[..., first:], per_class[..., first:]
+    dice_term = (per_class * (1 - scores)).sum() / per_class.sum()
+    target = torch.where(valid, labels.long(), -100)
+    ce = F.cross_entropy(z, target, None if weights is None else weights.to(z.dtype), ignore_index=-100)
+    return dice_weight * dice_term + ce_weight * ce
+
+
+OPTIONS = {
+    "plain": {},
+    "weights": dict(weights=True),
+    "ignore": dict(ignore=1),
+    "everything": dict(weights=True, ignore=255, smooth=0.5, reduction="sample", ce_weight=0.3, dice_weight=2.0),
+    "foreground": dict(include_background=False, weights=True),
+    "skip": dict(empty="skip", reduction="sample"),
+    "one": dict(empty="one", smooth=0.0, reduction="sample"),
+}
+
+
+def arguments(options, k, dtype):
+    """The same options for :func:`literal` and for the library."""
+    options = dict(options)
+    if options.pop("weights", False):
+        options["weights"] = torch.linspace(0.2, 1.7, k, dtype=dtype)
+    names = {"weights": "class_weights", "ignore": "ignore_index"}
+    return options, {names.get(name, name): value for name, value in options.items()}
