@@ -44,11 +44,14 @@ def _heuristic(classes: int, itemsize: int) -> ConfusionConfig:
     """Fewer programs where a row of counts is long."""
     if classes <= 4:
         return ConfusionConfig(block_s=128 * (16 // (itemsize or 4)), programs=4096, pairs=True)
+    if classes <= 16:
+        return ConfusionConfig(block_s=256, programs=2048)
+    # Eight warps: with four, compilers keep a few bytes of some class counts on the stack.
     if classes <= 32:
-        return ConfusionConfig(block_s=256 if classes <= 16 else 128, programs=2048)
+        return ConfusionConfig(block_s=128, programs=2048, num_warps=8)
     # One stage: Hopper's asynchronous product would read one-hot tiles from registers while the next iteration writes
     # them, which ptxas before 13.3 assembles wrongly (triton#9433). The small products above are not asynchronous.
-    return ConfusionConfig(block_s=64 if classes <= 64 else 32, programs=512, num_warps=8, num_stages=1)
+    return ConfusionConfig(block_s=32, programs=512, num_warps=8, num_stages=1)
 
 
 @triton.jit

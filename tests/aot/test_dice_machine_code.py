@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(_launch.INTERPRETED, reason="the interpreter has
 
 PIXELS = 240 * 240
 QUICK = [(90, 3), (90, 100), (80, 4), (90, 4), (100, 4)]
-ALL = [(architecture, c) for architecture in (80, 90, 100) for c in (1, 2, 3, 4, 8, 16, 32, 64, 100, 128)]
+ALL = [(architecture, c) for architecture in (80, 90, 100) for c in (1, 2, 3, 4, 8, 16, 24, 32, 48, 64, 100, 128)]
 
 
 def launches(c, layout, dtype, architecture):
