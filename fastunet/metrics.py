@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from fastunet.functional import dice
+from fastunet.functional import dice_confusion
+from fastunet.functional.dice_arguments import raise_for_wrong
 from fastunet.functional.dice_rule import check_rule, dice_score, iou_score
 
 KERAS_EPSILON = 1e-7
@@ -82,7 +83,7 @@ class SegmentationMetrics:
         Raises:
             ValueError: shapes or dtypes that do not fit. Labels out of range are reported by :meth:`compute`.
         """
-        counts = dice.confusion_counts(
+        counts = dice_confusion.confusion_counts(
             logits_or_labels, labels, self.num_classes, ignore_index=self.ignore_index, backend=self.backend
         )
         if len(counts) == 0:
@@ -179,12 +180,12 @@ class SegmentationMetrics:
 
     def _checked(self, counts: torch.Tensor) -> torch.Tensor:
         counts = counts.cpu()
-        dice.raise_for_wrong(int(counts[-2]), int(counts[-1]), self.num_classes)
+        raise_for_wrong(int(counts[-2]), int(counts[-1]), self.num_classes)
         return counts[:-2].reshape(self.num_classes, self.num_classes)
 
 
 def _combined(counts: torch.Tensor) -> torch.Tensor:
-    """Rows of :func:`fastunet.functional.dice.confusion_counts` as one: sums, and the greatest wrong label."""
+    """Rows of ``confusion_counts`` as one: sums, and the greatest wrong label."""
     return torch.cat([counts[:, :-1].sum(0), counts[:, -1:].amax(0)])
 
 

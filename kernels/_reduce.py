@@ -9,6 +9,7 @@ import triton.language as tl
 from . import _launch
 
 _TILE = 2048  # elements of one tile: 16 a thread at 4 warps, loaded 16 bytes at a time where the columns allow
+_TALL = 512, 16  # rows and columns of a tile where few programs walk many rows, each step waiting for memory once
 
 
 @triton.jit
@@ -30,6 +31,9 @@ def sum_splits_kernel(
         rows = (first + offs_s).to(tl.int64)
         mask = (rows < splits)[:, None] & m_mask[None, :]
         acc += tl.load(partial_ptr + rows[:, None] * M + source[None, :], mask=mask, other=0.0)
+    if BLOCK_S > 32:
+        # In two steps, because the interpreter adds one row after another: the error of 512 additions shows.
+        acc = tl.sum(tl.reshape(acc, (32, BLOCK_S // 32, BLOCK_M)), axis=1)
     tl.store(out_ptr + offs_m, tl.sum(acc, axis=0).to(out_ptr.dtype.element_ty), mask=m_mask)
 
 
@@ -37,7 +41,7 @@ def sum_splits(partial: torch.Tensor, dtype: torch.dtype, taps_last: bool = Fals
     """Sums contiguous fp32 ``partial`` (S, \\*shape) over S into a tensor of ``shape`` and ``dtype``.
 
     ``taps_last`` turns partial sums (S, rows, taps, C) into (rows, C, taps), the order of a convolution's weight. The
-    order of the additions depends on S alone, so equal inputs give equal bits. S = 0 gives zeros.
+    order of the additions depends on the shape alone, so equal inputs give equal bits. S = 0 gives zeros.
     """
     splits, shape, taps, columns = partial.shape[0], tuple(partial.shape[1:]), 1, 1
     if taps_last:
@@ -45,9 +49,11 @@ def sum_splits(partial: torch.Tensor, dtype: torch.dtype, taps_last: bool = Fals
         shape = rows, columns, taps
     out = _launch.empty(shape, dtype, partial.device)
     block_s = 4 if splits <= 8 else 32
-    block_m = _TILE // block_s
+    block_m, num_warps = _TILE // block_s, 4
+    if splits >= _TALL[0] and out.numel() <= _TILE:
+        (block_s, block_m), num_warps = _TALL, 8
     _launch.launch(
         sum_splits_kernel, (_launch.cdiv(out.numel(), block_m),), partial, out, splits, out.numel(), columns,
-        TAPS=taps, BLOCK_S=block_s, BLOCK_M=block_m,
+        TAPS=taps, BLOCK_S=block_s, BLOCK_M=block_m, num_warps=num_warps,
     )  # fmt: skip
     return out

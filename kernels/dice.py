@@ -8,6 +8,7 @@ range counts nowhere. All sums are in float32: each program writes one row of pa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +18,8 @@ import triton.language as tl
 from . import _launch, _reduce, _tuned
 from .dice_tiles import load_tile, store_tile
 
-_MOST_SAMPLES = 65535
-"""The greatest second side of a CUDA grid."""
+MOST_SAMPLES = 65535
+"""The greatest second side of a CUDA grid; larger batches are taken in pieces."""
 
 _PROGRAMS = 4096
 """About how many programs share a forward pass: several waves of any GPU, and few rows of partial sums."""
@@ -65,10 +66,9 @@ def layout_of(logits: torch.Tensor) -> str:
     return {2: "packed", 3: "triplets", 4: "packed"}.get(logits.shape[1], "rows")
 
 
-def check_samples(n: int) -> None:
-    """Raises ``ValueError`` for a batch of more samples than a grid has rows."""
-    if n > _MOST_SAMPLES:
-        raise ValueError(f"a batch of {n} images; the kernels take at most {_MOST_SAMPLES} at a time")
+def pieces(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """A batch as batches that a grid has room for."""
+    return zip(*(t.split(MOST_SAMPLES) for t in tensors), strict=True)
 
 
 @triton.jit
@@ -180,9 +180,10 @@ def dice_forward_kernel(
 
 @triton.jit
 def dice_backward_kernel(
-    grad_ptr, logits_ptr, targets_ptr, weights_ptr, dlogits_ptr, S,
+    grad_ptr, slopes_ptr, logits_ptr, targets_ptr, weights_ptr, dlogits_ptr, S,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, LAYOUT: tl.constexpr, VECTOR: tl.constexpr,
     SOFT: tl.constexpr, IGNORE: tl.constexpr, HAS_WEIGHTS: tl.constexpr, CROSS_ENTROPY: tl.constexpr,
+    PER_SAMPLE: tl.constexpr,
 ):  # fmt: skip
     """dz_c = p_c (g_c - sum_k p_k g_k) + n (p_c sum(w t) - w_c t_c), with g = dL/dI t + dL/dP and n = dL/d(nll)."""
     sample, first = tl.program_id(1), tl.program_id(0) * BLOCK_S
@@ -190,9 +191,11 @@ def dice_backward_kernel(
     logits_ptr += sample.to(tl.int64) * C * S
     dlogits_ptr += sample.to(tl.int64) * C * S
     targets_ptr += sample.to(tl.int64) * (C if SOFT else 1) * S
-    grad_ptr += sample * (3 * C + 3)
-    grad_i = tl.load(grad_ptr + offs_c, mask=offs_c < C, other=0.0)
-    grad_p = tl.load(grad_ptr + C + offs_c, mask=offs_c < C, other=0.0)
+    if PER_SAMPLE:
+        slopes_ptr += sample * (3 * C + 3)
+    grad = tl.load(grad_ptr)
+    grad_i = grad * tl.load(slopes_ptr + offs_c, mask=offs_c < C, other=0.0)
+    grad_p = grad * tl.load(slopes_ptr + C + offs_c, mask=offs_c < C, other=0.0)
     z = load_tile(logits_ptr, first, S, C, BLOCK_C, BLOCK_S, LAYOUT, VECTOR)
     t, w, weight, valid, _ = _memberships(
         targets_ptr, weights_ptr, first, S, C, BLOCK_C, BLOCK_S, LAYOUT, VECTOR, SOFT, IGNORE, HAS_WEIGHTS
@@ -201,7 +204,7 @@ def dice_backward_kernel(
     g = grad_i[:, None] * t + grad_p[:, None]
     dz = p * (g - tl.sum(p * g, axis=0)[None, :])
     if CROSS_ENTROPY:
-        dz += tl.load(grad_ptr + 3 * C) * (p * weight[None, :] - w * t)
+        dz += grad * tl.load(slopes_ptr + 3 * C) * (p * weight[None, :] - w * t)
     store_tile(dlogits_ptr, dz, first, S, C, BLOCK_C, BLOCK_S, LAYOUT, VECTOR)
 
 
@@ -211,9 +214,10 @@ def sums(
     class_weights: torch.Tensor | None,
     ignore_index: int | None,
     cross_entropy: bool,
+    per_sample: bool,
     config: DiceConfig | None = None,
 ) -> torch.Tensor:
-    """Per sample (N, 3 C + 3) float32: I, P, T of each channel, sum(-w t log p), sum(w t), labels out of range.
+    """(R, 3 C + 3) float32: I, P, T of each channel, sum(-w t log p), sum(w t), labels out of range.
 
     Args:
         logits: (N, C, S), dense in that order or in (N, S, C).
@@ -221,8 +225,13 @@ def sums(
         class_weights: (max(C, 2),) float32 weights of the cross-entropy, or None.
         ignore_index: the label that counts nowhere, or None.
         cross_entropy: whether its sum is wanted; it is 0 otherwise.
+        per_sample: R = N rows; or one row for the whole batch.
     """
     n, c, s = logits.shape
+    if n > MOST_SAMPLES:
+        options = class_weights, ignore_index, cross_entropy, per_sample, config
+        parts = torch.cat([sums(*piece, *options) for piece in pieces(logits, targets)])
+        return parts if per_sample else parts.sum(0, keepdim=True)
     arguments = _Arguments(logits, targets, class_weights, ignore_index, cross_entropy, config)
     programs = min(triton.cdiv(s, arguments.config.block_s), triton.cdiv(_PROGRAMS, max(n, 1)))
     partial = _launch.empty((programs, n, 3 * c + 3), torch.float32, logits.device)
@@ -230,11 +239,14 @@ def sums(
         dice_forward_kernel, (programs, n), logits, arguments.targets, class_weights, partial, s,
         KEEP=arguments.config.keep, **arguments.constants, num_warps=arguments.config.num_warps,
     )  # fmt: skip
+    if not per_sample:
+        partial = partial.view(programs * n, 1, 3 * c + 3)
     return _reduce.sum_splits(partial, torch.float32)
 
 
 def sums_grad(
     grad: torch.Tensor,
+    slopes: torch.Tensor,
     logits: torch.Tensor,
     targets: torch.Tensor,
     class_weights: torch.Tensor | None,
@@ -242,12 +254,17 @@ def sums_grad(
     cross_entropy: bool,
     config: DiceConfig | None = None,
 ) -> torch.Tensor:
-    """The gradient of :func:`sums` with respect to the logits, in their dtype and memory order.
+    """The gradient of the loss with respect to the logits, in their dtype and memory order.
 
     Args:
-        grad: (N, 3 C + 3) float32, the loss's gradient with respect to the sums.
+        grad: float32 scalar, the factor of ``slopes``.
+        slopes: (R, 3 C + 3) float32, the loss's derivatives with respect to :func:`sums`, whose other arguments follow.
     """
     n, c, s = logits.shape
+    if n > MOST_SAMPLES:
+        options = class_weights, ignore_index, cross_entropy, config
+        rows = pieces(slopes.expand(n, -1), logits, targets)
+        return torch.cat([sums_grad(grad, *piece, *options) for piece in rows])
     arguments = _Arguments(logits, targets, class_weights, ignore_index, cross_entropy, config)
     if arguments.constants["LAYOUT"] == "planes":
         dlogits = _launch.empty((n, c, s), logits.dtype, logits.device)
@@ -255,8 +272,8 @@ def sums_grad(
         dlogits = _launch.empty((n, s, c), logits.dtype, logits.device).transpose(1, 2)
     _launch.launch(
         dice_backward_kernel, (triton.cdiv(s, arguments.config.block_s), n),
-        grad.contiguous(), logits, arguments.targets, class_weights, dlogits, s,
-        **arguments.constants, num_warps=arguments.config.num_warps,
+        grad, slopes.contiguous(), logits, arguments.targets, class_weights, dlogits, s,
+        **arguments.constants, PER_SAMPLE=len(slopes) > 1, num_warps=arguments.config.num_warps,
     )  # fmt: skip
     return dlogits
 
@@ -265,7 +282,6 @@ class _Arguments:
     """What both kernels are launched with: targets in the logits' memory order, the tile, compile-time constants."""
 
     def __init__(self, logits, targets, class_weights, ignore_index, cross_entropy, config):
-        check_samples(len(logits))
         c, layout = logits.shape[1], layout_of(logits)
         soft = targets.ndim == 3
         if soft and layout != "planes":

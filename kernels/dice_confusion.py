@@ -13,8 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _launch, _tuned
-from .dice import check_samples, layout_of
+from . import _launch, _tuned, dice
 from .dice_tiles import load_tile
 
 NONE_WRONG = -(2**31)
@@ -146,7 +145,9 @@ def confusion(
         ignore_index: the true label whose pixels are not counted, or None.
     """
     n, s = labels.shape
-    check_samples(n)
+    if n > dice.MOST_SAMPLES:
+        parts = dice.pieces(predictions, labels)
+        return torch.cat([confusion(*part, classes, ignore_index, config) for part in parts])
     hard = predictions.ndim == 2
     c = classes if hard else predictions.shape[1]
     config = config or choose_config(classes, 0 if hard else predictions.element_size())
@@ -158,7 +159,8 @@ def confusion(
         predictions.contiguous() if hard else predictions, labels.contiguous(), partial, s,
         CLASSES=classes, BLOCK_K=max(1 if config.pairs else 16, triton.next_power_of_2(classes)),
         C=c, BLOCK_C=triton.next_power_of_2(c), BLOCK_S=config.block_s,
-        LAYOUT="planes" if hard else layout_of(predictions), VECTOR=1 if hard else 16 // predictions.element_size(),
+        LAYOUT="planes" if hard else dice.layout_of(predictions),
+        VECTOR=1 if hard else 16 // predictions.element_size(),
         HARD=hard, IGNORE=ignore_index, NONE_WRONG=NONE_WRONG, PAIRS=config.pairs,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from fastunet.functional import dice_cpu
-from fastunet.functional.dice import confusion_matrix, dice_coefficient, dice_cross_entropy, dice_loss
+from fastunet.functional.dice import dice_coefficient, dice_cross_entropy, dice_loss
+from fastunet.functional.dice_confusion import confusion_matrix
 from tests.dice_cases import OPTIONS, arguments, batch, literal
 from tests.tolerance import assert_within_budget
 
@@ -103,9 +104,12 @@ def test_gradcheck(c, tiny_chunks):
 def test_opcheck():
     logits, labels = batch(4, dtype=torch.float32)
     flat, pixels = logits.flatten(2), labels.flatten(1)
-    torch.library.opcheck(torch.ops.fastunet.dice_sums, (flat, pixels, None, 255, True, "torch"))
-    grad = torch.randn(3, 15)
-    torch.library.opcheck(torch.ops.fastunet.dice_sums_grad, (grad, flat, pixels, torch.rand(4), None, True, "torch"))
+    torch.library.opcheck(torch.ops.fastunet.dice_sums, (flat, pixels, None, 255, True, False, "torch"))
+    slopes, grad = torch.randn(3, 15), torch.randn(())
+    arguments = (grad, slopes, flat, pixels, torch.rand(4), None, True, "torch")
+    torch.library.opcheck(torch.ops.fastunet.dice_sums_grad, arguments)
+    rule = (torch.rand(3, 15), torch.rand(4), 1.0, "skip", False, 1.0, 0.5, False, "torch")
+    torch.library.opcheck(torch.ops.fastunet.dice_rule, rule)
     torch.library.opcheck(torch.ops.fastunet.confusion_counts, (flat, pixels, 4, None, "torch"))
 
 

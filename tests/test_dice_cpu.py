@@ -23,7 +23,7 @@ def test_chunks_of_several_images(c, ignore, monkeypatch):
         flat, targets, leaf = logits.flatten(2), labels.flatten(1), logits.clone().requires_grad_()
         loss = dice_cross_entropy(leaf, labels, ignore_index=ignore, reduction="sample")
         gradient = torch.autograd.grad(loss, leaf)[0]
-        sums = dice_cpu.sums(flat, targets, None, ignore, True)
+        sums = dice_cpu.sums(flat, targets, None, ignore, True, True)
         found.append((sums, gradient, dice_cpu.confusion(flat, targets, max(c, 2), ignore)))
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-15)
@@ -99,9 +99,9 @@ def test_no_full_size_tensor_beside_the_gradient(monkeypatch):
     chunks = 4 * dice_cpu._CHUNK_BYTES * max(1, torch.get_num_threads() // 2)
     assert chunks < logits.numel() * 4
     with Watch():
-        dice_cpu.sums(logits, labels, None, None, True)
+        dice_cpu.sums(logits, labels, None, None, True, True)
     assert max(sizes) <= chunks
     with Watch():
-        dice_cpu.sums_grad(torch.ones(2, 15), logits, labels, None, None, True)
+        dice_cpu.sums_grad(torch.ones(()), torch.ones(2, 15), logits, labels, None, None, True)
     assert sorted(set(sizes))[-1] == logits.numel() * 4
     assert sorted(set(sizes))[-2] <= chunks

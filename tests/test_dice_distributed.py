@@ -67,7 +67,7 @@ def test_two_processes_equal_one(tmp_path):
     scores = SegmentationMetrics(4, ignore_index=255)
     scores.update(model(images), labels, ["case 0", "shared", "case 1", "shared"])
     for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for way in ("mean", "sum"):
             torch.testing.assert_close(found[way][0], loss.detach(), rtol=1e-12, atol=0)
             torch.testing.assert_close(found[way][1], model.weight.grad, rtol=1e-10, atol=1e-14)

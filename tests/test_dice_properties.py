@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastunet.functional.dice import confusion_matrix, dice_cross_entropy
+from fastunet.functional.dice import dice_cross_entropy
+from fastunet.functional.dice_confusion import confusion_matrix
 from tests.dice_cases import batch
 
 images = st.tuples(st.integers(2, 6), st.integers(1, 9), st.integers(1, 3), st.integers(0, 10**6))
@@ -55,7 +56,7 @@ def test_a_perfect_prediction_costs_nothing(image, empty):
 def test_sums_equal_the_pixel_count(image):
     c, size, n, seed = image
     logits, labels = batch(c, (size, size), n, seed=seed, dtype=torch.float32)
-    sums = torch.ops.fastunet.dice_sums(logits.flatten(2), labels.flatten(1), None, None, True, "torch")
+    sums = torch.ops.fastunet.dice_sums(logits.flatten(2), labels.flatten(1), None, None, True, True, "torch")
     pixels = torch.full((n,), float(size * size))
     torch.testing.assert_close(sums[:, c : 2 * c].sum(1), pixels)
     assert torch.equal(sums[:, 2 * c : 3 * c].sum(1), pixels)

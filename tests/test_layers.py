@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastunet
 from fastunet.architecture import Architecture
-from fastunet.functional.dice import confusion_counts, dice_cross_entropy
+from fastunet.functional.dice import dice_cross_entropy
+from fastunet.functional.dice_confusion import confusion_counts
 from fastunet.layers import CASES, Call, Tensor, network_calls, standalone_calls
 
 
@@ -95,8 +96,9 @@ def test_loss_calls_are_those_of_the_loss():
 
 
 def test_loss_reads_labels_as_bytes():
-    sums, _ = [c for c in network_calls(Architecture(width=8, depth=1), 3, 4, 4) if c.layer == "loss"]
-    assert sums.floor_bytes(torch.bfloat16) == 3 * 16 * (4 * 2 + 1) + 3 * (3 * 4 + 3) * 4
+    sums, rule, _ = [c for c in network_calls(Architecture(width=8, depth=1), 3, 4, 4) if c.layer == "loss"]
+    assert sums.floor_bytes(torch.bfloat16) == 3 * 16 * (4 * 2 + 1) + (3 * 4 + 3) * 4
+    assert rule.floor_bytes(torch.bfloat16) == 2 * (3 * 4 + 3) * 4 + 2 * 4
 
 
 def test_standalone_calls_turn_every_mask_around():

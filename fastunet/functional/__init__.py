@@ -3,7 +3,8 @@
 from fastunet.functional import relu as _relu  # noqa: F401  (registers relu_backward, which the others call)
 from fastunet.functional.conv_relu import conv_relu, conv_relu_pool
 from fastunet.functional.conv_transpose import conv_transpose2d
-from fastunet.functional.dice import confusion_matrix, dice_coefficient, dice_cross_entropy, dice_loss
+from fastunet.functional.dice import dice_coefficient, dice_cross_entropy, dice_loss
+from fastunet.functional.dice_confusion import confusion_matrix
 from fastunet.functional.max_pool import max_pool2d
 from fastunet.functional.segmentation_head import segmentation_head
 from fastunet.functional.upsample_conv import upsample_conv_relu

@@ -1,8 +1,9 @@
 """The sums of the Dice operators in plain PyTorch: the specification of ``kernels/dice.py``, and its form on a CPU.
 
 The batch is walked in chunks of images or of pixels, a few megabytes each, so that no one-hot tensor of a whole batch
-exists, and its softmax only in the memory of the gradient. Pixels whose label is ``ignore_index`` or out of range count nowhere. Everywhere C is
-the number of channels and K = max(C, 2) the number of classes: one channel is the logit of the second of two classes.
+exists, and its softmax only in the memory of the gradient. Pixels whose label is ``ignore_index`` or out of range count
+nowhere. Everywhere C is the number of channels and K = max(C, 2) the number of classes: one channel is the logit of the
+second of two classes.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ def sums(
     class_weights: torch.Tensor | None,
     ignore_index: int | None,
     cross_entropy: bool,
+    per_sample: bool,
     keep: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Per sample every sum that the Dice and cross-entropy losses need.
+    """Every sum that the Dice and cross-entropy losses need.
 
     Args:
         logits: (N, C, S) for S pixels.
@@ -37,11 +39,12 @@ def sums(
         class_weights: (K,) weights of the cross-entropy, or None.
         ignore_index: the label that counts nowhere, or None.
         cross_entropy: whether its sum is wanted; it is 0 otherwise.
+        per_sample: a row of sums for each sample; or one row for the batch.
         keep: from :func:`room_for_probabilities`, filled here for :func:`sums_grad`; or None.
 
     Returns:
-        (N, 3 C + 3) in float32 (float64 for float64 logits): I = sum(p t), P = sum(p) and T = sum(t) of each channel,
-        then ``sum(-w_t t log p)``, ``sum(w_t t)`` and the number of labels out of range.
+        (R, 3 C + 3) for R rows, in float32 (float64 for float64 logits): I = sum(p t), P = sum(p) and T = sum(t) of
+        each channel, then ``sum(-w_t t log p)``, ``sum(w_t t)`` and the number of labels out of range.
     """
     n, c, pixel_count = logits.shape
     k = max(c, 2)
@@ -64,11 +67,13 @@ def sums(
     weights = totals.new_ones(k) if class_weights is None else class_weights.double()
     wrong = pixel_count - totals[2].sum(1) - ignored if targets.ndim == 2 else torch.zeros_like(ignored)
     scalars = torch.stack([-(totals[3] * weights).sum(1), (totals[2] * weights).sum(1), wrong], 1)
-    return torch.cat([*totals[:3, :, k - c :], scalars], 1).to(sum_dtype(logits))
+    rows = torch.cat([*totals[:3, :, k - c :], scalars], 1)
+    return (rows if per_sample else rows.sum(0, keepdim=True)).to(sum_dtype(logits))
 
 
 def sums_grad(
     grad: torch.Tensor,
+    slopes: torch.Tensor,
     logits: torch.Tensor,
     targets: torch.Tensor,
     class_weights: torch.Tensor | None,
@@ -76,14 +81,16 @@ def sums_grad(
     cross_entropy: bool,
     kept: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The gradient of :func:`sums` with respect to the logits.
+    """The gradient of a loss of :func:`sums` with respect to the logits.
 
     With g = dL/dI t + dL/dP per class, n = dL/d(cross-entropy sum) and W = sum_k w_k t_k per pixel:
     ``dz_c = p_c (g_c - sum_k p_k g_k) + n (p_c W - w_c t_c)``; with the gradient with respect to log p,
     h_c = p_c g_c - n w_c t_c, that is ``dz_c = h_c - p_c sum_k h_k``.
 
     Args:
-        grad: (N, 3 C + 3), the loss's gradient with respect to the sums; only I, P and the first scalar depend on z.
+        grad: scalar, the factor of ``slopes``.
+        slopes: (R, 3 C + 3), the loss's derivatives with respect to the sums. Only I, P and the first scalar depend on
+            the logits.
         kept: the probabilities that :func:`sums` kept, which the gradient overwrites; or None, to compute them again.
 
     Returns:
@@ -91,6 +98,7 @@ def sums_grad(
     """
     c = logits.shape[1]
     k = max(c, 2)
+    grad = (grad * slopes).expand(len(logits), -1)
     grad_i, grad_p = (torch.nn.functional.pad(grad[:, j * c : (j + 1) * c], (k - c, 0))[..., None] for j in (0, 1))
     grad_nll = grad[:, 3 * c, None, None]
     if class_weights is not None:

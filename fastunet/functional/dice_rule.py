@@ -1,4 +1,7 @@
-"""The Dice ratio and its one rule for a class that is absent, shared by the losses and the metrics."""
+"""The Dice ratio and its one rule for a class that is absent, shared by the losses and the metrics.
+
+:func:`loss` is the specification of ``kernels/dice_rule.py``.
+"""
 
 from __future__ import annotations
 
@@ -65,8 +68,57 @@ def mean_over_counted(
     """
     weights = torch.ones_like(values) if weights is None else weights.to(values.dtype).expand_as(values)
     if empty == "skip":
-        counted = truth > 0
+        counted = truth != 0
         weights = torch.where(counted, weights, torch.zeros_like(weights))
         values = torch.where(counted, values, torch.zeros_like(values))
     total = weights.sum()
     return (values * weights).sum() / torch.where(total == 0, torch.ones_like(total), total)
+
+
+def loss(
+    sums: torch.Tensor,
+    class_weights: torch.Tensor | None,
+    smooth: float,
+    empty: str,
+    include_background: bool,
+    dice_weight: float,
+    ce_weight: float,
+    nan_if_wrong: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``dice_weight · mean(1 - D) + ce_weight · cross-entropy`` of rows of sums, and what else one pass can say.
+
+    With w the weight of a class, W the sum of those that count, and a class that does not count or has no ratio 0:
+    ``dL/dI = -dice_weight w / W · 2 / (P + T + s)``, ``dL/dP = dice_weight w / W · (2 I + s) / (P + T + s)²``.
+
+    Args:
+        sums: (R, 3 C + 3), from ``dice_cpu.sums``.
+        class_weights: (C,) weights of the mean over classes, or None.
+        smooth, empty, include_background, dice_weight, ce_weight: as in ``dice_cross_entropy``.
+        nan_if_wrong: make the loss NaN, and its slopes 0, if a label was out of range.
+
+    Returns:
+        The loss and the number of labels out of range, scalars; and the slopes d loss / d sums.
+    """
+    c = sums.shape[1] // 3 - 1
+    intersection, predicted, truth = (sums[:, j * c : (j + 1) * c] for j in range(3))
+    weights = torch.ones_like(truth) if class_weights is None else class_weights.expand_as(truth).clone()
+    if not include_background:
+        weights[:, 0] = 0
+    score = dice_score(intersection, predicted, truth, smooth=smooth, empty=empty)
+    dice_term = mean_over_counted(1 - score, truth, empty=empty, weights=weights)
+    present = torch.ones_like(truth) if empty == "smooth" else (truth != 0).to(truth.dtype)
+    counted = (weights * (present if empty == "skip" else 1)).sum()
+    nll, ce_weights, wrong = sums[:, 3 * c :].sum(0)
+    ce_factor = ce_weight / torch.where(ce_weights == 0, torch.ones_like(ce_weights), ce_weights)
+    value = dice_weight * dice_term + ce_factor * nll
+
+    denominator = torch.where(present == 0, torch.ones_like(truth), predicted + truth + smooth)
+    factor = dice_weight * weights * present / torch.where(counted == 0, torch.ones_like(counted), counted)
+    slopes = torch.zeros_like(sums)
+    slopes[:, :c] = -factor * 2 / denominator
+    slopes[:, c : 2 * c] = factor * (2 * intersection + smooth) / denominator**2
+    slopes[:, 3 * c] = ce_factor
+    if nan_if_wrong:
+        value = torch.where(wrong > 0, torch.full_like(value, float("nan")), value)
+        slopes = torch.where(wrong > 0, torch.zeros_like(slopes), slopes)
+    return value, wrong.clone(), slopes

@@ -1,0 +1,85 @@
+"""The confusion matrix of logits or predicted labels, from one read."""
+
+from __future__ import annotations
+
+import torch
+
+from fastunet import dispatch
+from fastunet.functional import dice_cpu
+from fastunet.functional.dice_arguments import MOST_CLASSES, cannot_raise, integer_labels, pixels_of, raise_for_wrong
+
+dispatch.define(
+    "confusion_counts(Tensor predictions, Tensor labels, int classes, int? ignore_index, str backend) -> Tensor",
+    torch_impl=dice_cpu.confusion,
+    triton_impl="dice_confusion:confusion",
+    fake=lambda predictions, labels, classes, ignore_index: labels.new_empty(
+        (labels.shape[0], classes * classes + 2), dtype=torch.int64
+    ),
+)
+
+
+def confusion_matrix(
+    logits_or_labels: torch.Tensor,
+    labels: torch.Tensor,
+    num_classes: int,
+    *,
+    ignore_index: int | None = None,
+    check_labels: bool = True,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Counts pixels by truth (row) and prediction (column), from one read of both.
+
+    Args:
+        logits_or_labels: (N, C, H, W) logits, whose first greatest channel is the prediction (of one logit: class 1
+            where it is positive), or (N, H, W) predicted labels.
+        labels: (N, H, W) or (N, 1, H, W) true labels in uint8, int16, int32 or int64.
+        num_classes: K, at most 128.
+        ignore_index: pixels with this true label are not counted.
+        check_labels: raise for a true or predicted label out of range, which on a GPU waits for the kernel. With
+            False, under ``torch.compile`` and while a CUDA graph is captured such pixels are not counted.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        (num_classes, num_classes) int64.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, or a label out of range; the message names the value.
+    """
+    counts = confusion_counts(logits_or_labels, labels, num_classes, ignore_index=ignore_index, backend=backend)
+    if check_labels and not cannot_raise(counts):
+        raise_for_wrong(int(counts[:, -2].sum()), int(counts[:, -1].max()) if len(counts) else 0, num_classes)
+    return counts[:, :-2].sum(0).reshape(num_classes, num_classes)
+
+
+def confusion_counts(
+    logits_or_labels: torch.Tensor,
+    labels: torch.Tensor,
+    num_classes: int,
+    *,
+    ignore_index: int | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """:func:`confusion_matrix` per sample and without waiting for the device.
+
+    Returns:
+        (N, num_classes² + 2) int64: the matrix row by row, the number of pixels left out because a label is out of
+        range, and the greatest such label.
+    """
+    if not 1 <= num_classes <= MOST_CLASSES:
+        raise ValueError(f"num_classes is {num_classes}; expected 1 to {MOST_CLASSES}")
+    predictions = logits_or_labels
+    if predictions.dtype.is_floating_point:
+        shape = tuple(predictions.shape)
+        if len(shape) < 3 or max(shape[1], 2) != num_classes:
+            raise ValueError(f"logits have shape {shape}; {num_classes} classes need (N, {num_classes}, H, W)")
+        predictions, pixels = pixels_of(predictions.detach()), (shape[0], *shape[2:])
+    else:
+        predictions = integer_labels(predictions, labels.ndim, "predicted labels")
+        predictions, pixels = predictions.flatten(1), tuple(predictions.shape)
+    labels = integer_labels(labels, len(pixels), "labels")
+    if tuple(labels.shape) != pixels:
+        raise ValueError(f"labels have shape {tuple(labels.shape)}; the predictions need {pixels}")
+    # Which backend can run depends on the dtype of logits only; the kernel takes labels of any integer dtype.
+    stand_in = predictions if predictions.ndim == 3 else predictions.new_empty(0, dtype=torch.float32)
+    backend = dispatch.select_backend(backend, "confusion_matrix", stand_in)
+    return torch.ops.fastunet.confusion_counts(predictions, labels.flatten(1), num_classes, ignore_index, backend)
