@@ -82,11 +82,12 @@ def networks(device: torch.device, full: bool) -> list[Workload]:
 
 
 def losses(device: torch.device, full: bool) -> list[Workload]:
-    """The loss alone, of the four classes of a BraTS batch and, where there is time, of a hundred."""
+    """The losses alone, of the four classes of a BraTS batch and, where there is time, of a hundred."""
     if device.type == "cpu" and not full:
-        return [loss_workload(16, 4, 240, "fp32", without=_NO_COMPILER)]
+        return [loss_workload(16, 4, 240, "fp32", cross_entropy=cross_entropy, without=_NO_COMPILER)
+                for cross_entropy in (True, False)]  # fmt: skip
     precisions = PRECISIONS if full else ("bf16", "fp32")
-    found = []
+    found = [loss_workload(128, 4, 240, "bf16", cross_entropy=False)]
     for precision, backward in itertools.product(precisions, (True, False)):
         found.append(loss_workload(128, 4, 240, precision, backward=backward))
         found.append(loss_workload(8, 100, 240, precision, backward=backward))

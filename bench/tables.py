@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from bench.rows import FAILED, OK, OURS, RIVAL, WRONG, Environment, Results, Row, best, by_workload
 
 _NETWORKS = ("brats", "isbi")
-_LOSS = "dice_cross_entropy"
+_LOSSES = ("dice_cross_entropy", "dice_loss")
 
 
 def device_report(results: Results) -> str:
@@ -17,9 +17,9 @@ def device_report(results: Results) -> str:
     parts = [
         _heading(results.environment),
         _comparison("Networks", [row for row in timed if row.subject in _NETWORKS], memory=True),
-        _comparison("Dice + cross-entropy", [row for row in timed if row.subject == _LOSS], memory=True),
+        _comparison("Losses", [row for row in timed if row.subject in _LOSSES], memory=True),
         _first_results([row for row in rows if row.step == "first result"]),
-        _comparison("Operators", [row for row in timed if row.subject not in (*_NETWORKS, _LOSS)]),
+        _comparison("Operators", [row for row in timed if row.subject not in (*_NETWORKS, *_LOSSES)]),
         _problems(results.rows),
     ]
     return "\n\n".join(part for part in parts if part)
@@ -93,8 +93,9 @@ def _comparison(title: str, rows: list[Row], *, memory: bool = False) -> str:
 
 
 def _memory(ours: Row, plain: Row | None) -> str:
-    """What a step with a backward pass keeps for it, otherwise the peak; beside the plain build's."""
-    field, word = ("saved_bytes", "kept") if ours.saved_bytes else ("peak_bytes", "peak")
+    """What a network's training step keeps for its backward pass, otherwise the peak; beside the plain build's."""
+    training = ours.saved_bytes and ours.subject in _NETWORKS
+    field, word = ("saved_bytes", "kept") if training else ("peak_bytes", "peak")
     mine, other = getattr(ours, field), getattr(plain, field) if plain else 0
     ratio = f" ({mine / other:.2f})" if other else ""
     return f"{word} {megabytes(mine)} / {megabytes(other)}{ratio}"

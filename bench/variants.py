@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -71,10 +71,11 @@ NETWORK_VARIANTS = (
 OPERATOR_VARIANTS = (*_with_graphs(PLAIN, CHANNELS_LAST, COMPILED, AUTOTUNED), *_with_graphs(FASTUNET))
 LOSS_VARIANTS = (
     *_with_graphs(PLAIN, COMPILED),
+    Variant("scattered", "scattered", channels_last=False),
     Variant("nnU-Net style", "nnU-Net style", channels_last=False),
     Variant("nnU-Net style, compiled", "nnU-Net style", channels_last=False, compile_mode="default"),
-    Variant("MONAI DiceCELoss", "MONAI DiceCELoss", channels_last=False),
-    *_with_graphs(FASTUNET),
+    Variant("MONAI", "MONAI", channels_last=False),
+    *_with_graphs(replace(FASTUNET, channels_last=False), replace(FASTUNET, name="fastunet, channels_last")),
 )
 
 

@@ -41,7 +41,7 @@ def choose_config(classes: int, layout: str, itemsize: int) -> DiceConfig:
 
 def _heuristic(classes: int, layout: str, itemsize: int) -> DiceConfig:
     """The tile for 16 to 32 values a thread, and one kept column for every thread along the pixels."""
-    vector, block_c, threads = 16 // itemsize, triton.next_power_of_2(classes), 128
+    vector, block_c, threads = 16 // itemsize, _launch.next_power_of_2(classes), 128
     if layout in ("planes", "triplets"):
         # half as many beyond 16 classes, whose address and mask registers would push values to local memory
         values = 32 if block_c <= 16 else 16
@@ -233,7 +233,7 @@ def sums(
         parts = torch.cat([sums(*piece, *options) for piece in pieces(logits, targets)])
         return parts if per_sample else parts.sum(0, keepdim=True)
     arguments = _Arguments(logits, targets, class_weights, ignore_index, cross_entropy, config)
-    programs = min(triton.cdiv(s, arguments.config.block_s), triton.cdiv(_PROGRAMS, max(n, 1)))
+    programs = min(_launch.cdiv(s, arguments.config.block_s), _launch.cdiv(_PROGRAMS, max(n, 1)))
     partial = _launch.empty((programs, n, 3 * c + 3), torch.float32, logits.device)
     _launch.launch(
         dice_forward_kernel, (programs, n), logits, arguments.targets, class_weights, partial, s,
@@ -271,7 +271,7 @@ def sums_grad(
     else:
         dlogits = _launch.empty((n, s, c), logits.dtype, logits.device).transpose(1, 2)
     _launch.launch(
-        dice_backward_kernel, (triton.cdiv(s, arguments.config.block_s), n),
+        dice_backward_kernel, (_launch.cdiv(s, arguments.config.block_s), n),
         grad, slopes.contiguous(), logits, arguments.targets, class_weights, dlogits, s,
         **arguments.constants, PER_SAMPLE=len(slopes) > 1, num_warps=arguments.config.num_warps,
     )  # fmt: skip
@@ -291,7 +291,7 @@ class _Arguments:
         self.config = config or choose_config(c, layout, logits.element_size())
         self.constants = dict(
             C=c,
-            BLOCK_C=triton.next_power_of_2(c),
+            BLOCK_C=_launch.next_power_of_2(c),
             BLOCK_S=self.config.block_s,
             LAYOUT=layout,
             VECTOR=16 // logits.element_size(),

@@ -151,14 +151,14 @@ def confusion(
     hard = predictions.ndim == 2
     c = classes if hard else predictions.shape[1]
     config = config or choose_config(classes, 0 if hard else predictions.element_size())
-    programs = max(triton.cdiv(config.programs, max(n, 1)), triton.cdiv(s, _MOST_PIXELS))
-    programs = min(programs, triton.cdiv(s, config.block_s))
+    programs = max(_launch.cdiv(config.programs, max(n, 1)), _launch.cdiv(s, _MOST_PIXELS))
+    programs = min(programs, _launch.cdiv(s, config.block_s))
     partial = _launch.empty((n, programs, classes * classes + 2), torch.int32, labels.device)
     _launch.launch(
         confusion_kernel, (programs, n),
         predictions.contiguous() if hard else predictions, labels.contiguous(), partial, s,
-        CLASSES=classes, BLOCK_K=max(1 if config.pairs else 16, triton.next_power_of_2(classes)),
-        C=c, BLOCK_C=triton.next_power_of_2(c), BLOCK_S=config.block_s,
+        CLASSES=classes, BLOCK_K=max(1 if config.pairs else 16, _launch.next_power_of_2(classes)),
+        C=c, BLOCK_C=_launch.next_power_of_2(c), BLOCK_S=config.block_s,
         LAYOUT="planes" if hard else dice.layout_of(predictions),
         VECTOR=1 if hard else 16 // predictions.element_size(),
         HARD=hard, IGNORE=ignore_index, NONE_WRONG=NONE_WRONG, PAIRS=config.pairs,

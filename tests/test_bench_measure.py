@@ -1,6 +1,7 @@
 """The measuring itself: what is wrong is never timed, turns are taken, bytes are counted."""
 
 import dataclasses
+import itertools
 import math
 import time
 
@@ -133,12 +134,12 @@ def test_no_gradient_arrives_where_rounding_decides():
 
 
 def test_every_form_of_the_loss_is_right():
-    for backward in (False, True):
-        workload = loss_workload(2, 4, 16, "fp32", backward=backward)
+    for backward, cross_entropy in itertools.product((False, True), (False, True)):
+        workload = loss_workload(2, 4, 16, "fp32", backward=backward, cross_entropy=cross_entropy)
         variants = tuple(v for v in workload.variants if not v.compile_mode and workload.why_not(v, CPU) is None)
         found = measure(dataclasses.replace(workload, variants=variants), CPU, MACHINE, QUICK)
         assert {m.row.state for m in found} == {OK}
-        assert len(found) >= 3
+        assert len(found) >= 5
 
 
 def test_rounds_take_turns_and_start_elsewhere_each_time():

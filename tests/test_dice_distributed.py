@@ -52,6 +52,12 @@ def measured(rank):
     dist.all_reduce(model.weight.grad)
     found["sum"] = loss.detach(), model.weight.grad
 
+    labels_of_one = labels.clone()
+    labels_of_one[0, 5, 5] = 9 * rank
+    with pytest.raises(ValueError) as error:
+        DiceCrossEntropyLoss(**OPTIONS, sync=True)(model(images), labels_of_one)
+    found["wrong"] = str(error.value)
+
     scores = SegmentationMetrics(4, ignore_index=255)
     scores.update(model(images), labels, [f"case {rank}", "shared"])
     scores.all_reduce()
@@ -71,5 +77,8 @@ def test_two_processes_equal_one(tmp_path):
         for way in ("mean", "sum"):
             torch.testing.assert_close(found[way][0], loss.detach(), rtol=1e-12, atol=0)
             torch.testing.assert_close(found[way][1], model.weight.grad, rtol=1e-10, atol=1e-14)
+        # every process stops, so that none waits for the others
+        told = "1 labels are out of range, 9 among them" if rank else "labels of another process are out of range"
+        assert found["wrong"].startswith(told)
         assert found["metrics"][0] == scores.compute()
         assert found["metrics"][1] == scores.compute_cases()

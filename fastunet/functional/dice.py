@@ -64,11 +64,14 @@ class _DiceLoss(torch.autograd.Function):
         loss, wrong, slopes = torch.ops.fastunet.dice_rule(sums, dice_weights, *rule, backend)
         ctx.save_for_backward(slopes, logits, targets, class_weights)
         ctx.mark_non_differentiable(wrong)
+        ctx.set_materialize_grads(False)  # zeros for ``wrong`` would be a launch
         return loss, wrong
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
+        if grad is None:
+            return (None,) * 9
         if ctx.shared is not None:
             grad = grad * ctx.shared[1]
             torch.distributed.all_reduce(grad, group=ctx.shared[0])

@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastunet.functional import dice as functional
 from fastunet.functional.dice_confusion import confusion_matrix
-from fastunet.kernels import dice
+from fastunet.kernels import _launch, dice
 from tests.kernels.dice_cases import DTYPES, LABEL_DTYPES, LAYOUTS, inputs
 from tests.tolerance import assert_within_budget
 
@@ -183,6 +184,30 @@ def test_the_function_runs_on_the_kernels(memory_format, device):
     labels[1, 2, 3] = 7
     with pytest.raises(ValueError, match="1 labels are out of range, 7 among them"):
         functional.dice_cross_entropy(logits, labels, backend="triton")
+
+
+def test_nothing_but_four_launches(device, monkeypatch):
+    """Three forward, one backward; beside them only views, and the gradient 1 that autograd starts from."""
+    started, operations = [], []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            operations.append(function)
+            return function(*args, **(kwargs or {}))
+
+    launch = _launch.launch
+    monkeypatch.setattr(_launch, "launch", lambda kernel, *a, **k: (started.append(kernel), launch(kernel, *a, **k)))
+    logits, labels = inputs(2, 4, 24, torch.float32, device)
+    leaf, labels = logits.view(2, 4, 4, 6).requires_grad_(), labels.view(2, 4, 6)
+    with Watch():
+        functional.dice_cross_entropy(leaf, labels, check_labels=False, ignore_index=200, backend="triton").backward()
+    names = [kernel.__name__ for kernel in started]
+    assert names == ["dice_forward_kernel", "sum_splits_kernel", "dice_rule_kernel", "dice_backward_kernel"]
+    views = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.detach.default}
+    assert [str(o) for o in operations if o not in views] == [
+        "fastunet.dice_sums.default", "fastunet.dice_rule.default", "aten.ones_like.default",
+        "fastunet.dice_sums_grad.default",
+    ]  # fmt: skip
 
 
 @pytest.mark.gpu
