@@ -21,7 +21,7 @@ from bench.first_result import first_result_rows
 from bench.machine import default_device, environment
 from bench.measure import measure
 from bench.rows import OK, OURS, RIVAL, UNCOMMITTED, Results, Row, best, by_workload, write
-from bench.timing import Budget, keep_freed_memory
+from bench.timing import Budget, keep_freed_memory, open_second_pool
 from bench.waterfall import waterfall_workload
 
 _CPU = Budget(seconds=4.0, least_rounds=5, most_rounds=40)
@@ -52,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{machine.device}: copy {machine.copy_gbs:.1f} GB/s, matrix product {products}", flush=True)
     if options.keep_memory:
         keep_freed_memory()
+    if options.second_pool:
+        open_second_pool()
     budget = dataclasses.replace(time_budget(device), least_rounds=options.rounds)
     rows: list[Row] = []
     left_out = 0
@@ -93,6 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=9.0, help="starts nothing new after this time")
     parser.add_argument("--rounds", type=int, default=5, help="at least so many samples of each variant (default 5)")
     parser.add_argument("--keep-memory", action="store_true", help="on a CPU: glibc does not return freed memory")
+    parser.add_argument("--second-pool", action="store_true",
+                        help="on a CPU: beside a thread that has run a parallel operation")  # fmt: skip
     parser.add_argument("--full", action="store_true", help="every shape, precision and variant")
     parser.add_argument("--only", default="", metavar="REGEX", help='workloads whose name matches, as in "brats infer"')
     parser.add_argument("--device", help="cpu or cuda; by default CUDA where there is one")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -78,6 +79,22 @@ def keep_freed_memory() -> None:
         library = ctypes.CDLL(None)
         library.mallopt(trim_threshold, 2**31 - 1)
         library.mallopt(most_mappings, 0)
+
+
+def open_second_pool() -> None:
+    """Leaves a thread with OpenMP threads of its own, as a data loader's that has run a PyTorch operation.
+
+    GNU OpenMP then counts more threads than cores, and puts those that wait to sleep without letting them spin.
+    """
+    opened = threading.Event()
+
+    def wait() -> None:
+        torch.ones(2**20).exp_()
+        opened.set()
+        threading.Event().wait()
+
+    threading.Thread(target=wait, daemon=True).start()
+    opened.wait()
 
 
 def _seconds_on_cuda(run: Callable[[], object], repeats: int) -> float:
