@@ -55,9 +55,9 @@ class Dot:
 class Report:
     """What one compiled kernel needs and what its main loops hold.
 
-    Main loops are the innermost loops with matrix products; ``instructions``, ``products`` and ``loads`` are those of
-    the one with the most products. ``opcodes`` and ``narrow_loads`` cover all of them; a global load is narrow below
-    16 bytes a thread (8 on AMD).
+    Main loops are the innermost loops with matrix products (or loads, where asked for); ``instructions``, ``products``
+    and ``loads`` are those of the one with the most products. ``opcodes`` and ``narrow_loads`` cover all of them; a
+    global load is narrow below 16 bytes a thread (8 on AMD).
     A kernel without such a loop has ``main_loops == 0`` and is counted as a whole.
     """
 
@@ -128,12 +128,13 @@ def compile_launch(launch: Launch, architecture: int) -> Any:
     return triton.compile(source, target=target_of(architecture), options=options)
 
 
-def inspect(compiled: Any, architecture: int) -> Report:
-    """Reads the registers, the memory and the main loops of a compiled kernel."""
+def inspect(compiled: Any, architecture: int, around: str = "products") -> Report:
+    """Reads the registers, the memory and the main loops of a compiled kernel: those around "products" or "loads"."""
     read = _read_amdgcn if architecture == GFX942 else _read_cubin
     registers, stack, spills, instructions = read(compiled)
     products = {i.address for i in instructions if _PRODUCT.match(i.opcode)}
-    loops = innermost_loops(instructions, products)
+    marked = products if around == "products" else {i.address for i in instructions if _LOAD.match(i.opcode)}
+    loops = innermost_loops(instructions, marked)
     bodies = loops or [instructions]
     main = max(bodies, key=lambda body: (sum(i.address in products for i in body), len(body)))
     inside = {i.address: i for body in bodies for i in body}.values()

@@ -9,14 +9,14 @@ range counts nowhere. All sums are in float32: each program writes one row of pa
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from . import _launch, _reduce, _tuned
-from .dice_tiles import load_tile, store_tile
+from . import _launch, _reduce
+from .dice_config import DiceConfig, choose_config, layout_of
+from .dice_tiles import fast_exp, load_tile, store_tile
 
 MOST_SAMPLES = 65535
 """The greatest second side of a CUDA grid; larger batches are taken in pieces."""
@@ -25,83 +25,37 @@ _PROGRAMS = 4096
 """About how many programs share a forward pass: several waves of any GPU, and few rows of partial sums."""
 
 
-@dataclass(frozen=True)
-class DiceConfig:
-    """Pixels of a tile, columns of the partial sums that a program keeps in registers, and its warps."""
-
-    block_s: int
-    keep: int
-    num_warps: int = 4
-
-
-def choose_config(classes: int, layout: str, itemsize: int) -> DiceConfig:
-    """The committed winner on this GPU, else a heuristic."""
-    return _tuned.choose("dice", (classes, layout, itemsize), DiceConfig, lambda: _heuristic(classes, layout, itemsize))
-
-
-def _heuristic(classes: int, layout: str, itemsize: int) -> DiceConfig:
-    """The tile for 16 to 32 values a thread, and one kept column for every thread along the pixels."""
-    vector, block_c, threads = 16 // itemsize, _launch.next_power_of_2(classes), 128
-    if layout in ("planes", "triplets"):
-        # half as many beyond 16 classes, whose address and mask registers would push values to local memory
-        values = 32 if block_c <= 16 else 16
-        block_s = max(vector, min(threads * vector, values * threads // block_c))
-        return DiceConfig(block_s, keep=block_s // vector)
-    if layout == "rows":
-        vector = next(width for width in (vector, 4, 2, 1) if classes % width == 0)
-    block_s = max(1, 16 * threads // block_c)
-    return DiceConfig(block_s, keep=max(1, min(block_s, threads * vector // block_c)))
-
-
-def layout_of(logits: torch.Tensor) -> str:
-    """The ``LAYOUT`` of ``dice_tiles`` for (N, C, S) logits.
-
-    Raises:
-        ValueError: the memory is neither in the order (N, C, S) nor (N, S, C).
-    """
-    if logits.is_contiguous():
-        return "planes"
-    if not logits.transpose(1, 2).is_contiguous():
-        raise ValueError(f"logits of shape {tuple(logits.shape)} have strides {logits.stride()}; expected dense memory")
-    return {2: "packed", 3: "triplets", 4: "packed"}.get(logits.shape[1], "rows")
-
-
 def pieces(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """A batch as batches that a grid has room for."""
     return zip(*(t.split(MOST_SAMPLES) for t in tensors), strict=True)
 
 
 @triton.jit
-def _memberships(
-    targets_ptr, weights_ptr, first, S, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-    LAYOUT: tl.constexpr, VECTOR: tl.constexpr, SOFT: tl.constexpr, IGNORE: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
-):  # fmt: skip
-    """Of one tile: memberships t, weights w that broadcast to it, and per pixel sum(w t), valid, out of range."""
-    BINARY: tl.constexpr = C == 1
-    offs_c = tl.arange(0, BLOCK_C) + BINARY
+def _labels(targets_ptr, first, S, C: tl.constexpr, BLOCK_S: tl.constexpr, IGNORE: tl.constexpr):
+    """Per pixel the class (-1 where it counts nowhere), whether it counts, and whether it is ignored."""
     offs_s = first + tl.arange(0, BLOCK_S)
-    valid = offs_s < S
-    if SOFT:
-        t = load_tile(targets_ptr, first, S, C, BLOCK_C, BLOCK_S, LAYOUT, VECTOR)
-        background = tl.where(valid, 1 - tl.sum(t, axis=0), 0.0) if BINARY else 0.0
-        w = tl.full((BLOCK_C, 1), 1.0, tl.float32)
-        if HAS_WEIGHTS:
-            w = tl.load(weights_ptr + offs_c, mask=offs_c < C + BINARY, other=0.0)[:, None]
-            background *= tl.load(weights_ptr)
-        return t, w, tl.sum(t * w, axis=0) + background, valid, offs_s < 0
-    label = tl.load(targets_ptr + offs_s, mask=valid, other=0)
+    inside = offs_s < S
+    label = tl.load(targets_ptr + offs_s, mask=inside, other=0)
     if label.dtype != tl.int64:
         label = label.to(tl.int32)
+    valid = inside & (label >= 0) & (label < C + (C == 1))
+    ignored = offs_s < 0
     if IGNORE is not None:
+        ignored = inside & (label == IGNORE)
         valid &= label != IGNORE
-    wrong = valid & ((label < 0) | (label >= C + BINARY))
-    valid &= (label >= 0) & (label < C + BINARY)
-    label = tl.where(valid, label, -1).to(tl.int32)
-    t = (label[None, :] == offs_c[:, None]).to(tl.float32)
-    weight = valid.to(tl.float32)
+    return tl.where(valid, label, -1).to(tl.int32), valid, ignored
+
+
+@triton.jit
+def _class_weights(weights_ptr, C: tl.constexpr, BLOCK_C: tl.constexpr, HAS_WEIGHTS: tl.constexpr):
+    """(BLOCK_C,) weights of the channels' classes, and that of the class without a channel where there is one."""
+    offs_c = tl.arange(0, BLOCK_C)
+    w = tl.full((BLOCK_C,), 1.0, tl.float32)
+    background = 1.0
     if HAS_WEIGHTS:
-        weight = tl.load(weights_ptr + label, mask=valid, other=0.0)
-    return t, weight[None, :], weight, valid, wrong
+        w = tl.load(weights_ptr + offs_c + (C == 1), mask=offs_c < C, other=0.0)
+        background = tl.load(weights_ptr)
+    return w, background
 
 
 @triton.jit
@@ -113,69 +67,105 @@ def _softmax(z, valid, C: tl.constexpr, BLOCK_C: tl.constexpr):
     if C == 1:
         peak = tl.maximum(peak, 0.0)
     shifted = z - peak[None, :]
-    e = tl.exp(shifted)
+    e = fast_exp(shifted)
     total = tl.sum(e, axis=0)
     if C == 1:
-        total += tl.exp(-peak)
+        total += fast_exp(-peak)
     return shifted, e * tl.where(valid, 1 / total, 0.0)[None, :], peak, tl.log(total)
 
 
 @triton.jit
 def _folded(x, KEEP: tl.constexpr, LAYOUT: tl.constexpr):
     """(rows, BLOCK_S) summed to (rows, KEEP) within the threads: over neighbours where a vector is made of pixels."""
-    if LAYOUT == "rows":
+    if x.shape[1] == KEEP:
+        return x
+    elif LAYOUT == "rows":
         return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // KEEP, KEEP)), axis=1)
     else:
         return tl.sum(tl.reshape(x, (x.shape[0], KEEP, x.shape[1] // KEEP)), axis=2)
 
 
 @triton.jit
+def _folded_pair(x, KEEP: tl.constexpr, LAYOUT: tl.constexpr):
+    """:func:`_folded` of (rows, BLOCK_S, 2)."""
+    if x.shape[1] == KEEP:
+        return x
+    elif LAYOUT == "rows":
+        return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // KEEP, KEEP, 2)), axis=1)
+    else:
+        return tl.sum(tl.reshape(x, (x.shape[0], KEEP, x.shape[1] // KEEP, 2)), axis=2)
+
+
+@triton.jit
 def dice_forward_kernel(
     logits_ptr, targets_ptr, weights_ptr, partial_ptr, S,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, KEEP: tl.constexpr, LAYOUT: tl.constexpr,
-    VECTOR: tl.constexpr, SOFT: tl.constexpr, IGNORE: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, KEEP: tl.constexpr, STAGES: tl.constexpr,
+    LAYOUT: tl.constexpr, VECTOR: tl.constexpr, SOFT: tl.constexpr, IGNORE: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     CROSS_ENTROPY: tl.constexpr,
 ):  # fmt: skip
     """partial[program, sample] = (I, P, T of each channel, sum(-w t log p), sum(w t), wrong labels) of its tiles."""
     sample, programs = tl.program_id(1), tl.num_programs(0)
     logits_ptr += sample.to(tl.int64) * C * S
     targets_ptr += sample.to(tl.int64) * (C if SOFT else 1) * S
-    intersection = tl.zeros((BLOCK_C, KEEP), tl.float32)
+    offs_c = tl.arange(0, BLOCK_C)
+    w, w_background = _class_weights(weights_ptr, C, BLOCK_C, HAS_WEIGHTS)
+    # p t and t side by side: sums of t alone, which needs no logits, would get a register layout of their own
+    hits = tl.zeros((BLOCK_C, KEEP, 2), tl.float32)
     predicted = tl.zeros((BLOCK_C, KEEP), tl.float32)
-    truth = tl.zeros((BLOCK_C, KEEP), tl.float32)
-    nll = tl.zeros((1, KEEP), tl.float32)
-    weights = tl.zeros((1, KEEP), tl.float32)
-    wrongs = tl.zeros((1, KEEP), tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(S, BLOCK_S), programs):
+    nll = tl.zeros((BLOCK_S,), tl.float32)
+    ignored = tl.zeros((BLOCK_S,), tl.int32)
+    counted = tl.zeros((BLOCK_S,), tl.int32)
+    pixels = 0
+    for tile in tl.range(tl.program_id(0), tl.cdiv(S, BLOCK_S), programs, num_stages=STAGES):
         first = tile * BLOCK_S
+        pixels += tl.minimum(S - first, BLOCK_S)
         z = load_tile(logits_ptr, first, S, C, BLOCK_C, BLOCK_S, LAYOUT, VECTOR)
-        t, w, weight, valid, wrong = _memberships(
-            targets_ptr, weights_ptr, first, S, C, BLOCK_C, BLOCK_S, LAYOUT, VECTOR, SOFT, IGNORE, HAS_WEIGHTS
-        )
+        if SOFT:
+            t = load_tile(targets_ptr, first, S, C, BLOCK_C, BLOCK_S, LAYOUT, VECTOR)
+            valid = first + tl.arange(0, BLOCK_S) < S
+        else:
+            label, valid, ignore = _labels(targets_ptr, first, S, C, BLOCK_S, IGNORE)
+            true = label[None, :] == (offs_c + (C == 1))[:, None]
+            t = true.to(tl.float32)
+            if IGNORE is not None:
+                ignored += ignore.to(tl.int32)
+            if C == 1:
+                counted += valid.to(tl.int32)
         shifted, p, peak, log_total = _softmax(z, valid, C, BLOCK_C)
-        intersection += _folded(p * t, KEEP, LAYOUT)
+        hits += _folded_pair(tl.join(p * t, t), KEEP, LAYOUT)
         predicted += _folded(p, KEEP, LAYOUT)
-        truth += _folded(t, KEEP, LAYOUT)
         if CROSS_ENTROPY:
             # 0 · -inf, a class that is impossible and not true, is 0
-            true_logit = t * tl.where(t == 0, 0.0, shifted)
             if SOFT:
-                true_logit = tl.sum(w * true_logit, axis=0)
+                weighted, background = t * w[:, None], 0.0
+                if C == 1:
+                    background = w_background * (1 - tl.sum(t, axis=0))
+                true_logit = tl.sum(weighted * tl.where(t == 0, 0.0, shifted), axis=0) - background * peak
+                loss = (tl.sum(weighted, axis=0) + background) * log_total - true_logit
             else:
-                true_logit = weight * tl.sum(true_logit, axis=0)
-            if C == 1:
-                true_logit -= (weight - tl.sum(w * t, axis=0)) * peak
-            nll += _folded(tl.where(valid, weight * log_total - true_logit, 0.0)[None, :], KEEP, LAYOUT)
-        weights += _folded(weight[None, :], KEEP, LAYOUT)
-        wrongs += _folded(wrong.to(tl.float32)[None, :], KEEP, LAYOUT)
-    offs_c = tl.arange(0, BLOCK_C)
+                true_logit = tl.sum(tl.where(true, shifted, 0.0), axis=0)
+                if C == 1:
+                    true_logit = tl.where(label == 1, true_logit, -peak)
+                loss = log_total - true_logit
+                if HAS_WEIGHTS:
+                    loss *= tl.load(weights_ptr + label, mask=valid, other=0.0)
+            nll += tl.where(valid, loss, 0.0)
+    intersection, truth = tl.split(hits)
+    intersection, predicted, truth = tl.sum(intersection, axis=1), tl.sum(predicted, axis=1), tl.sum(truth, axis=1)
+    if C > 1 and not SOFT:
+        count = tl.sum(truth).to(tl.int32)
+    else:
+        count = pixels if SOFT else tl.sum(counted)
+    weights = tl.sum(w * truth)
+    if C == 1:
+        weights += w_background * (count - tl.sum(truth))
     row = partial_ptr + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + sample) * (3 * C + 3)
-    tl.store(row + offs_c, tl.sum(intersection, axis=1), mask=offs_c < C)
-    tl.store(row + C + offs_c, tl.sum(predicted, axis=1), mask=offs_c < C)
-    tl.store(row + 2 * C + offs_c, tl.sum(truth, axis=1), mask=offs_c < C)
+    tl.store(row + offs_c, intersection, mask=offs_c < C)
+    tl.store(row + C + offs_c, predicted, mask=offs_c < C)
+    tl.store(row + 2 * C + offs_c, truth, mask=offs_c < C)
     tl.store(row + 3 * C, tl.sum(nll))
-    tl.store(row + 3 * C + 1, tl.sum(weights))
-    tl.store(row + 3 * C + 2, tl.sum(wrongs))
+    tl.store(row + 3 * C + 1, weights)
+    tl.store(row + 3 * C + 2, (pixels - tl.sum(ignored) - count).to(tl.float32))
 
 
 @triton.jit
@@ -196,15 +186,31 @@ def dice_backward_kernel(
     grad = tl.load(grad_ptr)
     grad_i = grad * tl.load(slopes_ptr + offs_c, mask=offs_c < C, other=0.0)
     grad_p = grad * tl.load(slopes_ptr + C + offs_c, mask=offs_c < C, other=0.0)
+    grad_nll = grad * tl.load(slopes_ptr + 3 * C)
     z = load_tile(logits_ptr, first, S, C, BLOCK_C, BLOCK_S, LAYOUT, VECTOR)
-    t, w, weight, valid, _ = _memberships(
-        targets_ptr, weights_ptr, first, S, C, BLOCK_C, BLOCK_S, LAYOUT, VECTOR, SOFT, IGNORE, HAS_WEIGHTS
-    )
+    if SOFT:
+        t = load_tile(targets_ptr, first, S, C, BLOCK_C, BLOCK_S, LAYOUT, VECTOR)
+        w, w_background = _class_weights(weights_ptr, C, BLOCK_C, HAS_WEIGHTS)
+        pull = t * (grad_nll * w)[:, None]
+        push = tl.sum(pull, axis=0)
+        if C == 1:
+            push += grad_nll * w_background * (1 - tl.sum(t, axis=0))
+        valid = first + tl.arange(0, BLOCK_S) < S
+    else:
+        label, valid, _ = _labels(targets_ptr, first, S, C, BLOCK_S, IGNORE)
+        true = label[None, :] == (offs_c + (C == 1))[:, None]
+        t = true.to(tl.float32)
+        push = tl.where(valid, grad_nll, 0.0)
+        if HAS_WEIGHTS:
+            push = grad_nll * tl.load(weights_ptr + label, mask=valid, other=0.0)
+        pull = tl.where(true, push[None, :], 0.0)
     _, p, _, _ = _softmax(z, valid, C, BLOCK_C)
     g = grad_i[:, None] * t + grad_p[:, None]
-    dz = p * (g - tl.sum(p * g, axis=0)[None, :])
+    common = tl.sum(p * g, axis=0)
     if CROSS_ENTROPY:
-        dz += grad * tl.load(slopes_ptr + 3 * C) * (p * weight[None, :] - w * t)
+        dz = p * (g - (common - push)[None, :]) - pull
+    else:
+        dz = p * (g - common[None, :])
     store_tile(dlogits_ptr, dz, first, S, C, BLOCK_C, BLOCK_S, LAYOUT, VECTOR)
 
 
@@ -237,7 +243,8 @@ def sums(
     partial = _launch.empty((programs, n, 3 * c + 3), torch.float32, logits.device)
     _launch.launch(
         dice_forward_kernel, (programs, n), logits, arguments.targets, class_weights, partial, s,
-        KEEP=arguments.config.keep, **arguments.constants, num_warps=arguments.config.num_warps,
+        KEEP=arguments.config.keep, STAGES=arguments.config.num_stages, **arguments.constants,
+        num_warps=arguments.config.num_warps,
     )  # fmt: skip
     if not per_sample:
         partial = partial.view(programs * n, 1, 3 * c + 3)

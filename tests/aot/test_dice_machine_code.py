@@ -60,6 +60,31 @@ def test_machine_code(architecture, c, layout, dtype, request):
                 assert report.count("LDG.E.128") - slopes == report.count("STG.E.128") == vectors, name
 
 
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("c, dtype, most", [
+    (2, torch.bfloat16, 42), (3, torch.bfloat16, 42), (4, torch.bfloat16, 34), (4, torch.float32, 34),
+    (100, torch.bfloat16, 55), (100, torch.float32, 55),
+])  # fmt: skip
+def test_forward_loop_is_short(c, dtype, layout, most):
+    """Instructions a logit, and nothing passed between threads where each has all classes of its pixels.
+
+    At 3 TB/s an H100 has time for 19 instructions a 16-bit logit and 38 a float32 one, of which the exponential takes
+    three and the logarithm, in PyTorch's accuracy, twenty a pixel.
+    """
+    if layout == "NCHW":
+        logits = torch.empty(4, c, PIXELS, dtype=dtype, device="meta")
+    else:
+        logits = torch.empty(4, PIXELS, c, dtype=dtype, device="meta").transpose(1, 2)
+    with _launch.recording(90) as found:
+        dice.sums(logits, torch.empty(4, PIXELS, dtype=torch.uint8, device="meta"), None, None, True, False)
+    launch = found[0]
+    report = inspect(compile_launch(launch, 90), 90, around="loads")
+    assert report.main_loops == 1
+    assert report.instructions <= most * launch.args["BLOCK_S"] * c / (32 * launch.num_warps)
+    if c <= 4:
+        assert report.count("SHFL") == 0
+
+
 def test_wide_confusion_product_waits_before_its_operands_change():
     """Hopper's asynchronous product reads one-hot operands from registers; ptxas before 13.3 may reuse them early."""
     launch = launches(100, "NCHW", torch.bfloat16, 90)[-1]

@@ -277,6 +277,6 @@ def test_many_rows_of_partial_sums(device, monkeypatch):
 
 
 def test_heuristic_is_pinned():
-    assert dice.choose_config(4, "planes", 4) == dice.DiceConfig(block_s=512, keep=128)
-    assert dice.choose_config(3, "triplets", 2) == dice.DiceConfig(block_s=1024, keep=128)
+    assert dice.choose_config(4, "planes", 4) == dice.DiceConfig(block_s=512, keep=512)
+    assert dice.choose_config(3, "triplets", 2) == dice.DiceConfig(block_s=1024, keep=512)
     assert dice.choose_config(100, "rows", 2) == dice.DiceConfig(block_s=16, keep=4)
