@@ -218,6 +218,8 @@ def test_cuda_graph(device):
     labels = torch.randint(0, 4, (8, 1024, 1024), device=device, dtype=torch.uint8)
     want = functional.dice_cross_entropy(logits, labels)
     (want_gradient,) = torch.autograd.grad(want, logits)
+    exact = functional.dice_cross_entropy(logits.detach().double(), labels, backend="torch")
+    torch.testing.assert_close(want.double(), exact, rtol=1e-5, atol=0)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         loss = functional.dice_cross_entropy(logits, labels)
