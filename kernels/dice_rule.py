@@ -32,7 +32,7 @@ def _load(sums_ptr, first, R, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: t
 def _present(t, EMPTY: tl.constexpr):
     """Where the ratio itself is the score: everywhere, or by the other rules where there is truth."""
     if EMPTY == "smooth":
-        return t == t
+        return tl.full(t.shape, 1, tl.int1)
     else:
         return t != 0
 
@@ -65,8 +65,8 @@ def dice_rule_kernel(
         if EMPTY == "one":
             score = tl.where(present, score, (p == 0).to(tl.float32))
         if EMPTY == "skip":
-            weight = tl.where(t > 0, weight, 0.0)
-            score = tl.where(t > 0, score, 1.0)
+            weight = tl.where(present, weight, 0.0)
+            score = tl.where(present, score, 1.0)
         lost += weight * (1 - score)
         weights += weight
     weight, ce_total, wrong = tl.sum(tl.sum(weights, axis=1)), tl.sum(ce_weights), tl.sum(wrong)

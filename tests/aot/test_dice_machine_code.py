@@ -65,7 +65,7 @@ def test_machine_code(architecture, c, layout, dtype, request):
     (2, torch.bfloat16, 42), (3, torch.bfloat16, 42), (4, torch.bfloat16, 34), (4, torch.float32, 34),
     (100, torch.bfloat16, 55), (100, torch.float32, 55),
 ])  # fmt: skip
-def test_forward_loop_is_short(c, dtype, layout, most):
+def test_forward_loop_is_short(c, dtype, layout, most, show_table):
     """Instructions a logit, and nothing passed between threads where each has all classes of its pixels.
 
     At 3 TB/s an H100 has time for 19 instructions a 16-bit logit and 38 a float32 one, of which the exponential takes
@@ -75,14 +75,27 @@ def test_forward_loop_is_short(c, dtype, layout, most):
         logits = torch.empty(4, c, PIXELS, dtype=dtype, device="meta")
     else:
         logits = torch.empty(4, PIXELS, c, dtype=dtype, device="meta").transpose(1, 2)
+    labels = torch.empty(4, PIXELS, dtype=torch.uint8, device="meta")
+    grad, slopes = torch.empty((), device="meta"), torch.empty(1, 3 * c + 3, device="meta")
     with _launch.recording(90) as found:
-        dice.sums(logits, torch.empty(4, PIXELS, dtype=torch.uint8, device="meta"), None, None, True, False)
-    launch = found[0]
-    report = inspect(compile_launch(launch, 90), 90, around="loads")
-    assert report.main_loops == 1
-    assert report.instructions <= most * launch.args["BLOCK_S"] * c / (32 * launch.num_warps)
+        dice.sums(logits, labels, None, None, True, False)
+        dice.sums_grad(grad, slopes, logits, labels, None, None, True)
+    forward, _, backward = found
+    loop = inspect(compile_launch(forward, 90), 90, around="loads")
+    whole = inspect(compile_launch(backward, 90), 90)
+    # of one thread, whose share of a tile's logits the instructions are divided by
+    per_logit = loop.instructions / (forward.args["BLOCK_S"] * c / (32 * forward.num_warps))
+    per_gradient = sum(n for opcode, n in whole.opcodes.items() if opcode != "NOP")
+    per_gradient /= backward.args["BLOCK_S"] * c / (32 * backward.num_warps)
+    size = c * dtype.itemsize
+    show_table(
+        f"Dice, {c} classes, {dtype}, {layout}: {size + 1} / {2 * size + 1} bytes a pixel, "
+        f"{per_logit:.1f} / {per_gradient:.1f} instructions a logit, {loop.registers} / {whole.registers} registers"
+    )
+    assert loop.main_loops == 1
+    assert per_logit <= most
     if c <= 4:
-        assert report.count("SHFL") == 0
+        assert loop.count("SHFL") == 0
 
 
 def test_wide_confusion_product_waits_before_its_operands_change():

@@ -70,6 +70,14 @@ def test_nan_shows(empty, device):
     assert dice_rule.loss(sums, None, 1.0, empty, True, 1.0, 1.0, False)[0].isnan()
 
 
+@pytest.mark.parametrize("empty", ["smooth", "skip", "one"])
+def test_a_truth_that_is_nan_is_not_skipped(empty, device):
+    sums = rows_of_sums(2, 4, device)
+    sums[1, 8] = torch.nan
+    assert dice_rule.loss(sums, None, 1.0, empty, True, 1.0, 1.0, False)[0].isnan()
+    assert specification.loss(sums, None, 1.0, empty, True, 1.0, 1.0, False)[0].isnan()
+
+
 def test_wrong_labels(device):
     sums = rows_of_sums(2, 4, device)
     sums[1, 14] = 3
