@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bench.rows import OK, Results, Row, read
-from bench.tables import markdown, milliseconds
+from bench.measuring.rows import OK, Results, Row, read
+from bench.pages.tables import markdown, milliseconds
 
 _REPOSITORY = Path(__file__).parent.parent
 _LEAST_CHANGE = 0.03

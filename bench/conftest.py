@@ -1,7 +1,7 @@
 """``pytest bench/ --benchmark-only``: one benchmark per variant of each workload, measured in turns with its rivals.
 
 pytest-benchmark times one function after another with a clock of the host. Here the variants of a workload are timed
-together by ``bench.timing``, when the first of their tests runs, and each test hands its samples over to be shown.
+together by ``measuring.timing``, when the first of their tests runs, and each test hands its samples over to be shown.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.machine import default_device, environment
-from bench.measure import Measurement, measure
-from bench.rows import OK, RESULTS, UNCOMMITTED, Results, write
+from bench.measuring.machine import default_device, environment
+from bench.measuring.measure import Measurement, measure
+from bench.measuring.rows import OK, RESULTS, UNCOMMITTED, Results, write
 from bench.run import time_budget
-from bench.variants import Variant
-from bench.workloads import Workload
+from bench.workloads.variants import Variant
+from bench.workloads.workload import Workload
 
 DEVICE = default_device()
 

@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 import torch
 import triton
 
-from bench.host_driver import host_driver
-from fastunet.layers import CASES, Call, network_calls
+from bench.gpu.host_driver import host_driver
+from fastunet.inspection.layers import CASES, Call, network_calls
 
 
 def microseconds(run: Callable[[], object], repeats: int = 5, seconds: float = 0.005) -> float:

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.rows import RESULTS, Results, devices, newest
-from bench.tables import device_report
+from bench.measuring.rows import RESULTS, Results, devices, newest
+from bench.pages.tables import device_report
 
 _REPOSITORY = Path(__file__).parent.parent
 README, PICTURES = _REPOSITORY / "README.md", _REPOSITORY / "docs" / "pictures"
@@ -60,7 +60,7 @@ def _pictures(slug: str) -> str:
 def draw(root: Path = RESULTS, folder: Path = PICTURES) -> list[Path]:
     """Draws the pictures of every device's newest results."""
     # matplotlib is needed for nothing else here, and absent on a bare GPU machine
-    from bench.pictures import draw_all
+    from bench.pages.pictures import draw_all
 
     found: list[Results] = [r for slug in devices(root) if (r := newest(slug, root)) is not None]
     return [path for results in found for path in draw_all(results, folder)]

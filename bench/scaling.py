@@ -21,12 +21,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from bench.machine import default_device, environment
-from bench.networks import LOGITS, TRAINING, TrainingStep, model_with_weights, network_workload
-from bench.precision import precision_settings
-from bench.rows import OK, OURS, UNCOMMITTED, Environment, Results, Row, read, write
-from bench.timing import Budget, Timing, interleave
-from bench.variants import FASTUNET, Runner
+from bench.measuring.machine import default_device, environment
+from bench.measuring.precision import precision_settings
+from bench.measuring.rows import OK, OURS, UNCOMMITTED, Environment, Results, Row, read, write
+from bench.measuring.timing import Budget, Timing, interleave
+from bench.workloads.networks import LOGITS, TRAINING, TrainingStep, model_with_weights, network_workload
+from bench.workloads.variants import FASTUNET, Runner
 from fastunet.architecture import Architecture
 from fastunet.functional.dice import dice_cross_entropy
 from fastunet.training.distributed import Processes, process_group

@@ -1,6 +1,6 @@
 """3×3 convolution + bias + ReLU, of one source or of skip and input, and with its max-pool."""
 
-from bench import selection
+from bench.workloads import selection
 
 
 def workloads(device, full):

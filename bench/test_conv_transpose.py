@@ -1,6 +1,6 @@
 """2×2 transposed convolution with stride 2."""
 
-from bench import selection
+from bench.workloads import selection
 
 
 def workloads(device, full):

@@ -1,6 +1,6 @@
 """Dice + cross-entropy of logits and integer labels, with the gradient."""
 
-from bench import selection
+from bench.workloads import selection
 
 
 def workloads(device, full):

@@ -1,6 +1,6 @@
 """2×2 max-pool alone; inside a network the convolution before it writes the pooled image."""
 
-from bench import selection
+from bench.workloads import selection
 
 
 def workloads(device, full):

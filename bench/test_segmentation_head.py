@@ -1,6 +1,6 @@
 """1×1 convolution to class logits."""
 
-from bench import selection
+from bench.workloads import selection
 
 
 def workloads(device, full):

@@ -1,6 +1,6 @@
 """Whole networks: inference to logits and labels, and a training step."""
 
-from bench import selection
+from bench.workloads import selection
 
 
 def workloads(device, full):

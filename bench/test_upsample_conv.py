@@ -1,6 +1,6 @@
 """Nearest ×2 upsampling, 2×2 convolution and ReLU."""
 
-from bench import selection
+from bench.workloads import selection
 
 
 def workloads(device, full):

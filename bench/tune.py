@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from bench import machine
-from fastunet import tuning
+from bench.measuring import machine
+from fastunet.inspection import tuning
+from fastunet.inspection.layers import CASES, Call, network_calls
+from fastunet.inspection.machine_code import compile_launch
 from fastunet.kernels import _launch, _tuned
 from fastunet.kernels._tuned import Entry
-from fastunet.layers import CASES, Call, network_calls
-from fastunet.machine_code import compile_launch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BATCHES = (16, 1)

@@ -48,7 +48,7 @@ def define(schema: str, *, torch_impl: Callable, triton_impl: str, fake: Callabl
     @functools.cache
     def load() -> Callable:
         launcher = getattr(importlib.import_module(f"fastunet.kernels.{module}"), function)
-        searching = importlib.import_module("fastunet.tuning").tunable(launcher)
+        searching = importlib.import_module("fastunet.inspection.tuning").tunable(launcher)
         if searching is not launcher:
             return searching
         return importlib.import_module("fastunet.kernels._plan").planned(launcher)

@@ -7,10 +7,10 @@ from torch.utils.checkpoint import checkpoint
 
 from fastunet import reference
 from fastunet.dispatch import BACKENDS
-from fastunet.frozen import FrozenUNet
 from fastunet.functional._layout import nhwc
 from fastunet.functional.blocks import conv_block, decoder_block, decoder_block_head, encoder_block
 from fastunet.functional.segmentation_head import head_of_network
+from fastunet.inference.frozen import FrozenUNet
 
 
 class UNet(reference.UNet):

@@ -1,6 +1,6 @@
 """Synthetic benchmark rows, for tests of what is made from them."""
 
-from bench.rows import OK, OURS, RIVAL, WRONG, Environment, Results, Row
+from bench.measuring.rows import OK, OURS, RIVAL, WRONG, Environment, Results, Row
 
 
 def environment(**changes) -> Environment:

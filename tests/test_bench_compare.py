@@ -3,7 +3,7 @@
 import pytest
 
 from bench.compare import changes, main, merged, report
-from bench.rows import FAILED, OURS, Results, write
+from bench.measuring.rows import FAILED, OURS, Results, write
 from tests.bench_rows import environment, row
 
 

@@ -9,8 +9,8 @@ import time
 import pytest
 import torch
 
-from bench import gpu
-from bench.gpu_run import Stage
+from bench.gpu import __main__ as gpu
+from bench.gpu.run import Stage
 
 PYTHON = [sys.executable, "-c"]
 
@@ -108,7 +108,7 @@ def test_exit_status_says_whether_a_step_failed(tmp_path, monkeypatch):
 
 def test_the_profiled_workload_trains_and_predicts(monkeypatch):
     import fastunet
-    from bench.gpu_profile import workload
+    from bench.gpu.profile import workload
 
     done, step, predict = [], torch.optim.Adam.step, fastunet.UNet.predict
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: (done.append("step"), step(self)))
@@ -119,7 +119,7 @@ def test_the_profiled_workload_trains_and_predicts(monkeypatch):
 
 def test_small_launches_cover_every_operator():
     pytest.importorskip("triton")
-    from bench.gpu_small import small_calls
+    from bench.gpu.small import small_calls
     from fastunet.dispatch import OPERATORS
 
     assert {call.operator for call in small_calls()} == set(OPERATORS)

@@ -8,21 +8,21 @@ import time
 import pytest
 import torch
 
-from bench import measure as measure_module
-from bench import operators, selection
-from bench.floors import Floor, of_inference
-from bench.gate import error_shares
-from bench.losses import loss_workload
-from bench.machine import slug
-from bench.measure import measure
-from bench.memory import peak_bytes, saved_bytes
-from bench.networks import LABELS, LOGITS, TRAINING, network_workload
-from bench.operators import SUBJECTS, operator_workloads
-from bench.rows import FAILED, OK, OURS, WRONG
-from bench.timing import Budget, Timing, interleave
-from bench.variants import CHANNELS_LAST, FASTUNET, PLAIN, Variant
+from bench.measuring import measure as measure_module
+from bench.measuring.floors import Floor, of_inference
+from bench.measuring.gate import error_shares
+from bench.measuring.machine import slug
+from bench.measuring.measure import measure
+from bench.measuring.memory import peak_bytes, saved_bytes
+from bench.measuring.rows import FAILED, OK, OURS, WRONG
+from bench.measuring.timing import Budget, Timing, interleave
+from bench.workloads import operators, selection
+from bench.workloads.losses import loss_workload
+from bench.workloads.networks import LABELS, LOGITS, TRAINING, network_workload
+from bench.workloads.operators import SUBJECTS, operator_workloads
+from bench.workloads.variants import CHANNELS_LAST, FASTUNET, PLAIN, Variant
 from fastunet.architecture import Architecture
-from fastunet.layers import CASES
+from fastunet.inspection.layers import CASES
 from tests.bench_rows import environment
 
 CPU = torch.device("cpu")

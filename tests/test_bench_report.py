@@ -2,9 +2,10 @@
 
 import pytest
 
-from bench import report, scaling_page
-from bench.rows import RESULTS, devices, newest, read, scaling_results, write
-from bench.tables import device_report, milliseconds
+from bench import report
+from bench.measuring.rows import RESULTS, devices, newest, read, scaling_results, write
+from bench.pages import scaling_page
+from bench.pages.tables import device_report, milliseconds
 from tests.bench_rows import environment, results, row
 
 
@@ -17,7 +18,7 @@ def test_readme_tables_are_those_of_the_committed_rows():
 def test_scaling_page_is_that_of_the_committed_rows():
     text = scaling_page.PAGE.read_text()
     generated = report.between(text, scaling_page.BEGIN, scaling_page.END)
-    assert generated == scaling_page.section(), "run python -m bench.scaling_page"
+    assert generated == scaling_page.section(), "run python -m bench.pages.scaling_page"
 
 
 def test_every_committed_file_can_be_read():
@@ -92,7 +93,7 @@ def test_text_between_markers_is_replaced_and_nothing_else():
 
 
 def test_pictures_hold_their_numbers(tmp_path):
-    pictures = pytest.importorskip("bench.pictures", reason="needs matplotlib")
+    pictures = pytest.importorskip("bench.pages.pictures", reason="needs matplotlib")
     drawn = {path.stem.removeprefix("test-gpu-"): path for path in pictures.draw_all(results(), tmp_path)}
     assert set(drawn) == {"rivals", "waterfall", "roofline"}
     bars = pictures.rivals(results()).axes[0].patches

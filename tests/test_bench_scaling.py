@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import links, scaling_page
-from bench.rows import OURS, write
+from bench.measuring.rows import OURS, write
+from bench.pages import links, scaling_page
 from bench.scaling import exponent
 from tests.bench_rows import environment, row
 

@@ -11,8 +11,8 @@ import torch
 pytest.importorskip("triton")
 
 from bench import tune
+from fastunet.inspection.tuning import Found
 from fastunet.kernels import _launch, _tuned
-from fastunet.tuning import Found
 
 HEAD = dict(device="Some GPU", architecture=90)
 STAMP = dict(versions=dict(torch="1"), commit="abc")

@@ -103,7 +103,7 @@ def test_info_follows_the_environment(capsys, monkeypatch):
 
 
 def test_info_of_kernels(capsys, monkeypatch):
-    table = pytest.importorskip("fastunet.kernel_table", reason="needs Triton")
+    table = pytest.importorskip("fastunet.inspection.kernel_table", reason="needs Triton")
     monkeypatch.setattr(table, "kernel_table", lambda: "conv_relu  90 registers")
     assert run("info", "--device", "cpu", "--kernels") == 0
     assert capsys.readouterr().out.endswith("\n\nconv_relu  90 registers\n")

@@ -10,9 +10,9 @@ import torch
 
 pytest.importorskip("triton")
 
+from fastunet.inspection.layers import CASES, Call, network_calls, standalone_calls
+from fastunet.inspection.tuning import tensors
 from fastunet.kernels import _launch, _tuned
-from fastunet.layers import CASES, Call, network_calls, standalone_calls
-from fastunet.tuning import tensors
 from tests.tolerance import assert_within_budget
 
 pytestmark = [

@@ -10,7 +10,7 @@ import fastunet
 from fastunet.architecture import Architecture
 from fastunet.functional.dice import dice_cross_entropy
 from fastunet.functional.dice_confusion import confusion_counts
-from fastunet.layers import CASES, Call, Tensor, network_calls, standalone_calls
+from fastunet.inspection.layers import CASES, Call, Tensor, network_calls, standalone_calls
 
 
 class Recorder(TorchDispatchMode):

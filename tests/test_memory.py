@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastunet import UNet, reference
-from fastunet.memory import inference_bytes
+from fastunet.inspection.memory import inference_bytes
 
 
 def test_counts_what_is_alive_at_once():

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastunet.pictures import CLASS_COLOURS, curves, overlay, upright
-from fastunet.segmentation_scores import Score
+from fastunet.inference.scores import Score
+from fastunet.pictures.overlay import CLASS_COLOURS, curves, overlay, upright
 
 NAMES = ("background", "necrotic core", "oedema", "enhancing tumour")
 
@@ -85,7 +85,7 @@ def test_curves_of_one_and_many_epochs():
 def test_report_is_one_page_that_needs_nothing_else(head):
     from html.parser import HTMLParser
 
-    from fastunet.report import Picture, page, score_table
+    from fastunet.pictures.report import Picture, page, score_table
 
     picture = overlay(head, [("image", None)], NAMES)
     nan = float("nan")

@@ -13,7 +13,7 @@ import torch
 
 from fastunet import reference
 from fastunet.data import LABEL_MAPS, discover_cases, read_labels
-from fastunet.pictures import best_slice
+from fastunet.pictures.overlay import best_slice
 from fastunet.training.checkpoint import load_model
 from tests.cli_helpers import checkpoint, files_below, phantoms, run, write_checkpoint  # noqa: F401
 
@@ -187,7 +187,7 @@ import sys, threading, time
 from pathlib import Path
 import numpy as np, torch
 from fastunet.cli import main
-from fastunet.segmentation import Segmenter
+from fastunet.inference.segmenter import Segmenter
 
 def status(key):
     return int(next(l for l in open("/proc/self/status") if l.startswith(key)).split()[1]) / 1024

@@ -8,7 +8,7 @@ import torch
 
 from fastunet import UNet, reference
 from fastunet.errors import UserError
-from fastunet.segmentation_tiles import border_width, mirror, segment_tiled
+from fastunet.inference.tiles import border_width, mirror, segment_tiled
 
 VALID = dict(in_channels=1, num_classes=3, width=3, depth=2, padding="valid", up="transpose")
 SAME = dict(in_channels=1, num_classes=3, width=3, depth=2)

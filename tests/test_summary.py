@@ -12,8 +12,8 @@ from PIL import Image
 from torch import nn
 
 from fastunet import reference
-from fastunet.drawing import draw
-from fastunet.summary import layers, table
+from fastunet.pictures.network import draw
+from fastunet.pictures.summary import layers, table
 from tests.cli_helpers import checkpoint, run  # noqa: F401
 
 NETWORKS = [

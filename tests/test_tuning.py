@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastunet import tuning
+from fastunet.inspection import tuning
 from fastunet.kernels import _launch, _tuned
 
 

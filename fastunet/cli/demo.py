@@ -55,8 +55,8 @@ def _test(out: Path, unseen: list, device) -> tuple[list, dict[str, bytes], Path
     from fastunet.cli.evaluate import evaluate_case
     from fastunet.cli.segment import case_picture
     from fastunet.files import make_output_folder, write_bytes, write_text
-    from fastunet.segmentation import Segmenter, write_case
-    from fastunet.segmentation_scores import csv_table, mean_foreground_dice, text_table
+    from fastunet.inference.scores import csv_table, mean_foreground_dice, text_table
+    from fastunet.inference.segmenter import Segmenter, write_case
     from fastunet.training.checkpoint import load_model
 
     model, card = load_model(out / "run")
@@ -80,10 +80,10 @@ def _test(out: Path, unseen: list, device) -> tuple[list, dict[str, bytes], Path
 
 
 def _report(out: Path, scores: list, pictures: dict[str, bytes], segmented: Path, seconds: float, device) -> str:
-    from fastunet import report
-    from fastunet.drawing import draw
-    from fastunet.segmentation_scores import mean_foreground_dice
-    from fastunet.summary import layers
+    from fastunet.inference.scores import mean_foreground_dice
+    from fastunet.pictures import report
+    from fastunet.pictures.network import draw
+    from fastunet.pictures.summary import layers
     from fastunet.training.checkpoint import load_model
     from fastunet.training.results import CURVES
 

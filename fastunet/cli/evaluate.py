@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from fastunet.segmentation_scores import csv_table, text_table
+    from fastunet.inference.scores import csv_table, text_table
 
     if not args.subject.exists():
         raise UserError(f"{args.subject}: there is no such file or folder")
@@ -122,8 +122,8 @@ def _named_table(args: argparse.Namespace):
 def _scored(name: str, predicted, truth, labels, empty: str) -> list:
     import torch
 
+    from fastunet.inference.scores import score_case
     from fastunet.metrics import SegmentationMetrics
-    from fastunet.segmentation_scores import score_case
 
     metrics = SegmentationMetrics(len(labels.class_names), labels.class_names, empty=empty, regions=labels.regions)
     for plane, true_plane in zip(predicted.swapaxes(0, -1), truth.swapaxes(0, -1), strict=True):

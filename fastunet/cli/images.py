@@ -23,7 +23,7 @@ def segment_images(segmenter, paths: list[Path], args: argparse.Namespace) -> No
         print(target)
         if args.overlay:
             from fastunet.files import write_bytes
-            from fastunet.pictures import overlay
+            from fastunet.pictures.overlay import overlay
 
             classes = segmenter.label_map.encode(values, target)
             panels = [(path.name, None), ("prediction", classes)]

@@ -71,7 +71,7 @@ def _kernels() -> None:
 
     if not triton_installed():
         raise UserError("--kernels needs Triton, which is not installed")
-    from fastunet.kernel_table import kernel_table
+    from fastunet.inspection.kernel_table import kernel_table
 
     print(kernel_table())
 

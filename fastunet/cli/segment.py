@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
 
 def make_segmenter(args: argparse.Namespace, source: Path):
     """The network in ``source`` on the device that ``args`` name."""
-    from fastunet.segmentation import Segmenter
+    from fastunet.inference.segmenter import Segmenter
     from fastunet.training.checkpoint import load_model
     from fastunet.training.distributed import pick_device
     from fastunet.training.precision import prepare
@@ -100,7 +100,7 @@ def progress_display(name: str):
 
 
 def _segment_case(segmenter, case, target: Path, args: argparse.Namespace) -> None:
-    from fastunet.segmentation import write_case
+    from fastunet.inference.segmenter import write_case
 
     slices = segmenter.open(case, on_nan=args.on_nan)
     labels = write_case(
@@ -120,7 +120,7 @@ def case_picture(segmenter, slices, labels) -> bytes:
     import numpy as np
 
     from fastunet.data import read_labels
-    from fastunet.pictures import best_slice, overlay, upright
+    from fastunet.pictures.overlay import best_slice, overlay, upright
 
     case, axis = slices.case, segmenter.card.axis
     panels = [("prediction", slices.stack(labels))]

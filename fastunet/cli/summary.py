@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from fastunet import summary
+    from fastunet.pictures import summary
 
     model, title, usual = _network(args)
     size = args.size or [usual]
@@ -40,8 +40,8 @@ def run(args: argparse.Namespace) -> None:
     peak, plain = _peaks(model.architecture, height, width, ELEMENT_SIZES[args.precision])
     print(f"Inference holds at most {peak:.2f} MiB of activations at a time, the plain build {plain:.2f}.")
     if args.out:
-        from fastunet.drawing import draw
         from fastunet.files import make_output_folder
+        from fastunet.pictures.network import draw
 
         make_output_folder(args.out.parent)
         written = draw(rows, args.out, title=f"{title}, {height}×{width}")
@@ -53,7 +53,7 @@ def _peaks(architecture, height: int, width: int, element_size: int) -> tuple[fl
     import torch
 
     from fastunet import UNet, reference
-    from fastunet.memory import inference_bytes
+    from fastunet.inspection.memory import inference_bytes
 
     dtype = torch.float32 if element_size == 4 else torch.bfloat16
     image = torch.empty(1, architecture.in_channels, height, width, dtype=dtype, device="meta")

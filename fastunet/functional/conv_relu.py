@@ -107,26 +107,26 @@ def _fake_weight_grad(dz, x, skip, pad, has_bias):
 define(
     "conv_relu(Tensor x, Tensor? skip, Tensor weight, Tensor? bias, int pad, bool relu, str backend) -> Tensor",
     torch_impl=torch_forward,
-    triton_impl="conv_relu:forward",
+    triton_impl="conv.forward:forward",
     fake=fake_forward,
 )
 define(
     "conv_relu_pool(Tensor x, Tensor weight, Tensor? bias, int pad, bool relu, str backend) -> (Tensor, Tensor)",
     torch_impl=_forward_pool,
-    triton_impl="conv_relu:forward_pool",
+    triton_impl="conv.forward:forward_pool",
     fake=_fake_forward_pool,
 )
 define(
     "conv_relu_data_grad(Tensor dz, Tensor weight, Tensor x, Tensor? skip, int pad, bool mask_x, bool mask_skip, "
     "str backend) -> (Tensor, Tensor)",
     torch_impl=_data_grad,
-    triton_impl="conv_relu_data_grad:data_grad",
+    triton_impl="conv.data_grad:data_grad",
     fake=_fake_data_grad,
 )
 define(
     "conv_relu_weight_grad(Tensor dz, Tensor x, Tensor? skip, int pad, bool has_bias, str backend) -> (Tensor, Tensor)",
     torch_impl=_weight_grad,
-    triton_impl="conv_relu_weight_grad:weight_grad",
+    triton_impl="conv.weight_grad:weight_grad",
     fake=_fake_weight_grad,
 )
 

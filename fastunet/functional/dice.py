@@ -21,21 +21,21 @@ dispatch.define(
     "dice_sums(Tensor logits, Tensor targets, Tensor? class_weights, int? ignore_index, bool cross_entropy,"
     " bool per_sample, str backend) -> Tensor",
     torch_impl=dice_cpu.sums,
-    triton_impl="dice:sums",
+    triton_impl="dice.sums:sums",
     fake=_sums_like,
 )
 dispatch.define(
     "dice_sums_grad(Tensor grad, Tensor slopes, Tensor logits, Tensor targets, Tensor? class_weights,"
     " int? ignore_index, bool cross_entropy, str backend) -> Tensor",
     torch_impl=dice_cpu.sums_grad,
-    triton_impl="dice:sums_grad",
+    triton_impl="dice.sums:sums_grad",
     fake=lambda grad, slopes, logits, *arguments: torch.empty_like(logits),
 )
 dispatch.define(
     "dice_rule(Tensor sums, Tensor? class_weights, float smooth, str empty, bool include_background,"
     " float dice_weight, float ce_weight, bool nan_if_wrong, str backend) -> (Tensor, Tensor, Tensor)",
     torch_impl=dice_rule.loss,
-    triton_impl="dice_rule:loss",
+    triton_impl="dice.rule:loss",
     fake=lambda sums, *arguments: (sums.new_empty(()), sums.new_empty(()), torch.empty_like(sums)),
 )
 

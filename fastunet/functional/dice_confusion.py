@@ -11,7 +11,7 @@ from fastunet.functional.dice_arguments import MOST_CLASSES, cannot_raise, integ
 dispatch.define(
     "confusion_counts(Tensor predictions, Tensor labels, int classes, int? ignore_index, str backend) -> Tensor",
     torch_impl=dice_cpu.confusion,
-    triton_impl="dice_confusion:confusion",
+    triton_impl="dice.confusion:confusion",
     fake=lambda predictions, labels, classes, ignore_index: labels.new_empty(
         (labels.shape[0], classes * classes + 2), dtype=torch.int64
     ),

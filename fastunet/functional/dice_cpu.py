@@ -1,4 +1,4 @@
-"""The sums of the Dice operators in plain PyTorch: the specification of ``kernels/dice.py``, and its form on a CPU.
+"""The Dice operators' sums in plain PyTorch: the specification of ``kernels/dice/sums.py``, and its form on a CPU.
 
 The batch is walked in chunks of images or of pixels, a few megabytes each, so that no one-hot tensor of a whole batch
 exists, and its softmax only in the memory of the gradient. Pixels whose label is ``ignore_index`` or out of range count

@@ -1,6 +1,6 @@
 """The Dice ratio and its one rule for a class that is absent, shared by the losses and the metrics.
 
-:func:`loss` is the specification of ``kernels/dice_rule.py``.
+:func:`loss` is the specification of ``kernels/dice/rule.py``.
 """
 
 from __future__ import annotations

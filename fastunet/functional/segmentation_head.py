@@ -56,7 +56,7 @@ define(
     torch_impl=lambda x, skip, weight, bias, pad, head_weight, head_bias, output: _forward(
         torch_conv_relu(x, skip, weight, bias, pad, True), head_weight, head_bias, output
     ),
-    triton_impl="conv_relu:forward_head",
+    triton_impl="conv.forward:forward_head",
     fake=lambda x, skip, weight, bias, pad, head_weight, head_bias, output: fake_finish(
         x, head_weight.shape[0], *fake_conv_relu(x, skip, weight, bias, pad, True).shape[2:], output
     ),

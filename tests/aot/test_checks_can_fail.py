@@ -1,4 +1,4 @@
-"""Each check of ``fastunet.machine_code.failures`` against a kernel that it must refuse, and against a good one."""
+"""Each check of ``inspection.machine_code.failures`` against a kernel that it must refuse, and against a good one."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 import torch
 
+from fastunet.inspection.machine_code import GFX942, compile_launch, compiled_key, failures, inspect
 from fastunet.kernels import _launch
-from fastunet.machine_code import GFX942, compile_launch, compiled_key, failures, inspect
 from tests.aot import bad_kernels
 
 pytestmark = pytest.mark.skipif(_launch.INTERPRETED, reason="the interpreter has no machine code")

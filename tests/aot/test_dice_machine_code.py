@@ -8,8 +8,11 @@ import torch
 
 pytest.importorskip("triton", reason="Triton, which compiles the kernels, is not installed")
 
-from fastunet.kernels import _launch, dice, dice_confusion, dice_rule
-from fastunet.machine_code import compile_launch, failures, inspect
+from fastunet.inspection.machine_code import compile_launch, failures, inspect
+from fastunet.kernels import _launch
+from fastunet.kernels.dice import confusion as dice_confusion
+from fastunet.kernels.dice import rule as dice_rule
+from fastunet.kernels.dice import sums as dice
 
 pytestmark = pytest.mark.skipif(_launch.INTERPRETED, reason="the interpreter has no machine code")
 

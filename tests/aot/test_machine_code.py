@@ -13,7 +13,7 @@ import os
 import pytest
 import torch
 
-from fastunet.kernel_table import (
+from fastunet.inspection.kernel_table import (
     INFERENCE_KERNELS,
     TRAINING_KERNELS,
     distinct,
@@ -22,9 +22,9 @@ from fastunet.kernel_table import (
     uses,
     uses_of,
 )
+from fastunet.inspection.layers import CASES, network_calls
+from fastunet.inspection.machine_code import GFX942
 from fastunet.kernels import _launch, _tuned
-from fastunet.layers import CASES, network_calls
-from fastunet.machine_code import GFX942
 
 pytestmark = pytest.mark.skipif(_launch.INTERPRETED, reason="the interpreter has no machine code")
 

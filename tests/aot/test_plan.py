@@ -10,10 +10,11 @@ import weakref
 import pytest
 import torch
 
-from bench.host_driver import host_driver
+from bench.gpu.host_driver import host_driver
 from fastunet.architecture import Architecture
-from fastunet.kernels import _plan, conv_relu, relu
-from fastunet.layers import network_calls
+from fastunet.inspection.layers import network_calls
+from fastunet.kernels import _plan, relu
+from fastunet.kernels.conv import forward as conv_relu
 
 VALID = dict(padding="valid", up="transpose", depth=1)
 NETWORKS = {

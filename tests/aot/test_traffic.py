@@ -7,10 +7,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fastunet import traffic
+from fastunet.inspection import traffic
+from fastunet.inspection.machine_code import compile_launch
 from fastunet.kernels import _launch
 from fastunet.kernels._launch import Launch
-from fastunet.machine_code import compile_launch
 from tests.aot import bad_kernels
 
 pytestmark = pytest.mark.skipif(_launch.INTERPRETED, reason="the interpreter has no intermediate representation")

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastunet.kernels import _launch, conv_relu
-from fastunet.kernels.conv_relu_config import ConvConfig
+from fastunet.kernels import _launch
+from fastunet.kernels.conv import forward as conv_relu
+from fastunet.kernels.conv.config import ConvConfig
 
 from ..tolerance import assert_within_budget
 
@@ -327,7 +328,7 @@ def test_head_of_too_many_features_is_an_error(device):
 ])  # fmt: skip
 def test_choice(architecture, dtype, c_x, c_out, size, expected):
     """One layer of each kind keeps its configuration; a change of the heuristic must show here."""
-    from fastunet.kernels.conv_relu_config import Convolution, choose_config
+    from fastunet.kernels.conv.config import Convolution, choose_config
 
     x = torch.empty(16, c_x, size, size, device="meta", dtype=dtype).to(memory_format=torch.channels_last)
     weight = torch.empty(c_out, 3, 3, c_x, device="meta", dtype=dtype)

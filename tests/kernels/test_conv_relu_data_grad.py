@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastunet.kernels.conv_relu_config import ConvConfig
-from fastunet.kernels.conv_relu_data_grad import data_grad
+from fastunet.kernels.conv.config import ConvConfig
+from fastunet.kernels.conv.data_grad import data_grad
 
 from ..tolerance import assert_within_budget
 from .conftest import INTERPRETER

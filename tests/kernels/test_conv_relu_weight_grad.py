@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastunet.kernels import _launch, conv_relu_weight_grad_bias
-from fastunet.kernels.conv_relu_weight_grad import weight_grad
-from fastunet.kernels.conv_relu_weight_grad_config import WeightGradConfig, choose_config, choose_splits, why_not
+from fastunet.kernels import _launch
+from fastunet.kernels.conv import weight_grad_bias as conv_relu_weight_grad_bias
+from fastunet.kernels.conv.weight_grad import weight_grad
+from fastunet.kernels.conv.weight_grad_config import WeightGradConfig, choose_config, choose_splits, why_not
 
 from ..tolerance import assert_within_budget
 from .conftest import INTERPRETER

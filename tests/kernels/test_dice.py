@@ -7,7 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastunet.functional import dice as functional
 from fastunet.functional.dice_confusion import confusion_matrix
-from fastunet.kernels import _launch, dice
+from fastunet.kernels import _launch
+from fastunet.kernels.dice import sums as dice
 from tests.kernels.dice_cases import DTYPES, LABEL_DTYPES, LAYOUTS, inputs
 from tests.tolerance import assert_within_budget
 

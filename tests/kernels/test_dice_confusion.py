@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fastunet.functional import dice_cpu
-from fastunet.kernels import dice, dice_confusion
+from fastunet.kernels.dice import confusion as dice_confusion
+from fastunet.kernels.dice import sums as dice
 from tests.kernels.dice_cases import LABEL_DTYPES, LAYOUTS, inputs
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fastunet.functional import dice_rule as specification
-from fastunet.kernels import _launch, dice_rule
+from fastunet.kernels import _launch
+from fastunet.kernels.dice import rule as dice_rule
 from tests.tolerance import assert_within_budget
 
 

@@ -1,0 +1,1 @@
+"""How it is measured: machine, ceilings, floors, gate, interleaved timing, memory, and the rows that are kept."""

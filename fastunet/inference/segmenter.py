@@ -1,0 +1,141 @@
+"""Segmentation of whole cases, slice batch by slice batch: no array of classes × volume ever exists."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastunet.data import CaseSlices, LabelMap, write_labels, write_map
+from fastunet.errors import UserError
+from fastunet.inference.tiles import segment_tiled
+from fastunet.training.checkpoint import ModelCard
+from fastunet.training.precision import autocast
+from fastunet.unet import UNet
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Segmenter:
+    """A network and how to run it.
+
+    Attributes:
+        model: the network, in evaluation mode, on ``device``.
+        card: its card, for modalities, axis and labels.
+        device: where it runs.
+        batch_size: slices at a time.
+        precision: "fp32", "tf32", "bf16" or "fp16".
+        tile: side of the overlap-tile input; None runs whole slices (with mirrored borders under "valid" padding).
+    """
+
+    model: torch.nn.Module
+    card: ModelCard
+    device: torch.device
+    batch_size: int = 4
+    precision: str = "fp32"
+    tile: int | None = None
+
+    def __post_init__(self):
+        self._network = self.model.freeze() if isinstance(self.model, UNet) else self.model
+
+    @property
+    def label_map(self) -> LabelMap:
+        """The label table of the training data."""
+        return LabelMap.from_dict(self.card.labels)
+
+    def open(self, case, *, on_nan: str = "error") -> CaseSlices:
+        """The slices of ``case`` as this network wants them, uncropped."""
+        return CaseSlices(case, self.card.modalities, axis=self.card.axis, on_nan=on_nan)
+
+    def labels(self, slices: CaseSlices, progress: Progress | None = None) -> np.ndarray:
+        """The predicted classes of a case, uint8 in the shape and orientation of its files."""
+        volume = slices.new_volume(np.uint8)
+        for start, images in slices.batches(self.batch_size):
+            slices.place(volume, start, self.predict(images))
+            if progress:
+                progress(min(start + self.batch_size, len(slices)), len(slices))
+        return volume
+
+    @torch.inference_mode()
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        """Classes, uint8 (N, H, W), of float32 images (N, C, H, W)."""
+        out = np.empty((len(images), *images.shape[2:]), dtype=np.uint8)
+        for rows, columns, result in self._run(self._network.predict, images):
+            out[:, rows, columns] = result.cpu().numpy()
+        return out
+
+    @torch.inference_mode()
+    def probabilities(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Classes, uint8 (N, H, W), and probabilities, float32 (N, classes, H, W)."""
+        labels = np.empty((len(images), *images.shape[2:]), dtype=np.uint8)
+        maps = np.empty((len(images), len(self.card.class_names), *images.shape[2:]), dtype=np.float32)
+        for rows, columns, logits in self._run(self._network, images):
+            # The labels come from the logits, as in predict(): probabilities that round to the same value would tie.
+            labels[:, rows, columns] = logits.argmax(1).cpu().numpy()
+            maps[:, :, rows, columns] = logits.float().softmax(1).cpu().numpy()
+        return labels, maps
+
+    def _run(self, forward: Callable, images: np.ndarray) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+        batch = torch.from_numpy(images).to(self.device).to(memory_format=torch.channels_last)
+        with autocast(self.device, self.precision):
+            if self.tile is None and self.model.architecture.padding == "same":
+                yield slice(None), slice(None), forward(batch)
+            else:
+                yield from segment_tiled(forward, self.model.architecture, batch, self.tile)
+
+
+def write_case(
+    segmenter: Segmenter, slices: CaseSlices, target: Path, *, probabilities: bool, progress: Progress | None = None
+) -> np.ndarray:
+    """Segments a case into the label file ``target`` and returns the classes.
+
+    With ``probabilities`` a float32 map per class goes beside it, ``<name>_prob_<class>.nii.gz``. Maps are kept on
+    disk until a class is complete, so that memory holds one class at a time.
+    """
+    if not probabilities:
+        labels = segmenter.labels(slices, progress)
+        write_labels(target, labels, slices.like, segmenter.label_map)
+        return labels
+    names = segmenter.card.class_names
+    with contextlib.ExitStack() as stack:
+        labels = slices.new_volume(np.uint8)
+        try:
+            # Nameless files: gone when this process is, however it ends.
+            spools = [stack.enter_context(tempfile.TemporaryFile(dir=target.parent)) for _ in names]
+            for start, images in slices.batches(segmenter.batch_size):
+                classes, maps = segmenter.probabilities(images)
+                slices.place(labels, start, classes)
+                for index, spool in enumerate(spools):
+                    spool.write(maps[:, index].tobytes())
+                if progress:
+                    progress(min(start + segmenter.batch_size, len(slices)), len(slices))
+            for name, spool in zip(names, spools, strict=True):
+                write_map(probability_path(target, name), _gather(slices, spool, segmenter.batch_size), slices.like)
+        except OSError as error:
+            raise UserError(f"cannot write to {target.parent}: {error.strerror}") from error
+    write_labels(target, labels, slices.like, segmenter.label_map)
+    return labels
+
+
+def probability_path(target: Path, class_name: str) -> Path:
+    """Where the probabilities of a class go, beside the label file ``target``."""
+    stem = target.name.removesuffix(".nii.gz")
+    return target.with_name(f"{stem}_prob_{class_name.replace(' ', '_').replace('/', '_')}.nii.gz")
+
+
+def _gather(slices: CaseSlices, spool, batch_size: int) -> np.ndarray:
+    """The volume whose slices were written to ``spool`` one after the other."""
+    volume = slices.new_volume(np.float32)
+    height, width = slices.slice_shape
+    spool.seek(0)
+    for start in range(0, len(slices), batch_size):
+        count = min(batch_size, len(slices) - start)
+        data = spool.read(4 * count * height * width)
+        slices.place(volume, start, np.frombuffer(data, dtype=np.float32).reshape(count, height, width))
+    return volume

@@ -1,0 +1,155 @@
+"""Every kernel that the reference networks launch, compiled for a GPU that need not be there, as one table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from fastunet.architecture import Architecture
+from fastunet.inspection.layers import CASES, Call, network_calls, standalone_calls
+from fastunet.inspection.machine_code import GFX942, Report, compile_launch, compiled_key, failures, inspect
+from fastunet.inspection.traffic import Traffic, count
+from fastunet.kernels import _launch, _tuned
+from fastunet.kernels._launch import Launch
+
+TRAINING_KERNELS, INFERENCE_KERNELS = 70, 24
+"""At most so many kernels the first training step of a reference network compiles, and its first inference."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """A launch and where it comes from: the operator call of a network at an image size."""
+
+    case: str
+    call: Call
+    dtype: torch.dtype
+    architecture: int
+    launch: Launch
+    launches: list[Launch]
+    """All launches of the call, of which ``launch`` is one."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One distinct compiled kernel: its first use, its machine code, its traffic there, and what is wrong with it.
+
+    ``call_flop`` counts the products of all launches of the use's operator call.
+    """
+
+    use: Use
+    report: Report
+    traffic: Traffic
+    call_flop: int
+    failures: list[str]
+
+
+def launches(call: Call, dtype: torch.dtype, architecture: int, gpu: str | None = None) -> list[Launch]:
+    """The launches of an operator call; ``gpu`` names committed winners (``kernels/tuned``) to use."""
+    recorded_for = 80 if architecture == GFX942 else architecture
+    with _tuned.using(gpu), _launch.recording(recorded_for) as records:
+        call.launcher()(*call.allocate(dtype))
+    return records
+
+
+def uses(architecture: int, dtype: torch.dtype, *, batch: int = 16, names: Iterable[str] | None = None,
+         gpu: str | None = None) -> list[Use]:
+    """Every launch of training and inference of the networks in ``CASES`` (or those in ``names``), in order."""
+    found = []
+    for name in names or CASES:
+        network, (height, width) = CASES[name]
+        found += uses_of(name, _calls(network, batch, height, width), dtype, architecture, gpu)
+    return found
+
+
+def uses_of(case: str, calls: Iterable[Call], dtype: torch.dtype, architecture: int,
+            gpu: str | None = None) -> list[Use]:
+    """Every launch of ``calls``, in order."""
+    found = []
+    for call in calls:
+        records = launches(call, dtype, architecture, gpu)
+        found += [Use(case, call, dtype, architecture, launch, records) for launch in records]
+    return found
+
+
+def distinct(all_uses: Iterable[Use]) -> list[Use]:
+    """The first use of each kernel that Triton would compile."""
+    found: dict[str, Use] = {}
+    for use in all_uses:
+        found.setdefault(f"{use.architecture} {compiled_key(use.launch, use.architecture)}", use)
+    return list(found.values())
+
+
+def examine(use: Use) -> Row:
+    """Compiles a use, reads its machine code and counts its traffic."""
+    compiled = compile_launch(use.launch, use.architecture)
+    report, traffic = inspect(compiled, use.architecture), count(use.launch, compiled.asm["ttir"])
+    others = [launch for launch in use.launches if launch is not use.launch] if traffic.flop else []
+    call_flop = traffic.flop + sum(count(o, compile_launch(o, use.architecture).asm["ttir"]).flop for o in others)
+    return Row(use, report, traffic, call_flop, failures(report, use.launch))
+
+
+def examine_all(all_uses: Iterable[Use], threads: int = 2) -> list[Row]:
+    """:func:`examine` of each distinct kernel, in ``threads`` threads: the compilers run outside of Python's lock."""
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(examine, distinct(all_uses)))
+
+
+def kernel_table(architecture: int | None = None, dtype: torch.dtype = torch.bfloat16) -> str:
+    """The table of ``fastunet info --kernels``: every kernel of both networks at batch 16, compiled ahead of time.
+
+    ``architecture`` is a compute capability times ten; by default that of the GPU, or 90 without one.
+    """
+    if architecture is None:
+        architecture = _launch.architecture() if torch.cuda.is_available() else 90
+    return format_table(examine_all(uses(architecture, dtype)))
+
+
+HEADER = ("kernel", "layer", "arch", "registers", "stack", "shared", "main loop", "products", "loads/product",
+          "MB", "floor MB", "ratio", "GFLOP", "useful", "")  # fmt: skip
+
+
+def format_table(rows: Iterable[Row]) -> str:
+    """``rows`` as text: registers of a thread, bytes of stack and shared memory, instructions and products of the main
+    loop, then of one launch the bytes that its tiles ask for beside the floor of its operator call, its arithmetic,
+    and the share of the call's arithmetic that the layer needs."""
+    lines = [HEADER, *map(_cells, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) if i < 2 else cell.rjust(width) if i < len(HEADER) - 1 else cell
+                  for i, (cell, width) in enumerate(zip(line, widths))).rstrip()
+        for line in lines
+    )  # fmt: skip
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    use, report, traffic = row.use, row.report, row.traffic
+    floor = use.call.floor_bytes(use.dtype)
+    return (
+        report.kernel,
+        f"{use.case} {use.call.layer} {use.call.operator}",
+        "gfx942" if use.architecture == GFX942 else f"sm_{use.architecture}",
+        str(report.registers),
+        str(report.stack),
+        str(report.shared),
+        str(report.instructions) if report.main_loops else "-",
+        str(report.products) if report.products else "-",
+        f"{report.loads_per_product:.2f}" if report.products else "-",
+        f"{traffic.bytes / 1e6:.2f}",
+        f"{floor / 1e6:.2f}",
+        f"{traffic.bytes / floor:.2f}",
+        f"{traffic.flop / 1e9:.2f}" if traffic.flop else "-",
+        f"{2 * use.call.macs / row.call_flop:.0%}" if traffic.flop else "-",
+        "; ".join(row.failures),
+    )
+
+
+def _calls(network: Architecture, batch: int, height: int, width: int) -> list[Call]:
+    """Training, the two inference outputs, and the operators used alone; equal calls once."""
+    calls = network_calls(network, batch, height, width)
+    for output in ("probabilities", "labels"):
+        calls += network_calls(network, batch, height, width, training=False, output=output)
+    calls += standalone_calls(network, batch, height, width)
+    return list({f"{call.operator} {call.arguments}": call for call in reversed(calls)}.values())[::-1]

@@ -1,0 +1,37 @@
+"""Bulk-copy descriptors of a 3×3 convolution's inputs. What lies outside of their shapes is read as zero."""
+
+from __future__ import annotations
+
+import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .config import Convolution
+
+
+def image_boxes(image: torch.Tensor, box: tuple[int, int, int, int]) -> TensorDescriptor:
+    """NHWC boxes (BN, BH, BW, BC) of an image that may be a crop of a larger one."""
+    (n, c, h, w), (stride_n, _, stride_h, stride_w) = image.shape, image.stride()
+    return TensorDescriptor(image, [n, h, w, c], [stride_n, stride_h, stride_w, 1], list(box))
+
+
+def row_pair_boxes(image: torch.Tensor, box: tuple[int, int, int, int, int]) -> TensorDescriptor:
+    """Boxes of an image of even height seen as [N, H/2, 2, W, C]."""
+    (n, c, h, w), (stride_n, _, stride_h, stride_w) = image.shape, image.stride()
+    return TensorDescriptor(image, [n, h // 2, 2, w, c], [stride_n, 2 * stride_h, stride_h, stride_w, 1], list(box))
+
+
+def matrix_boxes(matrices: torch.Tensor, box: tuple[int, int, int]) -> TensorDescriptor:
+    """Boxes of a stack of matrices whose rows are contiguous: what one source's channels end at reads as zero."""
+    return TensorDescriptor(matrices, list(matrices.shape), list(matrices.stride()), list(box))
+
+
+def tap_sources(conv: Convolution, box: tuple[int, int, int, int], block_k: int) -> tuple:
+    """A kernel's arguments for x and for the skip: boxes of the image, boxes [1, block_k, BC] of its taps, channels."""
+    args = []
+    for image, weight in zip((conv.x, conv.skip), conv.taps()):
+        if image is None:
+            args += [None, None, 0]
+        else:
+            taps = matrix_boxes(weight.transpose(0, 1), (1, block_k, box[3]))
+            args += [image_boxes(image, box), taps, image.shape[1]]
+    return tuple(args)

@@ -1,0 +1,59 @@
+"""What every variant of the 3×3 convolution does with its accumulator: bias, ReLU, mask, max-pool windows, the head.
+
+Accumulators are fp32 tiles [C_out, pixels]: output channels by rows, pixels by columns.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .. import _launch
+from .._launch import mma
+
+
+@triton.jit
+def bias_relu(acc, bias_ptr, offs_k, C_out, RELU: tl.constexpr):
+    """``relu(acc + bias)``; ``bias_ptr`` may be None and ``RELU`` off."""
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + offs_k, mask=offs_k < C_out, other=0.0).to(tl.float32)[:, None]
+    if RELU:
+        acc = _launch.relu(acc)
+    return acc
+
+
+@triton.jit
+def max_of_pairs(x):
+    """Maximum over a last axis of two. NaN wins, as in PyTorch's pooling."""
+    first, second = tl.split(x)
+    return tl.maximum(first, second, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def head_store(features, head_weight_ptr, head_bias_ptr, out_ptr, pixel, pixel_mask, offs_k, C_out,
+               NUM_CLASSES: tl.constexpr, BLOCK_CLASSES: tl.constexpr, OUTPUT: tl.constexpr, PRECISION: tl.constexpr):
+    """1×1 convolution of ``features`` [C_out, pixels] to classes; stores logits, their softmax, or the argmax.
+
+    ``features`` are first rounded to the activations' dtype, as if they had been written and read back, so that the
+    fused head sees what a separate one would. ``pixel`` is the flat (n, h, w) index of each column.
+    """
+    dtype: tl.constexpr = head_weight_ptr.dtype.element_ty
+    offs_class = tl.arange(0, BLOCK_CLASSES)
+    class_mask = offs_class < NUM_CLASSES
+    weight = tl.load(head_weight_ptr + offs_class[:, None] * C_out + offs_k[None, :],
+                     mask=class_mask[:, None] & (offs_k < C_out)[None, :], other=0.0)
+    logits = tl.zeros((BLOCK_CLASSES, features.shape[1]), tl.float32)
+    logits = mma(weight, features.to(dtype), logits, PRECISION)
+    if head_bias_ptr is not None:
+        logits += tl.load(head_bias_ptr + offs_class, mask=class_mask, other=0.0).to(tl.float32)[:, None]
+    if OUTPUT == "labels":
+        # NaN counts as the maximum, as in torch.argmax, which a comparison alone would never choose
+        ranked = tl.where(class_mask[:, None], tl.where(logits != logits, float("inf"), logits), -float("inf"))
+        tl.store(out_ptr + pixel, tl.argmax(ranked, axis=0, tie_break_left=True).to(tl.uint8), mask=pixel_mask)
+    else:
+        if OUTPUT == "probabilities":
+            masked = tl.where(class_mask[:, None], logits, -float("inf"))
+            exponential = tl.exp(masked - tl.max(masked, axis=0)[None, :])
+            logits = exponential / tl.sum(exponential, axis=0)[None, :]
+        tl.store(out_ptr + pixel[None, :] * NUM_CLASSES + offs_class[:, None], logits.to(out_ptr.dtype.element_ty),
+                 mask=class_mask[:, None] & pixel_mask[None, :])

@@ -1,0 +1,116 @@
+"""3×3 convolution + bias + ReLU, forward: "same" and "valid", one or two sources, fused max-pool, fused 1×1 head.
+
+Every function here is one formula with other operands:
+
+    y[n, k, i, j] = epilogue( sum over sources, r, s, c of  w[k, c, r, s] · x[n, c, i + r - off_h, j + s - off_w] )
+
+with x zero outside of the image: off = 1 is "same", off = 0 is "valid". :func:`convolve` is the bare formula for any
+offset and output size, which the data gradient calls with flipped weights.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .. import _launch
+from .box import launch_box, launch_box_head
+from .config import ConvConfig, Convolution, Head, choose_config, why_not
+from .first import launch_first
+from .pointer import launch_pointer, launch_pointer_head
+from .rows import launch_rows, launch_rows_head
+from .split import launch_box_split
+from .two_rows import launch_two_rows, launch_two_rows_head
+
+_LAUNCH = {"pointer": launch_pointer, "first": launch_first, "box": launch_box, "rows": launch_rows,
+           "two_rows": launch_two_rows}
+_LAUNCH_HEAD = {"pointer": launch_pointer_head, "box": launch_box_head, "rows": launch_rows_head,
+                "two_rows": launch_two_rows_head}
+
+
+def forward(x: torch.Tensor, skip: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None, pad: int,
+            relu: bool, config: ConvConfig | None = None) -> torch.Tensor:
+    """``relu(conv3x3(concat([centre_crop(skip), x], 1), weight) + bias)`` without building the concatenation.
+
+    x (N, C_x, H, W), skip (N, C_skip, ≥ H, ≥ W) or None, weight (C_out, C_skip + C_x, 3, 3), bias (C_out,) or None;
+    ``pad`` 1 gives (N, C_out, H, W), 0 gives (N, C_out, H - 2, W - 2).
+    """
+    conv = _forward_convolution(x, skip, weight, bias, pad, relu)
+    y = _launch.empty_image((conv.batch, conv.c_out, *conv.out_size), x.dtype, x.device)
+    return _run(conv, y, None, config)
+
+
+def forward_pool(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pad: int, relu: bool,
+                 config: ConvConfig | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`forward` of one source and its 2×2, stride-2 max-pool (odd sizes floor), both written by one kernel."""
+    conv = _forward_convolution(x, None, weight, bias, pad, relu)
+    h, w = conv.out_size
+    y = _launch.empty_image((conv.batch, conv.c_out, h, w), x.dtype, x.device)
+    pooled = _launch.empty_image((conv.batch, conv.c_out, h // 2, w // 2), x.dtype, x.device)
+    return _run(conv, y, pooled if pooled.numel() else None, config), pooled
+
+
+def forward_head(x: torch.Tensor, skip: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None, pad: int,
+                 head_weight: torch.Tensor, head_bias: torch.Tensor | None, output: str,
+                 config: ConvConfig | None = None) -> torch.Tensor:
+    """:func:`forward` with ReLU and the 1×1 head on its result, which is never written. For inference.
+
+    head_weight (classes, C_out, 1, 1) with at most 32 classes and C_out <= 128; ``output`` "logits" or
+    "probabilities" gives (N, classes, H, W) in x's dtype, "labels" uint8 (N, H, W), the first maximum.
+    """
+    conv = _forward_convolution(x, skip, weight, bias, pad, True)
+    head = Head(head_weight.reshape(head_weight.shape[:2]).contiguous(), head_bias, output)
+    if conv.c_out > 128:
+        raise ValueError(f"the fused head takes at most 128 features, not {conv.c_out}")
+    if output == "labels":
+        out = _launch.empty((conv.batch, *conv.out_size), torch.uint8, x.device)
+    else:
+        out = _launch.empty_image((conv.batch, head.classes, *conv.out_size), x.dtype, x.device)
+    if out.numel():
+        config = _checked(config, conv, head.classes) if config else choose_config(conv, classes=head.classes)
+        _LAUNCH_HEAD[config.variant](conv, head, out, config)
+    return out
+
+
+def convolve(x: torch.Tensor, packed_weight: torch.Tensor, out_size: tuple[int, int], offset_h: int, offset_w: int, *,
+             mask: torch.Tensor | None = None, config: ConvConfig | None = None) -> torch.Tensor:
+    """``y[n,k,i,j] = (sum_{r,s,c} packed_weight[k,r,s,c] · x[n,c,i+r-offset_h,j+s-offset_w]) · (mask[n,k,i,j] > 0)``.
+
+    x (N, C_in, H, W); packed_weight contiguous with rows of 9·C_in elements, tap-major (:func:`pack`); ``out_size``
+    any (H, W), elements that no tap reaches are 0; mask None or (N, C_out, \\*out_size). No bias, no ReLU.
+    """
+    x = _launch.channels_last(x)
+    weight = packed_weight.view(packed_weight.shape[0], 3, 3, x.shape[1])
+    mask = None if mask is None else _launch.channels_last(mask)
+    conv = Convolution(x, None, weight, (offset_h, offset_w), tuple(out_size), mask=mask)
+    y = _launch.empty_image((conv.batch, conv.c_out, *conv.out_size), x.dtype, x.device)
+    return _run(conv, y, None, config)
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """(C_out, C_in, 3, 3) as contiguous (C_out, 9, C_in), taps row-major; free when ``weight`` is channels_last."""
+    return weight.permute(0, 2, 3, 1).contiguous().view(weight.shape[0], 9, weight.shape[1])
+
+
+def _forward_convolution(x, skip, weight, bias, pad: int, relu: bool) -> Convolution:
+    x = _launch.channels_last(x)
+    h, w = x.shape[2:]
+    if skip is not None:
+        top, left = (skip.shape[2] - h) // 2, (skip.shape[3] - w) // 2
+        skip = _launch.channels_last(skip)[:, :, top : top + h, left : left + w]
+    return Convolution(x, skip, weight.permute(0, 2, 3, 1), (pad, pad), (h + 2 * pad - 2, w + 2 * pad - 2), bias, None,
+                       relu)
+
+
+def _run(conv: Convolution, y: torch.Tensor, pooled: torch.Tensor | None, config: ConvConfig | None) -> torch.Tensor:
+    if y.numel():
+        config = _checked(config, conv, 0) if config else choose_config(conv, pool=pooled is not None)
+        run = launch_box_split if config.splits > 1 else _LAUNCH[config.variant]
+        run(conv, y, pooled, config)
+    return y
+
+
+def _checked(config: ConvConfig, conv: Convolution, classes: int) -> ConvConfig:
+    reason = why_not(config, conv, classes=classes)
+    if reason is not None:
+        raise ValueError(f"convolution variant {config.variant!r} cannot run here: {reason}")
+    return config

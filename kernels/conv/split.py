@@ -1,0 +1,89 @@
+"""The box convolution with its channels and taps shared out among programs, for maps too small to fill a GPU.
+
+An 8×8 map of 512 channels has 8 tiles of 64×64 for 132 multiprocessors, each with a sum over 4608 products. Here
+``splits`` programs add up a share of each tile's sum in fp32, and a second kernel adds the shares in a fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .. import _launch, max_pool
+from .._launch import relu
+from .box import add_box_source, box_tiles
+from .config import ConvConfig, Convolution
+from .descriptors import tap_sources
+
+_TILE = 1024
+
+
+@triton.jit(do_not_specialize=["x_channels", "skip_channels", "offset", "tiles"])
+def conv_relu_box_split_kernel(x_desc, x_weight_desc, x_channels, skip_desc, skip_weight_desc, skip_channels, offset,
+                               partial_desc, tiles, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+                               BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+                               STAGES: tl.constexpr, PRECISION: tl.constexpr):
+    """partial (splits, N, H, W, C_out): the share of program axis 1 in the sum over the skip, if any, and over x.
+
+    Boxes are those of the unsplit kernel, those of partial (1, BN, BH, BW, BK). ``tiles`` counts (h, w, C_out) tiles.
+    """
+    tiles_h, tiles_w, tiles_k = tiles
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    k0, tile = tl.program_id(0) % tiles_k * BLOCK_K, tl.program_id(0) // tiles_k
+    w0, h0 = tile % tiles_w * BLOCK_W, tile // tiles_w % tiles_h * BLOCK_H
+    n0 = tile // (tiles_w * tiles_h) * BLOCK_N
+    acc = tl.zeros((BLOCK_K, BLOCK_N * BLOCK_H * BLOCK_W), tl.float32)
+    if skip_desc is not None:
+        steps = 9 * tl.cdiv(skip_channels, BLOCK_C)
+        acc = add_box_source(acc, skip_desc, skip_weight_desc, split * steps // splits, (split + 1) * steps // splits,
+                             n0, h0 - offset[0], w0 - offset[1], k0, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_C, STAGES,
+                             PRECISION)
+    steps = 9 * tl.cdiv(x_channels, BLOCK_C)
+    acc = add_box_source(acc, x_desc, x_weight_desc, split * steps // splits, (split + 1) * steps // splits, n0,
+                         h0 - offset[0], w0 - offset[1], k0, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_C, STAGES, PRECISION)
+    partial_desc.store([split, n0, h0, w0, k0], tl.reshape(acc.T, (1, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_K)))
+
+
+@triton.jit(do_not_specialize=["splits", "count", "H", "W"])
+def conv_relu_join_kernel(partial_ptr, bias_ptr, mask_ptr, mask_strides, y_ptr, splits, count, H, W, C_out,
+                          RELU: tl.constexpr, BLOCK: tl.constexpr):
+    """``y = relu(sum of partial (splits, count) + bias) * (mask > 0)`` of ``count`` NHWC elements, each part optional.
+
+    ``mask_strides`` are those of the mask's images, rows and pixels. All of partial has fewer than 2³¹ elements.
+    """
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = offs < count
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for split in range(splits):
+        acc += tl.load(partial_ptr + split * count + offs, mask=inside, other=0.0)
+    k, pixel = offs % C_out, offs // C_out
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + k, mask=inside, other=0.0).to(tl.float32)
+    if RELU:
+        acc = relu(acc)
+    if mask_ptr is not None:
+        n, h, w = pixel // (H * W), pixel // W % H, pixel % W
+        stride_n, stride_h, stride_w = mask_strides
+        mask = tl.load(mask_ptr + n.to(tl.int64) * stride_n + h * stride_h + w * stride_w + k, mask=inside, other=0.0)
+        acc = tl.where(mask > 0, acc, 0.0)
+    tl.store(y_ptr + offs, acc.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+def launch_box_split(conv: Convolution, y: torch.Tensor, pooled: torch.Tensor | None, config: ConvConfig) -> None:
+    """Writes the convolution to ``y``, and its 2×2 max-pool to ``pooled`` unless that is None."""
+    n, (h, w), k = conv.batch, conv.out_size, conv.c_out
+    partial = _launch.empty((config.splits, n, h, w, k), torch.float32, y.device)
+    box = (config.block_n, config.block_h, config.block_w, config.block_c)
+    boxes = TensorDescriptor(partial, list(partial.shape), list(partial.stride()), [1, *box[:3], config.block_k])
+    programs, tiles = box_tiles(conv, config)
+    _launch.launch(conv_relu_box_split_kernel, (programs, config.splits), *tap_sources(conv, box, config.block_k),
+                   conv.offset, boxes, tiles, BLOCK_K=config.block_k, BLOCK_N=config.block_n, BLOCK_H=config.block_h,
+                   BLOCK_W=config.block_w, BLOCK_C=config.block_c, STAGES=config.num_stages,
+                   PRECISION=_launch.dot_precision(y.dtype), num_warps=config.num_warps, num_stages=config.num_stages)
+    mask, strides = conv.mask, None if conv.mask is None else (*conv.mask.stride()[::2], conv.mask.stride(3))
+    _launch.launch(conv_relu_join_kernel, (_launch.cdiv(y.numel(), _TILE),), partial, conv.bias, mask, strides, y,
+                   config.splits, y.numel(), h, w, k, RELU=conv.relu, BLOCK=_TILE)
+    if pooled is not None:
+        max_pool.pool_into(y, pooled)

@@ -1,0 +1,1 @@
+"""Softmax, Dice, cross-entropy and the confusion matrix, each in one read of logits and labels."""
