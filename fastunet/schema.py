@@ -1,7 +1,7 @@
 """JSON from users and other programs, checked against a type in one place; what does not fit is one sentence.
 
-msgspec rather than hand-written checks: it takes the project's own dataclasses as schemas, rejects NaN, huge numbers and
-broken text by itself, says where in the document a value is wrong, and depends on nothing else.
+msgspec rather than hand-written checks: it takes the project's own dataclasses as schemas, rejects NaN, huge numbers
+and broken text by itself, says where in the document a value is wrong, and depends on nothing else.
 """
 
 from __future__ import annotations
