@@ -19,10 +19,12 @@ def grid(axes: Axes, x: float, y: float, columns: int, rows: int, colour: str, s
     """``rows`` × ``columns`` squares whose upper left corner is (x, y); y grows downwards."""
     for i in range(rows):
         for j in range(columns):
-            axes.add_patch(Rectangle((x + j * side, y + i * side), side, side, facecolor=colour, edgecolor="white", lw=1.2))
+            corner = x + j * side, y + i * side
+            axes.add_patch(Rectangle(corner, side, side, facecolor=colour, edgecolor="white", lw=1.2))
 
 
-def bar(axes: Axes, x: float, y: float, width: float, height: float, colour: str, text: str = "", size: float = 9) -> None:
+def bar(axes: Axes, x: float, y: float, width: float, height: float, colour: str, text: str = "",
+        size: float = 9) -> None:
     axes.add_patch(Rectangle((x, y), width, height, facecolor=colour, edgecolor=INK, lw=0.8))
     axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=size, color=INK)
 
@@ -71,6 +73,7 @@ def box() -> Figure:
 def rows() -> Figure:
     """Row reuse: six input rows feed four output rows."""
     figure, axes = canvas(9.4, 4.6, 34, 16.5)
+    taps = [("top", "#009e73"), ("middle", "#d55e00"), ("bottom", "#cc79a7")]
     colours = ["#d7ecfa", "#b4dbf4", "#8cc8ee", "#63b4e6", "#3a9fdc", "#1f86c7"]
     note(axes, 0.5, 0.8, "six input rows, loaded once for each column shift")
     note(axes, 21, 0.8, "four output rows")
@@ -78,9 +81,9 @@ def rows() -> Figure:
         bar(axes, 0.5, 2 + 2.1 * i, 9, 1.5, colour, row_name("x", i - 1))
     for i in range(4):
         bar(axes, 21, 3.9 + 2.1 * i, 9, 1.5, OUTPUT, row_name("y", i))
-        for r, name in enumerate(("top", "middle", "bottom")):
-            arrow(axes, (9.7, 2.75 + 2.1 * (i + r)), (20.8, 4.65 + 2.1 * i), ("#009e73", "#d55e00", "#cc79a7")[r])
-    for r, (name, colour) in enumerate((("top", "#009e73"), ("middle", "#d55e00"), ("bottom", "#cc79a7"))):
+        for r, (_, colour) in enumerate(taps):
+            arrow(axes, (9.7, 2.75 + 2.1 * (i + r)), (20.8, 4.65 + 2.1 * i), colour)
+    for r, (name, colour) in enumerate(taps):
         note(axes, 11.3 + 3.3 * r, 15.7, name, color=colour, fontsize=9, weight="bold")
     note(axes, 0.5, 15.7, "weights of the tap's row:")
     note(axes, 21.3, 15.7, "12 products for 9 loads (6 rows, 3 weights)")
@@ -102,7 +105,7 @@ def two_rows() -> Figure:
     bar(axes, 22, 5.5, 9, 2.4, OUTPUT, "y row h: 32 channels")
     bar(axes, 22, 7.9, 9, 2.4, OUTPUT, "y row h + 1: 32 channels")
     note(axes, 22, 4.6, "one accumulator [64, pixels]")
-    note(axes, 22, 12.2, "6 of 8 halves are weights: 75 % of the products\ncount, where a tile padded to 64 rows has 50 %.")
+    note(axes, 22, 12.2, "6 of 8 halves are weights: 75 % of the products\ncount; of a tile padded to 64 rows, 50 %.")
     return figure
 
 
@@ -126,8 +129,8 @@ def sub_pixel() -> Figure:
     for k, (phase, text) in enumerate(phases):
         note(axes, 20.2, 2.8 + 1.9 * k, phase, weight="bold", fontsize=8.5)
         note(axes, 24, 2.8 + 1.9 * k, text, fontsize=8.5)
-    note(axes, 11.5, 11.9, "9 multiply-adds for each pixel of x and pair of channels, where upsampling first costs 16;\n"
-                           "the upsampled map is never written. The sums of w are made in fp32 before rounding.")  # fmt: skip
+    note(axes, 11.5, 11.9, "9 multiply-adds for each pixel of x and pair of channels; upsampling first\n"
+                           "costs 16. The upsampled map is never written, and w is summed in fp32.")  # fmt: skip
     return figure
 
 
@@ -147,8 +150,8 @@ def masks() -> Figure:
         bar(axes, x, 9, 5.5, 2.2, OUTPUT, name)
     for start, end in ((29.5, 24), (18.5, 15), (9.5, 6)):
         arrow(axes, (start, 10.1), (end, 10.1))
-    note(axes, 26.8, 12.6, "dz2 = (d skip + unpool(d pooled, y2)) · (y2 > 0)\none pass, the maximum found again in y2", ha="center",
-         fontsize=8)  # fmt: skip
+    join = "dz2 = (d skip + unpool(d pooled, y2)) · (y2 > 0)\none pass, the maximum found again in y2"
+    note(axes, 26.8, 12.6, join, ha="center", fontsize=8)
     note(axes, 16.8, 14.7, "dz1 = convᵀ(dz2) · (y1 > 0), masked in the kernel's last step", ha="center", fontsize=8)
     note(axes, 7.8, 12.6, "dx = convᵀ(dz1)", ha="center", fontsize=8)
     return figure

@@ -1,4 +1,4 @@
-"""Every code block of README and documentation runs, every page is reached, and the figures are those of their script."""
+"""Every code block of README and documentation runs; every page is reached; figures are those of their script."""
 
 from __future__ import annotations
 

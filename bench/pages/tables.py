@@ -33,8 +33,8 @@ def headlines(results: Results) -> str:
         ours, rival = best(group, OURS), best(group, RIVAL)
         if ours is not None and rival is not None:
             what = f"{ours.subject} {ours.step}, {ours.shape}, {ours.precision}"
-            lines.append([what, f"{milliseconds(ours.p50_ms)}, {ours.variant}",
-                          f"{milliseconds(rival.p50_ms)}, {rival.variant}", f"{rival.p50_ms / ours.p50_ms:.2f}×"])  # fmt: skip
+            times = [f"{milliseconds(row.p50_ms)}, {row.variant}" for row in (ours, rival)]
+            lines.append([what, *times, f"{rival.p50_ms / ours.p50_ms:.2f}×"])
     at = f"{results.environment.device}, commit {results.environment.commit}, {results.environment.date[:10]}"
     return markdown([at, "fastunet", "fastest rival", "times as fast"], lines)
 
