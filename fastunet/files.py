@@ -1,4 +1,8 @@
-"""Files that are whole or absent: written under a temporary name, synchronised to the disk, then renamed."""
+"""Files that are whole or absent: written under a temporary name, synchronised to the disk, then renamed.
+
+A temporary file is locked by its writer (``flock``, which ends with the process). So what a killed process left behind
+can be told from what another one is writing, and :func:`make_output_folder` removes it.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastunet.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows: without locks nothing is taken for left behind
+    fcntl = None
+
+_PREFIX = ".writing-"
+_LONGEST_ENDING = 40  # characters of the final name that the temporary one repeats: names end at 255 bytes
 
 
 def _read_umask() -> int:
@@ -31,21 +43,37 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         UserError: the operating system refused (no permission, no space, not a folder).
     """
     path = Path(path)
-    temporary = None
+    temporary = handle = None
     try:
-        handle, name = tempfile.mkstemp(prefix=".writing-", suffix="-" + path.name, dir=path.parent)
-        temporary = Path(name)
-        os.close(handle)
+        handle, temporary = _temporary_file(path)
         yield temporary
         _synchronise(temporary)
         temporary.chmod(0o666 & ~_UMASK)
         temporary.replace(path)
         _synchronise(path.parent)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {_reason(error)}") from error
+        raise UserError(f"cannot write {path}: {reason(error)}") from error
     finally:
-        if temporary is not None:
+        if handle is not None:
             temporary.unlink(missing_ok=True)
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Holds the lock file ``path`` inside the block. A crash leaves the file behind, but not locked.
+
+    Raises:
+        UserError: another process holds it, or it cannot be made.
+    """
+    path = Path(path)
+    handle = _locked_file(path)
+    try:
+        yield
+    finally:
+        if _lock(handle):
+            path.unlink(missing_ok=True)
+        os.close(handle)
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
@@ -55,12 +83,14 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes ``text`` to ``path`` as one whole UTF-8 file."""
-    write_bytes(path, text.encode())
+    """Writes ``text`` to ``path`` as one whole UTF-8 file; what UTF-8 cannot hold (broken names) is spelt out."""
+    write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def make_output_folder(path: str | Path) -> Path:
     """Creates ``path`` if needed and proves that it can be written to, before hours of work depend on it.
+
+    Temporary files that killed processes left in it are removed.
 
     Raises:
         UserError: it cannot be made, is not a folder, or cannot be written to.
@@ -68,12 +98,13 @@ def make_output_folder(path: str | Path) -> Path:
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(prefix=".writing-", dir=path) as probe:
+        with tempfile.TemporaryFile(dir=path) as probe:
             probe.write(bytes(4096))
             probe.flush()
             os.fsync(probe.fileno())
+        _remove_left_behind(path)
     except OSError as error:
-        raise UserError(f"cannot write to the output folder {path}: {_reason(error)}") from error
+        raise UserError(f"cannot write to the output folder {path}: {reason(error)}") from error
     return path
 
 
@@ -82,13 +113,67 @@ def read_text(path: str | Path) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot read {path}: {_reason(error)}") from error
+        raise UserError(f"cannot read {path}: {reason(error)}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"cannot read {path}: it is not a text file") from error
 
 
-def _reason(error: OSError) -> str:
+def reason(error: OSError) -> str:
+    """What the operating system said, for the end of a sentence."""
     return (error.strerror or str(error)).lower()
+
+
+def _temporary_file(path: Path) -> tuple[int, Path]:
+    """An open, locked file beside ``path``."""
+    while True:
+        handle, name = tempfile.mkstemp(prefix=_PREFIX, suffix="-" + path.name[-_LONGEST_ENDING:], dir=path.parent)
+        if _lock(handle) is not False and _names(name, handle):
+            return handle, Path(name)
+        os.close(handle)  # another process took it for left behind before it was locked
+
+
+def _locked_file(path: Path) -> int:
+    try:
+        while True:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            if _lock(handle) is False:
+                os.close(handle)
+                raise UserError(f"another process is at work in {path.parent}; wait for it, or choose another folder")
+            if _names(path, handle):
+                return handle
+            os.close(handle)  # its last holder removed it while it was being opened
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {reason(error)}") from error
+
+
+def _remove_left_behind(folder: Path) -> None:
+    for path in folder.glob(_PREFIX + "*"):
+        with contextlib.suppress(OSError):
+            handle = os.open(path, os.O_RDWR)
+            try:
+                if _lock(handle):
+                    path.unlink()
+            finally:
+                os.close(handle)
+
+
+def _lock(handle: int) -> bool | None:
+    """Whether this open file is now locked by us; None where the system or the file system has no locks."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return False if isinstance(error, BlockingIOError) else None
+    return True
+
+
+def _names(path: str | Path, handle: int) -> bool:
+    """Whether ``path`` is the name of the open file ``handle``."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(handle))
+    except FileNotFoundError:
+        return False
 
 
 def _synchronise(path: Path) -> None:

@@ -15,11 +15,12 @@ TRAINING_CASES, UNSEEN_CASES = 27, 6
 NETWORK = dict(width=16, depth=3)
 TRAINING = dict(epochs=4, batch_size=8, learning_rate=2e-3, schedule="cosine", val_fraction=0.11, augment=False)
 _MARKER = "fastunet-demo"
+_MADE = (_MARKER, "data", "run", "segmentation", "scores.csv", "network.svg", "network.png", "report.html")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR",
-                        help="where everything goes (default: demo); a demo already there is replaced")  # fmt: skip
+                        help="where everything goes (default: demo); an earlier demo there is replaced")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the phantoms and the training (default: 0)")
     add_machine_options(parser)
 
@@ -121,16 +122,19 @@ def _report(out: Path, scores: list, pictures: dict[str, bytes], segmented: Path
 
 
 def _fresh_folder(out: Path) -> Path:
-    """``out`` made empty; a folder that holds anything but an earlier demo is left alone."""
-    from fastunet.files import make_output_folder, write_text
+    """``out`` with nothing in it; only what an earlier demo made is removed."""
+    from fastunet.files import make_output_folder, reason, write_text
 
-    if out.is_dir() and any(out.iterdir()):
-        if not (out / _MARKER).is_file():
-            raise UserError(f"{out} holds other files; choose an empty or new folder")
-        try:
-            shutil.rmtree(out)
-        except OSError as error:
-            raise UserError(f"cannot replace {out}: {error.strerror}") from error
     make_output_folder(out)
-    write_text(out / _MARKER, "Made by `fastunet demo`, which replaces this folder when it runs again.\n")
+    found = sorted(path for path in out.iterdir())
+    foreign = [path for path in found if path.name not in _MADE]
+    if foreign or (found and out / _MARKER not in found):
+        raise UserError(f"{out} holds other files ({(foreign or found)[0].name}); choose an empty or new folder")
+    try:
+        # The marker goes last: a removal that is cut short can be taken up again.
+        for path in sorted(found, key=lambda path: path.name == _MARKER):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    except OSError as error:
+        raise UserError(f"cannot replace {out}: {reason(error)}") from error
+    write_text(out / _MARKER, "Made by `fastunet demo`, which replaces its files here when it runs again.\n")
     return out

@@ -27,13 +27,27 @@ def run(args: argparse.Namespace) -> None:
 
     if not args.subject.exists():
         raise UserError(f"{args.subject}: there is no such file or folder")
+    if args.csv:
+        from fastunet.files import make_output_folder, write_text
+        from fastunet.outputs import check_outputs
+
+        check_outputs([args.csv], _inputs(args))
+        make_output_folder(args.csv.parent)
     scores = list(_model_scores(args) if _is_model(args.subject) else _file_scores(args))
     print(text_table(scores, empty=args.empty))
     if args.csv:
-        from fastunet.files import make_output_folder, write_text
-
-        make_output_folder(args.csv.parent)
         write_text(args.csv, csv_table(scores))
+
+
+def _inputs(args: argparse.Namespace) -> list[Path]:
+    """Every file that will be read."""
+    from fastunet.training.checkpoint import checkpoint_file
+
+    found = [args.truth / "dataset.json"]
+    if not _is_model(args.subject):
+        return found + [path for pair in _pairs(args) for path in pair[1:3]]
+    cases = labelled_cases(args.truth, None, args.labels)
+    return found + [checkpoint_file(args.subject), *(path for case in cases for path in case.files)]
 
 
 def labelled_cases(root: Path, modalities, edition: str | None = None) -> list:

@@ -27,9 +27,14 @@ def segment_images(segmenter, paths: list[Path], args: argparse.Namespace) -> No
 
             classes = segmenter.label_map.encode(values, target)
             panels = [(path.name, None), ("prediction", classes)]
-            picture = args.out / f"{path.stem}_overlay.png"
+            picture = overlay_path(args.out, path)
             write_bytes(picture, overlay(image[0], panels, segmenter.card.class_names))
             print(picture)
+
+
+def overlay_path(folder: Path, image: Path) -> Path:
+    """Where the picture of an image's labels goes."""
+    return folder / f"{image.stem}_overlay.png"
 
 
 def read_image(path: Path, channels: int) -> np.ndarray:

@@ -37,17 +37,47 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from fastunet.cli.images import segment_images
     from fastunet.files import make_output_folder
+    from fastunet.outputs import check_outputs
 
     segmenter = make_segmenter(args, args.model)
     images = [path for path in args.inputs if path.suffix.lower() in IMAGE_SUFFIXES]
     cases = find_cases([path for path in args.inputs if path not in images], segmenter)
-    targets = [args.out / f"{case.name}.nii.gz" for case in cases]
-    targets += [args.out / path.name for path in images]
-    _refuse_clashes(targets, args)
+    check_outputs(_outputs(cases, images, segmenter, args), _inputs(cases, args), overwrite=args.overwrite)
     make_output_folder(args.out)
-    for case, target in zip(cases, targets, strict=False):
-        _segment_case(segmenter, case, target, args)
+    for case in cases:
+        _segment_case(segmenter, case, label_path(args.out, case.name), args)
     segment_images(segmenter, images, args)
+
+
+def label_path(folder: Path, case_name: str) -> Path:
+    """Where the labels of a case go."""
+    return folder / f"{case_name}.nii.gz"
+
+
+def picture_path(folder: Path, case_name: str) -> Path:
+    """Where the picture of a case goes."""
+    return folder / f"{case_name}.png"
+
+
+def _inputs(cases: list, args: argparse.Namespace) -> list[Path]:
+    from fastunet.training.checkpoint import checkpoint_file
+
+    folders = [path / "dataset.json" for path in args.inputs]
+    return [checkpoint_file(args.model), *args.inputs, *folders, *(path for case in cases for path in case.files)]
+
+
+def _outputs(cases: list, images: list[Path], segmenter, args: argparse.Namespace) -> list[Path]:
+    from fastunet.cli.images import overlay_path
+    from fastunet.inference.segmenter import probability_path
+
+    labels = [label_path(args.out, case.name) for case in cases]
+    outputs = labels + [args.out / path.name for path in images]
+    if args.probabilities:
+        outputs += [probability_path(path, name) for path in labels for name in segmenter.card.class_names]
+    if args.overlay:
+        outputs += [picture_path(args.out, case.name) for case in cases]
+        outputs += [overlay_path(args.out, path) for path in images]
+    return outputs
 
 
 def make_segmenter(args: argparse.Namespace, source: Path):
@@ -110,7 +140,7 @@ def _segment_case(segmenter, case, target: Path, args: argparse.Namespace) -> No
     if args.overlay:
         from fastunet.files import write_bytes
 
-        picture = args.out / f"{case.name}.png"
+        picture = picture_path(args.out, case.name)
         write_bytes(picture, case_picture(segmenter, slices, labels))
         print(picture)
 
@@ -133,13 +163,3 @@ def case_picture(segmenter, slices, labels) -> bytes:
     drawn = [(f"{segmenter.card.modalities[0]}, slice {index + 1} of {len(slices)}", None)]
     drawn += [(title, upright(stack[index], axis)) for title, stack in panels]
     return overlay(image, drawn, segmenter.card.class_names)
-
-
-def _refuse_clashes(targets: list[Path], args: argparse.Namespace) -> None:
-    for target in targets:
-        if targets.count(target) > 1:
-            raise UserError(f"two inputs would be written to {target}")
-        if target.exists() and not args.overwrite:
-            raise UserError(f"{target} exists; --overwrite replaces it")
-        if target.resolve() in (path.resolve() for path in args.inputs):
-            raise UserError(f"{target} is an input; choose another output folder")

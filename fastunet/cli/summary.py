@@ -41,8 +41,11 @@ def run(args: argparse.Namespace) -> None:
     print(f"Inference holds at most {peak:.2f} MiB of activations at a time, the plain build {plain:.2f}.")
     if args.out:
         from fastunet.files import make_output_folder
-        from fastunet.pictures.network import draw
+        from fastunet.outputs import check_outputs
+        from fastunet.pictures.network import draw, drawing_paths
+        from fastunet.training.checkpoint import checkpoint_file
 
+        check_outputs(drawing_paths(args.out), [checkpoint_file(args.model)] if args.model else [])
         make_output_folder(args.out.parent)
         written = draw(rows, args.out, title=f"{title}, {height}×{width}")
         print("wrote " + " and ".join(map(str, written)))

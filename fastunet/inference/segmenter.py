@@ -14,6 +14,7 @@ import torch
 from fastunet.data import CaseSlices, LabelMap, write_labels, write_map
 from fastunet.errors import UserError
 from fastunet.inference.tiles import segment_tiled
+from fastunet.outputs import name_for_file
 from fastunet.training.checkpoint import ModelCard
 from fastunet.training.precision import autocast
 from fastunet.unet import UNet
@@ -126,7 +127,7 @@ def write_case(
 def probability_path(target: Path, class_name: str) -> Path:
     """Where the probabilities of a class go, beside the label file ``target``."""
     stem = target.name.removesuffix(".nii.gz")
-    return target.with_name(f"{stem}_prob_{class_name.replace(' ', '_').replace('/', '_')}.nii.gz")
+    return target.with_name(f"{stem}_prob_{name_for_file(class_name)}.nii.gz")
 
 
 def _gather(slices: CaseSlices, spool, batch_size: int) -> np.ndarray:

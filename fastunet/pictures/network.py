@@ -26,20 +26,22 @@ COLOURS = {
 INK = "#22303c"
 
 
+def drawing_paths(path: str | Path) -> list[Path]:
+    """The files that :func:`draw` writes."""
+    return [Path(f"{path}{suffix}") for suffix in (".svg", ".png")]
+
+
 def draw(rows: list[Layer], path: str | Path, *, title: str = "") -> list[Path]:
     """Writes the drawing of ``rows`` (:func:`.summary.layers`) as ``path`` with suffixes .svg and .png."""
-    written = []
     # Text stays text in the SVG: it can be searched, and the file is a fifth of the size.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastunet"}):
         figure = _figure(rows, title)
-        for suffix in (".svg", ".png"):
+        for target in drawing_paths(path):
             buffer = io.BytesIO()
-            metadata = {"Date": None} if suffix == ".svg" else None
-            figure.savefig(buffer, format=suffix[1:], dpi=110, metadata=metadata)
-            target = Path(path).with_name(Path(path).name + suffix)
+            metadata = {"Date": None} if target.suffix == ".svg" else None
+            figure.savefig(buffer, format=target.suffix[1:], dpi=110, metadata=metadata)
             write_bytes(target, buffer.getvalue())
-            written.append(target)
-    return written
+    return drawing_paths(path)
 
 
 def _figure(rows: list[Layer], title: str) -> Figure:

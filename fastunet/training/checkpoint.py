@@ -74,7 +74,7 @@ def load_model(path: str | Path, *, backend: str = "auto") -> tuple[torch.nn.Mod
     """
     import fastunet
 
-    path = _checkpoint_file(Path(path))
+    path = checkpoint_file(path)
     tensors, metadata = _read(path)
     try:
         fields = json.loads(metadata[_CARD_KEY])
@@ -147,7 +147,9 @@ def load_state(
     return Progress(**state["progress"])
 
 
-def _checkpoint_file(path: Path) -> Path:
+def checkpoint_file(path: str | Path) -> Path:
+    """The file that :func:`load_model` reads for ``path``; a run folder without any is a ``UserError``."""
+    path = Path(path)
     if not path.is_dir():
         return path
     for name in (BEST, LAST):

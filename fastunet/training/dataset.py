@@ -12,6 +12,7 @@ import torch
 
 from fastunet.data import DEFAULT_MODALITIES, Case, LabelMap, SliceDataset, augment, discover_cases, split_cases
 from fastunet.errors import UserError
+from fastunet.outputs import check_outputs
 from fastunet.training.config import TrainConfig
 from fastunet.training.display import Display
 from fastunet.training.distributed import Processes
@@ -41,13 +42,17 @@ class TrainingData:
         return augment(images, labels, seed=self.config.seed, epoch=epoch, positions=positions)
 
 
-def prepare_data(config: TrainConfig, cache: Path, processes: Processes, display: Display) -> TrainingData:
+def prepare_data(
+    config: TrainConfig, outputs: Sequence[Path], cache: Path, processes: Processes, display: Display
+) -> TrainingData:
     """Finds, splits and preprocesses the cases of ``config.data``; the leader fills the cache, the others read it.
 
     Raises:
-        UserError: no labelled cases, too few for the split, or files that cannot be used.
+        UserError: no labelled cases, too few for the split, files that cannot be used, or one of the run's ``outputs``
+            among them.
     """
     cases = _labelled_cases(config, display)
+    check_outputs(outputs, [Path(config.data, "dataset.json"), *(path for case in cases for path in case.files)])
     modalities = config.modalities or _modalities(cases)
     if not config.val_fraction:
         raise UserError("--val-fraction is 0, but validation needs at least one patient")

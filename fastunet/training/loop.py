@@ -16,14 +16,16 @@ from fastunet.losses import DiceCrossEntropyLoss, DiceLoss
 from fastunet.metrics import SegmentationMetrics
 from fastunet.training import checkpoint
 from fastunet.training.checkpoint import BEST, LAST, STATE, ModelCard, Progress
-from fastunet.training.config import TrainConfig
+from fastunet.training.config import FILE_NAME, TrainConfig
 from fastunet.training.dataset import TrainingData, centre_crop, prepare_data
 from fastunet.training.display import Display
 from fastunet.training.distributed import Processes
 from fastunet.training.loading import prefetched
 from fastunet.training.precision import autocast, loss_scaler, prepare
-from fastunet.training.results import metric_columns, write_curves, write_log
+from fastunet.training.results import CURVES, LOG, metric_columns, write_curves, write_log
 
+FILES = (FILE_NAME, LOG, CURVES, BEST, LAST, STATE)
+"""What a run folder holds beside its cache."""
 _SECONDS_BETWEEN_CURVES = 30.0
 _STREAM_DROPOUT = 1
 
@@ -42,7 +44,7 @@ def train(config: TrainConfig, run: Path, processes: Processes, *, resume: bool 
     processes.barrier()
     prepare(processes.device, config.precision, deterministic=config.deterministic)
     display = Display(quiet=quiet or not processes.leader)
-    data = prepare_data(config, run / "cache", processes, display)
+    data = prepare_data(config, [run / name for name in FILES], run / "cache", processes, display)
     trainer = Trainer(config, run, processes, data, display)
     if resume and (run / STATE).is_file():
         trainer.restore()

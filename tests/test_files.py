@@ -1,0 +1,71 @@
+"""Whole files, what is left of killed processes, and locks."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from fastunet.errors import UserError
+from fastunet.files import locked, make_output_folder, whole_file, write_text
+from tests.cli_helpers import files_below
+
+WRITES_AND_WAITS = """
+import sys, time
+from fastunet.files import whole_file
+with whole_file(sys.argv[1]) as temporary:
+    temporary.write_text("half")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+LOCKS_AND_WAITS = """
+import sys, time
+from fastunet.files import locked
+with locked(sys.argv[1]):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+def started(script: str, path) -> subprocess.Popen:
+    process = subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    return process
+
+
+def killed(process: subprocess.Popen) -> None:
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+
+
+def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_kept(tmp_path):
+    process = started(WRITES_AND_WAITS, tmp_path / "x.txt")
+    make_output_folder(tmp_path)
+    assert len(files_below(tmp_path)) == 1, "another process is still writing it"
+    killed(process)
+    assert len(files_below(tmp_path)) == 1
+    make_output_folder(tmp_path)
+    assert files_below(tmp_path) == []
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    process = started(LOCKS_AND_WAITS, tmp_path / ".lock")
+    with pytest.raises(UserError, match="another process is at work"), locked(tmp_path / ".lock"):
+        pass
+    killed(process)
+    assert files_below(tmp_path) == [".lock"]
+    with locked(tmp_path / ".lock"), pytest.raises(UserError, match="another process"), locked(tmp_path / ".lock"):
+        pass
+    assert files_below(tmp_path) == []
+
+
+def test_names_of_any_length_and_bytes(tmp_path):
+    longest = "é" * 123 + ".nii.gz"
+    write_text(tmp_path / longest, "caf\udce9")
+    assert (tmp_path / longest).read_text() == "caf\\udce9"
+    with pytest.raises(UnicodeEncodeError), whole_file(tmp_path / "y") as temporary:
+        temporary.write_text("\ud800")
+    assert files_below(tmp_path) == [longest]
