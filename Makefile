@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST_TRITON := 3.6.0
 
-.PHONY: demo test lint smoke bench clean device
+.PHONY: demo test lint smoke bench docs pictures clean device
 
 demo: $(READY) device
 	$(BIN)/fastunet demo --out demo
@@ -23,6 +23,15 @@ lint: $(READY)
 
 bench: $(READY) device
 	$(BIN)/python -m pytest bench --benchmark-only
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir build/docs
+
+# The README's segmentation is the median case of a demo, whose picture is written first.
+pictures: $(READY)
+	$(BIN)/python docs/figures.py
+	$(BIN)/fastunet demo --out build/pictures
+	cp "$$(ls -tr build/pictures/segmentation/*.png | head -n 1)" docs/pictures/segmentation.png
 
 # The wheel, in an environment that holds nothing else, away from the checkout.
 smoke: $(READY)

@@ -1,4 +1,4 @@
-"""Puts tables of the newest committed rows into the README and draws their pictures: ``python -m bench.report``.
+"""Puts the newest committed rows into README and ``docs/benchmarks.md`` and draws them: ``python -m bench.report``.
 
 The text between ``<!-- bench:begin -->`` and ``<!-- bench:end -->`` is replaced; nothing in it is typed by hand.
 """
@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.measuring.rows import RESULTS, Results, devices, newest
-from bench.pages.tables import device_report
+from bench.pages.tables import device_report, headlines
 
 _REPOSITORY = Path(__file__).parent.parent
-README, PICTURES = _REPOSITORY / "README.md", _REPOSITORY / "docs" / "pictures"
+README, PAGE = _REPOSITORY / "README.md", _REPOSITORY / "docs" / "benchmarks.md"
+PICTURES = PAGE.parent / "pictures"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 _CAPTIONS = {
     "rivals": "times against the rivals",
@@ -24,13 +25,18 @@ _CAPTIONS = {
 
 
 def section(root: Path = RESULTS) -> str:
-    """The README's performance section of all devices with committed results; empty without any."""
-    parts = []
-    for slug in devices(root):
-        results = newest(slug, root)
-        if results is not None:
-            parts.append(f"{device_report(results)}\n\n{_pictures(slug)}".strip())
-    return "\n\n".join(parts)
+    """The page of all devices with committed results: every table and the pictures; empty without any."""
+    return "\n\n".join(f"{device_report(results)}\n\n{_pictures(results)}".strip() for results in _newest(root))
+
+
+def front(root: Path = RESULTS) -> str:
+    """The README's one table: networks and losses on the device measured last; empty without results."""
+    found = _newest(root)
+    return headlines(max(found, key=lambda results: results.environment.date)) if found else ""
+
+
+def _newest(root: Path) -> list[Results]:
+    return [results for slug in devices(root) if (results := newest(slug, root)) is not None]
 
 
 def replaced(text: str, content: str, begin: str = BEGIN, end: str = END) -> str:
@@ -50,9 +56,10 @@ def between(text: str, begin: str = BEGIN, end: str = END) -> str:
     return text.split(begin)[1].split(end)[0].strip("\n")
 
 
-def _pictures(slug: str) -> str:
+def _pictures(results: Results) -> str:
     """Links to those pictures of a device that exist."""
-    lines = [f"![{caption}](docs/pictures/{slug}-{name}.svg)" for name, caption in _CAPTIONS.items()
+    slug = results.environment.slug
+    lines = [f"![{caption}](pictures/{slug}-{name}.svg)" for name, caption in _CAPTIONS.items()
              if (PICTURES / f"{slug}-{name}.svg").is_file()]  # fmt: skip
     return "\n\n".join(lines)
 
@@ -62,15 +69,14 @@ def draw(root: Path = RESULTS, folder: Path = PICTURES) -> list[Path]:
     # matplotlib is needed for nothing else here, and absent on a bare GPU machine
     from bench.pages.pictures import draw_all
 
-    found: list[Results] = [r for slug in devices(root) if (r := newest(slug, root)) is not None]
-    return [path for results in found for path in draw_all(results, folder)]
+    return [path for results in _newest(root) for path in draw_all(results, folder)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; exit code 2 where the README lacks its markers."""
+    """Runs the command line; exit code 2 where README or page lacks its markers."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.split("\n\n")[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of result files")
-    parser.add_argument("--print", action="store_true", help="print the tables and leave README and pictures alone")
+    parser.add_argument("--print", action="store_true", help="print the tables and leave the files alone")
     options = parser.parse_args(arguments)
     try:
         if options.print:
@@ -78,11 +84,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         for path in draw(options.results):
             print(f"drew {path.relative_to(_REPOSITORY)}")
-        README.write_text(replaced(README.read_text(), section(options.results)))
+        for path, content in ((README, front(options.results)), (PAGE, section(options.results))):
+            path.write_text(replaced(path.read_text(), content))
+            print(f"wrote {path.relative_to(_REPOSITORY)}")
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    print(f"wrote {README.name}")
     return 0
 
 

@@ -9,10 +9,11 @@ from bench.pages.tables import device_report, milliseconds
 from tests.bench_rows import environment, results, row
 
 
-def test_readme_tables_are_those_of_the_committed_rows():
+def test_readme_and_page_are_those_of_the_committed_rows():
     if not any(newest(slug) for slug in devices()):
         pytest.skip("no benchmark rows are committed yet (bench/results is empty)")
-    assert report.between(report.README.read_text()) == report.section(), "run python -m bench.report"
+    assert report.between(report.README.read_text()) == report.front(), "run python -m bench.report"
+    assert report.between(report.PAGE.read_text()) == report.section(), "run python -m bench.report"
 
 
 def test_scaling_page_is_that_of_the_committed_rows():

@@ -25,6 +25,20 @@ def device_report(results: Results) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def headlines(results: Results) -> str:
+    """One table: the networks and losses of a device, our median beside the best rival's, losses as losses."""
+    rows = [row for row in results.rows if row.subject in (*_NETWORKS, *_LOSSES) and row.step != "first result"]
+    lines = []
+    for group in by_workload(rows).values():
+        ours, rival = best(group, OURS), best(group, RIVAL)
+        if ours is not None and rival is not None:
+            what = f"{ours.subject} {ours.step}, {ours.shape}, {ours.precision}"
+            times = [f"{milliseconds(row.p50_ms)}, {row.variant}" for row in (ours, rival)]
+            lines.append([what, *times, f"{rival.p50_ms / ours.p50_ms:.2f}×"])
+    at = f"{results.environment.device}, commit {results.environment.commit}, {results.environment.date[:10]}"
+    return markdown([at, "fastunet", "fastest rival", "times as fast"], lines)
+
+
 def markdown(header: Sequence[str], lines: Iterable[Sequence[str]], right_from: int = 1) -> str:
     """A table whose columns from ``right_from`` on are right-aligned."""
     rule = ["---" if i < right_from else "---:" for i in range(len(header))]

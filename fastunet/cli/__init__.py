@@ -13,17 +13,23 @@ from fastunet.cli import demo, evaluate, info, segment, summary, train
 from fastunet.errors import UserError
 
 COMMANDS = {
-    "demo": (demo, "learn to segment phantoms, from nothing to a report, in three minutes"),
-    "train": (train, "train a U-Net on a folder of cases"),
-    "evaluate": (evaluate, "score a model, or predictions, against the truth"),
-    "segment": (segment, "segment cases, volumes or images"),
-    "summary": (summary, "list the layers of a network and draw it"),
-    "info": (info, "versions, device, and which backend each operator would use"),
+    "demo": (demo, "learn to segment phantoms, from nothing to a report, in three minutes", "--out demo"),
+    "train": (train, "train a U-Net on a folder of cases", "DATA --out RUN"),
+    "evaluate": (evaluate, "score a model, or predictions, against the truth", "RUN DATA"),
+    "segment": (segment, "segment cases, volumes or images", "RUN DATA --out LABELS --overlay"),
+    "summary": (summary, "list the layers of a network and draw it", "--preset brats --size 240"),
+    "info": (info, "versions, device, and which backend each operator would use", ""),
 }
+"""Each subcommand's module, what it does, and the arguments of its example."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a wrong argument as any other bad input: one line, exit code 2."""
+    """Help begins with an example; a wrong argument is reported as any other bad input: one line, exit code 2."""
+
+    example = ""
+
+    def format_help(self) -> str:
+        return f"example: {self.example}\n\n{super().format_help()}"
 
     def error(self, message: str):
         raise UserError(f"{message} (see {self.prog} --help)")
@@ -53,10 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="fastunet", description="U-Nets on PyTorch and Triton for 2-D slices of medical volumes.")
+    parser.example = "fastunet train DATA --out RUN"
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (module, description) in COMMANDS.items():
-        command = commands.add_parser(name, help=description, description=f"{description[0].upper()}{description[1:]}.")
+    for name, (module, about, arguments) in COMMANDS.items():
+        command = commands.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.")
+        command.example = f"fastunet {name} {arguments}".rstrip()
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     return parser

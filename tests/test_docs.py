@@ -1,0 +1,81 @@
+"""Every code block of README and documentation runs; every page is reached; figures are those of their script."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ELSEWHERE = {
+    "make ": "continuous integration runs the targets",
+    "pip install": "make smoke installs the wheel",
+    "torchrun": "tests/test_train_distributed.py",
+    "pytest bench": "tests/test_bench_measure.py",
+    "python -m bench": "tests/test_bench_*.py",
+    "fastunet demo": "tests/test_cli_demo.py",
+}
+"""Commands that are not run here, and where they are."""
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with what the pages name: DATA, cases with labels, and RUN, a network trained on them."""
+    from fastunet.data import make_phantoms
+
+    folder = tmp_path_factory.mktemp("docs")
+    make_phantoms(folder / "DATA", 4, 0, shape=(24, 24, 16))
+    command("fastunet train DATA --out RUN --epochs 1 --width 4 --depth 2", folder)
+    return folder
+
+
+def command(line: str, folder: Path) -> None:
+    """Runs one shell line as a user would, with the ``fastunet`` of this environment."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, shell=True, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda page: page.stem)
+def test_python_blocks_run(page, folder, monkeypatch):
+    """In order, as one program: what a page shows must run as it stands."""
+    monkeypatch.chdir(folder)
+    program: dict = {}
+    for block in blocks(page, "python"):
+        exec(compile(block, str(page), "exec"), program)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "bash")], ids=lambda page: page.stem)
+def test_shell_blocks_run(page, folder, tmp_path):
+    (tmp_path / "DATA").symlink_to(folder / "DATA")
+    if "fastunet train DATA --out RUN " not in page.read_text().replace("\n", " "):
+        (tmp_path / "RUN").symlink_to(folder / "RUN")
+    for line in "\n".join(blocks(page, "bash")).splitlines():
+        line = line.partition("#")[0].strip()
+        if line and not line.startswith(tuple(ELSEWHERE)):
+            command(line, tmp_path)
+
+
+def test_every_page_is_in_the_navigation():
+    listed = set(re.findall(r": ([\w-]+\.md)", (ROOT / "mkdocs.yml").read_text()))
+    assert listed == {page.name for page in (ROOT / "docs").glob("*.md")}
+
+
+def test_figures_are_those_of_their_script():
+    spec = importlib.util.spec_from_file_location("figures", ROOT / "docs" / "figures.py")
+    figures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figures)
+    for name, draw in figures.FIGURES.items():
+        drawn, kept = figures.svg(draw()).decode(), (figures.FOLDER / f"kernel-{name}.svg").read_text()
+        # The words, not the bytes: another matplotlib sets its paths differently.
+        assert re.findall(r"<text.*?>(.*?)</text>", drawn) == re.findall(r"<text.*?>(.*?)</text>", kept), name
