@@ -11,7 +11,7 @@ from fastunet.unet import UNet
 
 __version__ = "0.1.0"
 
-_LAZY = ("data", "losses", "metrics")
+_LAZY = ("data", "interop", "losses", "metrics")
 """Submodules that are imported when first used, so that ``import fastunet`` stays quick."""
 
 __all__ = ["UNet", "__version__", "functional", "reference", *_LAZY]
