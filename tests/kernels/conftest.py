@@ -1,4 +1,5 @@
-"""Kernel tests run on a CUDA device where there is one, else in Triton's interpreter (``TRITON_INTERPRET=1``).
+"""Kernel tests run on a CUDA device where there is one, in Triton's interpreter (``TRITON_INTERPRET=1``), or compiled in
+the emulator (``-p tests.emulator.plugin --emulate 90``).
 
 The choice is made when a kernel is decorated, so without a GPU this folder needs its own pytest process.
 """
@@ -10,18 +11,24 @@ import os
 import pytest
 import torch
 
-GPU = torch.cuda.is_available()
+from tests import emulator
+
+EMULATED = emulator.ARCHITECTURE is not None
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
+GPU = torch.cuda.is_available() and not INTERPRETER and not EMULATED
+COMPILED = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETER, reason="compiled kernels only, on a GPU or in the emulator: "
+            "the interpreter truncates casts to bfloat16, and is too slow for every case in every dtype")]
+"""Marks of the cases that the interpreter leaves out."""
 
 
 def pytest_ignore_collect(collection_path, config):
-    """Nothing to collect without a device or the interpreter; `make test` runs this folder with TRITON_INTERPRET=1."""
-    return None if GPU or INTERPRETER else (True if collection_path.name.startswith("test_") else None)
+    """Nothing to collect where no kernel can run; `make test` runs this folder with TRITON_INTERPRET=1."""
+    return None if GPU or INTERPRETER or EMULATED else (True if collection_path.name.startswith("test_") else None)
 
 
 @pytest.fixture
 def device() -> torch.device:
-    return torch.device("cuda" if GPU and not INTERPRETER else "cpu")
+    return torch.device("cuda" if GPU else "cpu")
 
 
 @pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
@@ -40,8 +47,8 @@ def poisoned_outputs():
 
 @pytest.fixture(autouse=True)
 def ieee_float32():
-    """float32 tests compare IEEE products; tf32 has tests of its own."""
+    """float32 tests compare IEEE products, unless the emulator is asked for tf32."""
     previous = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = emulator.TF32
     yield
     torch.backends.cudnn.allow_tf32 = previous

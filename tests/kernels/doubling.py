@@ -13,16 +13,13 @@ from fastunet.kernels._stride2 import Stride2Config
 from fastunet.kernels._stride2_weight_grad import WeightGradConfig
 
 from ..tolerance import assert_within_budget
+from .conftest import COMPILED
 
-HALF_ON_GPU = pytest.param(
-    torch.bfloat16,
-    id="bf16",
-    marks=[
-        pytest.mark.gpu,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="bfloat16 casts truncate in the interpreter"),
-    ],
-)
-DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.float16, id="fp16"), HALF_ON_GPU]
+DTYPES = [
+    pytest.param(torch.float32, id="fp32"),
+    pytest.param(torch.float16, id="fp16"),
+    pytest.param(torch.bfloat16, id="bf16", marks=COMPILED),
+]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from fastunet.kernels.conv import forward as conv_relu
 from fastunet.kernels.conv.config import ConvConfig
 
 from ..tolerance import assert_within_budget
+from .conftest import COMPILED
 
 POINTER = ConvConfig("pointer", block_k=32, block_w=64, block_c=32)
 FIRST = ConvConfig("first", block_k=16, block_w=64)
@@ -84,18 +85,16 @@ TWO_SOURCES = [
 def dtypes_of(cases):
     """Explicit tiles in float32 and one of each variant in float16; the chosen ones in float16, which has more choice.
 
-    (IEEE float32 products leave one.) Everything in every dtype on a GPU.
+    (IEEE float32 products leave one.) Everything in every dtype where kernels are compiled.
     """
-    gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: the "
-           "interpreter's casts to bfloat16 truncate, and it is too slow for every case in two dtypes")]
     params, seen = [], {POINTER.variant} if cases is TWO_SOURCES else set()
     for case in cases:
         half = case.config is None or case.config.variant not in seen
         seen |= {case.config.variant} if case.config else set()
         params += [
-            pytest.param(case, torch.float32, id=f"{case}-fp32", marks=[] if case.config else gpu),
-            pytest.param(case, torch.float16, id=f"{case}-fp16", marks=[] if half else gpu),
-            pytest.param(case, torch.bfloat16, id=f"{case}-bf16", marks=gpu),
+            pytest.param(case, torch.float32, id=f"{case}-fp32", marks=[] if case.config else COMPILED),
+            pytest.param(case, torch.float16, id=f"{case}-fp16", marks=[] if half else COMPILED),
+            pytest.param(case, torch.bfloat16, id=f"{case}-bf16", marks=COMPILED),
         ]
     return params
 

@@ -10,17 +10,14 @@ from fastunet.kernels.conv.config import ConvConfig
 from fastunet.kernels.conv.data_grad import data_grad
 
 from ..tolerance import assert_within_budget
-from .conftest import INTERPRETER
+from .conftest import COMPILED
 
 POINTER = ConvConfig("pointer", block_k=32, block_w=32, block_c=32)
 BOX = ConvConfig("box", block_k=64, block_w=16, block_h=4, block_c=16)
 DTYPES = [
     torch.float32,
     torch.float16,
-    pytest.param(
-        torch.bfloat16,
-        marks=[pytest.mark.gpu, pytest.mark.skipif(INTERPRETER, reason="the interpreter truncates casts to bfloat16")],
-    ),
+    pytest.param(torch.bfloat16, marks=COMPILED),
 ]
 
 

@@ -12,7 +12,7 @@ from fastunet.kernels.conv.weight_grad import weight_grad
 from fastunet.kernels.conv.weight_grad_config import WeightGradConfig, choose_config, choose_splits, why_not
 
 from ..tolerance import assert_within_budget
-from .conftest import INTERPRETER
+from .conftest import COMPILED
 
 ROWS = WeightGradConfig("bulk", block_k=64, block_c=16, block_w=16, rows=4, num_stages=2)
 ROW_PAIRS = WeightGradConfig("bulk", block_k=64, block_c=32, block_w=32, rows=2, num_warps=8, num_stages=2)
@@ -23,10 +23,7 @@ FIRST = WeightGradConfig("first", block_k=16, block_c=64, block_w=64)
 DTYPES = [
     torch.float32,
     torch.float16,
-    pytest.param(
-        torch.bfloat16,
-        marks=[pytest.mark.gpu, pytest.mark.skipif(INTERPRETER, reason="the interpreter truncates casts to bfloat16")],
-    ),
+    pytest.param(torch.bfloat16, marks=COMPILED),
 ]
 
 

@@ -1,0 +1,105 @@
+"""A Triton driver under which compiled kernels start as usual, on CPU tensors, and run in the emulator.
+
+Compilation stops at PTX: the last stage, ``make_cubin``, passes the text on, and ``load_binary`` gets it. The backend's
+hash says so, so that such "binaries" never meet real ones in Triton's cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.nvidia import compiler
+from triton.backends.nvidia import driver as nvidia
+
+from bench.gpu.host_driver import HostDriver
+from fastunet import dispatch
+from fastunet.kernels import _launch
+
+from .bulk_copies import TensorMap
+from .launch import Emulator
+
+
+class EmulatorDriver(HostDriver):
+    """``emulator`` runs what is launched, compiled for compute capability ``architecture`` / 10."""
+
+    def __init__(self, architecture: int, emulator: Emulator):
+        super().__init__(architecture, self._run)
+        self.emulator = emulator
+        self.programs: list[Any] = [None]
+        self.utils.load_binary = self._load
+        self.utils.fill_tma_descriptor = self.utils.fill_tma_descriptor_tiled = _tensor_map
+
+    def _load(self, name, binary, shared, device):
+        text = binary.decode() if isinstance(binary, bytes) else binary
+        self.programs.append(self.emulator.load(name, text))
+        return len(self.programs), len(self.programs) - 1, 64, 0, 1024
+
+    def _run(self, function, *arguments, num_warps, shared, grid):
+        self.emulator.run(self.programs[function], grid, list(arguments), num_warps, shared)
+
+    def _launcher(self, source, metadata):
+        launcher = super()._launcher(source, metadata)
+        signature = dict(source.signature)
+        old = not hasattr(nvidia, "wrap_handle_tensordesc_impl")  # Triton 3.6 passes arguments flat
+
+        def launch(gx, gy, gz, stream, function, cooperative, pdl, *rest):
+            if old:
+                scratch, profile, _, _, _, _, *arguments = rest
+            else:
+                _, _, _, _, scratch, profile, _, _, arguments = rest
+            flat = [*_flatten(signature.values(), iter(arguments)), scratch or 0, profile or 0]
+            self._run(function, *flat, num_warps=metadata.num_warps, shared=metadata.shared, grid=(gx, gy, gz))
+
+        launcher.launch = nvidia.wrap_handle_tensordesc(launch, signature, getattr(metadata, "tensordesc_meta", None))
+        return launcher
+
+
+def _tensor_map(address, swizzle, element_size, element_type, box, shape, strides, padding) -> TensorMap:
+    return TensorMap(address, swizzle, element_size, tuple(box), tuple(shape), tuple(strides), padding)
+
+
+def _flatten(signature: Any, values: Iterator[Any]) -> list[Any]:
+    """The arguments that reach the GPU, in order: constexprs dropped, tuples flattened, descriptors expanded."""
+    out: list[Any] = []
+    for kind in signature:
+        if isinstance(kind, (tuple, list)):
+            out += _flatten(kind, iter(next(values)))
+            continue
+        value = next(values)
+        if kind != "constexpr":
+            out.append(value)
+        if isinstance(kind, str) and kind.startswith("tensordesc"):
+            out += [next(values) for _ in range(2 * len(value.shape))]
+    return out
+
+
+def _only_ptx(self, source, *rest):
+    return source.encode() if isinstance(source, str) else source
+
+
+@contextlib.contextmanager
+def emulated(architecture: int, emulator: Emulator) -> Iterator[Emulator]:
+    """Inside, kernels take CPU tensors and run in ``emulator``. One architecture a process: kernels keep their driver."""
+    previous = triton.runtime.driver._active
+    hashed = compiler.CUDABackend.hash
+    marked = functools.lru_cache(lambda self: hashed(self) + "-ptx")
+    capability = divmod(architecture, 10)
+    with (
+        mock.patch.multiple(torch.cuda, current_device=lambda: 0, get_device_name=lambda index: "none",
+                            get_device_capability=lambda index=None: capability),
+        mock.patch.multiple(compiler.CUDABackend, make_cubin=_only_ptx, hash=lambda self: marked(self)),
+        mock.patch.object(dispatch, "triton_interpreted", lambda: True),  # which lets kernels take CPU tensors
+    ):  # fmt: skip
+        triton.runtime.driver.set_active(EmulatorDriver(architecture, emulator))
+        _launch._state.capabilities.clear()
+        try:
+            yield emulator
+        finally:
+            _launch._state.capabilities.clear()
+            triton.runtime.driver._active = previous

@@ -1,0 +1,153 @@
+"""A launch: all programs of a grid under every schedule, on memory that holds the launch's tensors and no more."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .bulk_copies import TensorMap
+from .compiler import Program
+from .global_memory import Fault, GlobalMemory
+from .machine import Machine, Schedule
+from .parser import parse
+
+EAGER = Schedule(reverse=True, leader=17)
+LAZY = Schedule(lazy=True, detect=True)
+THREADS_AT_ONCE = 4096
+"""Programs of so many threads run side by side."""
+
+_RANGES = {"u8": (-128, 256), "u16": (-1 << 15, 1 << 16), "u32": (-1 << 31, 1 << 32), "u64": (-1 << 63, 1 << 64)}
+
+
+@dataclass
+class Record:
+    """What one launch did under one schedule."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    programs: int
+    counts: Counter[str]
+    seconds: float
+
+
+@dataclass
+class Emulator:
+    """Every launch runs under all ``schedules``, which must leave the same bytes.
+
+    ``only(grid)`` may name the programs of a launch that run, where all would be too many.
+    """
+
+    schedules: tuple[Schedule, ...] = (EAGER, LAZY)
+    only: Callable[[tuple[int, int, int]], list[tuple[int, int, int]]] | None = None
+    records: list[Record] = field(default_factory=list)
+
+    def load(self, name: str, text: str) -> Program:
+        return Program(parse(text))
+
+    def run(self, program: Program, grid: tuple[int, int, int], arguments: list[Any], num_warps: int, shared: int):
+        """Raises Fault, which names the kernel, its program and the instruction."""
+        kernel = program.kernel
+        if len(arguments) != len(kernel.params) or kernel.threads != 32 * num_warps:
+            raise Fault(f"{kernel.name}: {len(arguments)} arguments and {num_warps} warps for {len(kernel.params)} "
+                        f"parameters and {kernel.threads} threads")  # fmt: skip
+        if not (grid[0] < 1 << 31 and grid[1] < 1 << 16 and grid[2] < 1 << 16):
+            raise Fault(f"{kernel.name}: a grid of {grid}")
+        storages = _storages([a for a, (_, kind) in zip(arguments, kernel.params) if kind == "ptr" and _address(a)])
+        ranges, parameters = [], []
+        for (name, kind), value in zip(kernel.params, arguments):
+            label = name.removeprefix(kernel.name + "_")
+            parameters.append(_parameter(kernel.name, label, kind, value))
+            if kind == "map":
+                ranges.append((value.base, value.end, label))
+            elif isinstance(value, torch.Tensor) and value.numel():
+                ranges.append((*_extent(value), label))
+            elif kind == "ptr" and _address(value):
+                ranges.append((value, storages[value], label))
+        memory = GlobalMemory(ranges)
+        programs = self.only(grid) if self.only else [
+            (x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]  # fmt: skip
+        before = [tensor.copy() for tensor in memory.tensors()] if len(self.schedules) > 1 else []
+        first: list = []
+        for schedule in self.schedules:
+            for tensor, old in zip(memory.tensors(), before if first else []):
+                tensor[:] = old
+            self._execute(program, memory, parameters, programs, grid, shared, schedule)
+            if first:
+                _compare(kernel.name, schedule, memory, first)
+            elif len(self.schedules) > 1:
+                first = [tensor.copy() for tensor in memory.tensors()]
+
+    def _execute(self, program, memory, parameters, programs, grid, shared, schedule) -> None:
+        started, counts = time.perf_counter(), Counter()
+        order = programs[::-1] if schedule.reverse else programs
+        at_once = max(1, THREADS_AT_ONCE // program.kernel.threads)
+        for i in range(0, len(order), at_once):
+            machine = Machine(program, memory, parameters, order[i : i + at_once], grid, shared, schedule)
+            try:
+                machine.run()
+            except Fault as fault:
+                raise Fault(f"{program.kernel.name}, programs {order[i]} to {order[min(i + at_once, len(order)) - 1]} "
+                            f"of {grid}, {schedule}: {fault}") from None  # fmt: skip
+            counts.update(machine.counts)
+        self.records.append(Record(program.kernel.name, grid, len(order), counts, time.perf_counter() - started))
+
+
+def _compare(name: str, schedule: Schedule, memory: GlobalMemory, first: list) -> None:
+    for now, before, label in zip(memory.tensors(), first, memory.names):
+        if (now != before).any():
+            raise Fault(f"{name}: other bytes in {label} under {schedule} than under the first schedule: "
+                        f"{int((now != before).sum())} of {len(now)}, first {int((now != before).argmax())}")  # fmt: skip
+
+
+def _address(value: Any) -> bool:
+    """Whether a pointer argument is a bare address: repeated launches pass no tensors."""
+    return isinstance(value, int) and value != 0
+
+
+def _parameter(kernel: str, label: str, kind: str, value: Any) -> Any:
+    """The value that a parameter of type ``kind`` holds."""
+    if kind == "map":
+        right = isinstance(value, TensorMap)
+    elif isinstance(value, torch.Tensor):
+        right, value = kind == "ptr", value.data_ptr()
+    elif isinstance(value, float):
+        right = kind == "f32"
+    elif kind == "ptr":
+        right, value = value is None or isinstance(value, int), int(value or 0)
+    else:
+        low, high = _RANGES.get(kind, (0, 0))
+        right, value = isinstance(value, int) and low <= value < high, int(value)
+    if not right:
+        raise Fault(f"{kernel}: {label}, of type {kind}, is {value!r}")
+    return value
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """First address and the one behind the last element."""
+    last = sum((s - 1) * t for s, t in zip(tensor.shape, tensor.stride()))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def _storages(addresses: list[int]) -> dict[int, int]:
+    """For each address the end of the live tensor storage that holds it."""
+    found: dict[int, int] = {}
+    if addresses:
+        for storage in _live_storages():
+            first = storage.data_ptr()
+            found.update((a, first + storage.nbytes()) for a in addresses if first <= a < first + storage.nbytes())
+    for address in addresses:
+        if address not in found:
+            raise Fault(f"pointer {address:#x} belongs to no live tensor")
+    return found
+
+
+def _live_storages() -> Iterator[torch.UntypedStorage]:
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and thing.layout == torch.strided and thing.device.type == "cpu":
+            yield thing.untyped_storage()
