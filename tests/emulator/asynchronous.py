@@ -48,7 +48,8 @@ def cp_async(e: Emission) -> list[str]:
     """``cp.async [shared], [global], size[, source size]``; what exceeds the source size becomes zero."""
     size = int(e.ops[2], 0)
     read = e.full(e.ops[3], 32) if len(e.ops) > 3 else f"np.full(T, {size}, U32)"
-    return [f"copy_async(M, {e.address(e.ops[0], 32)}, {e.address(e.ops[1], 64)}, {size}, {read}, {e.active}, {e.what})"]
+    to, source = e.address(e.ops[0], 32), e.address(e.ops[1], 64)
+    return [f"copy_async(M, {to}, {source}, {size}, {read}, {e.active}, {e.what})"]
 
 
 @runtime

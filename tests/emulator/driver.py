@@ -85,7 +85,7 @@ def _only_ptx(self, source, *rest):
 
 @contextlib.contextmanager
 def emulated(architecture: int, emulator: Emulator) -> Iterator[Emulator]:
-    """Inside, kernels take CPU tensors and run in ``emulator``. One architecture a process: kernels keep their driver."""
+    """Inside, kernels take CPU tensors and run in ``emulator``. One architecture a process: kernels keep theirs."""
     previous = triton.runtime.driver._active
     hashed = compiler.CUDABackend.hash
     marked = functools.lru_cache(lambda self: hashed(self) + "-ptx")
@@ -94,7 +94,7 @@ def emulated(architecture: int, emulator: Emulator) -> Iterator[Emulator]:
         mock.patch.multiple(torch.cuda, current_device=lambda: 0, get_device_name=lambda index: "none",
                             get_device_capability=lambda index=None: capability),
         mock.patch.multiple(compiler.CUDABackend, make_cubin=_only_ptx, hash=lambda self: marked(self)),
-        mock.patch.object(dispatch, "triton_interpreted", lambda: True),  # which lets kernels take CPU tensors
+        mock.patch.object(dispatch, "triton_interpreted", return_value=True),  # which lets kernels take CPU tensors
     ):  # fmt: skip
         triton.runtime.driver.set_active(EmulatorDriver(architecture, emulator))
         _launch._state.capabilities.clear()

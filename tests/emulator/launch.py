@@ -50,7 +50,8 @@ class Emulator:
     def load(self, name: str, text: str) -> Program:
         return Program(parse(text))
 
-    def run(self, program: Program, grid: tuple[int, int, int], arguments: list[Any], num_warps: int, shared: int):
+    def run(self, program: Program, grid: tuple[int, int, int], arguments: list[Any], num_warps: int,
+            shared: int) -> None:  # fmt: skip
         """Raises Fault, which names the kernel, its program and the instruction."""
         kernel = program.kernel
         if len(arguments) != len(kernel.params) or kernel.threads != 32 * num_warps:

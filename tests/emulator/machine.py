@@ -182,7 +182,7 @@ class Machine:
     def _synchronise(self, end: Instruction, index: int, mask: np.ndarray | None) -> None:
         """``bar.sync a[, b]`` (PTX ISA, "bar"): programs of which all threads have come go on."""
         numbers = [int(o, 0) for o in end.operands]
-        if not 0 <= numbers[0] < 16 or len(numbers) > 1 and (numbers[1] % 32 or not 0 < numbers[1] <= self.size):
+        if not 0 <= numbers[0] < 16 or (len(numbers) > 1 and (numbers[1] % 32 or not 0 < numbers[1] <= self.size)):
             raise Fault(f"barrier number or count out of range, of {self.size} threads: {end.text}")
         if numbers[0] or numbers[1:] not in ([], [self.size]) or end.guard:
             raise NotImplementedError(f"a barrier of some of the threads: {end.text}")

@@ -32,7 +32,8 @@ def b_matrix(registers: list[np.ndarray], kind: str) -> np.ndarray:
 
 def d_matrix(registers: list[np.ndarray]) -> np.ndarray:
     """(warps, 16, n) float32 from n / 2 registers of all threads."""
-    r = np.stack(registers).view(F32).reshape(len(registers) // 4, 2, 2, -1, 8, 4)  # i / 4, i / 2 % 2, i % 2, warp, g, t
+    values = np.stack(registers).view(F32)
+    r = values.reshape(len(registers) // 4, 2, 2, -1, 8, 4)  # i / 4, i / 2 % 2, i % 2, warp, g, t
     return r.transpose(3, 1, 4, 0, 5, 2).reshape(-1, 16, 2 * len(registers))
 
 

@@ -27,7 +27,8 @@ def shfl(e: Emission) -> list[str]:
     mode, (name, *predicate) = e.op[2], e.ops[0].split("|")
     e.need(int(e.ops[3], 0) == (0 if mode == "up" else 31) and e.op[-1] == "b32")
     call = f"shuffle(M, {mode!r}, {e.full(e.ops[1], 32)}, {e.full(e.ops[2], 32)}, {e.active}, {e.what})"
-    return [*_whole_warp(e, e.ops[4]), f"x, ok = {call}"] + e.put(name, "x") + (e.put(predicate[0], "ok") if predicate else [])
+    found = e.put(predicate[0], "ok") if predicate else []
+    return [*_whole_warp(e, e.ops[4]), f"x, ok = {call}", *e.put(name, "x"), *found]
 
 
 @runtime

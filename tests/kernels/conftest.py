@@ -1,5 +1,5 @@
-"""Kernel tests run on a CUDA device where there is one, in Triton's interpreter (``TRITON_INTERPRET=1``), or compiled in
-the emulator (``-p tests.emulator.plugin --emulate 90``).
+"""Kernel tests run on a CUDA device where there is one, in Triton's interpreter (``TRITON_INTERPRET=1``), or compiled
+in the emulator (``-p tests.emulator.plugin --emulate 90``).
 
 The choice is made when a kernel is decorated, so without a GPU this folder needs its own pytest process.
 """
@@ -16,8 +16,8 @@ from tests import emulator
 EMULATED = emulator.ARCHITECTURE is not None
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = torch.cuda.is_available() and not INTERPRETER and not EMULATED
-COMPILED = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETER, reason="compiled kernels only, on a GPU or in the emulator: "
-            "the interpreter truncates casts to bfloat16, and is too slow for every case in every dtype")]
+COMPILED = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETER, reason="only compiled, on a GPU or in the emulator: the "
+            "interpreter truncates casts to bfloat16, and is too slow for every case in every dtype")]
 """Marks of the cases that the interpreter leaves out."""
 
 
