@@ -101,9 +101,10 @@ class Emulator:
 
 def _compare(name: str, schedule: Schedule, memory: GlobalMemory, first: list) -> None:
     for now, before, label in zip(memory.tensors(), first, memory.names):
-        if (now != before).any():
+        other = now != before
+        if other.any():
             raise Fault(f"{name}: other bytes in {label} under {schedule} than under the first schedule: "
-                        f"{int((now != before).sum())} of {len(now)}, first {int((now != before).argmax())}")  # fmt: skip
+                        f"{int(other.sum())} of {len(now)}, first {int(other.argmax())}")  # fmt: skip
 
 
 def _address(value: Any) -> bool:
