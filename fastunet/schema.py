@@ -66,14 +66,17 @@ def parse_json(data: bytes | str, kind: type[T], source: object) -> T:
 
 
 def to_type(value: object, kind: type[T], source: object) -> T:
-    """A value made of dicts, lists, texts and numbers as ``kind``; errors as in :func:`parse_json`."""
+    """A value made of dicts, lists, texts and numbers as ``kind``; errors as in :func:`parse_json`.
+
+    Keys may be texts of numbers where ``kind`` wants numbers, as JSON has no other keys.
+    """
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         known = {field.name for field in dataclasses.fields(kind)}
         unknown = [str(name)[:_SHOWN] for name in value if name not in known]
         if unknown:
             raise UserError(f"{source} has entries that this version does not know: {', '.join(map(repr, unknown))}")
     try:
-        return msgspec.convert(value, kind)
+        return msgspec.convert(value, kind, str_keys=True)
     except RecursionError as error:
         raise UserError(f"{source} nests brackets too deeply") from error
     except (msgspec.ValidationError, TypeError, ValueError) as error:

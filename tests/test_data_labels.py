@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from fastunet.data import LABEL_MAPS, LabelMap
-from fastunet.data.labels import label_map_from_json
-from fastunet.errors import UserError
+from fastunet.data import IGNORED, LABEL_MAPS, LabelMap
+from fastunet.data.label_tables import label_map_from_json
+from fastunet.errors import DataWarning, UserError
 from tests.data_files import MSD_JSON
 
 DTYPES = [np.uint8, np.int16, np.int32, np.float32, np.float64]
@@ -21,7 +21,12 @@ DTYPES = [np.uint8, np.int16, np.int32, np.float32, np.float64]
         ("brats2020", (0, 1, 2, 4)),
         ("brats2021", (0, 1, 2, 4)),
         ("brats2023", (0, 1, 2, 3)),
+        ("brats2023_africa", (0, 1, 2, 3)),
+        ("brats2023_men", (0, 1, 2, 3)),
+        ("brats2023_met", (0, 1, 2, 3)),
+        ("brats2023_ped", (0, 1, 2, 3)),
         ("brats2024", (0, 1, 2, 3, 4)),
+        ("brats2025_met", (0, 1, 2, 3, 4)),
         ("msd_brain_tumour", (0, 2, 1, 3)),
     ],
 )
@@ -38,10 +43,18 @@ def test_tables(edition, values):
 
 
 def test_no_table_is_missing_from_the_test_above():
-    assert list(LABEL_MAPS) == [
-        *(f"brats{year}" for year in (2018, 2019, 2020, 2021, 2023, 2024)),
-        "msd_brain_tumour",
-    ]
+    glioma = [f"brats{year}" for year in (2018, 2019, 2020, 2021, 2023, 2024)]
+    others = [f"brats2023_{kind}" for kind in ("africa", "men", "met", "ped")] + ["brats2024_ped", "brats2025_met"]
+    assert sorted(LABEL_MAPS) == sorted([*glioma, *others, "msd_brain_tumour"])
+
+
+def test_the_paediatric_table_of_2024_has_an_order_of_its_own():
+    table = LABEL_MAPS["brats2024_ped"]
+    stored = np.array([0, 1, 2, 3, 4])
+    names = [table.class_names[index] for index in table.encode(stored, "f")]
+    assert names == ["background", "enhancing tumour", "non-enhancing tumour", "cystic component", "oedema"]
+    assert table.regions["tumour core"] == (1, 2, 3)
+    assert table.regions["whole tumour"] == (1, 2, 3, 4)
 
 
 def test_label_4_is_enhancing_until_2021_and_the_resection_cavity_in_2024():
@@ -49,7 +62,9 @@ def test_label_4_is_enhancing_until_2021_and_the_resection_cavity_in_2024():
     assert LABEL_MAPS["brats2021"].class_names[LABEL_MAPS["brats2021"].encode(four, "f")[0]] == "enhancing tumour"
     assert LABEL_MAPS["brats2024"].class_names[LABEL_MAPS["brats2024"].encode(four, "f")[0]] == "resection cavity"
     assert all(4 not in classes for name, classes in LABEL_MAPS["brats2024"].regions.items() if "tumour" in name)
-    with pytest.raises(UserError, match=r"label values 4 are not in the table of brats2023 \(0, 1, 2, 3\)"):
+    with pytest.raises(
+        UserError, match=r"label values 4 are not in the table of brats2023 \(0 background, 1 necrotic core"
+    ):
         LABEL_MAPS["brats2023"].encode(four, "f")
 
 
@@ -66,7 +81,7 @@ def test_encode_and_decode_are_inverse(edition, dtype):
     np.testing.assert_array_equal(decoded, values)
 
 
-@pytest.mark.parametrize("unknown", [[3], [5, 3], [-1], [0.5, 3], [255], [1e6], [0.9999999]])
+@pytest.mark.parametrize("unknown", [[3], [5, 3], [-1], [0.5, 3], [255], [1e6], [0.998], [np.nan]])
 def test_unknown_values_are_named_with_the_file(unknown):
     values = np.array([0, 1, 2, 4, *unknown], dtype=np.float64)
     with pytest.raises(UserError) as caught:
@@ -74,6 +89,106 @@ def test_unknown_values_are_named_with_the_file(unknown):
     message = str(caught.value)
     assert message.startswith("some/seg.nii.gz: label values")
     assert ", ".join(f"{value:.9g}" for value in sorted(unknown)) + " are not in the table" in message
+    assert f", in {len(unknown)} voxels" in message
+    assert ("look interpolated" in message) == any(value % 1 for value in unknown if value == value)
+
+
+@pytest.mark.parametrize("value", [3.9999, 4.0000001, 4.0009])
+def test_values_off_by_rounding_are_rounded(value):
+    stored = np.array([0, 1, 2, value, 1 - 1e-7, 1e-4, -1e-4])
+    assert LABEL_MAPS["brats2021"].encode(stored, "f").tolist() == [0, 1, 2, 3, 1, 0, 0]
+
+
+def test_a_copy_that_numbers_the_enhancing_tumour_3(recwarn):
+    table = LABEL_MAPS["brats2020"]
+    for number in range(2):
+        assert table.encode(np.array([0, 1, 2, 3]), f"{number}.nii").tolist() == [0, 1, 2, 3]
+    (warning,) = [str(warning.message) for warning in recwarn if warning.category is DataWarning]
+    assert warning.startswith("0.nii holds label 3 and no 4: 3 is read as enhancing tumour")
+    with pytest.raises(UserError, match="label values 3 are not"):
+        table.encode(np.array([0, 1, 2, 3, 4]), "f")
+
+
+def test_raw_brats_labels_under_a_table_without_gap():
+    same = label_map_from_json({"background": 0, "NCR": 1, "ED": 2, "ET": 3}, "same", "f")
+    assert same.encode(np.array([0, 1, 2, 4]), "f").tolist() == [0, 1, 2, 3]
+    # Where the table swaps core and oedema, nothing tells whether a file does: never a guess.
+    swapped = label_map_from_json({"background": 0, "ED": 1, "NCR": 2, "ET": 3}, "swapped", "f")
+    assert swapped.encode(np.array([0, 1, 2, 3]), "f").tolist() == [0, 2, 1, 3]
+    with pytest.raises(UserError, match=r"label values 4 are not .*--edition brats2021"):
+        swapped.encode(np.array([0, 1, 2, 4]), "f")
+
+
+def test_ignored_pixels():
+    table = label_map_from_json({"background": 0, "a": 1, "ignore": 9}, "x", "f")
+    assert table.class_names == ("background", "a")
+    classes = table.encode(np.array([0, 9, 1]), "f")
+    assert classes.tolist() == [0, IGNORED, 1]
+    assert table.decode(classes).tolist() == [0, 9, 1]
+    with pytest.raises(ValueError, match="classes from 0 to 255"):
+        LABEL_MAPS["brats2021"].decode(classes)
+
+
+REGIONS = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "enhancing": [3]}
+
+
+def test_regions_and_back():
+    table = label_map_from_json(REGIONS | {"ignore": 4}, "x", "f", [1, 2, 3])
+    assert table.values == (0, 1, 2, 3)
+    assert table.regions == {"whole": (1, 2, 3), "core": (2, 3), "enhancing": (3,)}
+    assert table.class_names == ("background", "label 1", "label 2", "enhancing")
+    assert LabelMap.from_dict(json.loads(json.dumps(table.to_dict()))) == table
+    classes = table.encode(np.array([[0, 1], [2, 3], [4, 1]]), "f")
+    targets = table.encode_regions(classes)
+    assert targets[:, 1, 1].tolist() == [1, 1, 1]
+    assert targets[:, 1, 0].tolist() == [1, 1, 0]
+    assert targets[:, 0, 1].tolist() == [1, 0, 0]
+    assert targets[:, 2, 0].tolist() == [IGNORED] * 3
+    np.testing.assert_array_equal(table.decode_regions(targets[:, :2] > 0), classes[:2])
+
+
+def test_later_regions_are_written_over_earlier_ones():
+    table = label_map_from_json({"core": [2, 3], "background": [0], "rim": [1, 2]}, "x", "f", [3, 1])
+    assert table.decode_regions(np.array([[True, True, False], [False, True, False]])).tolist() == [3, 1, 0]
+    with pytest.raises(ValueError, match="1 regions"):
+        table.decode_regions(np.ones((1, 2), bool))
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [(None, "is missing"), ([1, 2], "has 2 values"), ([1, 2, 9], "a value that no region has")],
+)
+def test_orders_that_do_not_fit(order, message):
+    with pytest.raises(UserError, match=message):
+        label_map_from_json(REGIONS, "x", "f", order)
+
+
+@pytest.mark.parametrize(
+    "names", [("a b", "a_b"), ("x", "X"), ("a/b", "a:b"), ("line\nbreak", "x"), (" ", "x"), ("\0", "x")]
+)
+def test_class_names_that_cannot_be_told_apart_or_shown(names):
+    with pytest.raises(UserError, match=r"^f: "):
+        label_map_from_json({"background": 0, names[0]: 1, names[1]: 2}, "x", "f")
+    with pytest.raises(UserError, match="two classes called 'x'"):
+        label_map_from_json({"0": "background", "1": "x", "2": "x"}, "x", "f")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"values": [0, 1]},
+        {"values": [0, 1, 2, 2]},
+        {"values": [0, 1, 2, "4"]},
+        {"class_names": "abcd"},
+        {"regions": {"whole": [1, 9]}},
+        {"regions": [1]},
+        {"edition": None},
+        {"unknown": 1},
+    ],
+)
+def test_stored_tables_that_do_not_fit(change):
+    with pytest.raises(UserError, match="checkpoint"):
+        LabelMap.from_dict(LABEL_MAPS["brats2021"].to_dict() | change, "checkpoint")
 
 
 def test_many_unknown_values_are_cut_short():
@@ -119,15 +234,17 @@ def test_other_names_keep_the_order_of_the_values():
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ({"background": 0, "whole tumor": [1, 2, 3], "core": [2, 3]}, "regions"),
-        ({"background": 0, "a": 1, "ignore": 2}, "'ignore' label"),
+        ({"background": 0, "a": 1, "ignore": 1}, "one value that no class has"),
+        ({"background": 0, "ignore": 1}, "from 1 to 254 other values"),
         ({"a": 1, "b": 2}, "0 for the background"),
-        ({"background": 0}, "0 for the background"),
-        ({}, "not a table"),
-        ([0, 1], "not a table"),
-        ({"a": 0, "b": 0}, "one value to two names"),
-        ({"a": "x", "b": "y"}, "whole-number"),
-        ({"a": None}, "whole-number"),
+        ({"background": 0}, "from 1 to 254 other values"),
+        ({}, "is empty"),
+        ({"a": 0, "b": 0}, "gives value 0 to two names"),
+        ({"a": "x", "b": "y"}, "whole numbers"),
+        ({"background": 0, "a": 1.5}, "whole numbers"),
+        ({"background": 0, "a": 2**40}, "whole numbers"),
+        ({"background": 0, "a": []}, "whole numbers"),
+        ({"background": 0, "a": [0, 1]}, "contains 0"),
         ({str(i): f"c{i}" for i in range(256)}, "from 1 to 254 other values"),
     ],
 )

@@ -208,14 +208,14 @@ def test_records_without_description_are_made_again(tmp_path, cases):
     for path in (tmp_path / "cache").glob("*.json"):
         path.unlink()
         path.with_suffix(".npy").write_bytes(b"cut off")
-    cache_module._open_records.cache_clear()
+    cache_module._opened.cache_clear()
     data = SliceDataset(cases, cache_dir=tmp_path / "cache", size=8)
     torch.testing.assert_close(data.load(range(len(data))), expected, rtol=0, atol=0)
 
 
 def test_more_cases_than_files_may_be_open(tmp_path, cases, monkeypatch):
     data = SliceDataset(cases, cache_dir=tmp_path / "cache", size=8)
-    opened = cache_module._open_records
+    opened = cache_module._opened
     assert opened.cache_info().maxsize < resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     data.load(range(len(data)))
     assert opened.cache_info().currsize <= opened.cache_info().maxsize

@@ -194,11 +194,11 @@ def test_damaged_gzip_data_are_noticed(tmp_path):
     [
         ("a.nii.gz", b"", "is empty"),
         ("a.nii", b"", "is empty"),
-        ("a.nii.gz", b"this is a text file\n" * 40, "is not a gzip file"),
+        ("a.nii.gz", b"this is a text file\n" * 40, "is not a NIfTI file"),
         ("a.nii", b"this is a text file\n" * 40, "is not a NIfTI file"),
         ("a.nii.gz", gzip.compress(b"this is a text file\n" * 40), "is not a NIfTI file"),
         ("a.nii.gz", gzip.compress(b""), "is not a NIfTI file"),
-        ("a.mha", b"ObjectType = Image", "ends in .nii or .nii.gz"),
+        ("a.dcm", b"DICM", "no file that can be read"),
         ("a.nii", None, "there is no such file"),
     ],
 )
@@ -234,7 +234,7 @@ def test_what_nibabel_puts_right_is_not_printed(tmp_path):
 
 def test_a_folder_is_no_volume(tmp_path):
     (tmp_path / "a.nii.gz").mkdir()
-    with pytest.raises(UserError, match=r"a\.nii\.gz cannot be read"):
+    with pytest.raises(UserError, match=r"a\.nii\.gz is not a regular file"):
         read_volume(tmp_path / "a.nii.gz")
 
 
@@ -242,20 +242,20 @@ def test_header_of_an_impossible_size(tmp_path):
     raw = bytearray(save(tmp_path / "a.nii", random_image(0)).read_bytes())
     raw[42:48] = np.array([32767] * 3, dtype="<i2").tobytes()
     (tmp_path / "a.nii").write_bytes(raw)
-    with pytest.raises(UserError, match=r"a\.nii cannot be read"):
+    with pytest.raises(UserError, match=r"a\.nii is truncated or damaged"):
         read_volume(tmp_path / "a.nii")
 
 
-@pytest.mark.parametrize("shape", [(6, 5), (6, 5, 4, 3, 2)])
+@pytest.mark.parametrize("shape", [(6,), (6, 5, 4, 3, 2)])
 def test_other_numbers_of_axes(tmp_path, shape):
     path = save(tmp_path / "a.nii", np.ones(shape, np.int16))
-    with pytest.raises(UserError, match=r"a\.nii: expected a volume with 3 or 4 axes"):
+    with pytest.raises(UserError, match=r"a\.nii: expected a volume with 2 or 3 axes"):
         read_volume(path)
 
 
 def test_complex_voxels(tmp_path):
     path = save(tmp_path / "a.nii", np.ones((3, 3, 3), np.complex64))
-    with pytest.raises(UserError, match=r"a\.nii: voxels are of type complex64"):
+    with pytest.raises(UserError, match=r"a\.nii: voxels are of NIfTI type 32"):
         read_volume(path)
 
 

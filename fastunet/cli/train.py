@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastunet.architecture import PRESETS
 from fastunet.cli.arguments import add_nan_option, fraction, names, non_negative_float, positive_float, positive_int
-from fastunet.data.labels import LABEL_MAPS
+from fastunet.data.label_tables import LABEL_MAPS
 from fastunet.training.config import LOSSES, PRECISIONS, SCHEDULES
 
 

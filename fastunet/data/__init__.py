@@ -1,16 +1,11 @@
 """Medical volumes: files, cases, slices for training and segmentation, augmentation, splits and synthetic cases."""
 
 from fastunet.data.augment import Augmentation, augment
-from fastunet.data.cases import (
-    DEFAULT_MODALITIES,
-    MODALITIES,
-    Case,
-    Source,
-    cases_from_files,
-    check_geometry,
-    discover_cases,
-)
-from fastunet.data.labels import LABEL_MAPS, LabelMap
+from fastunet.data.case import DEFAULT_MODALITIES, MODALITIES, Case, Source
+from fastunet.data.cases import cases_from_files, discover_cases
+from fastunet.data.grids import check_geometry
+from fastunet.data.label_tables import LABEL_MAPS
+from fastunet.data.labels import IGNORED, LabelMap
 from fastunet.data.phantoms import make_phantoms
 from fastunet.data.sampling import Batch
 from fastunet.data.slice_dataset import SliceDataset
@@ -20,6 +15,7 @@ from fastunet.data.volumes import Volume, read_geometry, read_labels, read_volum
 
 __all__ = [
     "DEFAULT_MODALITIES",
+    "IGNORED",
     "LABEL_MAPS",
     "MODALITIES",
     "Augmentation",

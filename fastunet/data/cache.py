@@ -1,8 +1,10 @@
-"""Preprocessed slices on disk: one memory-mapped file per case, named after the content that it was made from.
+"""Preprocessed slices on disk: one file per case, named after the content that it was made from.
 
 A record is one slice: the modalities, float32, then the labels, uint8. Records are cut to the box around everything
 that is not 0, which loses nothing and leaves a third of a skull-stripped volume: about 30 MB for a BraTS case of two
-modalities. float32 rather than float16, so that training and segmentation see the same bits.
+modalities. float32 rather than float16, so that training and segmentation see the same bits. Records are read by plain
+reads and carry a checksum: a file that is cut short, changed or gone is made again, where a memory map would end the
+process.
 """
 
 from __future__ import annotations
@@ -10,22 +12,44 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
+import msgspec
 import numpy as np
 
-from fastunet.data.cases import Case, check_geometry
+from fastunet.data.case import Case
+from fastunet.data.grids import check_geometry
+from fastunet.data.labels import IGNORED
 from fastunet.data.slices import CaseSlices
 from fastunet.data.volumes import read_labels
 from fastunet.errors import UserError
 from fastunet.files import whole_file, write_text
+from fastunet.schema import read_json
 
-_VERSION = 1  # part of every key: raise it when the same input gives other records
+_VERSION = 2  # part of every key: raise it when the same input gives other records
 _HASH_CHUNK_BYTES = 1 << 20
 _SLICES_AT_ONCE = 16
 _OPEN_FILES = 128  # well below the usual limit of 1024 open files, for data sets of any number of cases
+
+
+class DamagedCacheError(UserError):
+    """A file of the cache is gone, cut short or changed; it can be made again."""
+
+
+class _Description(msgspec.Struct):
+    """The file beside the records, written last: where it is, they are."""
+
+    case: str
+    shape: tuple[int, int, int]
+    box: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+    foreground: list[int]
+    offset: int
+    checksums: list[int]
 
 
 @dataclass(frozen=True)
@@ -34,49 +58,108 @@ class CachedCase:
 
     Attributes:
         path: the ``.npy`` file of the records.
+        channels: the number of modalities.
         shape: slices, height and width before the cut to the box.
         box: (start, stop) on the same three axes.
-        foreground: bool, for each of all slices whether any label is not 0.
+        foreground: bool, for each of all slices whether any label is neither 0 nor ignored.
+        offset: where the first record begins.
+        checksums: of each record.
     """
 
     path: Path
+    channels: int
     shape: tuple[int, int, int]
     box: tuple[tuple[int, int], ...]
     foreground: np.ndarray
+    offset: int
+    checksums: tuple[int, ...]
 
     @property
     def key(self) -> str:
         """The digest of content and options."""
         return self.path.stem
 
+    @property
+    def dtype(self) -> np.dtype:
+        """Of a record: fields "image", float32 (modalities, height, width) of the box, and "label", uint8."""
+        return _record_dtype(self.channels, self.box)
+
     def record(self, index: int) -> np.void | None:
-        """The record of slice ``index``, or None where the slice is empty; fields "image" and "label"."""
+        """The record of slice ``index``, or None where the slice is empty.
+
+        Raises:
+            DamagedCacheError: the file is not what was written.
+        """
         start, stop = self.box[0]
-        return _open_records(self.path)[index - start] if start <= index < stop else None
+        if not start <= index < stop:
+            return None
+        size, number = self.dtype.itemsize, index - start
+        try:
+            data = os.pread(_opened(self.path).fileno(), size, self.offset + number * size)
+        except OSError as error:
+            raise DamagedCacheError(f"the cache file {self.path} cannot be read: {error.strerror}") from error
+        if len(data) < size or zlib.crc32(data) != self.checksums[number]:
+            raise DamagedCacheError(f"the cache file {self.path} was changed or cut short")
+        return np.frombuffer(data, self.dtype)[0]
+
+    def discard(self) -> None:
+        """Removes the files, so that they are made again."""
+        _opened.cache_clear()
+        for path in (self.path.with_suffix(".json"), self.path):
+            path.unlink(missing_ok=True)
 
 
 def cache_case(
     case: Case, modalities: Sequence[str], folder: Path, *, axis: int = 2, normalise: bool = True, on_nan: str = "error"
 ) -> CachedCase:
-    """The records of ``case`` in ``folder``, made if they are not there.
+    """The records of ``case`` in ``folder``, made if they are not there, or not whole.
 
     Files appear whole, by renaming, and their content follows from their name: processes may share the folder and be
     killed at any time.
 
     Raises:
-        UserError: no label, files that cannot be read or do not match, a volume of zeros, or a full disk.
+        UserError: no label, files that cannot be read, do not match or change meanwhile, a volume of zeros, or a full
+            disk.
     """
     if case.label is None:
         raise UserError(f"{case.files[0].parent}: case {case.name} has no label file")
-    options = [_VERSION, list(modalities), axis, normalise, on_nan, list(case.label_map.values)]
+    before = _states(case)
+    table = [list(case.label_map.values), case.label_map.ignore, sorted(case.label_map.aliases.items())]
+    options = [_VERSION, list(modalities), axis, normalise, on_nan, table, case.pages, case.is_image]
     path = folder / f"{_content_key(case, modalities, options)}.npy"
-    # The description is written last: where it is, the records are.
-    if not path.with_suffix(".json").exists():
-        _write_records(case, modalities, path, axis, normalise, on_nan)
-    table = json.loads(path.with_suffix(".json").read_text())
-    foreground = np.zeros(table["shape"][0], dtype=bool)
-    foreground[table["foreground"]] = True
-    return CachedCase(path, tuple(table["shape"]), tuple(map(tuple, table["box"])), foreground)
+    cached = _described(path, len(modalities))
+    if cached is None:
+        _write_records(case, modalities, path, axis, normalise, on_nan, before)
+        cached = _described(path, len(modalities))
+    if cached is None:
+        raise UserError(f"{path} vanished right after it was written; is something else clearing {folder}?")
+    return cached
+
+
+def _described(path: Path, channels: int) -> CachedCase | None:
+    """The records at ``path`` if they and their description are whole, as far as sizes tell."""
+    try:
+        table = read_json(path.with_suffix(".json"), _Description)
+        size = path.stat().st_size
+    except (UserError, OSError):
+        return None
+    foreground = np.zeros(table.shape[0], dtype=bool)
+    foreground[table.foreground] = True
+    cached = CachedCase(path, channels, table.shape, table.box, foreground, table.offset, tuple(table.checksums))
+    return cached if size == table.offset + len(table.checksums) * cached.dtype.itemsize else None
+
+
+def _states(case: Case) -> list[tuple[int, int] | None]:
+    """Size and time of change of every file of the case, None for one that is not there."""
+    states = []
+    for path in case.files:
+        try:
+            state = path.stat()
+        except OSError:
+            states.append(None)
+        else:
+            states.append((state.st_size, state.st_mtime_ns))
+    return states
 
 
 def _content_key(case: Case, modalities: Sequence[str], options: list) -> str:
@@ -100,27 +183,41 @@ def _file_digest(path: Path) -> bytes:
     return digest.digest()
 
 
-def _write_records(case: Case, modalities: Sequence[str], path: Path, axis: int, normalise: bool, on_nan: str) -> None:
+def _write_records(
+    case: Case, modalities: Sequence[str], path: Path, axis: int, normalise: bool, on_nan: str, states: list
+) -> None:
     check_geometry(case, modalities)
     slices = CaseSlices(case, modalities, axis=axis, normalise=normalise, on_nan=on_nan)
     labels = slices.stack(read_labels(case.label, case.label_map))
+    if _states(case) != states:  # the records would not be those that their name promises
+        raise UserError(
+            f"files of case {case.name} in {case.files[0].parent} changed while they were read; start again"
+        )
     box = _bounding_box(slices.occupied() | (labels != 0), case)
     (first, last), rows, columns = box[0], slice(*box[1]), slice(*box[2])
-    height, width = rows.stop - rows.start, columns.stop - columns.start
-    dtype = np.dtype([("image", "<f4", (len(modalities), height, width)), ("label", "u1", (height, width))])
+    dtype = _record_dtype(len(modalities), box)
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (last - first,)}
-    # Plain writes: on a full disk they raise, where writes to a memory map would end the process.
+    checksums = []
     with whole_file(path) as temporary, open(temporary, "wb") as file:
         np.lib.format.write_array_header_2_0(file, header)
+        offset = file.tell()
         for start in range(first, last, _SLICES_AT_ONCE):
             stop = min(start + _SLICES_AT_ONCE, last)
             records = np.empty(stop - start, dtype)
             records["image"] = slices.read(start, stop)[..., rows, columns]
             records["label"] = labels[start:stop, rows, columns]
-            file.write(records.tobytes())
-    foreground = np.flatnonzero(labels.any(axis=(1, 2))).tolist()
-    table = {"case": case.name, "shape": labels.shape, "box": box, "foreground": foreground}
-    write_text(path.with_suffix(".json"), json.dumps(table))
+            for record in records:
+                data = record.tobytes()
+                checksums.append(zlib.crc32(data))
+                file.write(data)
+    foreground = np.flatnonzero(((labels != 0) & (labels != IGNORED)).any(axis=(1, 2))).tolist()
+    table = _Description(case.name, labels.shape, tuple(box), foreground, offset, checksums)
+    write_text(path.with_suffix(".json"), msgspec.json.encode(table).decode())
+
+
+def _record_dtype(channels: int, box: Sequence[tuple[int, int]]) -> np.dtype:
+    height, width = (stop - start for start, stop in box[1:])
+    return np.dtype([("image", "<f4", (channels, height, width)), ("label", "u1", (height, width))])
 
 
 def _bounding_box(occupied: np.ndarray, case: Case) -> list[tuple[int, int]]:
@@ -134,5 +231,5 @@ def _bounding_box(occupied: np.ndarray, case: Case) -> list[tuple[int, int]]:
 
 
 @functools.lru_cache(maxsize=_OPEN_FILES)
-def _open_records(path: Path) -> np.ndarray:
-    return np.load(path, mmap_mode="r")
+def _opened(path: Path) -> BinaryIO:
+    return open(path, "rb", buffering=0)  # closed when it falls out of the cache

@@ -5,18 +5,23 @@ Both keep images in ``imagesTr`` and ``imagesTs`` and labels in ``labelsTr`` and
 
 from __future__ import annotations
 
-import json
+import os
 import re
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
-from fastunet.data.cases import Case, Source
-from fastunet.data.labels import LABEL_MAPS, label_map_from_json
-from fastunet.data.volumes import SUFFIXES
+import msgspec
+
+from fastunet.data.case import Case, Source
+from fastunet.data.formats import SUFFIXES, is_image, is_listed, stem_of, suffix_of
+from fastunet.data.label_tables import LABEL_MAPS, label_map_from_json
+from fastunet.data.labels import LabelMap
+from fastunet.data.volumes import read_geometry
 from fastunet.errors import UserError
-from fastunet.files import read_text
+from fastunet.schema import read_json
 
-_CHANNEL_FILE = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
+_CHANNEL_FILE = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})", re.DOTALL)
 _MODALITY_NAMES = {
     "flair": "flair",
     "t2f": "flair",
@@ -30,6 +35,30 @@ _MODALITY_NAMES = {
     "t2": "t2",
     "t2w": "t2",
 }
+_COLOURS = ("red", "green", "blue")
+_SHOWN = 80
+
+
+class _Listed(msgspec.Struct):
+    """An entry of "training" as in Decathlon, or of "dataset" as in nnU-Net 2."""
+
+    image: str | list[str] | None = None
+    images: list[str] | None = None
+    label: str | None = None
+
+
+class _DatasetJson(msgspec.Struct):
+    """What is used of a ``dataset.json``; whatever else it holds may be anything."""
+
+    labels: dict[str, int | float | str | list[int | float]]
+    channel_names: dict[str, str] | None = None
+    modality: dict[str, str] | None = None
+    file_ending: str | None = None
+    regions_class_order: list[int] | None = None
+    training: list[_Listed | str | list[str]] | None = None
+    dataset: dict[str, _Listed] | None = None
+    numTraining: int | float | None = None
+    name: str | int | float | list | dict | bool | None = None
 
 
 def dataset_json_cases(root: Path, edition: str | None) -> list[Case]:
@@ -39,40 +68,59 @@ def dataset_json_cases(root: Path, edition: str | None) -> list[Case]:
         UserError: a ``dataset.json`` that cannot be used, a listed file or a channel that is missing.
     """
     file = root / "dataset.json"
-    try:
-        table = json.loads(read_text(file))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is not valid JSON: {error.msg} in line {error.lineno}") from error
-    if not isinstance(table, Mapping) or "labels" not in table:
-        raise UserError(f"{file} has no 'labels'")
-    ending = table.get("file_ending", ".nii.gz")
-    if ending not in SUFFIXES:
-        raise UserError(f"{file}: files end in {ending!r}; only NIfTI files can be read")
+    table = read_json(file, _DatasetJson)
+    label_map = _label_map(table, edition, root, file)
     channels = _channel_names(table, file)
-    if edition is None:
-        label_map = label_map_from_json(table["labels"], str(table.get("name") or root.resolve().name), file)
-    else:
-        label_map = LABEL_MAPS[edition]
-    cases = []
+    ending = _file_ending(table, root, file)
+    cases = {}
     for part in ("Tr", "Ts"):
+        labels = _files(root / f"labels{part}", ending)
         for name, sources in _images(root / f"images{part}", channels, ending):
-            label = root / f"labels{part}" / f"{name}{ending}"
-            label = label if label.is_file() else None
-            cases.append(Case(name, name, sources, label, label_map.edition, label_map))
-    _check_listed(table, cases, file)
-    return cases
+            if name in cases:
+                raise UserError(f"{root}: case {name} is in imagesTr and in imagesTs")
+            cases[name] = Case(name, name, sources, labels.get(name), label_map.edition, label_map)
+    for name, entry in _listed(table, file):
+        if name not in cases and table.dataset is not None:
+            cases[name] = _listed_case(name, entry, channels, label_map, root, file)
+        missing = name not in cases or (entry.label is not None and cases[name].label is None)
+        if missing:
+            path = entry.label if name in cases else entry.image
+            raise UserError(f"{root / str(path)[:_SHOWN]} is listed in {file} but was not found")
+    if not cases:
+        raise UserError(f"{root} holds no cases: its dataset.json says {ending}, but imagesTr and imagesTs hold none")
+    return list(cases.values())
 
 
-def _channel_names(table: Mapping, file: Path) -> list[str]:
+def _label_map(table: _DatasetJson, edition: str | None, root: Path, file: Path) -> LabelMap:
+    if edition is not None:
+        return LABEL_MAPS[edition]
+    name = table.name if isinstance(table.name, str) and table.name.strip() else root.resolve().name
+    return label_map_from_json(table.labels, name[:_SHOWN], file, table.regions_class_order)
+
+
+def _file_ending(table: _DatasetJson, root: Path, file: Path) -> str:
+    """The ending of images and labels, in lower case; where the file does not say, that of most training files."""
+    if table.file_ending is not None:
+        ending = table.file_ending.lower()
+        if ending not in SUFFIXES:
+            raise UserError(f"{file}: files end in {table.file_ending[:_SHOWN]!r}; read are {', '.join(SUFFIXES)}")
+        return ending
+    folder = root / "imagesTr"
+    names = sorted(folder.iterdir()) if folder.is_dir() else []
+    found = Counter(suffix_of(path) for path in names if is_listed(path))
+    return found.most_common(1)[0][0] if found else ".nii.gz"
+
+
+def _channel_names(table: _DatasetJson, file: Path) -> list[str]:
     """Canonical modality names by channel index."""
-    entry = table.get("channel_names") or table.get("modality")
+    entry = table.channel_names or table.modality
     try:
-        names = {int(index): str(name) for index, name in entry.items()}
+        names = {int(index): name for index, name in (entry or {}).items()}
         ordered = [names[index] for index in range(len(names))]
-    except (AttributeError, ValueError, KeyError):
-        raise UserError(f"{file} has no 'channel_names' or 'modality' that number the channels from 0") from None
-    if not ordered:
-        raise UserError(f"{file} names no channel")
+    except (ValueError, KeyError):
+        ordered = []
+    if not ordered or len(ordered) != len(entry):
+        raise UserError(f"{file} has no 'channel_names' or 'modality' that number the channels from 0")
     plain = [re.sub(r"[^a-z0-9]", "", name.lower()) for name in ordered]
     canonical = [_MODALITY_NAMES.get(short, name) for short, name in zip(plain, ordered)]
     if len(set(canonical)) < len(canonical):
@@ -80,34 +128,83 @@ def _channel_names(table: Mapping, file: Path) -> list[str]:
     return canonical
 
 
-def _images(folder: Path, channels: list[str], ending: str) -> Iterator[tuple[str, dict[str, Source]]]:
-    """Case names and sources of an image folder: single files are 4-D, or 3-D if there is one channel."""
+def _files(folder: Path, ending: str) -> dict[str, Path]:
+    """The files of a folder by name without ending. Broken links count: reading them says what is wrong."""
     if not folder.is_dir():
-        return
-    by_case: dict[str, dict[int, Path]] = {}
-    for path in sorted(folder.glob(f"*{ending}")):
-        stem = path.name.removesuffix(ending)
-        if path.name.startswith("."):
+        return {}
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}") from error
+    endings = (".tif", ".tiff") if ending.startswith(".tif") else (ending,)
+    found: dict[str, Path] = {}
+    for path in (folder / name for name in names if not name.startswith(".")):
+        if suffix_of(path) not in endings:
             continue
+        if stem_of(path) in found:
+            raise UserError(f"{found[stem_of(path)]} and {path} are the same file in two spellings; remove one")
+        found[stem_of(path)] = path
+    return found
+
+
+def _images(folder: Path, channels: list[str], ending: str) -> Iterator[tuple[str, dict[str, Source]]]:
+    """Case names and sources of an image folder: single files hold all channels, others one each."""
+    by_case: dict[str, dict[int, Path]] = {}
+    for stem, path in _files(folder, ending).items():
         if match := _CHANNEL_FILE.fullmatch(stem):
             by_case.setdefault(match["case"], {})[int(match["channel"])] = path
         else:
-            sources = {name: Source(path, index) for index, name in enumerate(channels)}
-            yield stem, sources
+            yield stem, {name: Source(path, index) for index, name in enumerate(channels)}
     for name, files in by_case.items():
-        missing = [f"{name}_{index:04d}{ending}" for index in range(len(channels)) if index not in files]
-        if missing:
-            raise UserError(f"{folder}: case {name} lacks {', '.join(missing)}")
-        yield name, {channel: Source(files[index]) for index, channel in enumerate(channels)}
+        yield name, _sources(name, files, channels, folder, ending)
 
 
-def _check_listed(table: Mapping, cases: list[Case], file: Path) -> None:
-    """Every image and label that the file lists for training was found."""
-    labelled = {case.name: case.label is not None for case in cases}
-    for entry in table.get("training") or ():
-        if not isinstance(entry, Mapping) or "image" not in entry:
-            raise UserError(f"{file}: an entry of 'training' names no image: {entry!r}")
-        name = re.sub(r"\.nii(\.gz)?$", "", Path(entry["image"]).name)
-        if name not in labelled or ("label" in entry and not labelled[name]):
-            kind = "label" if name in labelled else "image"
-            raise UserError(f"{file.parent / entry[kind]} is listed in {file} but was not found")
+def _sources(name: str, files: dict[int, Path], channels: list[str], folder: Path, ending: str) -> dict[str, Source]:
+    """The sources of a case of one file per channel; an RGB image is three channels."""
+    colours = read_geometry(files[0]).shape[3:] if set(files) == {0} and is_image(files[0]) else ()
+    if colours and len(channels) in (1, colours[0]):
+        names = channels if len(channels) > 1 else _COLOURS[: colours[0]]
+        return {colour: Source(files[0], index) for index, colour in enumerate(names)}
+    missing = [f"{name}_{index:04d}{ending}" for index in range(len(channels)) if index not in files]
+    if missing:
+        raise UserError(f"{folder}: case {name} lacks {', '.join(missing)}")
+    return {channel: Source(files[index]) for index, channel in enumerate(channels)}
+
+
+def _listed(table: _DatasetJson, file: Path) -> Iterator[tuple[str, _Listed]]:
+    """Case names and entries of "training", in any of its spellings, and of "dataset"."""
+    for entry in table.training or ():
+        if isinstance(entry, str):
+            entry = _Listed(image=entry)
+        elif isinstance(entry, list):
+            entry = _Listed(*entry[:1], label=entry[1] if len(entry) > 1 else None)
+        images = [entry.image] if isinstance(entry.image, str) else entry.image or entry.images
+        if not images:
+            raise UserError(f"{file}: an entry of 'training' names no image")
+        yield _name(images[0]), _Listed(image=images[0], label=entry.label)
+    for name, listed in (table.dataset or {}).items():
+        yield name, _Listed(image=(listed.images or [name])[0], images=listed.images, label=listed.label)
+
+
+def _name(listed: str) -> str:
+    """The case that a listed image belongs to: its file name without ending and, if need be, without the channel."""
+    stem = stem_of(PurePosixPath(listed.replace("\\", "/")))
+    match = _CHANNEL_FILE.fullmatch(stem)
+    return match["case"] if match else stem
+
+
+def _listed_case(name: str, entry: _Listed, channels: list[str], label_map: LabelMap, root: Path, file: Path) -> Case:
+    """A case of "dataset", which says where its files are."""
+    images = entry.images or []
+    if len(images) not in (1, len(channels)):
+        raise UserError(f"{file}: case {name} of 'dataset' lists {len(images)} images for {len(channels)} channels")
+    paths = [root / image for image in images]
+    single = len(images) == 1 and len(channels) > 1
+    sources = {
+        channel: Source(paths[0], index) if single else Source(paths[index]) for index, channel in enumerate(channels)
+    }
+    label = None if entry.label is None else root / entry.label
+    for path in [*paths, *([] if label is None else [label])]:
+        if "\0" in str(path) or not path.is_file():
+            raise UserError(f"{str(path)[:_SHOWN]!r} is listed in {file} but was not found")
+    return Case(name, name, sources, label, label_map.edition, label_map)

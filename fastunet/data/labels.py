@@ -1,17 +1,21 @@
-"""Label tables: which value in a file means which class, one explicit table per edition of a data set."""
+"""Which label value in a file means which class: an explicit table per data set, with regions and an ignored value."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 
-from fastunet.errors import UserError
+from fastunet.errors import UserError, warn_once
+from fastunet.schema import to_type
 
 MAX_CLASSES = 255
-_UNKNOWN = 255
+IGNORED = 255
+"""The class index of pixels that count nowhere; what losses and metrics take as ``ignore_index``."""
+ROUNDING = 1e-3
+"""How far a stored label may lie from a whole number and still be that number: what scaled and float files leave."""
 _SHOWN_VALUES = 8
 
 
@@ -24,127 +28,143 @@ class LabelMap:
         values: the file value of each class.
         class_names: the name of each class; class 0 is the background.
         regions: unions of classes that are scored together, as tuples of class indices.
+        region_order: for networks with one sigmoid output a region, in the order of ``regions``: the class that is
+            written where the region is found, later ones over earlier ones. Empty if classes are trained.
+        ignore: the file value of pixels that count nowhere, or None; they become class ``IGNORED``.
+        aliases: other file values of a class, which some copies of the data use in its place.
+        hint: what to try where a file holds other values.
     """
 
     edition: str
     values: tuple[int, ...]
     class_names: tuple[str, ...]
     regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    region_order: tuple[int, ...] = ()
+    ignore: int | None = None
+    aliases: Mapping[int, int] = field(default_factory=dict)
+    hint: str = ""
 
     def encode(self, values: np.ndarray, file: str | Path) -> np.ndarray:
         """File values of any shape and real dtype → class indices, uint8.
 
+        Values within ``ROUNDING`` of a whole number are that number. A value of ``aliases`` stands for its class if the
+        file lacks the class's own value; the user is told once.
+
         Raises:
-            UserError: values outside the table, named together with ``file``.
+            UserError: values outside the table, named and counted together with ``file``.
         """
-        classes = np.full_like(values, _UNKNOWN, dtype=np.uint8)
-        for index, value in enumerate(self.values):
-            classes[values == value] = index
-        unknown = np.unique(values[classes == _UNKNOWN])
-        if unknown.size:
-            shown = ", ".join(f"{value:.9g}" for value in unknown[:_SHOWN_VALUES])
-            more = f" and {unknown.size - _SHOWN_VALUES} more" if unknown.size > _SHOWN_VALUES else ""
-            known = ", ".join(map(str, self.values))
-            raise UserError(f"{file}: label values {shown}{more} are not in the table of {self.edition} ({known})")
+        whole = values if values.dtype.kind in "iu" else _rounded(values)
+        classes = np.zeros(values.shape, np.uint8)
+        known = np.zeros(values.shape, bool)
+        for index, value in [*enumerate(self.values), *([] if self.ignore is None else [(IGNORED, self.ignore)])]:
+            here = whole == value
+            classes[here] = index
+            known |= here
+        for alias, index in self.aliases.items():
+            here = ~known & (whole == alias)
+            if here.any() and not (classes == index).any():
+                classes[here] = index
+                known |= here
+                warn_once(f"alias {alias} of {self.edition}", self._alias_note(alias, index, file))
+        if not known.all():
+            raise UserError(self._unknown(values[~known], file))
         return classes
 
     def decode(self, classes: np.ndarray) -> np.ndarray:
-        """Class indices → file values, in the smallest of uint8, int16 and int32 that holds the whole table."""
-        return np.asarray(self.values, dtype=self.dtype)[classes]
+        """Class indices → file values, in the smallest of uint8, int16 and int32 that holds the whole table.
+
+        Raises:
+            ValueError: an index that is no class.
+        """
+        table = np.zeros(256, self.dtype)
+        table[: len(self.values)] = self.values
+        allowed = np.zeros(256, bool)
+        allowed[: len(self.values)] = True
+        if self.ignore is not None:
+            table[IGNORED], allowed[IGNORED] = self.ignore, True
+        classes = np.asarray(classes)
+        if classes.size and not (classes.min() >= 0 and classes.max() < 256 and allowed[np.unique(classes)].all()):
+            raise ValueError(f"classes from {classes.min()} to {classes.max()}; expected 0 to {len(self.values) - 1}")
+        return table[classes]
+
+    def encode_regions(self, classes: np.ndarray) -> np.ndarray:
+        """Class indices (...) → whether each region holds the pixel, uint8 (regions, ...).
+
+        Ignored pixels are ``IGNORED`` in every region.
+        """
+        targets = np.stack([np.isin(classes, members) for members in self.regions.values()]).astype(np.uint8)
+        targets[:, classes == IGNORED] = IGNORED
+        return targets
+
+    def decode_regions(self, inside: np.ndarray) -> np.ndarray:
+        """Whether each region holds the pixel, bool (regions, ...) → class indices, uint8, as ``region_order`` has it.
+
+        Raises:
+            ValueError: the table has no such order, or ``inside`` another number of regions.
+        """
+        if len(inside) != len(self.region_order):
+            raise ValueError(f"{len(inside)} regions; the table of {self.edition} orders {len(self.region_order)}")
+        classes = np.zeros(inside.shape[1:], np.uint8)
+        for region, index in zip(inside, self.region_order):
+            classes[region.astype(bool)] = index
+        return classes
 
     @property
     def dtype(self) -> np.dtype:
         """The dtype in which files of this table are written."""
+        values = [*self.values, *([] if self.ignore is None else [self.ignore])]
         for dtype in (np.uint8, np.int16, np.int32):
-            if np.iinfo(dtype).min <= min(self.values) and max(self.values) <= np.iinfo(dtype).max:
+            if np.iinfo(dtype).min <= min(values) and max(values) <= np.iinfo(dtype).max:
                 return np.dtype(dtype)
         raise UserError(f"the label values {self.values} of {self.edition} do not fit 32 bits")
 
     def to_dict(self) -> dict:
-        """The table as JSON types; ``LabelMap.from_dict`` reads it back."""
-        return asdict(self)
+        """The table as JSON types; ``LabelMap.from_dict`` reads it back. Empty and unset fields are left out."""
+        table = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        table["regions"] = {name: list(classes) for name, classes in self.regions.items()}
+        table["aliases"] = {str(value): index for value, index in self.aliases.items()}
+        optional = ("region_order", "ignore", "aliases", "hint")
+        return {name: value for name, value in table.items() if name not in optional or value not in (None, (), {}, "")}
 
     @classmethod
-    def from_dict(cls, table: Mapping) -> LabelMap:
-        """The table that ``to_dict`` wrote."""
-        regions = {name: tuple(classes) for name, classes in table["regions"].items()}
-        return cls(table["edition"], tuple(table["values"]), tuple(table["class_names"]), regions)
+    def from_dict(cls, table: Mapping, source: object = "the label table") -> LabelMap:
+        """The table that ``to_dict`` wrote.
+
+        Raises:
+            UserError: entries of other types, or names, values and regions that do not fit each other.
+        """
+        labels = to_type(dict(table), cls, source)
+        count = len(labels.values)
+        indices = [index for members in labels.regions.values() for index in members]
+        indices += [*labels.region_order, *labels.aliases.values()]
+        if not 2 <= count <= MAX_CLASSES or count != len(labels.class_names) or len(set(labels.values)) < count:
+            raise UserError(f"{source} does not give each of 2 to {MAX_CLASSES} classes one value and one name")
+        if not all(0 <= index < count for index in indices):
+            raise UserError(f"{source} has regions of classes that are not there")
+        return labels
+
+    def _alias_note(self, alias: int, index: int, file: str | Path) -> str:
+        name, value = self.class_names[index], self.values[index]
+        known = f"which the table of {self.edition} numbers {value}"
+        return f"{file} holds label {alias} and no {value}: {alias} is read as {name}, {known}"
+
+    def _unknown(self, values: np.ndarray, file: str | Path) -> str:
+        found = np.unique(values)
+        shown = ", ".join(f"{value:.9g}" for value in found[:_SHOWN_VALUES])
+        more = f" and {found.size - _SHOWN_VALUES} more" if found.size > _SHOWN_VALUES else ""
+        table = ", ".join(f"{value} {name}" for value, name in zip(self.values[:_SHOWN_VALUES], self.class_names))
+        table += ", …" if len(self.values) > _SHOWN_VALUES else ""
+        hint = f"; {self.hint}" if self.hint else ""
+        if found.dtype.kind == "f" and (np.abs(found - np.rint(found)) > ROUNDING).any():
+            hint = f"; values within {ROUNDING:g} of a whole number are rounded, these look interpolated"
+        return (
+            f"{file}: label values {shown}{more} are not in the table of {self.edition} ({table}), in {values.size} "
+            f"voxels{hint}"
+        )
 
 
-_GLIOMA = ("background", "necrotic core", "oedema", "enhancing tumour")
-# As the BraTS challenges define them: the core leaves out the oedema, the whole leaves out a resection cavity.
-_REGIONS = {"whole tumour": (1, 2, 3), "tumour core": (1, 3), "enhancing tumour": (3,)}
-
-_TABLES = (
-    *(LabelMap(f"brats{year}", (0, 1, 2, 4), _GLIOMA, _REGIONS) for year in (2018, 2019, 2020, 2021)),
-    LabelMap("brats2023", (0, 1, 2, 3), _GLIOMA, _REGIONS),
-    LabelMap(
-        "brats2024",
-        (0, 1, 2, 3, 4),
-        ("background", "non-enhancing tumour core", "oedema", "enhancing tumour", "resection cavity"),
-        {**_REGIONS, "resection cavity": (4,)},
-    ),
-    LabelMap("msd_brain_tumour", (0, 2, 1, 3), _GLIOMA, _REGIONS),
-)
-LABEL_MAPS: dict[str, LabelMap] = {table.edition: table for table in _TABLES}
-
-_SYNONYMS = {
-    "background": 0,
-    "necrosis": 1,
-    "necrotic": 1,
-    "necroticcore": 1,
-    "necrotictumor": 1,
-    "necrotictumorcore": 1,
-    "nonenhancing": 1,
-    "nonenhancingtumor": 1,
-    "nonenhancingtumorcore": 1,
-    "ncr": 1,
-    "ncrnet": 1,
-    "netc": 1,
-    "edema": 2,
-    "peritumoraledema": 2,
-    "ed": 2,
-    "snfh": 2,
-    "enhancing": 3,
-    "enhancingtumor": 3,
-    "et": 3,
-}
-
-
-def label_map_from_json(labels: Mapping, edition: str, file: str | Path) -> LabelMap:
-    """The table of the "labels" entry of a ``dataset.json``: {"name": value} or {"value": "name"}.
-
-    If the names are the four classes of BraTS, the classes are brought into the order of BraTS, whatever the values;
-    otherwise classes follow the values.
-
-    Raises:
-        UserError: the entry is no such table, has no background 0, or has regions or an "ignore" label.
-    """
-    if not isinstance(labels, Mapping) or not labels:
-        raise UserError(f"{file}: 'labels' is not a table of names and values")
-    if any(isinstance(value, list) for value in labels.values()):
-        raise UserError(f"{file}: 'labels' defines regions (lists of values); only one value per class can be used")
-    try:
-        names = {int(key): str(name) for key, name in labels.items()}
-    except ValueError:
-        try:
-            names = {int(value): str(name) for name, value in labels.items()}
-        except (TypeError, ValueError):
-            raise UserError(f"{file}: 'labels' is not a table of names and whole-number values") from None
-    if len(names) != len(labels):
-        raise UserError(f"{file}: 'labels' gives one value to two names")
-    if 0 not in names or not 2 <= len(names) <= MAX_CLASSES:
-        raise UserError(f"{file}: 'labels' needs 0 for the background and from 1 to {MAX_CLASSES - 1} other values")
-    if "ignore" in names.values():
-        raise UserError(f"{file}: 'labels' has an 'ignore' label, which is not supported")
-    classes = [_SYNONYMS.get(_plain(name)) for name in names.values()]
-    if set(classes) == set(range(len(_GLIOMA))) and len(classes) == len(_GLIOMA):
-        values = dict(zip(classes, names))
-        return LabelMap(edition, tuple(values[c] for c in range(len(_GLIOMA))), _GLIOMA, _REGIONS)
-    return LabelMap(edition, tuple(sorted(names)), tuple(names[value] for value in sorted(names)))
-
-
-def _plain(name: str) -> str:
-    """The name in lower case, letters only, in American spelling."""
-    letters = "".join(c for c in name.lower() if c.isalpha())
-    return letters.replace("tumour", "tumor").replace("oedema", "edema")
+def _rounded(values: np.ndarray) -> np.ndarray:
+    """Whole numbers where ``values`` are within ``ROUNDING`` of one, NaN elsewhere."""
+    with np.errstate(invalid="ignore"):
+        nearest = np.rint(values)
+        return np.where(np.abs(values - nearest) <= ROUNDING, nearest, np.nan)

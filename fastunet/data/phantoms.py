@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fastunet.data.cases import MODALITIES, Case, discover_cases
-from fastunet.data.labels import LABEL_MAPS
+from fastunet.data.case import MODALITIES, Case
+from fastunet.data.cases import discover_cases
+from fastunet.data.label_tables import LABEL_MAPS
 from fastunet.data.volumes import save_nifti
 from fastunet.errors import UserError
 

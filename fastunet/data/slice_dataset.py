@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastunet.data.cache import CachedCase, cache_case
-from fastunet.data.cases import DEFAULT_MODALITIES, Case, check_modalities
+from fastunet.data.cache import CachedCase, DamagedCacheError, cache_case
+from fastunet.data.case import DEFAULT_MODALITIES, Case, check_modalities
 from fastunet.data.sampling import Batch, count_steps, epoch_order, split_into_batches
 from fastunet.data.slices import overlap
-from fastunet.errors import UserError
+from fastunet.errors import UserError, warn_once
 from fastunet.files import make_output_folder
 
 _MOST_WORKERS = 4
@@ -23,6 +23,8 @@ _MOST_WORKERS = 4
 
 class SliceDataset(torch.utils.data.Dataset):
     """Slices of labelled cases as (image float32 (modalities, H, W), labels uint8 (H, W)).
+
+    Labels are class indices, and 255 (``fastunet.data.IGNORED``) where the data say that a pixel counts nowhere.
 
     Every case is preprocessed once into ``cache_dir``; memory holds no volume afterwards. See ``CaseSlices`` for
     orientation, size and normalisation: both give the same bits.
@@ -69,14 +71,11 @@ class SliceDataset(torch.utils.data.Dataset):
             raise UserError(f"the share of slices with foreground is {foreground_fraction}, expected 0 to 1")
         for case in self.cases:
             check_modalities(case, self.modalities)
-        folder = make_output_folder(cache_dir)
-
-        def prepare(case: Case) -> CachedCase:
-            return cache_case(case, self.modalities, folder, axis=axis, normalise=normalise, on_nan=on_nan)
-
+        self._folder = make_output_folder(cache_dir)
+        self._options = dict(axis=axis, normalise=normalise, on_nan=on_nan)
         self._cached: list[CachedCase] = []
         with ThreadPoolExecutor(min(_MOST_WORKERS, os.cpu_count() or 1)) as pool:
-            for cached in pool.map(prepare, self.cases):
+            for cached in pool.map(self._prepare, self.cases):
                 self._cached.append(cached)
                 if on_progress is not None:
                     on_progress(len(self._cached), len(self.cases))
@@ -104,12 +103,16 @@ class SliceDataset(torch.utils.data.Dataset):
         return images[0], labels[0]
 
     def load(self, indices: Sequence[int] | np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """A batch: images float32 (n, modalities, H, W) and labels uint8 (n, H, W)."""
+        """A batch: images float32 (n, modalities, H, W) and labels uint8 (n, H, W).
+
+        Raises:
+            UserError: a file of the cache is damaged, and the case that it was made from is not there to make it again.
+        """
         images = np.zeros((len(indices), len(self.modalities), *self.size), dtype=np.float32)
         labels = np.zeros((len(indices), *self.size), dtype=np.uint8)
         for image, label, index in zip(images, labels, indices):
             cached = self._cached[self.case_index[index]]
-            record = cached.record(self.slice_index[index])
+            record = self._record(self.case_index[index], self.slice_index[index])
             if record is not None:
                 into, window = self._windows(cached)
                 image[(..., *into)] = record["image"][(..., *window)]
@@ -140,6 +143,33 @@ class SliceDataset(torch.utils.data.Dataset):
         else:
             order = np.arange(len(self))
         return split_into_batches(order, batch_size, rank=rank, world=world, start=start_batch, wrap=shuffle)
+
+    def whole(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """One slice in its own size, whatever the size of the data set: image (modalities, H, W) and labels (H, W)."""
+        case, number = self.case_index[index], self.slice_index[index]
+        record, cached = self._record(case, number), self._cached[case]
+        image = np.zeros((len(self.modalities), *cached.shape[1:]), dtype=np.float32)
+        label = np.zeros(cached.shape[1:], dtype=np.uint8)
+        if record is not None:
+            window = tuple(slice(*interval) for interval in cached.box[1:])
+            image[(..., *window)], label[window] = record["image"], record["label"]
+        return torch.from_numpy(image), torch.from_numpy(label)
+
+    def _prepare(self, case: Case) -> CachedCase:
+        return cache_case(case, self.modalities, self._folder, **self._options)
+
+    def _record(self, case: int, number: int) -> np.void | None:
+        """A record of the cache; a damaged file is made again once."""
+        try:
+            return self._cached[case].record(number)
+        except DamagedCacheError as error:
+            warn_once(f"damaged cache {self._cached[case].path}", f"{error}; it is made again")
+            self._cached[case].discard()
+            again = self._prepare(self.cases[case])
+            if again.key != self._cached[case].key:
+                raise UserError(f"{error}, and the files of case {self.cases[case].name} changed since") from error
+            self._cached[case] = again
+            return again.record(number)
 
     def _common_size(self, size: int | Sequence[int] | None) -> tuple[int, int]:
         if size is not None:

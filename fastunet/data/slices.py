@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from fastunet.data.cases import DEFAULT_MODALITIES, Case, check_geometry, check_modalities
+from fastunet.data.case import DEFAULT_MODALITIES, Case, check_modalities
+from fastunet.data.grids import check_geometry
 from fastunet.data.volumes import Volume, read_volume
 from fastunet.errors import UserError
 
@@ -53,26 +54,29 @@ def overlap(length: int, target: int) -> tuple[slice, slice]:
     return slice(into, into + common), slice(start, start + common)
 
 
-def brain_statistics(volume: np.ndarray) -> tuple[float, float]:
-    """Mean and standard deviation of the non-zero voxels, summed slab by slab in float64; (0, 1) where undefined."""
+def brain_statistics(volume: np.ndarray, *, everywhere: bool = False) -> tuple[float, float]:
+    """Mean and standard deviation of the non-zero voxels, summed slab by slab in float64; (0, 1) where undefined.
+
+    ``everywhere`` takes the zeros in, as 2-D images need it.
+    """
     count, total, squares = 0, 0.0, 0.0
     for slab in np.moveaxis(volume, -1, 0):
-        inside = slab[slab != 0].astype(np.float64)
+        inside = (slab if everywhere else slab[slab != 0]).astype(np.float64)
         count += inside.size
         total += inside.sum()
     if count == 0:
         return 0.0, 1.0
     mean = total / count
     for slab in np.moveaxis(volume, -1, 0):
-        squares += ((slab[slab != 0].astype(np.float64) - mean) ** 2).sum()
+        squares += (((slab if everywhere else slab[slab != 0]).astype(np.float64) - mean) ** 2).sum()
     deviation = float(np.sqrt(squares / count))
     return float(mean), deviation if deviation > 0 else 1.0
 
 
-def normalise(slab: np.ndarray, mean: float, deviation: float) -> np.ndarray:
-    """``(slab - mean) / deviation`` where ``slab`` is not 0, and 0 elsewhere; float32."""
+def normalise(slab: np.ndarray, mean: float, deviation: float, *, everywhere: bool = False) -> np.ndarray:
+    """``(slab - mean) / deviation`` where ``slab`` is not 0 or ``everywhere``, and 0 elsewhere; float32."""
     scaled = (slab - np.float32(mean)) / np.float32(deviation)
-    return np.where(slab != 0, scaled, np.float32(0))
+    return scaled if everywhere else np.where(slab != 0, scaled, np.float32(0))
 
 
 class CaseSlices:
@@ -91,7 +95,8 @@ class CaseSlices:
         modalities: the channels, in this order.
         size: the side of the slices, cropped or padded around the centre; None leaves them as they are.
         axis: 0 slices from right to left, 1 from front to back, 2 (axial) from bottom to top, in any file orientation.
-        normalise: to mean 0 and standard deviation 1 inside the brain, the non-zero voxels of each modality.
+        normalise: to mean 0 and standard deviation 1 inside the brain, the non-zero voxels of each modality; of a 2-D
+            image, over all pixels.
         on_nan: see ``read_volume``.
 
     Raises:
@@ -110,6 +115,8 @@ class CaseSlices:
     ) -> None:
         if axis not in (0, 1, 2):
             raise ValueError(f"axis is {axis}; expected 0, 1 or 2")
+        if case.is_image and axis != 2:
+            raise UserError(f"{case.files[0]} is an image: it has no slices along axis {axis}, only along 2")
         check_modalities(case, modalities)
         check_geometry(case, modalities, label=False)
         self.case = case
@@ -121,7 +128,9 @@ class CaseSlices:
                 raise UserError(f"{volume.path}: expected one volume of 3 axes, got shape {volume.data.shape}")
         self.like: Volume = volumes[0]
         self._stacks = [self.stack(volume.data) for volume in volumes]
-        self._statistics = [brain_statistics(volume.data) if normalise else None for volume in volumes]
+        self._statistics = [
+            brain_statistics(volume.data, everywhere=case.is_image) if normalise else None for volume in volumes
+        ]
         self.slice_shape: tuple[int, int] = self._stacks[0].shape[1:]
         self.size = self.slice_shape if size is None else (size, size) if isinstance(size, int) else tuple(size)
 
@@ -134,11 +143,15 @@ class CaseSlices:
         images = np.empty((n, len(self._stacks), *self.size), dtype=np.float32)
         for channel, (stack, statistics) in enumerate(zip(self._stacks, self._statistics)):
             slab = stack[start:stop]
-            images[:, channel] = fit_slice(slab if statistics is None else normalise(slab, *statistics), self.size)
+            if statistics is not None:
+                slab = normalise(slab, *statistics, everywhere=self.case.is_image)
+            images[:, channel] = fit_slice(slab, self.size)
         return images
 
     def occupied(self) -> np.ndarray:
-        """Where any modality is not 0, bool (slices, H, W) before cropping or padding."""
+        """Where any modality is not 0, bool (slices, H, W) before cropping or padding; of an image, everywhere."""
+        if self.case.is_image:
+            return np.ones(self._stacks[0].shape, bool)
         return np.logical_or.reduce([stack != 0 for stack in self._stacks])
 
     def batches(self, batch_size: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -156,4 +169,5 @@ class CaseSlices:
 
     def stack(self, volume: np.ndarray) -> np.ndarray:
         """A view of ``volume`` (X, Y, Z), stored like the case's files, as slices (n, H, W) in `read`'s order."""
-        return np.moveaxis(orient(volume, self.like.affine, self.like.path), self.axis, 0)
+        slices = np.moveaxis(orient(volume, self.like.affine, self.like.path), self.axis, 0)
+        return slices if self.case.pages is None else slices[slice(*self.case.pages)]

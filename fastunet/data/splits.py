@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 
-from fastunet.data.cases import Case
+from fastunet.data.case import Case
+from fastunet.data.volumes import read_geometry
 from fastunet.errors import UserError
 
 
@@ -22,7 +25,8 @@ class Split(NamedTuple):
 def split_cases(cases: Iterable[Case], *, validation: float = 0.2, test: float = 0.0, seed: int = 0) -> Split:
     """Splits ``cases`` so that all scans of a patient stay together.
 
-    The result follows from the patients and ``seed``, not from the order of ``cases``.
+    The result follows from the patients and ``seed``, not from the order of ``cases``. A single stack of images, such
+    as that of the ISBI challenge, is shared out by pages: the first go to training, the last to the other sides.
 
     Args:
         cases: the cases.
@@ -34,6 +38,8 @@ def split_cases(cases: Iterable[Case], *, validation: float = 0.2, test: float =
         UserError: a share outside [0, 1), a negative number, or fewer patients than the sides need.
     """
     cases = sorted(cases, key=lambda case: case.name)
+    if len(cases) == 1 and cases[0].is_image and (pages := _pages(cases[0])) > 2:
+        return _shared_out(cases[0], pages, validation, test)
     patients = sorted({case.patient for case in cases})
     n_validation = _patients_for("validation", validation, len(patients))
     n_test = _patients_for("test", test, len(patients))
@@ -56,3 +62,21 @@ def _patients_for(name: str, wanted: float, patients: int) -> int:
     if not 0 <= wanted < 1:
         raise UserError(f"the {name} side is {wanted}; expected a share from 0 to below 1 or a number of patients")
     return max(round(wanted * patients), 1) if wanted else 0
+
+
+def _pages(case: Case) -> int:
+    return read_geometry(case.files[0]).shape[2]
+
+
+def _shared_out(case: Case, pages: int, validation: float, test: float) -> Split:
+    """Neighbouring pages of a stack are alike, so each side gets a run of them."""
+    n_validation = _patients_for("validation", validation, pages)
+    n_test = _patients_for("test", test, pages)
+    if n_validation + n_test >= pages:
+        raise UserError(f"{case.files[0]} has {pages} pages, too few for the split")
+    ends = [0, pages - n_validation - n_test, pages - n_test, pages]
+    sides = [
+        [dataclasses.replace(case, pages=(start, stop), name=f"{case.name} {start + 1}-{stop}")] if stop > start else []
+        for start, stop in itertools.pairwise(ends)
+    ]
+    return Split(*sides)

@@ -1,34 +1,36 @@
-"""NIfTI volumes in and out: what is written has the geometry and header of what was read."""
+"""Volumes and images in, volumes out: what is written has the geometry and header of what was read."""
 
 from __future__ import annotations
 
-import contextlib
 import gzip
-import logging
-import threading
-import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fastunet.data.formats import IMAGE_SUFFIXES, META_SUFFIXES, MGH_SUFFIXES, NIFTI_SUFFIXES, SUFFIXES, suffix_of
+from fastunet.data.images import load_image, load_mask
 from fastunet.data.labels import LabelMap
+from fastunet.data.meta_image import load_meta_image
+from fastunet.data.mgh import open_mgh
+from fastunet.data.nifti import open_nifti
+from fastunet.data.stored import Stored, read_voxels, scaled
 from fastunet.errors import UserError
 from fastunet.files import whole_file
 
 if TYPE_CHECKING:  # nibabel takes 0.2 s to import: every function that needs it imports it
     from nibabel.nifti1 import Nifti1Header, Nifti1Image
 
-SUFFIXES = (".nii.gz", ".nii")
-_CHUNK_BYTES = 1 << 20
 _COMPRESSION_LEVEL = 4  # level 9 makes label files 5 % smaller and takes ten times as long
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where a file's voxels lie: ``shape`` as stored, and the 4 x 4 ``affine`` from voxel indices to millimetres."""
+    """Where a file's voxels lie: ``shape`` (X, Y, Z) or (X, Y, Z, C), and the affine from voxel indices to millimetres.
+
+    Of an image (H, W) the shape is (H, W, pages), and a pixel is 1 mm wide.
+    """
 
     path: Path
     shape: tuple[int, ...]
@@ -37,7 +39,7 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Volume:
-    """Voxel values, float32 (X, Y, Z) or (X, Y, Z, T), in the file's own orientation, and the file's header."""
+    """Voxel values, float32 (X, Y, Z) or (X, Y, Z, C), in the file's own orientation, and the file's header."""
 
     data: np.ndarray
     affine: np.ndarray
@@ -46,21 +48,24 @@ class Volume:
 
 
 def read_volume(path: str | Path, *, on_nan: str = "error", channel: int | None = None) -> Volume:
-    """Reads a ``.nii`` or ``.nii.gz`` file; stored integers are scaled as the header says.
+    """Reads a NIfTI file or pair, an MGH or MetaImage file, or an image; stored integers are scaled as the header says.
+
+    Axes of length 1 beyond the third are dropped, a plane gets a third axis, channels may lie on the fourth or fifth.
 
     Args:
-        path: the file.
+        path: the file; compression is told by content.
         on_nan: what to do with NaN and infinite voxels: "error", or "zero" to replace them by 0.
-        channel: read only this index of the last axis of a 4-D file.
+        channel: read only this channel.
 
     Raises:
-        UserError: the file is missing, truncated, no NIfTI file, not 3-D or 4-D, or holds NaN or infinite voxels.
+        UserError: the file is missing, damaged or of another format, contradicts itself (docs/reading.md), has more
+            axes, or holds NaN or infinite voxels.
     """
     if on_nan not in ("error", "zero"):
         raise ValueError(f"on_nan is {on_nan!r}; expected 'error' or 'zero'")
     path = Path(path)
-    with _opened(path) as image:
-        data = _voxels(image, path, channel).astype(np.float32, copy=False)
+    stored, values = _load(path, channel)
+    data = scaled(values, stored, np.float32)
     bad = data.size - np.count_nonzero(np.isfinite(data))
     if bad and on_nan == "error":
         raise UserError(
@@ -68,28 +73,34 @@ def read_volume(path: str | Path, *, on_nan: str = "error", channel: int | None 
         )
     if bad:
         data = np.nan_to_num(data, nan=0.0, posinf=0.0, neginf=0.0)
-    return Volume(data, image.affine, image.header, path)
+    return Volume(data, stored.affine, stored.header, path)
 
 
 def read_geometry(path: str | Path) -> Geometry:
-    """Reads only the header of a NIfTI file; raises ``UserError`` like ``read_volume``."""
-    path = Path(path)
-    with _opened(path, whole=False) as image:
-        return Geometry(path, _without_trailing_ones(image.shape), image.affine)
+    """Reads only the header of a file; raises ``UserError`` like ``read_volume``."""
+    stored, _ = _load(Path(path), None, voxels=False)
+    return Geometry(stored.path, stored.axes, stored.affine)
 
 
 def read_labels(path: str | Path, label_map: LabelMap) -> np.ndarray:
-    """Reads a label file as class indices, uint8 (X, Y, Z).
+    """Reads a label file as class indices, uint8 (X, Y, Z); ``LabelMap.encode`` says what is rounded.
 
     Raises:
         UserError: as in ``read_volume``, or a value that is not in the table of ``label_map``.
     """
+    return label_map.encode(read_label_values(path), path)
+
+
+def read_label_values(path: str | Path) -> np.ndarray:
+    """The numbers of a label file as they are stored, scaled as the header says; of a mask, see ``load_mask``."""
     path = Path(path)
-    with _opened(path) as image:
-        values = _voxels(image, path, channel=None)
+    if suffix_of(path) in IMAGE_SUFFIXES:
+        return load_mask(path)
+    stored, values = _load(path, None)
     if values.ndim != 3:
         raise UserError(f"{path}: a label file has 3 axes, this one has shape {values.shape}")
-    return label_map.encode(values, path)
+    exact = (stored.slope, stored.intercept) == (1, 0)
+    return values if exact else scaled(values, stored, np.float64)
 
 
 def write_labels(path: str | Path, classes: np.ndarray, like: Volume, label_map: LabelMap) -> None:
@@ -99,7 +110,7 @@ def write_labels(path: str | Path, classes: np.ndarray, like: Volume, label_map:
 
     Raises:
         UserError: the file cannot be written.
-        ValueError: ``classes`` has not the shape of ``like``.
+        ValueError: ``classes`` has not the shape of ``like``, or holds an index that is no class.
     """
     _write(Path(path), label_map.decode(classes), like)
 
@@ -112,9 +123,11 @@ def write_map(path: str | Path, values: np.ndarray, like: Volume) -> None:
 def save_nifti(path: str | Path, image: Nifti1Image) -> None:
     """Writes ``image`` as one whole file; the same image gives the same bytes."""
     path = Path(path)
-    compress = _is_compressed(path)
+    suffix = suffix_of(path)
+    if suffix not in (".nii", ".nii.gz"):
+        raise UserError(f"{path}: the name of a NIfTI file ends in .nii or .nii.gz")
     with whole_file(path) as temporary, open(temporary, "wb") as raw:
-        if not compress:
+        if suffix == ".nii":
             image.to_stream(raw)
             return
         with gzip.GzipFile("", "wb", _COMPRESSION_LEVEL, raw, mtime=0) as stream:
@@ -127,90 +140,22 @@ def _write(path: Path, values: np.ndarray, like: Volume) -> None:
     if values.shape[:3] != like.data.shape[:3]:
         raise ValueError(f"an array of shape {values.shape} does not fit {like.path} of shape {like.data.shape}")
     header = like.header.copy()
+    if len(header.get_data_shape()) == 2 and values.ndim == 3:
+        values = values[..., 0]  # a plane stays a plane
     header.set_data_dtype(values.dtype)
     header["cal_min"] = header["cal_max"] = 0  # the display window of the intensities would hide the labels
     image_class = nibabel.Nifti2Image if header["sizeof_hdr"] == 540 else nibabel.Nifti1Image
     save_nifti(path, image_class(values, like.affine, header))
 
 
-@contextlib.contextmanager
-def _opened(path: Path, whole: bool = True) -> Iterator[Nifti1Image]:
-    """The image, readable inside the block; ``whole`` reads the file to its end, where gzip keeps the checksum."""
-    import nibabel
-    from nibabel.filebasedimages import ImageFileError
-    from nibabel.spatialimages import HeaderDataError
-    from nibabel.wrapstruct import WrapStructError
-
-    try:
-        with _open_stream(path) as stream:
-            size = int.from_bytes(stream.read(4), "little")
-            stream.seek(0)
-            nifti2 = 540 in (size, int.from_bytes(size.to_bytes(4, "little"), "big"))
-            with _nibabel_silent():
-                image = (nibabel.Nifti2Image if nifti2 else nibabel.Nifti1Image).from_stream(stream)
-            yield image
-            while whole and stream.read(_CHUNK_BYTES):
-                pass
-    except UserError:
-        raise
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such file") from error
-    except gzip.BadGzipFile as error:
-        raise UserError(f"{path} is not a gzip file, or its content is damaged") from error
-    except (EOFError, zlib.error) as error:
-        raise UserError(f"{path} is truncated or damaged: its compressed data end early or make no sense") from error
-    except (ImageFileError, HeaderDataError, WrapStructError) as error:
-        raise UserError(f"{path} is not a NIfTI file, or its header is damaged") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or 'it is shorter than its header says'}") from error
-    except (ValueError, OverflowError, MemoryError) as error:
-        raise UserError(f"{path} cannot be read: its header describes no volume that fits into memory") from error
-
-
-@contextlib.contextmanager
-def _nibabel_silent() -> Iterator[None]:
-    """Drops what nibabel logs in this thread: it prints each thing that it puts right in a header."""
-    from nibabel.imageglobals import logger
-
-    thread = threading.get_ident()
-
-    def from_other_threads(record: logging.LogRecord) -> bool:
-        return record.thread != thread
-
-    logger.addFilter(from_other_threads)
-    try:
-        yield
-    finally:
-        logger.removeFilter(from_other_threads)
-
-
-def _open_stream(path: Path) -> BinaryIO:
-    if path.stat().st_size == 0:
-        raise UserError(f"{path} is empty")
-    return gzip.open(path, "rb") if _is_compressed(path) else open(path, "rb")
-
-
-def _is_compressed(path: Path) -> bool:
-    if not path.name.endswith(SUFFIXES):
-        raise UserError(f"{path}: the name of a NIfTI file ends in .nii or .nii.gz")
-    return path.name.endswith(".gz")
-
-
-def _voxels(image: Nifti1Image, path: Path, channel: int | None) -> np.ndarray:
-    """The scaled voxels, or those of one channel, in whatever real dtype they come."""
-    shape = _without_trailing_ones(image.shape)
-    if len(shape) not in (3, 4) or 0 in shape:
-        raise UserError(f"{path}: expected a volume with 3 or 4 axes, got shape {image.shape}")
-    if image.get_data_dtype().kind not in "iuf":
-        raise UserError(f"{path}: voxels are of type {image.get_data_dtype()}, expected real numbers")
-    if channel is None or (len(shape) == 3 and channel == 0):
-        return np.asanyarray(image.dataobj).reshape(shape, order="F")
-    if len(shape) != 4 or channel >= shape[3]:
-        raise UserError(f"{path}: has no channel {channel}, its shape is {shape}")
-    return np.asanyarray(image.dataobj[..., channel])
-
-
-def _without_trailing_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    return tuple(int(n) for n in shape)
+def _load(path: Path, channel: int | None, voxels: bool = True) -> tuple[Stored, np.ndarray | None]:
+    """What the file says, and with ``voxels`` the stored numbers."""
+    suffix = suffix_of(path)
+    if suffix in IMAGE_SUFFIXES:
+        return load_image(path, channel, voxels)
+    if suffix in META_SUFFIXES:
+        return load_meta_image(path, channel, voxels)
+    if suffix not in NIFTI_SUFFIXES + MGH_SUFFIXES:
+        raise UserError(f"{path} is no file that can be read: names end in {', '.join(SUFFIXES)}")
+    with (open_nifti if suffix in NIFTI_SUFFIXES else open_mgh)(path) as (stored, stream):
+        return stored, read_voxels(stored, stream, channel) if voxels else None

@@ -1,0 +1,65 @@
+"""``Case``: the files of one scan, and what they mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from fastunet.data.formats import is_image
+from fastunet.data.labels import LabelMap
+from fastunet.errors import UserError
+
+MODALITIES = ("flair", "t1", "t1ce", "t2")
+DEFAULT_MODALITIES = ("flair", "t1ce")
+
+
+class Source(NamedTuple):
+    """Where the voxels of one modality are: a file, and the index of the channel if the file has several."""
+
+    path: Path
+    channel: int | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One scan of one patient, or one image.
+
+    Attributes:
+        name: unique among the cases found together; output files are named after it.
+        patient: equal for all scans of a patient.
+        modalities: the files by modality; BraTS modalities are called flair, t1, t1ce and t2.
+        label: the label file, if there is one.
+        edition: the data set, for messages.
+        label_map: the table of the label file.
+        pages: (start, stop) of the slices that belong to this case, where a stack of images is shared out; None is all.
+    """
+
+    name: str
+    patient: str
+    modalities: dict[str, Source]
+    label: Path | None
+    edition: str
+    label_map: LabelMap
+    pages: tuple[int, int] | None = None
+
+    @property
+    def files(self) -> list[Path]:
+        """Every file of the case once: the modalities in their order, then the label."""
+        paths = [source.path for source in self.modalities.values()]
+        return list(dict.fromkeys(paths + ([self.label] if self.label else [])))
+
+    @property
+    def is_image(self) -> bool:
+        """Whether the case is a 2-D image or a stack of them, whose zeros are as good as other values."""
+        return is_image(self.files[0])
+
+
+def check_modalities(case: Case, modalities: Iterable[str]) -> None:
+    """Raises ``UserError`` unless ``case`` has all ``modalities``."""
+    missing = [modality for modality in modalities if modality not in case.modalities]
+    if missing:
+        folder = case.files[0].parent
+        has = ", ".join(case.modalities) or "no modality"
+        raise UserError(f"{folder}: case {case.name} has no {' and no '.join(missing)} (it has {has})")

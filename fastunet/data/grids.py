@@ -1,0 +1,80 @@
+"""Whether files lie on one grid: exactly, up to what writers round, or not; and then by how much."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+
+import numpy as np
+
+from fastunet.data.case import Case
+from fastunet.data.volumes import Geometry, read_geometry
+from fastunet.errors import UserError, warn_once
+
+_SAME = 5e-4  # voxels; below, the difference is that of float32 headers and not worth a word
+_ROUNDED = 5e-3  # voxels: half a percent
+_RELATIVE = 1e-4  # of a coordinate, as headers with four or five digits have it
+_MOST_ROUNDED = 0.1  # voxels, however far from the origin
+
+
+def check_geometry(case: Case, modalities: Iterable[str], *, label: bool = True) -> Geometry:
+    """Proves that the files of a case lie on one grid, and returns that of the first modality; reads headers only.
+
+    Raises:
+        UserError: see ``check_same_grid``.
+    """
+    paths = [case.modalities[modality].path for modality in modalities]
+    if label and case.label is not None:
+        paths.append(case.label)
+    first, *others = [read_geometry(path) for path in dict.fromkeys(paths)]
+    for other in others:
+        check_same_grid(first, other)
+    return first
+
+
+def check_same_grid(first: Geometry, other: Geometry) -> None:
+    """Raises ``UserError`` unless two files have one shape and one affine, up to a writer's rounding.
+
+    The measure is how far apart the same corner of both lies. Half a percent of a voxel, or 1e-4 of the corner's
+    coordinates but at most a tenth of a voxel, passes with one warning per folder.
+    """
+    if other.shape[:3] != first.shape[:3]:
+        raise UserError(
+            f"{first.path} and {other.path} differ in shape: {first.shape[:3]} and {other.shape[:3]}; "
+            "resample one onto the grid of the other"
+        )
+    corners = np.array([[*corner, 1] for corner in itertools.product(*((0, n - 1) for n in first.shape[:3]))])
+    one, two = corners @ first.affine[:3].T, corners @ other.affine[:3].T
+    apart = float(np.linalg.norm(two - one, axis=1).max())
+    voxel = float(np.linalg.norm(first.affine[:3, :3], axis=0).min())
+    reach = float(np.abs(one).max())
+    if apart <= _SAME * voxel:
+        return
+    if apart <= max(_ROUNDED * voxel, min(_RELATIVE * reach, _MOST_ROUNDED * voxel)):
+        warn_once(
+            f"rounded grid in {first.path.parent.parent}",
+            f"{first.path} and {other.path} differ in affine by a writer's rounding, {apart:.2g} mm; taken as one grid",
+        )
+        return
+    raise UserError(
+        f"{first.path} and {other.path} differ in affine, by up to {apart:.3g} mm ({_difference(first, other)}): "
+        "resample one onto the grid of the other, or copy the header if only that is wrong"
+    )
+
+
+def _difference(first: Geometry, other: Geometry) -> str:
+    """What differs most: the order of the axes, the voxel size, the direction, or the position."""
+    import nibabel
+
+    if not (np.linalg.det(first.affine[:3, :3]) and np.linalg.det(other.affine[:3, :3])):
+        return "one has axes that are not independent"
+    codes = ["".join(nibabel.aff2axcodes(grid.affine)) for grid in (first, other)]
+    if codes[0] != codes[1]:
+        return f"axes run {codes[0]} and {codes[1]}"
+    sizes = [np.linalg.norm(grid.affine[:3, :3], axis=0) for grid in (first, other)]
+    if not np.allclose(*sizes, rtol=_RELATIVE):
+        shown = [" × ".join(f"{size:.5g}" for size in three) for three in sizes]
+        return f"voxels of {shown[0]} and {shown[1]} mm"
+    if not np.allclose(first.affine[:3, :3], other.affine[:3, :3], atol=_RELATIVE * sizes[0].max()):
+        return "directions differ"
+    return "they are shifted"

@@ -1,0 +1,102 @@
+"""The cases of plain image folders: ``images/`` beside ``masks/``, or stacks as those of the ISBI challenge."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from fastunet.data.case import Case, Source
+from fastunet.data.formats import IMAGE_SUFFIXES, is_listed, stem_of
+from fastunet.data.labels import LabelMap
+from fastunet.data.masks import mask_table
+from fastunet.data.volumes import read_geometry
+from fastunet.errors import UserError, warn_once
+
+IMAGE_FOLDERS = ("images", "image", "imgs")
+MASK_FOLDERS = ("masks", "mask", "labels", "label", "annotations", "annotation", "segmentations")
+_MARK = re.compile(r"[-_. ]?(masks?|labels?|segmentation|seg|gt|annotations?|manual1?)", re.IGNORECASE)
+_STACK = re.compile(r"(?P<name>.+)[-_](?P<part>volume|labels?)", re.IGNORECASE | re.DOTALL)
+_COLOURS = ("red", "green", "blue")
+_UNLABELLED = LabelMap("images without masks", (0, 1), ("background", "object"))
+
+
+def image_folder_cases(root: Path) -> list[Case]:
+    """The cases of ``root``, or none if it has no such layout; all masks are read, for the table of their values.
+
+    Raises:
+        UserError: masks without an image, two files of one name, images of unusual channels, masks of no classes.
+    """
+    images, masks = _folder(root, IMAGE_FOLDERS), _folder(root, MASK_FOLDERS)
+    pairs = _stacks(root) if images is None else _pairs(images, masks)
+    if not pairs:
+        return []
+    channels = {name: _channels(image) for name, (image, _) in pairs.items()}
+    colour = any(count == 3 for count in channels.values())
+    if colour and len(set(channels.values())) > 1:
+        warn_once(f"grey among colour in {root}", f"{root} holds grey and colour images; the grey ones count as colour")
+    labels = [mask for _, mask in pairs.values() if mask is not None]
+    table = mask_table(labels) if labels else _UNLABELLED
+    cases = []
+    for name, (image, mask) in pairs.items():
+        if colour:
+            sources = {colour: Source(image, index) for index, colour in enumerate(_COLOURS)}
+        else:
+            sources = {"grey": Source(image)}
+        cases.append(Case(name, name, sources, mask, table.edition, table))
+    return cases
+
+
+def _folder(root: Path, names: Iterable[str]) -> Path | None:
+    """The folder in ``root`` that has one of the names, in any spelling."""
+    found = {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir()}
+    return next((found[name] for name in names if name in found), None)
+
+
+def _listing(folder: Path | None) -> list[Path]:
+    return [] if folder is None else sorted(path for path in folder.iterdir() if is_listed(path, IMAGE_SUFFIXES))
+
+
+def _pairs(images: Path, masks: Path | None) -> dict[str, tuple[Path, Path | None]]:
+    """Image and mask by name; the name of a mask may end or begin with a mark such as ``_mask``."""
+    named: dict[str, Path] = {}
+    for path in _listing(images):
+        if stem_of(path) in named:
+            raise UserError(f"{named[stem_of(path)]} and {path} have one name; remove one")
+        named[stem_of(path)] = path
+    pairs: dict[str, tuple[Path, Path | None]] = {name: (path, None) for name, path in named.items()}
+    for mask in _listing(masks):
+        name = _image_name(stem_of(mask), named)
+        if name is None:
+            raise UserError(f"{mask} has no image of that name in {images}")
+        if pairs[name][1] is not None:
+            raise UserError(f"{pairs[name][1]} and {mask} are masks of one image, {named[name]}; remove one")
+        pairs[name] = (named[name], mask)
+    return pairs
+
+
+def _image_name(mask: str, images: dict[str, Path]) -> str | None:
+    """The image that a mask belongs to, by names without endings: the same, or one that differs by a mark."""
+    if mask in images:
+        return mask
+    short = [match for match in _MARK.finditer(mask) if match.end() == len(mask) or match.start() == 0]
+    candidates = [(mask[: match.start()] + mask[match.end() :]).lstrip("-_. ") for match in short]
+    candidates += [candidate + mark for candidate in candidates for mark in ("_image", "_img", "-image", "-img")]
+    return next((candidate for candidate in candidates if candidate in images), None)
+
+
+def _stacks(root: Path) -> dict[str, tuple[Path, Path | None]]:
+    """Image and mask by name of files such as ``train-volume.tif`` and ``train-labels.tif``."""
+    parts: dict[str, dict[str, Path]] = {}
+    for path in _listing(root):
+        if match := _STACK.fullmatch(stem_of(path)):
+            part = "volume" if match["part"].lower() == "volume" else "label"
+            parts.setdefault(match["name"], {})[part] = path
+    return {name: (found["volume"], found.get("label")) for name, found in parts.items() if "volume" in found}
+
+
+def _channels(image: Path) -> int:
+    channels = (*read_geometry(image).shape[3:], 1)[0]
+    if channels not in (1, 3):
+        raise UserError(f"{image} has {channels} channels; grey and RGB images can be read")
+    return channels

@@ -1,0 +1,184 @@
+"""2-D images and stacks of them: PNG, JPEG and BMP by Pillow, TIFF by tifffile, as volumes whose slices are the pages.
+
+Rows and columns stay as they are: slice k of the default axis is page k, (H, W), by an affine that leaves it unturned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from fastunet.data.formats import TIFF_SUFFIXES, suffix_of
+from fastunet.data.stored import Stored, header_of
+from fastunet.data.streams import open_stream
+from fastunet.errors import UserError, warn_once
+
+AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])
+COLOUR = 1 << 24
+"""Added to the packed red, green and blue of a mask's coloured pixel, so that it is no grey value."""
+_PLAUSIBLE_BYTES = 100 << 20
+_MOST_EXPANSION = 1032  # of deflate, the best of TIFF's usual compressions
+
+
+def load_image(path: Path, channel: int | None, voxels: bool) -> tuple[Stored, np.ndarray | None]:
+    """The numbers of an image as (H, W, pages) or (H, W, pages, channels), or those of one channel.
+
+    A palette gives its colours; an alpha channel is left out. Of a grey image every channel is the same.
+
+    Raises:
+        UserError: the file is missing, damaged, too large, or no image of real numbers.
+    """
+    with _opened(path) as reader:
+        shape = reader.shape
+        stored = Stored(path, shape, reader.dtype, 0, 1.0, 0.0, AFFINE, header_of(shape[:3], AFFINE))
+        data = reader.read() if voxels else None
+    if data is None:
+        return stored, None
+    if channel is not None and data.ndim == 4:
+        if channel >= data.shape[3]:
+            raise UserError(f"{path}: has no channel {channel}, its shape is {data.shape}")
+        data = data[..., channel]
+    return stored, data
+
+
+def load_mask(path: Path) -> np.ndarray:
+    """A mask as integers (H, W, pages): the grey value, or ``COLOUR`` + 65536 R + 256 G + B where a pixel has a colour.
+
+    Raises:
+        UserError: as in ``load_image``, or other than one or three channels of whole numbers.
+    """
+    _, data = load_image(path, None, voxels=True)
+    if data.ndim == 3:
+        return data
+    if data.shape[3] != 3 or data.dtype != np.uint8:
+        raise UserError(f"{path}: a mask is grey or 8-bit RGB, this one has {data.shape[3]} channels of {data.dtype}")
+    red, green, blue = (data[..., index].astype(np.int32) for index in range(3))
+    colour = COLOUR + (red << 16) + (green << 8) + blue
+    return np.where((red == green) & (green == blue), red, colour)
+
+
+class _Reader:
+    """The shape (H, W, pages[, channels]) and dtype of an open image, and ``read``, which gives its numbers."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, read) -> None:
+        self.shape, self.dtype, self.read = shape, dtype, read
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[_Reader]:
+    with open_stream(path) as stream:  # the same refusals as for volumes, and the check that nothing changes meanwhile
+        try:
+            with warnings.catch_warnings(), _silent("tifffile"):
+                warnings.simplefilter("ignore")
+                tiff = suffix_of(path) in TIFF_SUFFIXES
+                with (_tiff if tiff else _picture)(path, stream.raw) as reader:
+                    if reader.dtype.kind not in "biuf" or 0 in reader.shape:
+                        raise UserError(f"{path}: pixels of type {reader.dtype} and shape {reader.shape} are no image")
+                    yield reader
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:  # both libraries let every kind of exception through on damaged files
+            reason = " ".join(str(error).split())[:120] or type(error).__name__
+            raise UserError(f"{path} cannot be read as an image: {reason}") from error
+
+
+@contextlib.contextmanager
+def _picture(path: Path, raw) -> Iterator[_Reader]:
+    from PIL import Image
+
+    with Image.open(raw) as image:
+        if image.format == "PNG" and _bit_depth(raw) == 16 and image.mode in ("RGB", "RGBA", "LA"):
+            raise UserError(f"{path}: 16-bit colour in PNG files cannot be read at full depth; save it as TIFF")
+        if image.getexif().get(0x0112, 1) != 1:
+            warn_once(f"turned images in {path.parent}", f"{path} has an orientation tag; pixels are taken as stored")
+        target = _plain_mode(image, path)
+        shape = (image.height, image.width, 1) + ((3,) if target == "RGB" else ())
+        dtype = {"L": np.uint8, "RGB": np.uint8, "F": np.float32, "I": np.int32}.get(target, np.uint16)
+
+        def read() -> np.ndarray:
+            pixels = np.asarray(image if image.mode == target else image.convert(target))
+            return pixels.reshape(shape)
+
+        yield _Reader(shape, np.dtype(dtype), read)
+
+
+def _bit_depth(raw) -> int:
+    """The bit depth of an open PNG file."""
+    position = raw.tell()
+    raw.seek(24)
+    depth = raw.read(1)[0]
+    raw.seek(position)
+    return depth
+
+
+def _plain_mode(image, path: Path) -> str:
+    """The mode without palette, transparency and single bits: L, I;16, I, F or RGB."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        warn_once(f"transparency in {path.parent}", f"{path} has transparent pixels; they keep their colour")
+    if image.mode in ("1", "L", "LA"):
+        return "L"
+    if image.mode.startswith("I;16"):
+        return image.mode
+    return image.mode if image.mode in ("I", "F") else "RGB"
+
+
+@contextlib.contextmanager
+def _tiff(path: Path, raw) -> Iterator[_Reader]:
+    import tifffile
+
+    with tifffile.TiffFile(raw, name=path.name) as file:
+        series = file.series[0]
+        if len(file.series) > 1:
+            warn_once(f"several images in {path.parent}", f"{path} holds images of several sizes; the first is read")
+        axes, shape = series.axes, series.shape
+        size = path.stat().st_size
+        if series.nbytes > max(_PLAUSIBLE_BYTES, size * _MOST_EXPANSION):
+            raise UserError(f"{path} declares {series.nbytes >> 20} MB, which {size} bytes cannot hold")
+        if "Y" not in axes or "X" not in axes:
+            raise UserError(f"{path}: expected an image of rows and columns, got axes {axes} of shape {shape}")
+        channel = next((axes.index(name) for name in "SC" if name in axes and shape[axes.index(name)] > 1), None)
+        order = [axes.index("Y"), axes.index("X")]
+        pages = [axis for axis in range(len(axes)) if axis not in order and axis != channel]
+        order += pages + ([] if channel is None else [channel])
+        alpha = channel is not None and shape[channel] == 4 and series.keyframe.extrasamples != ()
+        channels = () if channel is None else (shape[channel] - alpha,)
+        result = (shape[order[0]], shape[order[1]], math.prod(shape[axis] for axis in pages), *channels)
+
+        def read() -> np.ndarray:
+            try:
+                pixels = series.asarray()
+            except ValueError as error:
+                if "imagecodecs" in str(error):
+                    raise UserError(
+                        f"{path}: this compression needs imagecodecs: pip install 'fastunet[tiff]'"
+                    ) from error
+                raise
+            pixels = pixels.transpose(order).reshape(*result[:3], *([] if channel is None else [shape[channel]]))
+            pixels = pixels.astype(np.uint8) * 255 if pixels.dtype == bool else pixels
+            if series.keyframe.photometric == tifffile.PHOTOMETRIC.MINISWHITE and pixels.dtype.kind == "u":
+                pixels = np.iinfo(pixels.dtype).max - pixels
+            return pixels[..., : channels[0]] if channels else pixels
+
+        if series.keyframe.photometric == tifffile.PHOTOMETRIC.PALETTE:
+            raise UserError(
+                f"{path}: TIFF images with a palette cannot be read; save it as PNG, or as grey or RGB TIFF"
+            )
+        yield _Reader(result, np.dtype(series.dtype), read)
+
+
+@contextlib.contextmanager
+def _silent(name: str) -> Iterator[None]:
+    """Drops what a library logs about files that it then refuses."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
