@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 
 from fastunet.cli import demo, evaluate, info, segment, summary, train
-from fastunet.errors import UserError
+from fastunet.errors import DataWarning, UserError
 
 COMMANDS = {
     "demo": (demo, "learn to segment phantoms, from nothing to a report, in three minutes", "--out demo"),
@@ -43,7 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         args = _parser().parse_args(argv)
-        args.run(args)
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", DataWarning)
+            warnings.showwarning = _show_warning
+            args.run(args)
     except UserError as error:
         print(f"fastunet: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -55,6 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout = None
         return 0
     return 0
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    """A warning about the data is one line; others look as Python has them."""
+    if issubclass(category, DataWarning):
+        print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
 
 
 def _parser() -> argparse.ArgumentParser:

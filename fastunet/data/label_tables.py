@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fastunet.data.labels import MAX_CLASSES, LabelMap
 from fastunet.errors import UserError
+from fastunet.outputs import name_for_file
 
 _GLIOMA = ("background", "necrotic core", "oedema", "enhancing tumour")
 # As the BraTS challenges define them: the core leaves out the oedema, the whole leaves out a resection cavity.
@@ -122,7 +123,7 @@ def check_class_names(names: Iterable[str], source: object) -> None:
     for name in names:
         if not name.strip() or any(unicodedata.category(c) in ("Cc", "Cs") for c in name):
             raise UserError(f"{source}: the class name {name!r} is empty or holds characters that cannot be shown")
-        safe = re.sub(r"[^\w.+-]+", "_", name).casefold()
+        safe = name_for_file(name).casefold()
         if safe in seen:
             raise UserError(f"{source}: classes {seen[safe]!r} and {name!r} would share one file name; rename one")
         seen[safe] = name
