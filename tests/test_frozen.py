@@ -74,6 +74,31 @@ def test_keeps_nan():
     assert not frozen(x)[1].isnan().any()
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("harm", ["image inf", "image 1e38", "weights 1e30", "weight inf", "weight NaN", "bias NaN"])
+def test_what_is_not_finite_stays_so(name, harm):
+    """A fused ReLU would turn the NaN of an overflow into 0, and so a ruined network into a confident one."""
+    model, frozen, x = build(name)
+    where, _, value = harm.partition(" ")
+    with torch.no_grad():
+        if where == "image":
+            x[0, 0, 3, 4], x[0, 0, 4, 6] = float(value), -float(value)
+            x *= 4
+        elif where == "weights":
+            for layer in [model.bottleneck.conv1, model.bottleneck.conv2]:
+                layer.weight.mul_(float(value))
+        else:
+            layer = model.bottleneck.conv1
+            (layer.bias[:1] if where == "bias" else layer.weight[0, 0, 0, :1]).fill_(float(value))
+        expected, got = model(x), frozen(x)
+    assert frozen._packed is not None
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert torch.equal(got.isinf(), expected.isinf())
+    assert not expected.isfinite().all(), "the case must harm something"
+    ordinary = expected.abs() < 1e6
+    torch.testing.assert_close(got[ordinary], expected[ordinary], rtol=1e-4, atol=1e-4)
+
+
 def test_refuses_training_mode_and_wrong_images():
     model, frozen, x = build()
     with pytest.raises(ValueError, match=r"expected images of shape \(N, 2, H, W\)"):

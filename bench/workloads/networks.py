@@ -9,8 +9,9 @@ import torch
 from bench.measuring import floors
 from bench.measuring.precision import DTYPES
 from bench.measuring.rows import OTHER
+from bench.workloads import engines
 from bench.workloads.losses import one_hot_dice_cross_entropy
-from bench.workloads.variants import FROZEN, NETWORK_VARIANTS, Function, Variant
+from bench.workloads.variants import ENGINES, FROZEN, NETWORK_VARIANTS, Function, Variant
 from bench.workloads.workload import Workload
 from fastunet import UNet, reference
 from fastunet.architecture import Architecture
@@ -44,6 +45,11 @@ def network_workload(preset: str, step: str, batch: int, side: int, precision: s
                                       device=device, dtype=torch.uint8)]  # fmt: skip
 
     def build(variant: Variant, device: torch.device) -> Function:
+        if variant in ENGINES:
+            plain = model_with_weights("plain", architecture, device, stored).eval()
+            images = operands(device, 0)[0]
+            predict = engines.predictor(variant.form, plain if step == LOGITS else _Labels(plain), images)
+            return lambda x: (predict(x),)
         model = model_with_weights(variant.form, architecture, device, stored)
         if variant.channels_last:
             model = model.to(memory_format=torch.channels_last)
@@ -77,6 +83,7 @@ def network_workload(preset: str, step: str, batch: int, side: int, precision: s
     # MONAI's has four levels and upsamples by itself; weights are packed for inference only
     left_out = [v for v in NETWORK_VARIANTS if v.role == OTHER and (preset != "brats" or architecture.depth != 4)]
     left_out += [FROZEN] if step == TRAINING else []
+    left_out += ENGINES if step == TRAINING or precision != "fp32" else []
     variants = tuple(v for v in NETWORK_VARIANTS if v not in left_out)
     depth = 5 * architecture.depth + 3
     return Workload(preset, step, f"{batch}×{architecture.in_channels}×{side}×{side}", batch, precision, floor,
@@ -96,6 +103,17 @@ def model_with_weights(form: str, architecture: Architecture, device: torch.devi
     model = UNet(**architecture.as_dict())
     model.load_state_dict(plain.state_dict())
     return model.to(device, dtype)
+
+
+class _Labels(torch.nn.Module):
+    """The labels of a network's logits, as part of what is exported."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model(x).argmax(1).to(torch.uint8)
 
 
 def _monai(architecture: Architecture) -> torch.nn.Module:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from bench.measuring.rows import OTHER, OURS, RIVAL
+from bench.workloads import engines
 
 Function = Callable[..., tuple[torch.Tensor, ...]]
 
@@ -28,6 +29,8 @@ class Variant:
         """Why this variant cannot run here, or None."""
         if self.graph and device.type != "cuda":
             return "CUDA graphs need a CUDA device"
+        if (reason := engines.why_not(self.form, device)) is not None:
+            return reason
         if "MONAI" in self.form and importlib.util.find_spec("monai") is None:
             return "MONAI is not installed"
         if self.compile_mode and device.type == "cuda" and importlib.util.find_spec("triton") is None:
@@ -62,8 +65,12 @@ FASTUNET = Variant("fastunet", "fastunet", OURS)
 FROZEN = Variant("fastunet, frozen", "fastunet frozen", OURS)
 """Weights packed once on a CPU, a CUDA graph per shape on a GPU; for inference."""
 
+ENGINES = tuple(Variant(form, form, channels_last=False) for form in (engines.OPENVINO, engines.ONNX_RUNTIME))
+"""The plain build in inference engines; in float32."""
+
 NETWORK_VARIANTS = (
     *_with_graphs(PLAIN, CHANNELS_LAST, COMPILED, AUTOTUNED),
+    *ENGINES,
     Variant("MONAI BasicUNet", "MONAI BasicUNet", OTHER),
     *_with_graphs(FASTUNET),
     FROZEN,

@@ -16,7 +16,9 @@ from fastunet.reference import centre_crop
 if TYPE_CHECKING:
     from fastunet.unet import UNet
 
-_UNIT, _STRIDE2, _NONE = [1, 1], [2, 2], ("none", [], "")
+_UNIT, _STRIDE2, _NONE, _RELU = [1, 1], [2, 2], ("none", [], ""), ("relu", [], "")
+_LARGEST = torch.finfo(torch.float32).max / 2
+"""What no sum inside a convolution may pass, with room for rounding, if its ReLU is oneDNN's."""
 
 
 def packable(x: torch.Tensor) -> bool:
@@ -29,6 +31,10 @@ class PackedNetwork:
 
     Memory: one more copy of the weights. oneDNN chooses the layouts by image size; ``height`` and ``width`` are the
     ones to choose for, and other sizes stay right, at the price of a conversion in each call.
+
+    oneDNN applies a ReLU while it writes a convolution's result, but turns NaN into 0. NaN can arise only where images
+    or weights are not finite, or a sum overflows; so each call bounds every sum, layer by layer, by
+    max|x| · max_k Σ|w_k| + max|b|, and a ReLU whose bound is too large, or NaN, is a step of its own.
     """
 
     def __init__(self, model: UNet, height: int, width: int):
@@ -52,23 +58,25 @@ class PackedNetwork:
     def run(self, x: torch.Tensor, output: str) -> torch.Tensor:
         """Logits, probabilities or labels of padded images."""
         x, skips = nhwc(x), []
+        low, high = (value.item() for value in torch.aminmax(x))
+        bound = -low if -low > high else high  # not max(): it may pass over a NaN
         for block in self.encoders:
-            x = self._block(block, x)
-            skips.append(x)
+            x, bound = self._block(block, x, bound)
+            skips.append((x, bound))
             x = F.max_pool2d(x, 2)
-        x = self._block(self.bottleneck, x)
-        for (weight, bias), block in self.decoders:
-            x = self._up(x, weight, bias)
-            x = self._block(block, x, skips.pop())
+        x, bound = self._block(self.bottleneck, x, bound)
+        for up, block in self.decoders:
+            x, bound = self._up(x, up, bound)
+            x, bound = self._block(block, x, bound, *skips.pop())
         return finish(F.conv2d(x, *self.head), output)
 
     def _pack_block(self, block, size, split=0):
-        """The packed convolutions [(skip weight or None, weight, bias), …] of a block and the size behind it."""
+        """The packed convolutions [(skip weight or None, weight, bias, reach), …] of a block and the size behind it."""
         packed = []
         for layer in (block.conv1, block.conv2):
             weight, bias = layer.weight.detach(), layer.bias.detach().clone()
             skip = self._pack_conv(weight[:, :split], size) if split else None
-            packed.append((skip, self._pack_conv(weight[:, split:], size), bias))
+            packed.append((skip, self._pack_conv(weight[:, split:], size), bias, _reach(weight, bias)))
             size, split = (size[0], size[1] + 2 * self.pad - 2, size[2] + 2 * self.pad - 2), 0
         return packed, size
 
@@ -82,28 +90,49 @@ class PackedNetwork:
         packed = torch.ops.mkldnn._reorder_convolution_transpose_weight(
             nhwc(weight), *self._up_padding(), _STRIDE2, _UNIT, 1, images
         )
-        return packed, layer.bias.detach().clone()
+        bias = layer.bias.detach().clone()
+        return packed, bias, _reach(weight.transpose(0, 1), bias)
 
     def _up_padding(self):
         """Padding and output padding of the transposed convolution."""
         return ([0, 0], [0, 0]) if self.transpose else ([1, 1], [1, 1])
 
-    def _up(self, x, weight, bias):
+    def _up(self, x, up, bound):
+        """The upsampled map and the bound of its elements."""
+        weight, bias, reach = up
+        bound = _sum_bound(reach, bound)
+        fused = not self.transpose and bound < _LARGEST
         y = torch.ops.mkldnn._convolution_transpose_pointwise(
-            x, weight, bias, *self._up_padding(), _STRIDE2, _UNIT, 1, *_NONE
+            x, weight, bias, *self._up_padding(), _STRIDE2, _UNIT, 1, *(_RELU if fused else _NONE)
         )
-        return y if self.transpose else y.relu_()
+        return (y if self.transpose or fused else y.relu_()), bound
 
-    def _block(self, block, x, skip=None):
+    def _block(self, block, x, bound, skip=None, skip_bound=0.0):
+        """Two convolutions with ReLU, and the bound of their elements."""
         padding = [self.pad, self.pad]
-        for skip_weight, weight, bias in block:
-            # The ReLU stays a step of its own: oneDNN's fused one turns NaN into 0.
+        for skip_weight, weight, bias, reach in block:
+            bound = _sum_bound(reach, skip_bound if skip_bound > bound else bound)
+            fused = bound < _LARGEST
             if skip_weight is None:
-                x = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, padding, _UNIT, _UNIT, 1, *_NONE).relu_()
-                continue
-            crop = nhwc(centre_crop(skip, *x.shape[2:]))
-            y = torch.ops.mkldnn._convolution_pointwise(crop, skip_weight, bias, padding, _UNIT, _UNIT, 1, *_NONE)
-            x = torch.ops.mkldnn._convolution_pointwise_.binary(
-                y, x, weight, None, padding, _UNIT, _UNIT, 1, "add", 1.0, None, [], ""
-            ).relu_()
-        return x
+                x = torch.ops.mkldnn._convolution_pointwise(
+                    x, weight, bias, padding, _UNIT, _UNIT, 1, *(_RELU if fused else _NONE)
+                )
+            else:
+                crop = nhwc(centre_crop(skip, *x.shape[2:]))
+                y = torch.ops.mkldnn._convolution_pointwise(crop, skip_weight, bias, padding, _UNIT, _UNIT, 1, *_NONE)
+                x = torch.ops.mkldnn._convolution_pointwise_.binary(
+                    y, x, weight, None, padding, _UNIT, _UNIT, 1, "add", 1.0, "relu" if fused else None, [], ""
+                )
+                skip_bound = 0.0
+            x = x if fused else x.relu_()
+        return x, bound
+
+
+def _reach(weight: torch.Tensor, bias: torch.Tensor) -> tuple[float, float]:
+    """The largest Σ|w| of an output channel, weight (C_out, C_in, k, k), and the largest |bias|."""
+    return weight.abs().double().sum(dim=(1, 2, 3)).amax().item(), bias.abs().amax().item()
+
+
+def _sum_bound(reach: tuple[float, float], bound: float) -> float:
+    """What no sum of a convolution passes whose inputs are at most ``bound``; NaN where that, or a weight, is NaN."""
+    return reach[0] * bound + reach[1]
