@@ -9,7 +9,7 @@ import importlib
 from fastunet import functional, reference
 from fastunet.unet import UNet
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _LAZY = ("data", "interop", "losses", "metrics")
 """Submodules that are imported when first used, so that ``import fastunet`` stays quick."""

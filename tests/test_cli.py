@@ -21,7 +21,20 @@ def test_every_command_has_help(name, capsys):
         main([name, "--help"])
     assert stop.value.code == 0
     out = capsys.readouterr().out
-    assert f"usage: fastunet {name}" in out
+    example, _, rest = out.partition("\n\n")
+    assert rest.startswith(f"usage: fastunet {name}")
+    # the example is accepted as it stands
+    assert example.startswith(f"example: fastunet {name}")
+    assert cli._parser().parse_args(example.split()[2:]).command == name
+
+
+def test_completion(tmp_path):
+    pytest.importorskip("argcomplete", reason="argcomplete is not installed (pip install 'fastunet[completion]')")
+    line = "fastunet seg"
+    environment = {**os.environ, "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE": "1",
+                   "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "out")}  # fmt: skip
+    subprocess.run([sys.executable, "-m", "fastunet"], env=environment, check=True, timeout=60)
+    assert (tmp_path / "out").read_text().strip() == "segment"
 
 
 def test_version(capsys):

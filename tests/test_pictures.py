@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from fastunet.inference.scores import Score
-from fastunet.pictures.overlay import CLASS_COLOURS, curves, overlay, upright
+from fastunet.pictures.curves import curves
+from fastunet.pictures.overlay import CLASS_COLOURS, overlay, upright
 
 NAMES = ("background", "necrotic core", "oedema", "enhancing tumour")
 

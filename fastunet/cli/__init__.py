@@ -6,6 +6,7 @@ Modules here import nothing heavy at their top, so that ``fastunet --help`` and 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import warnings
 from collections.abc import Sequence
@@ -43,7 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     raises.
     """
     try:
-        args = _parser().parse_args(argv)
+        parser = _parser()
+        with contextlib.suppress(ImportError):  # the extra "completion"
+            import argcomplete
+
+            argcomplete.autocomplete(parser)
+        args = parser.parse_args(argv)
         with warnings.catch_warnings():
             warnings.simplefilter("always", DataWarning)
             warnings.showwarning = _show_warning

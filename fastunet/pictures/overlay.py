@@ -1,4 +1,4 @@
-"""Pictures of results: slices with outlined classes, truth beside prediction, and training curves, as PNG bytes."""
+"""Slices with outlined classes, truth beside prediction, as PNG bytes."""
 
 from __future__ import annotations
 
@@ -49,36 +49,7 @@ def overlay(image: np.ndarray, panels: Sequence[tuple[str, np.ndarray | None]], 
     if handles:
         figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False, labelcolor=PALE,
                       fontsize=11, handlelength=1.0, columnspacing=1.6)  # fmt: skip
-    return _png(figure)
-
-
-def curves(history: Sequence[dict], class_names: Sequence[str]) -> bytes:
-    """Loss (left) and validation Dice per class (right) over the epochs of ``history``, the rows of the CSV log."""
-    epochs = [row["epoch"] for row in history]
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    loss_axes, dice_axes = figure.subplots(1, 2)
-    marker = "o" if len(epochs) < 25 else None
-    for key, label, colour in (("train_loss", "training", "#0072b2"), ("val_loss", "validation", "#d55e00")):
-        values = [_number(row.get(key)) for row in history]
-        loss_axes.plot(epochs, values, color=colour, label=label, marker=marker, ms=3)
-    loss_axes.set_title("Loss")
-    for index, name in enumerate(class_names[1:], start=1):
-        values = [_number(row.get(f"dice_{name}")) for row in history]
-        colour = _darker(class_colour(index))
-        dice_axes.plot(epochs, values, color=colour, label=name, marker=marker, ms=3)
-    mean = [_number(row.get("dice_foreground")) for row in history]
-    dice_axes.plot(epochs, mean, color="#22303c", linewidth=2.4, label="mean of the foreground")
-    dice_axes.set_title("Dice on validation cases")
-    dice_axes.set_ylim(0, 1)
-    for axes in (loss_axes, dice_axes):
-        axes.set_xlabel("epoch")
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize=9)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-    return _png(figure)
+    return png(figure)
 
 
 def best_slice(stack: np.ndarray) -> int:
@@ -139,18 +110,7 @@ def _stretch(image: np.ndarray) -> np.ndarray:
     return np.clip((image - low) / max(high - low, 1e-6), 0, 1)
 
 
-def _darker(colour: str) -> str:
-    """``colour`` dark enough for a line on white."""
-    channels = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
-    factor = 0.8 if sum(channels) > 480 else 1.0
-    return "#" + "".join(f"{int(c * factor):02x}" for c in channels)
-
-
-def _number(value: object) -> float:
-    return float("nan") if value is None or value == "" else float(value)
-
-
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, facecolor=figure.get_facecolor(), metadata={"Software": None})
     return buffer.getvalue()

@@ -39,7 +39,7 @@ def write_log(run: Path, history: Sequence[dict]) -> None:
 
 def write_curves(run: Path, history: Sequence[dict], class_names: Sequence[str]) -> None:
     """Writes ``curves.png``."""
-    from fastunet.pictures.overlay import curves
+    from fastunet.pictures.curves import curves
 
     write_bytes(run / CURVES, curves(history, class_names))
 
