@@ -7,7 +7,9 @@ import pytest
 
 from fastunet.data import IGNORED, LABEL_MAPS, LabelMap
 from fastunet.data.label_tables import label_map_from_json
+from fastunet.data.labels import MAX_CLASSES
 from fastunet.errors import DataWarning, UserError
+from fastunet.functional.dice_arguments import MOST_CLASSES
 from tests.data_files import MSD_JSON
 
 DTYPES = [np.uint8, np.int16, np.int32, np.float32, np.float64]
@@ -40,6 +42,10 @@ def test_tables(edition, values):
     assert table.regions["enhancing tumour"] == (3,)
     assert table.values[0] == 0
     assert len(table.class_names) == len(values)
+
+
+def test_the_most_classes_are_those_of_the_losses():
+    assert MAX_CLASSES == MOST_CLASSES < IGNORED
 
 
 def test_no_table_is_missing_from_the_test_above():
@@ -235,9 +241,9 @@ def test_other_names_keep_the_order_of_the_values():
     ("labels", "message"),
     [
         ({"background": 0, "a": 1, "ignore": 1}, "one value that no class has"),
-        ({"background": 0, "ignore": 1}, "from 1 to 254 other values"),
+        ({"background": 0, "ignore": 1}, "from 1 to 127 other values"),
         ({"a": 1, "b": 2}, "0 for the background"),
-        ({"background": 0}, "from 1 to 254 other values"),
+        ({"background": 0}, "from 1 to 127 other values"),
         ({}, "is empty"),
         ({"a": 0, "b": 0}, "gives value 0 to two names"),
         ({"a": "x", "b": "y"}, "whole numbers"),
@@ -245,7 +251,7 @@ def test_other_names_keep_the_order_of_the_values():
         ({"background": 0, "a": 2**40}, "whole numbers"),
         ({"background": 0, "a": []}, "whole numbers"),
         ({"background": 0, "a": [0, 1]}, "contains 0"),
-        ({str(i): f"c{i}" for i in range(256)}, "from 1 to 254 other values"),
+        ({str(i): f"c{i}" for i in range(256)}, "from 1 to 127 other values"),
     ],
 )
 def test_label_entries_that_cannot_be_used(labels, message):

@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             argcomplete.autocomplete(parser)
         args = parser.parse_args(argv)
         with warnings.catch_warnings():
+            for library in ("PIL", "nibabel"):  # what matters of their doubts about a file is said or refused here
+                warnings.filterwarnings("ignore", module=library)
             warnings.simplefilter("always", DataWarning)
             warnings.showwarning = _show_warning
             args.run(args)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,8 +73,7 @@ class _Reader:
 def _opened(path: Path) -> Iterator[_Reader]:
     with open_stream(path) as stream:  # the same refusals as for volumes, and the check that nothing changes meanwhile
         try:
-            with warnings.catch_warnings(), _silent("tifffile"):
-                warnings.simplefilter("ignore")
+            with _silent("tifffile"):
                 tiff = suffix_of(path) in TIFF_SUFFIXES
                 with (_tiff if tiff else _picture)(path, stream.raw) as reader:
                     if reader.dtype.kind not in "biuf" or 0 in reader.shape:
@@ -161,8 +159,6 @@ def _tiff(path: Path, raw) -> Iterator[_Reader]:
                 raise
             pixels = pixels.transpose(order).reshape(*result[:3], *([] if channel is None else [shape[channel]]))
             pixels = pixels.astype(np.uint8) * 255 if pixels.dtype == bool else pixels
-            if series.keyframe.photometric == tifffile.PHOTOMETRIC.MINISWHITE and pixels.dtype.kind == "u":
-                pixels = np.iinfo(pixels.dtype).max - pixels
             return pixels[..., : channels[0]] if channels else pixels
 
         if series.keyframe.photometric == tifffile.PHOTOMETRIC.PALETTE:

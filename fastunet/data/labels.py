@@ -11,7 +11,8 @@ import numpy as np
 from fastunet.errors import UserError, warn_once
 from fastunet.schema import to_type
 
-MAX_CLASSES = 255
+MAX_CLASSES = 128
+"""What the fused losses and metrics take."""
 IGNORED = 255
 """The class index of pixels that count nowhere; what losses and metrics take as ``ignore_index``."""
 ROUNDING = 1e-3

@@ -23,6 +23,7 @@ def load_meta_image(path: Path, channel: int | None, voxels: bool) -> tuple[Stor
     if not path.is_file():
         raise UserError(f"{path}: there is no such file")
     reader = SimpleITK.ImageFileReader()
+    reader.SetImageIO("MetaImageIO")  # by itself it knows lower-case names only
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()

@@ -10,7 +10,6 @@ import contextlib
 import io
 import math
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -199,7 +198,6 @@ def _read_extensions(stream: DataStream, header: Nifti1Header, count: int) -> No
     block = stream.read(count)
     if block[:1] == b"\0":
         return
-    with contextlib.suppress(Exception), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with contextlib.suppress(Exception):
         swapped = (header.endianness == "<") != (sys.byteorder == "little")
         header.extensions = Nifti1Extensions.from_fileobj(io.BytesIO(block[4:]), count - 4, swapped)

@@ -15,6 +15,7 @@ from fastunet.errors import UserError
 if TYPE_CHECKING:  # nibabel takes 0.2 s to import: every function that needs it imports it
     from nibabel.nifti1 import Nifti1Header
 
+_NIFTI1_LENGTHS = 1 << 15
 _SLABS = 32  # voxels are scaled in so many parts, so that float64 never holds all of them
 
 
@@ -107,7 +108,7 @@ def header_of(shape: tuple[int, ...], affine: np.ndarray) -> Nifti1Header:
     """A NIfTI header for the grid of a file of another format."""
     import nibabel
 
-    header = nibabel.Nifti1Header()
+    header = (nibabel.Nifti1Header if max(shape) < _NIFTI1_LENGTHS else nibabel.Nifti2Header)()
     header.set_data_shape(shape)
     header.set_zooms(np.linalg.norm(affine[:3, : len(shape)], axis=0))
     header.set_xyzt_units("mm")
