@@ -14,13 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from fastunet.data.formats import TIFF_SUFFIXES, suffix_of
+from fastunet.data.labels import COLOUR
 from fastunet.data.stored import Stored, header_of
 from fastunet.data.streams import open_stream
 from fastunet.errors import UserError, warn_once
 
 AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])
-COLOUR = 1 << 24
-"""Added to the packed red, green and blue of a mask's coloured pixel, so that it is no grey value."""
 _PLAUSIBLE_BYTES = 100 << 20
 _MOST_EXPANSION = 1032  # of deflate, the best of TIFF's usual compressions
 

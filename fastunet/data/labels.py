@@ -17,6 +17,8 @@ IGNORED = 255
 """The class index of pixels that count nowhere; what losses and metrics take as ``ignore_index``."""
 ROUNDING = 1e-3
 """How far a stored label may lie from a whole number and still be that number: what scaled and float files leave."""
+COLOUR = 1 << 24
+"""Added to the packed red, green and blue of a mask's coloured pixel, so that it is no grey value."""
 _SHOWN_VALUES = 8
 
 
@@ -44,6 +46,12 @@ class LabelMap:
     ignore: int | None = None
     aliases: Mapping[int, int] = field(default_factory=dict)
     hint: str = ""
+
+    def __str__(self) -> str:
+        """Values and names in one line, cut short after the first few."""
+        table = [f"{value_name(value)} {name}" for value, name in zip(self.values, self.class_names)]
+        table += [] if self.ignore is None else [f"{self.ignore} ignored"]
+        return ", ".join(table[:_SHOWN_VALUES]) + (", …" if len(table) > _SHOWN_VALUES else "")
 
     def encode(self, values: np.ndarray, file: str | Path) -> np.ndarray:
         """File values of any shape and real dtype → class indices, uint8.
@@ -153,15 +161,18 @@ class LabelMap:
         found = np.unique(values)
         shown = ", ".join(f"{value:.9g}" for value in found[:_SHOWN_VALUES])
         more = f" and {found.size - _SHOWN_VALUES} more" if found.size > _SHOWN_VALUES else ""
-        table = ", ".join(f"{value} {name}" for value, name in zip(self.values[:_SHOWN_VALUES], self.class_names))
-        table += ", …" if len(self.values) > _SHOWN_VALUES else ""
         hint = f"; {self.hint}" if self.hint else ""
         if found.dtype.kind == "f" and (np.abs(found - np.rint(found)) > ROUNDING).any():
             hint = f"; values within {ROUNDING:g} of a whole number are rounded, these look interpolated"
         return (
-            f"{file}: label values {shown}{more} are not in the table of {self.edition} ({table}), in {values.size} "
+            f"{file}: label values {shown}{more} are not in the table of {self.edition} ({self}), in {values.size} "
             f"voxels{hint}"
         )
+
+
+def value_name(value: int) -> str:
+    """How a label value is shown: as a number, or the colour of a mask as "#rrggbb"."""
+    return f"#{value - COLOUR:06x}" if value >= COLOUR else str(value)
 
 
 def _rounded(values: np.ndarray) -> np.ndarray:

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from fastunet.data.formats import suffix_of
-from fastunet.data.images import COLOUR, load_mask
-from fastunet.data.labels import LabelMap
+from fastunet.data.images import load_mask
+from fastunet.data.labels import COLOUR, LabelMap, value_name
 from fastunet.errors import UserError
 
 MOST_CLASSES = 32
@@ -39,11 +39,6 @@ def mask_table(paths: Sequence[Path]) -> LabelMap:
     values = sorted(counts)
     names = ["background", "object"] if len(values) == 2 else ["background", *map(value_name, values[1:])]
     return LabelMap(f"the masks in {where.name}", tuple(values), tuple(names))
-
-
-def value_name(value: int) -> str:
-    """How a value of ``load_mask`` is shown: a grey value, or a colour as "#rrggbb"."""
-    return f"#{value - COLOUR:06x}" if value >= COLOUR else str(value)
 
 
 def _count(path: Path) -> dict[int, int]:

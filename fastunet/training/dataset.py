@@ -75,6 +75,7 @@ def prepare_data(
         f"training cases: {len(split.train)} ({len(train)} slices), validation cases: {len(split.validation)} "
         f"({len(val)} slices) of {train.size[0]}×{train.size[1]}, {', '.join(modalities)}"
     )
+    display.message(f"classes by label value: {cases[0].label_map}")
     return TrainingData(train, val, cases[0].label_map, tuple(modalities), config)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 import fastunet
+from fastunet.data import IGNORED
 from fastunet.errors import UserError
 from fastunet.files import make_output_folder
 from fastunet.losses import DiceCrossEntropyLoss, DiceLoss
@@ -66,7 +67,8 @@ class Trainer:
         self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate, fused=True)
         self.scaler = loss_scaler(self.device, config.precision)
-        self.loss = _loss(config, processes.world)
+        ignored = IGNORED if data.labels.ignore is not None else None
+        self.loss = _loss(config, processes.world, ignored)
         self.progress = Progress(fingerprint=data.fingerprint)
         self.card = ModelCard(
             model=self.model.config,
@@ -173,7 +175,8 @@ class Trainer:
         config, data = self.config, self.data.val
         rank, world = self.processes.rank, self.processes.world
         names = self.data.labels.class_names
-        metrics = SegmentationMetrics(len(names), names)
+        ignored = IGNORED if self.data.labels.ignore is not None else None
+        metrics = SegmentationMetrics(len(names), names, ignore_index=ignored)
         total = torch.zeros(2, dtype=torch.float64)
         self.model.eval()
         steps = data.steps(config.batch_size, world=world)
@@ -233,9 +236,9 @@ def batch_seed(seed: int, epoch: int, batch: int, rank: int) -> int:
     return int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def _loss(config: TrainConfig, world: int) -> torch.nn.Module:
+def _loss(config: TrainConfig, world: int, ignored: int | None) -> torch.nn.Module:
     # Labels were checked against the label table when they were read; checking again would wait for the GPU.
-    options = dict(sync=world > 1, grad_reduction="sum", check_labels=False)
+    options = dict(sync=world > 1, grad_reduction="sum", check_labels=False, ignore_index=ignored)
     if config.loss == "dice":
         return DiceLoss(**options)
     return DiceCrossEntropyLoss(dice_weight=0.0 if config.loss == "ce" else 1.0, **options)
