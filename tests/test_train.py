@@ -84,7 +84,7 @@ def test_files_of_a_run(phantoms, tmp_path, capsys):  # noqa: F811
     assert captured.out == f"{tmp_path}\n"
     lines = captured.err.splitlines()
     assert lines[0] == "training cases: 3 (45 slices), validation cases: 1 (17 slices) of 32×32, flair, t1ce"
-    assert [line.split(":")[0] for line in lines[1:]] == ["epoch 1/2", "epoch 2/2"]
+    assert [line.split(":")[0] for line in lines[1:]] == ["classes by label value", "epoch 1/2", "epoch 2/2"]
     files = {name for name in files_below(tmp_path) if not name.startswith("cache/")}
     weights = {"best.safetensors", "last.safetensors", "state.safetensors"}
     assert files == {"config.json", "curves.png", "log.csv"} | weights
