@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastunet.cli.segment import VOLUME_SUFFIXES, add_model_options, make_segmenter, progress_display
+from fastunet.cli.segment import add_model_options, make_segmenter, progress_display
 from fastunet.errors import UserError
 
 
@@ -18,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write every score as CSV")
     parser.add_argument("--empty", choices=("one", "skip"), default="one",
                         help="Dice of what the truth lacks: as in BraTS, or not scored (default: one)")  # fmt: skip
-    parser.add_argument("--labels", metavar="EDITION", help="label table of plain label files, such as brats2021")
+    parser.add_argument("--labels", metavar="TABLE",
+                        help="of plain label files: an edition such as brats2021, a dataset.json, or a run "
+                        "(default: a dataset.json beside them, else the values found)")  # fmt: skip
     add_model_options(parser)
 
 
@@ -27,25 +29,26 @@ def run(args: argparse.Namespace) -> None:
 
     if not args.subject.exists():
         raise UserError(f"{args.subject}: there is no such file or folder")
+    pairs = [] if _is_model(args.subject) else _pairs(args)
     if args.csv:
         from fastunet.files import make_output_folder, write_text
         from fastunet.outputs import check_outputs
 
-        check_outputs([args.csv], _inputs(args))
+        check_outputs([args.csv], _inputs(args, pairs))
         make_output_folder(args.csv.parent)
-    scores = list(_model_scores(args) if _is_model(args.subject) else _file_scores(args))
+    scores = list(_file_scores(pairs, args.empty) if pairs else _model_scores(args))
     print(text_table(scores, empty=args.empty))
     if args.csv:
         write_text(args.csv, csv_table(scores))
 
 
-def _inputs(args: argparse.Namespace) -> list[Path]:
+def _inputs(args: argparse.Namespace, pairs: list[tuple]) -> list[Path]:
     """Every file that will be read."""
     from fastunet.training.checkpoint import checkpoint_file
 
     found = [args.truth / "dataset.json"]
-    if not _is_model(args.subject):
-        return found + [path for pair in _pairs(args) for path in pair[1:3]]
+    if pairs:
+        return found + [path for pair in pairs for path in pair[1:3]]
     cases = labelled_cases(args.truth, None, args.labels)
     return found + [checkpoint_file(args.subject), *(path for case in cases for path in case.files)]
 
@@ -87,63 +90,87 @@ def _model_scores(args: argparse.Namespace) -> Iterator:
         yield from evaluate_case(segmenter, case, empty=args.empty, on_nan=args.on_nan, progress=progress)
 
 
-def _file_scores(args: argparse.Namespace) -> Iterator:
-    from fastunet.data import read_geometry, read_labels
+def _file_scores(pairs: list[tuple], empty: str) -> Iterator:
+    from fastunet.data import IGNORED, read_geometry, read_labels
+    from fastunet.data.grids import check_same_grid
 
-    for name, predicted_path, truth_path, labels in _pairs(args):
+    for name, predicted_path, truth_path, labels in pairs:
+        check_same_grid(read_geometry(truth_path), read_geometry(predicted_path))
         truth = read_labels(truth_path, labels)
         predicted = read_labels(predicted_path, labels)
-        if predicted.shape != truth.shape:
-            raise UserError(f"{predicted_path} has shape {predicted.shape}, {truth_path} has {truth.shape}")
-        if abs(read_geometry(predicted_path).affine - read_geometry(truth_path).affine).max() > 1e-3:
-            raise UserError(f"{predicted_path} and {truth_path} differ in affine")
-        yield from _scored(name, predicted, truth, labels, args.empty)
+        if (predicted == IGNORED).any():
+            raise UserError(
+                f"{predicted_path} holds {labels.ignore}, the label that is ignored, which predicts nothing"
+            )
+        yield from _scored(name, predicted, truth, labels, empty)
 
 
 def _pairs(args: argparse.Namespace) -> list[tuple]:
     """(case, prediction, truth, label table) for every truth; each must have its prediction."""
+    from fastunet.data.formats import is_listed, stem_of
+
     if args.truth.is_file() or args.subject.is_file():
         if not (args.truth.is_file() and args.subject.is_file()):
             raise UserError(f"{args.subject} and {args.truth} must both be label files, or both be folders")
-        return [(_stem(args.truth), args.subject, args.truth, _named_table(args))]
+        table = _table([args.subject, args.truth], args)
+        return [(stem_of(args.truth), args.subject, args.truth, table)]
     if not args.truth.is_dir():
         raise UserError(f"{args.truth}: there is no such file or folder")
-    plain = sorted(path for path in args.truth.iterdir() if path.name.endswith(VOLUME_SUFFIXES))
-    if plain and not (args.truth / "dataset.json").is_file():
-        truths = [(_stem(path), path, _named_table(args)) for path in plain]
-    else:
+    plain = sorted(path for path in args.truth.iterdir() if is_listed(path) and path.is_file())
+    if not plain or (args.truth / "dataset.json").is_file():
         cases = labelled_cases(args.truth, None, args.labels)
-        truths = [(case.name, case.label, case.label_map) for case in cases]
-    return [(name, _prediction(args.subject, name), path, labels) for name, path, labels in truths]
+        return [(case.name, _prediction(args.subject, case.name), case.label, case.label_map) for case in cases]
+    predictions = [_prediction(args.subject, stem_of(path)) for path in plain]
+    table = _table([*plain, *predictions], args)
+    return [(stem_of(path), predicted, path, table) for path, predicted in zip(plain, predictions, strict=True)]
 
 
 def _prediction(folder: Path, name: str) -> Path:
-    for suffix in reversed(VOLUME_SUFFIXES):
-        if (folder / (name + suffix)).is_file():
-            return folder / (name + suffix)
-    raise UserError(f"{folder} holds no prediction {name}.nii.gz")
+    from fastunet.data.formats import is_listed, stem_of
+
+    found = sorted(path for path in folder.iterdir() if is_listed(path) and stem_of(path) == name)
+    if len(found) != 1:
+        several = f"{len(found)} predictions" if found else "no prediction"
+        raise UserError(f"{folder} holds {several} of the name {name}; one label file is wanted")
+    return found[0]
 
 
-def _named_table(args: argparse.Namespace):
-    from fastunet.data import LABEL_MAPS
+def _table(files: list[Path], args: argparse.Namespace):
+    """The table of plain label files: the one that is named, that of a ``dataset.json`` nearby, or the values found."""
+    from fastunet.data import LABEL_MAPS, LabelMap
+    from fastunet.data.dataset_json import read_label_map
+    from fastunet.data.masks import found_table
+    from fastunet.training.checkpoint import load_model
 
-    if args.labels not in LABEL_MAPS:
-        found = "missing" if args.labels is None else f"{args.labels!r}"
-        raise UserError(f"--labels is {found}; plain label files need one of {', '.join(LABEL_MAPS)}")
-    return LABEL_MAPS[args.labels]
+    if args.labels in LABEL_MAPS:
+        return LABEL_MAPS[args.labels]
+    if args.labels is not None:
+        named = Path(args.labels)
+        if named.name == "dataset.json":
+            return read_label_map(named)
+        if not named.exists():
+            raise UserError(
+                f"--labels is {args.labels!r}; it names a dataset.json, a run or one of {', '.join(LABEL_MAPS)}"
+            )
+        return LabelMap.from_dict(load_model(named)[1].labels, named)
+    folders = list(dict.fromkeys(parent for path in reversed(files) for parent in (path.parent, path.parent.parent)))
+    file = next((folder / "dataset.json" for folder in folders if (folder / "dataset.json").is_file()), None)
+    table = found_table(files) if file is None else read_label_map(file)
+    print(f"labels as {'found' if file is None else f'{file} has them'}: {table}")
+    return table
 
 
 def _scored(name: str, predicted, truth, labels, empty: str) -> list:
     import torch
 
+    from fastunet.data import IGNORED
     from fastunet.inference.scores import score_case
     from fastunet.metrics import SegmentationMetrics
 
-    metrics = SegmentationMetrics(len(labels.class_names), labels.class_names, empty=empty, regions=labels.regions)
+    ignored = None if labels.ignore is None else IGNORED
+    metrics = SegmentationMetrics(
+        len(labels.class_names), labels.class_names, empty=empty, regions=labels.regions, ignore_index=ignored
+    )
     for plane, true_plane in zip(predicted.swapaxes(0, -1), truth.swapaxes(0, -1), strict=True):
         metrics.update(torch.from_numpy(plane.copy())[None], torch.from_numpy(true_plane.copy())[None])
     return score_case(name, metrics)
-
-
-def _stem(path: Path) -> str:
-    return path.name.removesuffix(".gz").removesuffix(".nii")

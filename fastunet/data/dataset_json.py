@@ -91,6 +91,11 @@ def dataset_json_cases(root: Path, edition: str | None) -> list[Case]:
     return list(cases.values())
 
 
+def read_label_map(file: Path) -> LabelMap:
+    """The label table of a ``dataset.json``; errors as in ``dataset_json_cases``."""
+    return _label_map(read_json(file, _DatasetJson), None, file.parent, file)
+
+
 def _label_map(table: _DatasetJson, edition: str | None, root: Path, file: Path) -> LabelMap:
     if edition is not None:
         return LABEL_MAPS[edition]

@@ -62,7 +62,7 @@ class LabelMap:
         Raises:
             UserError: values outside the table, named and counted together with ``file``.
         """
-        whole = values if values.dtype.kind in "iu" else _rounded(values)
+        whole = rounded(values)
         classes = np.zeros(values.shape, np.uint8)
         known = np.zeros(values.shape, bool)
         for index, value in [*enumerate(self.values), *([] if self.ignore is None else [(IGNORED, self.ignore)])]:
@@ -175,8 +175,10 @@ def value_name(value: int) -> str:
     return f"#{value - COLOUR:06x}" if value >= COLOUR else str(value)
 
 
-def _rounded(values: np.ndarray) -> np.ndarray:
-    """Whole numbers where ``values`` are within ``ROUNDING`` of one, NaN elsewhere."""
+def rounded(values: np.ndarray) -> np.ndarray:
+    """Whole numbers where ``values`` are within ``ROUNDING`` of one, NaN elsewhere; whole numbers stay as they are."""
+    if values.dtype.kind in "biu":
+        return values
     with np.errstate(invalid="ignore"):
         nearest = np.rint(values)
         return np.where(np.abs(values - nearest) <= ROUNDING, nearest, np.nan)

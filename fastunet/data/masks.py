@@ -1,4 +1,4 @@
-"""Masks that people paint: any set of grey values or colours becomes a table of classes."""
+"""Label files without a table: masks that people paint, and label volumes; the values found become classes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from fastunet.data.formats import suffix_of
-from fastunet.data.images import load_mask
-from fastunet.data.labels import COLOUR, LabelMap, value_name
+from fastunet.data.labels import COLOUR, MAX_CLASSES, LabelMap, rounded, value_name
+from fastunet.data.volumes import read_label_values
 from fastunet.errors import UserError
 
 MOST_CLASSES = 32
 _THREADS = 4
+_MOST_VALUES = 1 << 12
 _LABEL_NUMBERS = 32  # masks of values below are numbered by class, others painted to be seen
 _NEAR = 8  # grey levels
 _RARE = 0.05
@@ -22,18 +23,14 @@ _SHOWN = 8
 
 
 def mask_table(paths: Sequence[Path]) -> LabelMap:
-    """The classes of all ``paths`` together: one for each value, in the order of the values, 0 (black) first.
+    """The classes of all masks together: one for each value, in the order of the values, 0 (black) first.
 
     Raises:
         UserError: masks that cannot be read, one value only, or values that no one painted: traces of JPEG compression,
             numbers of single objects, or a photograph.
     """
-    with ThreadPoolExecutor(_THREADS) as pool:
-        counted = list(pool.map(_count, paths))
-    counts: dict[int, int] = {}
-    for values in counted:
-        for value, number in values.items():
-            counts[value] = counts.get(value, 0) + number
+    counted = _counted(paths)
+    counts = _summed(counted)
     where = paths[0].parent
     _check(counts, counted, paths, where)
     values = sorted(counts)
@@ -41,15 +38,54 @@ def mask_table(paths: Sequence[Path]) -> LabelMap:
     return LabelMap(f"the masks in {where.name}", tuple(values), tuple(names))
 
 
-def _count(path: Path) -> dict[int, int]:
-    pixels = load_mask(path)
-    if pixels.dtype.kind == "f":
-        whole = np.rint(pixels)
-        if not (np.isfinite(pixels).all() and (whole == pixels).all()):
-            raise UserError(f"{path}: a mask holds whole numbers, this one holds others")
-    values, counts = np.unique(pixels, return_counts=True)
-    if values.size > 1 << 16 or values[0] < 0 or values[-1] >= 2 * COLOUR:
-        raise UserError(f"{path} holds {values.size} different values; it is no mask of classes")
+def found_table(paths: Sequence[Path]) -> LabelMap:
+    """The classes of label files as they are found: 0, the background, and one for each other value.
+
+    Raises:
+        UserError: files that cannot be read, values that are no whole numbers, or too many.
+    """
+    values = sorted(_summed(_counted(paths)) | {0: 0})
+    if len(values) > MAX_CLASSES:
+        raise UserError(
+            f"{paths[0].parent}: label files hold {len(values)} values ({_shown(values)}), too many classes"
+        )
+    values.remove(0)
+    names = ("background", *(f"label {value_name(value)}" for value in values)) if values else ("background", "label 1")
+    return LabelMap("the values found", (0, *(values or [1])), names)
+
+
+def _summed(counted: Sequence[dict[int, int]]) -> dict[int, int]:
+    counts: dict[int, int] = {}
+    for values in counted:
+        for value, number in values.items():
+            counts[value] = counts.get(value, 0) + number
+    return counts
+
+
+def _counted(paths: Sequence[Path]) -> list[dict[int, int]]:
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(count_labels, paths))
+
+
+def count_labels(path: Path) -> dict[int, int]:
+    """How many voxels or pixels of a label file hold each value, rounded as ``LabelMap.encode`` does.
+
+    Raises:
+        UserError: the file cannot be read, or holds values that are no whole numbers, or thousands of them.
+    """
+    voxels = read_label_values(path)
+    whole = rounded(voxels)
+    values, counts = np.unique(whole[~np.isnan(whole)] if whole.dtype.kind == "f" else whole, return_counts=True)
+    broken = voxels.size - int(counts.sum())
+    if broken:
+        example = voxels[np.isnan(whole)].flat[0]
+        raise UserError(
+            f"{path}: {broken} voxels are no whole numbers, such as {example:.9g}; a label file holds those"
+        )
+    if values.size > _MOST_VALUES or abs(values).max() >= 1 << 31:
+        raise UserError(
+            f"{path} holds {values.size} different values up to {abs(values).max():.9g}; it is no label file"
+        )
     return dict(zip(values.astype(int).tolist(), counts.tolist()))
 
 
