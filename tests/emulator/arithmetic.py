@@ -77,9 +77,10 @@ def _half(e: Emission, kind: str, bits: list[str]) -> str:
 
 def _integer(e: Emission, kind: str, operands: list[str]) -> str:
     head, bits = e.op[0], bits_of(kind)
-    a = [e.typed(o, kind) for o in operands[:2]]
     if head in ("shl", "shr"):
-        return f"shift_{'left' if head == 'shl' else 'right'}({a[0]}, {e.value(operands[1], 32)}).view(U{bits})"
+        direction = "left" if head == "shl" else "right"
+        return f"shift_{direction}({e.typed(operands[0], kind)}, {e.value(operands[1], 32)}).view(U{bits})"
+    a = [e.typed(o, kind) for o in operands[:2]]
     if head not in ("mul", "mad"):
         return f"({_operation(e, INTEGER).format(*a)}).view(U{bits})"
     if "wide" in e.op:

@@ -19,7 +19,7 @@ from triton.backends.nvidia import driver as nvidia
 
 from bench.gpu.host_driver import HostDriver
 from fastunet import dispatch
-from fastunet.kernels import _launch
+from fastunet.kernels import _launch, _plan
 
 from .bulk_copies import TensorMap
 from .launch import Emulator
@@ -83,6 +83,22 @@ def _only_ptx(self, source, *rest):
     return source.encode() if isinstance(source, str) else source
 
 
+def _remembering(emulator: Emulator, run):
+    """``_Plan.run`` that tells the emulator which tensors a repeated launch has: its arguments are addresses."""
+
+    def call(plan, inputs):
+        with _plan._Operations() as operations:
+            emulator.operands = inputs, operations.allocated
+            return run(plan, inputs)
+
+    return call
+
+
+def _yes() -> bool:
+    """No mock object: Dynamo traces through it."""
+    return True
+
+
 @contextlib.contextmanager
 def emulated(architecture: int, emulator: Emulator) -> Iterator[Emulator]:
     """Inside, kernels take CPU tensors and run in ``emulator``. One architecture a process: kernels keep theirs."""
@@ -94,7 +110,8 @@ def emulated(architecture: int, emulator: Emulator) -> Iterator[Emulator]:
         mock.patch.multiple(torch.cuda, current_device=lambda: 0, get_device_name=lambda index: "none",
                             get_device_capability=lambda index=None: capability),
         mock.patch.multiple(compiler.CUDABackend, make_cubin=_only_ptx, hash=lambda self: marked(self)),
-        mock.patch.object(dispatch, "triton_interpreted", return_value=True),  # which lets kernels take CPU tensors
+        mock.patch.object(_plan._Plan, "run", _remembering(emulator, _plan._Plan.run)),
+        mock.patch.object(dispatch, "triton_interpreted", _yes),  # which lets kernels take CPU tensors
     ):  # fmt: skip
         triton.runtime.driver.set_active(EmulatorDriver(architecture, emulator))
         _launch._state.capabilities.clear()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,12 +39,14 @@ class Record:
 class Emulator:
     """Every launch runs under all ``schedules``, which must leave the same bytes.
 
-    ``only(grid)`` may name the programs of a launch that run, where all would be too many.
+    ``only(grid)`` may name the programs of a launch that run, where all would be too many. ``operands`` are the tensors
+    of a repeated launch, which passes addresses alone.
     """
 
     schedules: tuple[Schedule, ...] = (EAGER, LAZY)
     only: Callable[[tuple[int, int, int]], list[tuple[int, int, int]]] | None = None
     records: list[Record] = field(default_factory=list)
+    operands: tuple[list[torch.Tensor], ...] = ()
 
     def load(self, name: str, text: str) -> Program:
         return Program(parse(text))
@@ -59,17 +60,16 @@ class Emulator:
                         f"parameters and {kernel.threads} threads")  # fmt: skip
         if not (grid[0] < 1 << 31 and grid[1] < 1 << 16 and grid[2] < 1 << 16):
             raise Fault(f"{kernel.name}: a grid of {grid}")
-        storages = _storages([a for a, (_, kind) in zip(arguments, kernel.params) if kind == "ptr" and _address(a)])
         ranges, parameters = [], []
         for (name, kind), value in zip(kernel.params, arguments):
             label = name.removeprefix(kernel.name + "_")
             parameters.append(_parameter(kernel.name, label, kind, value))
             if kind == "map":
                 ranges.append((value.base, value.end, label))
-            elif isinstance(value, torch.Tensor) and value.numel():
-                ranges.append((*_extent(value), label))
-            elif kind == "ptr" and _address(value):
-                ranges.append((value, storages[value], label))
+            elif kind == "ptr" and isinstance(value, torch.Tensor):
+                ranges += [(*_extent(value), label)] if value.numel() else []
+            elif kind == "ptr" and value:
+                ranges.append((*self._owner(value), label))
         memory = GlobalMemory(ranges)
         programs = self.only(grid) if self.only else [
             (x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]  # fmt: skip
@@ -83,6 +83,14 @@ class Emulator:
                 _compare(kernel.name, schedule, memory, first)
             elif len(self.schedules) > 1:
                 first = [tensor.copy() for tensor in memory.tensors()]
+
+    def _owner(self, address: int) -> tuple[int, int]:
+        """From ``address`` to the end of the storage that holds it, among the operands of a repeated launch."""
+        for tensor in (tensor for operands in self.operands for tensor in operands):
+            first, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+            if first <= address < first + size:
+                return address, first + size
+        raise Fault(f"pointer {address:#x} belongs to no operand of a repeated launch")
 
     def _execute(self, program, memory, parameters, programs, grid, shared, schedule) -> None:
         started, counts = time.perf_counter(), Counter()
@@ -107,11 +115,6 @@ def _compare(name: str, schedule: Schedule, memory: GlobalMemory, first: list) -
                         f"{int(other.sum())} of {len(now)}, first {int(other.argmax())}")  # fmt: skip
 
 
-def _address(value: Any) -> bool:
-    """Whether a pointer argument is a bare address: repeated launches pass no tensors."""
-    return isinstance(value, int) and value != 0
-
-
 def _parameter(kernel: str, label: str, kind: str, value: Any) -> Any:
     """The value that a parameter of type ``kind`` holds."""
     if kind == "map":
@@ -134,22 +137,3 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     """First address and the one behind the last element."""
     last = sum((s - 1) * t for s, t in zip(tensor.shape, tensor.stride()))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
-
-
-def _storages(addresses: list[int]) -> dict[int, int]:
-    """For each address the end of the live tensor storage that holds it."""
-    found: dict[int, int] = {}
-    if addresses:
-        for storage in _live_storages():
-            first = storage.data_ptr()
-            found.update((a, first + storage.nbytes()) for a in addresses if first <= a < first + storage.nbytes())
-    for address in addresses:
-        if address not in found:
-            raise Fault(f"pointer {address:#x} belongs to no live tensor")
-    return found
-
-
-def _live_storages() -> Iterator[torch.UntypedStorage]:
-    for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and thing.layout == torch.strided and thing.device.type == "cpu":
-            yield thing.untyped_storage()

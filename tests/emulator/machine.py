@@ -56,10 +56,12 @@ class Machine:
         self.laneid = (index % 32).astype(U32)
         self.ntid, self.nctaid = U32(self.size), [U32(g) for g in grid]
         self.ctaid = list(np.repeat(np.array(programs, U32), self.size, axis=0).T)
-        self.shared = SharedMemory(shared, len(programs), shared_unit(program) if schedule.detect else None)
+        unit = shared_unit(program) if schedule.detect else None
+        self.shared = SharedMemory(shared, len(programs), unit, garbage=0xFF if schedule.lazy else 0x5A)  # 0xFF… is NaN
         self.barriers: dict[int, barriers.Barrier] = {}
         self.cp_async, self.bulk, self.wgmma = (Groups(self.threads) for _ in range(3))
         self.registers: list[np.ndarray] = []
+        self.products: dict[int, np.ndarray] = {}  # accumulators in flight, by their slot
         self.counts: Counter[str] = Counter()
         self.mask: np.ndarray | None = None
         self.stalled = False
@@ -108,7 +110,6 @@ class Machine:
         self.groups: dict[tuple[int, int], np.ndarray | None] = {}  # (rank of the warp, block)
         self.waiting: dict[int, np.ndarray] = {}  # at the bar.sync that ends a block
         self.spinning: dict[tuple[int, int], np.ndarray | None] = {}  # at an mbarrier that is not complete
-        self.finished = np.zeros(self.threads, bool)
         self._spread(0, np.ones(self.threads, bool))
         blocks, progress = 0, True
         with np.errstate(all="ignore"):
@@ -145,9 +146,7 @@ class Machine:
             if rest is not False:
                 self._join(rank, index + 1, rest)
         elif end.modifiers[0] in ("ret", "exit"):
-            leaving, rest = self._split(end, mask)
-            if leaving is not False:
-                self.finished |= True if leaving is None else leaving
+            _, rest = self._split(end, mask)
             if rest is not False:
                 self._join(rank, index + 1, rest)
         else:
@@ -190,8 +189,6 @@ class Machine:
         self.counts["barriers"] += int(arriving.sum()) // 32
         self.waiting[index] = self.waiting[index] | arriving if index in self.waiting else arriving
         arrived = np.logical_or.reduce(list(self.waiting.values())).reshape(-1, self.size)
-        if (self.finished.reshape(-1, self.size).any(1) & arrived.any(1)).any():
-            raise Fault(f"bar.sync after some threads have left: {end.text}")
         complete = arrived.all(1)
         if not complete.any():
             return

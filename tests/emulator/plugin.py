@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import subprocess
 import time
 from collections import Counter
 from pathlib import Path
@@ -22,8 +24,10 @@ def pytest_addoption(parser):
     group = parser.getgroup("emulator")
     group.addoption("--emulate", type=int, choices=(80, 90), help="run compiled kernels in the emulator")
     group.addoption("--tf32", action="store_true", help="emulated: float32 products in tf32")
-    group.addoption("--log", help="emulated: append a line of JSON for each test to this file")
-    group.addoption("--one-schedule", action="store_true", help="emulated: only the lazy schedule, with detector")
+    group.addoption("--log", type=Path, help="emulated: append a line of JSON for each test to this file")
+    group.addoption("--label", default="", help="emulated: the log's name of this run; tests it holds are left out")
+    group.addoption("--share", default="1/1", help="emulated: i/n, the i-th of n shares of the tests")
+    group.addoption("--subset", action="store_true", help="emulated: bfloat16, and one test of each other kernel")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -39,11 +43,41 @@ def pytest_configure(config):
         config.pluginmanager.register(_Emulation(config), "emulation")
 
 
+def logged(path: Path | None, label: str = "") -> list[dict]:
+    """The rows of a log with this label; a line cut off by an interruption does not count."""
+    rows = []
+    for line in path.read_text().splitlines() if path and path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if not label or row["label"] == label:
+            rows.append(row)
+    return rows
+
+
+_SUBSET = (
+    "bf16", "bfloat16", "test_forward_head[4-", "test_confusion_of_logits[4-NHWC-200", "test_confusion_of_labels",
+    "test_confusion_in_several", "test_dice_rule.py", "test_backward_equals_autograd", "test_relu.py",
+    "test_weights.py", "test_soft_targets[4-NCHW", "test_more_samples",
+)  # fmt: skip
+"""Parts of the names of the tests in the subset."""
+
+
 class _Emulation:
     def __init__(self, config):
-        self.log = config.getoption("--log")
-        self.only_lazy = config.getoption("--one-schedule")
+        self.option = config.option
         self.comparisons: list[dict] = []
+
+    def pytest_collection_modifyitems(self, config, items):
+        share, shares = map(int, self.option.share.split("/"))
+        done = {row.get("test") for row in logged(self.option.log, self.option.label)}
+        mine = items[share - 1 :: shares]
+        chosen = [item for item in mine if item.nodeid not in done]
+        if self.option.subset:
+            chosen = [item for item in chosen if any(part in item.nodeid for part in _SUBSET)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtestloop(self, session):
@@ -51,12 +85,14 @@ class _Emulation:
         import torch
 
         from tests.emulator.driver import emulated
-        from tests.emulator.launch import LAZY, Emulator
+        from tests.emulator.launch import Emulator
 
         if emulator.TF32:
             tolerance.EPSILON[torch.float32] = _TF32_EPSILON
         tolerance.OBSERVERS.append(self.compared)
-        self.emulator = Emulator((LAZY,)) if self.only_lazy else Emulator()
+        self.emulator = Emulator()
+        if self.option.log:
+            self.write_session()
         with emulated(emulator.ARCHITECTURE, self.emulator):
             return (yield)
 
@@ -67,30 +103,41 @@ class _Emulation:
     def pytest_runtest_call(self, item):
         self.comparisons.clear()
         self.emulator.records.clear()
-        started, outcome = time.perf_counter(), "failed"
-        message = ""
+        started, outcome, message = time.perf_counter(), "passed", ""
         try:
-            result = yield
-            outcome = "passed"
-            return result
+            return (yield)
         except pytest.skip.Exception as skipped:
             outcome, message = "skipped", str(skipped)
             raise
-        except BaseException as error:
-            message = f"{type(error).__name__}: {error}"[:1000]
+        except Exception as error:
+            outcome, message = "failed", f"{type(error).__name__}: {error}"[:1000]
+            raise
+        except BaseException:
+            outcome = ""  # interrupted: to be run again
             raise
         finally:
-            if self.log:
+            if self.option.log and outcome:
                 self.write(item.nodeid, outcome, message, time.perf_counter() - started)
+
+    def write_session(self):
+        """What runs here, once a process."""
+        import numpy
+        import torch
+        import triton
+
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+        self.append({"session": {
+            "commit": git.stdout.strip() or "unknown", "Triton": triton.__version__, "PyTorch": torch.__version__,
+            "NumPy": numpy.__version__, "Python": platform.python_version()}})  # fmt: skip
+
+    def append(self, row):
+        with self.option.log.open("a") as file:
+            file.write(json.dumps({"label": self.option.label} | row) + "\n")
 
     def write(self, test, outcome, message, seconds):
         """One line a test: what was compared, launched and counted."""
-        counts, launches = Counter(), Counter()
+        launches, totals = Counter(record.kernel for record in self.emulator.records), Counter()
         for record in self.emulator.records:
-            launches[record.kernel] += 1
-            counts["programs"] += record.programs
-            counts["instructions"] += record.counts["instructions"]
-        row = {"test": test, "outcome": outcome, "message": message, "seconds": round(seconds, 2),
-               "comparisons": self.comparisons, "launches": launches, "counts": counts}  # fmt: skip
-        with Path(self.log).open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            totals.update(programs=record.programs, instructions=record.counts["instructions"], seconds=record.seconds)
+        self.append({"test": test, "outcome": outcome, "message": message, "launches": launches, "totals": totals,
+                     "seconds": round(seconds, 2), "comparisons": self.comparisons})  # fmt: skip

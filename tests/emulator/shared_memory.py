@@ -33,12 +33,12 @@ class Lanes:
 
 
 class SharedMemory:
-    """``size`` bytes for each of ``programs``; NaN until written. ``unit`` bytes is what the detector tells apart."""
+    """``size`` bytes for each of ``programs``, of ``garbage`` until written; the detector tells ``unit`` apart."""
 
-    def __init__(self, size: int, programs: int, unit: int | None):
+    def __init__(self, size: int, programs: int, unit: int | None, garbage: int = 0xFF):
         self.first, self.limit = SHARED_BASE, SHARED_BASE + size
         self.stride = (self.limit + 1023) & ~1023
-        self.bytes = np.full(self.stride * programs, 0xFF, np.uint8)
+        self.bytes = np.full(self.stride * programs, garbage, np.uint8)
         self.views = {width: self.bytes.view(kind) for width, kind in WIDTHS.items()}
         self.detector = Detector(len(self.bytes) // unit, programs, unit) if unit else None
 
@@ -57,7 +57,7 @@ class SharedMemory:
         size = width * count
         flat = self.flat(address, size, lanes.program, what)
         if self.detector:
-            self.detector.read(self.detector.units(flat, size), lanes, what)
+            self.detector.read(self.detector.units(flat, size), lanes, what, count)
         return self.views[size][flat // size].view(WIDTHS[width]).reshape(len(flat), count)
 
     def store(self, address: np.ndarray, values: np.ndarray, lanes: Lanes, what: str) -> None:
@@ -91,11 +91,16 @@ class Detector:
         """(accesses, units) of ``size`` bytes at each flat position."""
         return (flat // self.unit)[:, None] + np.arange(max(1, size // self.unit))
 
-    def read(self, units: np.ndarray, lanes: Lanes, what: str) -> None:
-        """Threads read; ``units`` is (threads, units)."""
+    def read(self, units: np.ndarray, lanes: Lanes, what: str, parts: int = 1) -> None:
+        """Threads read ``units`` (threads, units) into ``parts`` registers each.
+
+        Of a register some bytes may be nobody's: Triton passes one byte a thread on through words of four.
+        """
         epoch, warp = self.epoch[lanes.program][:, None], lanes.warp[:, None]
         self._none_in_flight(units, what)
-        if not self.written[units].all():
+        parts = min(parts, units.shape[1])
+        known = self.written[units].reshape(len(units), parts, units.shape[1] // parts).any(2)
+        if not known.all():
             self._fault("read of shared memory that nothing wrote", units, ~self.written[units], what)
         clash = (self.writer_epoch[units] == epoch) & (self.writer_warp[units] != warp)
         if clash.any():

@@ -1,8 +1,9 @@
 """``wgmma`` (PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions") with its shared-memory descriptors.
 
 Warp w of a warpgroup computes rows 16·w to 16·w + 15 of the 64; its accumulators are those of ``mma``. Products are
-computed when they are issued; until they are waited for, their operands in shared memory may not be written
-(:class:`~.shared_memory.Detector`) and those in registers may not change.
+computed when they are issued. Until they are waited for, their operands in shared memory may not be written
+(:class:`~.shared_memory.Detector`), those in registers may not change, and under a lazy schedule the accumulators hold
+NaN for all but further products.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import re
 
 import numpy as np
 
-from .asynchronous import reading
+from .asynchronous import reading, wait_for
 from .compiler import Emission, instruction, runtime
 from .global_memory import Fault
 from .numbers import widen
@@ -64,7 +65,7 @@ def wgmma(e: Emission) -> list[str]:
     e.need(immediate[:2] == [1, 1])
     transposes = immediate[2:]
     trans_b = transposes[-1] if transposes else 0
-    d = e.values(e.ops[0], 32)
+    d = [e.program.slot(name) for name in e.ops[0]]
     if isinstance(e.ops[1], list):
         slots = [e.program.slot(name) for name in e.ops[1]]
         a = f"{slots}, None, 0"
@@ -72,13 +73,14 @@ def wgmma(e: Emission) -> list[str]:
         a = f"None, {e.full(e.ops[1], 64)}, {transposes[0] if len(transposes) == 2 else 0}"
     b = f"{e.full(e.ops[2], 64)}, {trans_b}"
     scale = f"full({e.typed(scale, 'pred')}, T)"
-    call = f"multiply_async(M, R, {d}, {a}, {b}, {scale}, {shape[1]}, {kind!r}, {e.active}, {e.what})"
-    return [f"x = {call}", *e.put_all(e.ops[0], "x")]
+    return [f"multiply_async(M, R, {d}, {a}, {b}, {scale}, {shape[1]}, {kind!r}, {e.active}, {e.what})"]
 
 
 @runtime
-def multiply_async(machine, registers, d, a_slots, a, trans_a, b, trans_b, scale, n, kind, active, what):
+def multiply_async(machine, registers, d_slots, a_slots, a, trans_a, b, trans_b, scale, n, kind, active, what):
     warps = machine.warps(active, what)
+    if active is not None:
+        _release(machine)
     element = 4 if kind == "tf32" else 2
     if a_slots is None:
         found, of = _operand(machine, warps, a, 64, element, trans_a, kind, what)
@@ -94,11 +96,37 @@ def multiply_async(machine, registers, d, a_slots, a, trans_a, b, trans_b, scale
     else:
         product = left @ right[of].swapaxes(1, 2)
     kept = _uniform(scale, warps, "scale-d", what)[:, None, None]
-    out = d_matrix(d)
+    out = d_matrix([machine.products.get(slot, registers[slot]) for slot in d_slots])
     out[warps] = product + (out[warps] if kept.all() else np.where(kept, out[warps], np.float32(0)))
     machine.count("wgmma", len(warps) / 4)
     machine.count("flop", len(warps) * 2 * 16 * n * left.shape[2])
-    return d_registers(out)
+    results = d_registers(out)
+    if machine.schedule.lazy and active is None:
+        _hold(machine, registers, d_slots, results)
+    else:
+        for slot, result in zip(d_slots, results):
+            registers[slot] = result if active is None else np.where(active, result, registers[slot])
+
+
+def _hold(machine, registers, slots, results):
+    """Puts NaN into the accumulators until the last product that they take part in is waited for.
+
+    Of programs that have diverged nothing is held.
+    """
+    poison = np.full(machine.threads, 0x7FFFFFFF, np.uint32)
+    machine.products.update(zip(slots, results))
+    for slot in slots:
+        registers[slot] = poison
+
+    def finish(at):
+        _release(machine, [s for s, result in zip(slots, results) if machine.products.get(s) is result])
+
+    machine.wgmma.issue(np.array([machine.threads - 1]), finish)
+
+
+def _release(machine, slots: list[int] | None = None):
+    for slot in list(machine.products) if slots is None else slots:
+        machine.registers[slot] = machine.products.pop(slot)
 
 
 def _uniform(value, warps, name, what):
@@ -160,4 +188,11 @@ def wgmma_commit(e: Emission) -> list[str]:
 
 @instruction("wgmma.wait_group")
 def wgmma_wait(e: Emission) -> list[str]:
-    return [f"wait_for(M, M.wgmma, {int(e.ops[0], 0)}, {e.active}, {e.what})"]
+    return [f"wait_for_products(M, {int(e.ops[0], 0)}, {e.active}, {e.what})"]
+
+
+@runtime
+def wait_for_products(machine, left, active, what):
+    if active is not None:
+        _release(machine)
+    wait_for(machine, machine.wgmma, left, active, what)

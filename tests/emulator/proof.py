@@ -1,0 +1,110 @@
+"""Tables of the campaign's results, and docs/proof.md."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+_HEAD = """# What runs compiled, without a GPU
+
+This page is written by `python -m tests.emulator --full --proof` from the results of the last full run.
+
+`tests/emulator` executes the PTX that Triton compiles, instruction by instruction, in NumPy, under the unmodified
+launchers. Each launch runs twice and must leave the same bytes: once with every asynchronous copy made at once, the
+programs in reverse order and another lane elected; once with every copy made only at the wait for it, NaN in its place
+until then, and a race detector on shared memory. A *fault* is an access outside of the launch's tensors, a misaligned
+one, a race between warps, a read of what nothing wrote, an access of what an asynchronous copy in flight writes, a
+write of what one reads, a missing `fence.proxy.async`, registers of a `wgmma` in flight that change, a barrier
+count out of range, a wait without end, or other bytes in one of the two runs.
+
+**Not proven here.** ptxas, which turns PTX into machine code (`tests/aot` looks at that code); the rounding inside of
+a tensor core (sums are rounded in another order) and the approximations of `ex2` and `rcp`; memory order between
+programs; any speed. **sm_100 (`tcgen05`) and AMD** are not emulated: `tests/aot` compiles every kernel for them and
+checks registers, spills, shared memory and, on sm_100, that products are asynchronous; nothing of theirs has been
+executed.
+
+A pointer kernel on sm_90 may feed `wgmma` from `cp.async` without `fence.proxy.async`, as Triton does everywhere; that
+is not counted as a fault.
+"""
+
+
+def write(rows: list[dict], path: Path) -> None:
+    """docs/proof.md."""
+    path.write_text(_HEAD + "\n" + table(rows) + "\n")
+
+
+def table(rows: list[dict]) -> str:
+    """Runs, results by kernel and dtype, and what failed."""
+    sessions = [row for row in rows if "session" in row]
+    tests = [row for row in rows if "test" in row]
+    targets = list(dict.fromkeys(_target(row) for row in tests))
+    parts = ["## Runs", _versions(sessions), _runs(tests, targets)]
+    parts += ["## Greatest error as a share of its budget", _NOTE, _kernels(tests, targets)]
+    failed = [row for row in tests if row["outcome"] == "failed"]
+    lines = [f"- {_target(r)}, `{r['test'].split('/')[-1]}`: {r['message'][:300]}" for r in failed]
+    parts += ["## Failed", "\n".join(lines) or "None."]
+    return "\n\n".join(parts)
+
+
+_NOTE = """\
+The budget is twice PyTorch's error in the same dtype plus two units of rounding of the greatest element, both
+against float64 (`tests/tolerance.py`). For tf32 the unit is 2⁻⁹, what two operands cut to 10 bits lose. A cell holds
+the greatest share of all tests that launch the kernel, and in brackets how many passed of those that ran; "=" where
+they compare bit for bit only."""
+
+
+def _target(row: dict) -> str:
+    return row["label"].rsplit(" ", 1)[0].replace(" tf32", "")
+
+
+def _versions(sessions: list[dict]) -> str:
+    found = defaultdict(set)
+    for row in sessions:
+        for name, version in row["session"].items():
+            found[name].add(version)
+    return "; ".join(f"{name} {', '.join(sorted(versions))}" for name, versions in found.items()) + "."
+
+
+def _runs(tests: list[dict], targets: list[str]) -> str:
+    columns = "target", "passed", "failed", "of them faults", "skipped", "launches", "programs", "instructions", "time"
+    lines = ["| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * 8]
+    for target in targets:
+        mine = [row for row in tests if _target(row) == target]
+        count = {o: sum(row["outcome"] == o for row in mine) for o in ("passed", "failed", "skipped")}
+        faults = sum(row["message"].startswith("Fault") for row in mine)
+        total = {name: sum(row["totals"].get(name, 0) for row in mine) for name in ("programs", "instructions")}
+        launches, seconds = sum(sum(row["launches"].values()) for row in mine), sum(row["seconds"] for row in mine)
+        cells = (target, count["passed"], count["failed"], faults, count["skipped"], launches, total["programs"],
+                 f"{total['instructions'] / 1e6:.0f} M", f"{seconds / 60:.0f} min")  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n\nLaunches, programs and instructions (of warps) count both runs of a launch."
+
+
+def _dtype(row: dict) -> str:
+    if found := re.search(r"bfloat16|bf16|float16|fp16|float32|fp32", row["test"].split("::")[-1]):
+        name = found[0].replace("bfloat", "bf").replace("float", "fp")
+    else:
+        kinds = {comparison["dtype"] for comparison in row["comparisons"]}
+        name = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}.get(min(kinds, default=""), "other")
+    return "tf32" if name == "fp32" and " tf32 " in row["label"] else name
+
+
+def _kernels(tests: list[dict], targets: list[str]) -> str:
+    cells: dict[tuple[str, str], dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
+    for row in tests:
+        for kernel in row["launches"]:
+            cells[kernel.removesuffix("_kernel"), _dtype(row)][_target(row)].append(row)
+    lines = [f"| kernel | dtype | {' | '.join(targets)} |", "| --- | --- |" + " ---: |" * len(targets)]
+    for (kernel, dtype), by_target in sorted(cells.items()):
+        lines.append(f"| {kernel} | {dtype} | {' | '.join(_cell(by_target[target]) for target in targets)} |")
+    return "\n".join(lines)
+
+
+def _cell(rows: list[dict]) -> str:
+    if not rows:
+        return ""
+    compared = [c for row in rows for c in row["comparisons"]]
+    shares = [c["error"] / c["budget"] if c["budget"] else float(c["error"] > 0) for c in compared]
+    passed = sum(row["outcome"] == "passed" for row in rows)
+    return f"{max(shares):.2f} ({passed}/{len(rows)})" if shares else f"= ({passed}/{len(rows)})"
