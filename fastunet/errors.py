@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 
 class UserError(ValueError):
     """Bad input, described in one sentence that names the file, shape or value; the command line exits with 2."""
+
+
+Refusal = Callable[[str], Any]
+"""What is called with a sentence about one case among many: ``refuse``, or the ``append`` of a list of problems."""
+
+
+def refuse(text: str) -> None:
+    """Raises ``UserError(text)``."""
+    raise UserError(text)
 
 
 class DataWarning(UserWarning):

@@ -10,7 +10,7 @@ from pathlib import Path
 from fastunet.data.case import MODALITIES, Case, Source
 from fastunet.data.formats import stem_of
 from fastunet.data.label_tables import LABEL_MAPS
-from fastunet.errors import UserError, warn_once
+from fastunet.errors import Refusal, UserError, refuse, warn_once
 
 _UNDERSCORE_FILE = re.compile(r"(?P<case>.+)_(?P<part>flair|t1|t1ce|t2|seg|segm)", re.IGNORECASE | re.DOTALL)
 _DASH_FILE = re.compile(r"(?P<case>.+)-(?P<part>t2f|t1n|t1c|t2w|seg)", re.IGNORECASE | re.DOTALL)
@@ -26,8 +26,14 @@ _OTHER_NUMBERS = {
 }
 
 
-def brats_cases(paths: Iterable[Path], edition: str | None) -> list[Case]:
-    """The cases that files named as in BraTS make up; others are left out. ``edition`` overrides the names' rule."""
+def brats_cases(paths: Iterable[Path], edition: str | None, refused: Refusal = refuse) -> list[Case]:
+    """The cases that files named as in BraTS make up; others are left out.
+
+    Args:
+        paths: files of any kind.
+        edition: overrides the rule of the names.
+        refused: called with what is wrong with one case, which is then left out.
+    """
     groups: dict[tuple[Path, str, str], dict[str, Path]] = defaultdict(dict)
     for path in paths:
         for style, pattern in (("-", _DASH_FILE), ("_", _UNDERSCORE_FILE)):
@@ -36,14 +42,15 @@ def brats_cases(paths: Iterable[Path], edition: str | None) -> list[Case]:
                 group = groups[path.parent, match["case"], style]
                 previous = group.setdefault(_PARTS.get(part, part), path)
                 if previous != path:
-                    raise UserError(f"{previous} and {path} are the same part of one case; remove one")
+                    refused(f"{previous} and {path} are the same part of one case; remove one")
                 break
     _adopt_stray_labels(groups)
     cases = []
     for (_, name, style), parts in groups.items():
         label = parts.pop("label", None)
         if not parts:
-            raise UserError(f"{label} is a label file without any modality beside it")
+            refused(f"{label} is a label file without any modality beside it")
+            continue
         key = edition or ("brats2021" if style == "_" else _dash_edition(name, label or next(iter(parts.values()))))
         sources = {modality: Source(parts[modality]) for modality in MODALITIES if modality in parts}
         cases.append(Case(name, _patient(name, style), sources, label, key, LABEL_MAPS[key]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,11 +12,15 @@ from fastunet.data.dataset_json import dataset_json_cases
 from fastunet.data.formats import VOLUME_SUFFIXES, is_image, is_listed, stem_of
 from fastunet.data.image_folders import image_folder_cases
 from fastunet.data.label_tables import LABEL_MAPS
-from fastunet.errors import UserError
+from fastunet.errors import Refusal, UserError, refuse
 
 
 def discover_cases(
-    root: str | Path, *, modalities: Sequence[str] | None = DEFAULT_MODALITIES, edition: str | None = None
+    root: str | Path,
+    *,
+    modalities: Sequence[str] | None = DEFAULT_MODALITIES,
+    edition: str | None = None,
+    refused: Refusal = refuse,
 ) -> list[Case]:
     """All cases below ``root``, sorted by name; ``root`` may also be the folder of one case.
 
@@ -30,6 +33,7 @@ def discover_cases(
         root: the folder.
         modalities: what every case must have; None asks for nothing, and so does the default of 2-D images.
         edition: a key of ``LABEL_MAPS`` that overrides the rule above.
+        refused: called with what is wrong with one case, which is then left out; by default that raises.
 
     Raises:
         UserError: no such folder, no case in it, a missing modality, or cases whose classes differ.
@@ -41,9 +45,9 @@ def discover_cases(
         raise UserError(f"edition {edition!r} is unknown; the editions are {', '.join(LABEL_MAPS)}")
     try:
         if (root / "dataset.json").is_file():
-            cases = dataset_json_cases(root, edition)
+            cases = dataset_json_cases(root, edition, refused)
         else:
-            cases = brats_cases(_volume_files(root), edition) or image_folder_cases(root)
+            cases = brats_cases(_volume_files(root), edition, refused) or image_folder_cases(root, refused)
     except PermissionError as error:
         raise UserError(f"{error.filename or root} cannot be read: {error.strerror}") from error
     if not cases:
@@ -52,7 +56,7 @@ def discover_cases(
         names = "no files named like *_flair.nii.gz or *-t2f.nii.gz, no folders images and masks"
         raise UserError(f"{root} holds no cases: {names}, and no dataset.json{hint}")
     asked = () if modalities is DEFAULT_MODALITIES and cases[0].is_image else modalities or ()
-    return _checked(cases, root, asked)
+    return _checked(cases, root, asked, refused)
 
 
 def cases_from_files(paths: Iterable[str | Path], modalities: Sequence[str] = DEFAULT_MODALITIES) -> list[Case]:
@@ -83,33 +87,39 @@ def cases_from_files(paths: Iterable[str | Path], modalities: Sequence[str] = DE
     return [Case(name, name, sources, None, table.edition, table)]
 
 
-def _checked(cases: Iterable[Case], root: Path, modalities: Iterable[str]) -> list[Case]:
-    """The cases by name, after proof that they can be used together."""
-    cases = sorted(cases, key=lambda case: case.name)
-    for case in cases:
+def _checked(cases: Iterable[Case], root: Path, modalities: Iterable[str], refused: Refusal = refuse) -> list[Case]:
+    """The cases by name, those left out that cannot be used with the others."""
+    kept: dict[str, Case] = {}
+    for case in sorted(cases, key=lambda case: case.name):
+        first = next(iter(kept.values()), case)
         if any("\ud800" <= c <= "\udfff" for c in case.name):
-            raise UserError(f"{case.files[0]!a}: the name of case {case.name!a} is not UTF-8; rename its files")
-    for one, other in itertools.pairwise(cases):
-        if one.name == other.name:
-            raise UserError(f"{root}: two cases are called {one.name}, in {one.files[0]} and {other.files[0]}")
-        if one.label_map.class_names != other.label_map.class_names:
-            raise UserError(
-                f"{root} mixes cases of {one.edition} ({one.name}) and {other.edition} ({other.name}), "
+            refused(f"{str(case.files[0])!a}: the name of the case is not UTF-8; rename its files")
+        elif case.name in kept:
+            refused(f"{root}: two cases are called {case.name}, in {kept[case.name].files[0]} and {case.files[0]}")
+        elif case.label_map.class_names != first.label_map.class_names:
+            refused(
+                f"{root} mixes cases of {first.edition} ({first.name}) and {case.edition} ({case.name}), "
                 "whose classes differ; name one edition for all"
             )
-    for case in cases:
-        check_modalities(case, modalities)
-    return cases
+        else:
+            kept[case.name] = case
+    for case in list(kept.values()):
+        try:
+            check_modalities(case, modalities)
+        except UserError as error:
+            refused(str(error))
+            del kept[case.name]
+    return list(kept.values())
 
 
 def _volume_files(root: Path) -> Iterator[Path]:
     """Volume files below ``root``, in order, hidden ones left out; links are followed, each real folder once."""
     seen = set()
 
-    def refuse(error: OSError) -> None:
+    def unreadable(error: OSError) -> None:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
 
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=refuse):
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=unreadable):
         real = os.path.realpath(folder)
         if real in seen:
             subfolders.clear()

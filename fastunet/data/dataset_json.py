@@ -18,7 +18,7 @@ from fastunet.data.formats import SUFFIXES, is_image, is_listed, stem_of, suffix
 from fastunet.data.label_tables import LABEL_MAPS, label_map_from_json
 from fastunet.data.labels import LabelMap
 from fastunet.data.volumes import read_geometry
-from fastunet.errors import UserError
+from fastunet.errors import Refusal, UserError, refuse
 from fastunet.schema import read_json
 
 _CHANNEL_FILE = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})", re.DOTALL)
@@ -61,8 +61,13 @@ class _DatasetJson(msgspec.Struct):
     name: str | int | float | list | dict | bool | None = None
 
 
-def dataset_json_cases(root: Path, edition: str | None) -> list[Case]:
-    """The cases of ``root``, labelled and unlabelled; ``edition`` overrides the label table of the file.
+def dataset_json_cases(root: Path, edition: str | None, refused: Refusal = refuse) -> list[Case]:
+    """The cases of ``root``, labelled and unlabelled.
+
+    Args:
+        root: the folder of the file.
+        edition: overrides the label table of the file.
+        refused: called with what is wrong with one case, which is then left out.
 
     Raises:
         UserError: a ``dataset.json`` that cannot be used, a listed file or a channel that is missing.
@@ -74,18 +79,18 @@ def dataset_json_cases(root: Path, edition: str | None) -> list[Case]:
     ending = _file_ending(table, root, file)
     cases = {}
     for part in ("Tr", "Ts"):
-        labels = _files(root / f"labels{part}", ending)
-        for name, sources in _images(root / f"images{part}", channels, ending):
+        labels = _files(root / f"labels{part}", ending, refused)
+        for name, sources in _images(root / f"images{part}", channels, ending, refused):
             if name in cases:
-                raise UserError(f"{root}: case {name} is in imagesTr and in imagesTs")
+                refused(f"{root}: case {name} is in imagesTr and in imagesTs")
+                continue
             cases[name] = Case(name, name, sources, labels.get(name), label_map.edition, label_map)
     for name, entry in _listed(table, file):
         if name not in cases and table.dataset is not None:
             cases[name] = _listed_case(name, entry, channels, label_map, root, file)
-        missing = name not in cases or (entry.label is not None and cases[name].label is None)
-        if missing:
+        if name not in cases or (entry.label is not None and cases[name].label is None):
             path = entry.label if name in cases else entry.image
-            raise UserError(f"{root / str(path)[:_SHOWN]} is listed in {file} but was not found")
+            refused(f"{root / str(path)[:_SHOWN]} is listed in {file} but was not found")
     if not cases:
         raise UserError(f"{root} holds no cases: its dataset.json says {ending}, but imagesTr and imagesTs hold none")
     return list(cases.values())
@@ -133,7 +138,7 @@ def _channel_names(table: _DatasetJson, file: Path) -> list[str]:
     return canonical
 
 
-def _files(folder: Path, ending: str) -> dict[str, Path]:
+def _files(folder: Path, ending: str, refused: Refusal) -> dict[str, Path]:
     """The files of a folder by name without ending. Broken links count: reading them says what is wrong."""
     if not folder.is_dir():
         return {}
@@ -147,21 +152,26 @@ def _files(folder: Path, ending: str) -> dict[str, Path]:
         if suffix_of(path) not in endings:
             continue
         if stem_of(path) in found:
-            raise UserError(f"{found[stem_of(path)]} and {path} are the same file in two spellings; remove one")
+            refused(f"{found[stem_of(path)]} and {path} are the same file in two spellings; remove one")
         found[stem_of(path)] = path
     return found
 
 
-def _images(folder: Path, channels: list[str], ending: str) -> Iterator[tuple[str, dict[str, Source]]]:
+def _images(
+    folder: Path, channels: list[str], ending: str, refused: Refusal
+) -> Iterator[tuple[str, dict[str, Source]]]:
     """Case names and sources of an image folder: single files hold all channels, others one each."""
     by_case: dict[str, dict[int, Path]] = {}
-    for stem, path in _files(folder, ending).items():
+    for stem, path in _files(folder, ending, refused).items():
         if match := _CHANNEL_FILE.fullmatch(stem):
             by_case.setdefault(match["case"], {})[int(match["channel"])] = path
         else:
             yield stem, {name: Source(path, index) for index, name in enumerate(channels)}
     for name, files in by_case.items():
-        yield name, _sources(name, files, channels, folder, ending)
+        try:
+            yield name, _sources(name, files, channels, folder, ending)
+        except UserError as error:
+            refused(str(error))
 
 
 def _sources(name: str, files: dict[int, Path], channels: list[str], folder: Path, ending: str) -> dict[str, Source]:

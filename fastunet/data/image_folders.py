@@ -11,7 +11,7 @@ from fastunet.data.formats import IMAGE_SUFFIXES, is_listed, stem_of
 from fastunet.data.labels import LabelMap
 from fastunet.data.masks import mask_table
 from fastunet.data.volumes import read_geometry
-from fastunet.errors import UserError, warn_once
+from fastunet.errors import Refusal, UserError, refuse, warn_once
 
 IMAGE_FOLDERS = ("images", "image", "imgs")
 MASK_FOLDERS = ("masks", "mask", "labels", "label", "annotations", "annotation", "segmentations")
@@ -21,14 +21,16 @@ _COLOURS = ("red", "green", "blue")
 _UNLABELLED = LabelMap("images without masks", (0, 1), ("background", "object"))
 
 
-def image_folder_cases(root: Path) -> list[Case]:
+def image_folder_cases(root: Path, refused: Refusal = refuse) -> list[Case]:
     """The cases of ``root``, or none if it has no such layout; all masks are read, for the table of their values.
+
+    ``refused`` is called with what is wrong with one image or mask, which is then left out.
 
     Raises:
         UserError: masks without an image, two files of one name, images of unusual channels, masks of no classes.
     """
     images, masks = _folder(root, IMAGE_FOLDERS), _folder(root, MASK_FOLDERS)
-    pairs = _stacks(root) if images is None else _pairs(images, masks)
+    pairs = _stacks(root) if images is None else _pairs(images, masks, refused)
     if not pairs:
         return []
     channels = {name: _channels(image) for name, (image, _) in pairs.items()}
@@ -57,21 +59,22 @@ def _listing(folder: Path | None) -> list[Path]:
     return [] if folder is None else sorted(path for path in folder.iterdir() if is_listed(path, IMAGE_SUFFIXES))
 
 
-def _pairs(images: Path, masks: Path | None) -> dict[str, tuple[Path, Path | None]]:
+def _pairs(images: Path, masks: Path | None, refused: Refusal) -> dict[str, tuple[Path, Path | None]]:
     """Image and mask by name; the name of a mask may end or begin with a mark such as ``_mask``."""
     named: dict[str, Path] = {}
     for path in _listing(images):
         if stem_of(path) in named:
-            raise UserError(f"{named[stem_of(path)]} and {path} have one name; remove one")
-        named[stem_of(path)] = path
+            refused(f"{named[stem_of(path)]} and {path} have one name; remove one")
+        named.setdefault(stem_of(path), path)
     pairs: dict[str, tuple[Path, Path | None]] = {name: (path, None) for name, path in named.items()}
     for mask in _listing(masks):
         name = _image_name(stem_of(mask), named)
         if name is None:
-            raise UserError(f"{mask} has no image of that name in {images}")
-        if pairs[name][1] is not None:
-            raise UserError(f"{pairs[name][1]} and {mask} are masks of one image, {named[name]}; remove one")
-        pairs[name] = (named[name], mask)
+            refused(f"{mask} has no image of that name in {images}")
+        elif pairs[name][1] is not None:
+            refused(f"{pairs[name][1]} and {mask} are masks of one image, {named[name]}; remove one")
+        else:
+            pairs[name] = (named[name], mask)
     return pairs
 
 

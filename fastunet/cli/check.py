@@ -1,0 +1,154 @@
+"""``fastunet check``: what a data folder holds, and every reason why training would refuse it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastunet.cli.arguments import add_nan_option, names, positive_int
+from fastunet.data.label_tables import LABEL_MAPS
+from fastunet.errors import UserError
+
+_MOST_SIZES = 4
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", type=Path, help="a folder of cases; every file in it is read once")
+    parser.add_argument("--modalities", type=names, metavar="A,B", help="channels to train on (default: as train)")
+    parser.add_argument("--edition", choices=tuple(LABEL_MAPS), help="of the data, where its folders do not tell")
+    parser.add_argument("--size", type=positive_int, help="the side of the slices that training is asked for")
+    parser.add_argument("--axis", type=int, choices=(0, 1, 2), default=2, help="the slicing axis (default: 2, axial)")
+    add_nan_option(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from fastunet.data.cases import discover_cases
+    from fastunet.data.checks import check_quickly, inspect_case
+    from fastunet.data.splits import split_cases
+    from fastunet.training.dataset import training_modalities
+
+    problems: list[str] = []
+    cases = discover_cases(args.data, modalities=None, edition=args.edition, refused=problems.append)
+    modalities = args.modalities or (training_modalities(cases) if cases else ())
+    bar = tqdm(cases, unit="case", leave=False, disable=not sys.stderr.isatty())
+    reports = [inspect_case(case, modalities, on_nan=args.on_nan) for case in bar]
+    for report in reports:
+        problems += report.problems
+    problems += check_quickly(cases, modalities, size=args.size, axis=args.axis)
+    labelled = [case for case in cases if case.label is not None]
+    try:
+        split_cases(labelled)
+    except UserError as error:
+        problems.append(str(error))
+    print("\n".join(_described(args.data, reports, modalities)))
+    problems = list(dict.fromkeys(problems + _without_foreground(reports)))
+    if problems:
+        print("\nproblems:")
+        print("\n".join(f"- {' '.join(problem.split())}" for problem in problems))
+        raise UserError(f"{args.data} has {len(problems)} problem{'s'[: len(problems) > 1]}; training would refuse it")
+    print("\nno problem found")
+
+
+def _without_foreground(reports: Sequence) -> list[str]:
+    from fastunet.data.checks import foreground
+
+    labelled = [report for report in reports if report.case.label is not None and not report.problems]
+    if labelled and not any(map(foreground, labelled)):
+        return [f"none of {len(labelled)} label files holds anything but background"]
+    return []
+
+
+def _described(data: Path, reports: Sequence, modalities: Sequence[str]) -> list[str]:
+    """The report as lines: cases, then label values, intensities, and what differs between cases."""
+    if not reports:
+        return [f"{data} holds no case that can be used"]
+    labelled = [report for report in reports if report.case.label is not None]
+    patients = len({report.case.patient for report in reports})
+    first = reports[0].case
+    return [
+        f"{data}: {len(reports)} cases of {patients} patients, {len(labelled)} labelled; {first.edition}",
+        f"channels: {', '.join(first.modalities)}; training takes {', '.join(modalities)}",
+        "",
+        *_case_table(reports),
+        "",
+        *_label_table(labelled),
+        *_intensity_table(reports),
+        *_differences(reports),
+    ]
+
+
+def _case_table(reports: Sequence) -> list[str]:
+    from fastunet.data.checks import foreground
+
+    rows = [("case", "size", "spacing in mm", "axes", "foreground")]
+    for report in reports:
+        size = "?" if report.geometry is None else " × ".join(map(str, report.geometry.shape[:3]))
+        spacing = " × ".join(f"{length:.4g}" for length in report.spacing) or "?"
+        share = "no labels" if report.case.label is None else f"{foreground(report)}"
+        rows.append((repr(report.case.name)[1:-1], size, spacing, report.axes or "?", share))
+    return _aligned(rows)
+
+
+def _label_table(labelled: Sequence) -> list[str]:
+    from fastunet.data.labels import value_name
+
+    if not labelled:
+        return []
+    table = labelled[0].case.label_map
+    named = dict(zip(table.values, table.class_names))
+    named |= {
+        alias: f"{table.class_names[index]} (for {table.values[index]})" for alias, index in table.aliases.items()
+    }
+    named |= {} if table.ignore is None else {table.ignore: "(ignored)"}
+    voxels: Counter[int] = Counter()
+    cases: Counter[int] = Counter()
+    for report in labelled:
+        voxels.update(report.values)
+        cases.update(report.values.keys())
+    total = max(voxels.total(), 1)
+    rows = [("label", "class", "voxels", "share", "cases")]
+    # A value that no file holds is listed too, unless it only stands in for another.
+    for value in sorted({*voxels, *table.values}):
+        share = f"{100 * voxels[value] / total:.3g} %"
+        rows.append(
+            (value_name(value), named.get(value, "NOT IN THE TABLE"), f"{voxels[value]}", share, f"{cases[value]}")
+        )
+    return [*_aligned(rows), ""]
+
+
+def _intensity_table(reports: Sequence) -> list[str]:
+    rows = [("channel", "least", "mean", "greatest", "zeros")]
+    for name in dict.fromkeys(name for report in reports for name in report.intensities):
+        found = [report.intensities[name] for report in reports if name in report.intensities]
+        mean, zeros = (sum(getattr(one, what) for one in found) / len(found) for what in ("mean", "zeros"))
+        least, greatest = min(one.least for one in found), max(one.greatest for one in found)
+        rows.append((name, f"{least:.4g}", f"{mean:.4g}", f"{greatest:.4g}", f"{100 * zeros:.3g} %"))
+    return _aligned(rows)
+
+
+def _differences(reports: Sequence) -> list[str]:
+    """Lines on what training allows to differ between cases, where it does."""
+    lines = []
+    for what, values in (
+        ("sizes", [report.geometry.shape[:3] for report in reports if report.geometry]),
+        ("spacings", [tuple(round(length, 3) for length in report.spacing) for report in reports if report.geometry]),
+        ("axes", [report.axes for report in reports if report.geometry]),
+    ):
+        counted = Counter(values).most_common()
+        if len(counted) > 1:
+            shown = ", ".join(
+                f"{value if isinstance(value, str) else ' × '.join(map(str, value))} ({count})"
+                for value, count in counted[:_MOST_SIZES]
+            )
+            lines.append(f"{what} differ: {shown}{', …' if len(counted) > _MOST_SIZES else ''}")
+    return ["", *lines] if lines else []
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]

@@ -1,0 +1,135 @@
+"""What is in a data folder, and every reason why training would refuse it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fastunet.data.case import Case, check_modalities
+from fastunet.data.grids import check_geometry
+from fastunet.data.masks import value_counts
+from fastunet.data.slices import orient
+from fastunet.data.volumes import Geometry, read_label_values, read_volume
+from fastunet.errors import UserError
+
+
+@dataclass
+class Intensities:
+    """Of one modality of one case: least, mean and greatest value that is not 0, and the share of zeros."""
+
+    least: float
+    mean: float
+    greatest: float
+    zeros: float
+
+
+@dataclass
+class CaseReport:
+    """What one case holds.
+
+    Attributes:
+        case: the case.
+        geometry: of its first file, None if the files do not lie on one grid.
+        values: voxels by label value, as stored.
+        intensities: by modality.
+        problems: sentences, each a reason to refuse the case.
+    """
+
+    case: Case
+    geometry: Geometry | None = None
+    values: Counter[int] = field(default_factory=Counter)
+    intensities: dict[str, Intensities] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        """Voxel sizes in millimetres; nothing without a geometry."""
+        return () if self.geometry is None else tuple(np.linalg.norm(self.geometry.affine[:3, :3], axis=0).tolist())
+
+    @property
+    def axes(self) -> str:
+        """Where the voxel axes run, such as "LPS"; "" if they are not independent."""
+        from nibabel import aff2axcodes
+
+        codes = ("",) if self.geometry is None else aff2axcodes(self.geometry.affine)
+        return "".join(code or "?" for code in codes)
+
+
+def check_quickly(cases: Sequence[Case], modalities: Sequence[str], *, size: object = None, axis: int = 2) -> list[str]:
+    """Every problem of labelled cases that headers show: what is missing, unreadable, or not on one grid.
+
+    Args:
+        cases: the cases; those without a label are left out, as in training.
+        modalities: the channels.
+        size: of the slices; without one, all slices must have one size.
+        axis: the slicing axis.
+    """
+    problems: list[str] = []
+    sizes: dict[tuple[int, ...], str] = {}
+    for case in cases:
+        if case.label is None:
+            continue
+        try:
+            check_modalities(case, modalities)
+            geometry = check_geometry(case, modalities)
+            sizes.setdefault(_slice_size(geometry, axis), case.name)
+        except UserError as error:
+            problems.append(str(error))
+    if size is None and len(sizes) > 1:
+        shown = ", ".join(f"{height} × {width} ({name})" for (height, width), name in list(sizes.items())[:4])
+        problems.append(f"slices have {len(sizes)} sizes, such as {shown}: training needs one size for all (--size)")
+    return problems
+
+
+def inspect_case(case: Case, modalities: Sequence[str], *, on_nan: str = "error") -> CaseReport:
+    """Reads every file of ``case`` once; ``modalities`` are those that training would use. Nothing is raised."""
+    report = CaseReport(case)
+    try:
+        check_modalities(case, modalities)
+        report.geometry = check_geometry(case, list(case.modalities))
+    except UserError as error:
+        report.problems.append(str(error))
+    for path in dict.fromkeys(source.path for source in case.modalities.values()):
+        try:
+            data = read_volume(path, on_nan=on_nan).data
+        except UserError as error:
+            report.problems.append(str(error))
+            continue
+        for name, source in case.modalities.items():
+            if source.path == path:
+                report.intensities[name] = _intensities(data[..., source.channel or 0] if data.ndim == 4 else data)
+    if report.intensities and all(found.zeros == 1 for found in report.intensities.values()) and not case.is_image:
+        report.problems.append(f"{case.files[0]}: every voxel of case {case.name} is 0")
+    if case.label is not None:
+        try:
+            values = read_label_values(case.label)
+            report.values.update(value_counts(values, case.label))
+            case.label_map.encode(values, case.label)
+        except UserError as error:
+            report.problems.append(str(error))
+    report.problems = list(dict.fromkeys(report.problems))
+    return report
+
+
+def foreground(report: CaseReport) -> int:
+    """How many voxels of the case belong to a class other than the background; ignored ones do not."""
+    background, ignored = report.case.label_map.values[0], report.case.label_map.ignore
+    return sum(count for value, count in report.values.items() if value not in (background, ignored))
+
+
+def _intensities(data: np.ndarray) -> Intensities:
+    inside = data[data != 0]
+    if inside.size == 0:
+        return Intensities(0.0, 0.0, 0.0, 1.0)
+    zeros = 1 - inside.size / data.size
+    return Intensities(float(inside.min()), float(inside.mean(dtype=np.float64)), float(inside.max()), zeros)
+
+
+def _slice_size(geometry: Geometry, axis: int) -> tuple[int, int]:
+    """Height and width of the slices along ``axis`` in the common orientation."""
+    voxels = np.broadcast_to(np.uint8(0), geometry.shape[:3])
+    height, width = np.moveaxis(orient(voxels, geometry.affine, geometry.path), axis, 0).shape[1:]
+    return height, width
