@@ -11,11 +11,12 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from fastunet.cli import demo, evaluate, info, segment, summary, train
+from fastunet.cli import check, demo, evaluate, info, segment, summary, train
 from fastunet.errors import DataWarning, UserError
 
 COMMANDS = {
     "demo": (demo, "learn to segment phantoms, from nothing to a report, in three minutes", "--out demo"),
+    "check": (check, "read a data folder once: what it holds, and what training would refuse", "DATA"),
     "train": (train, "train a U-Net on a folder of cases", "DATA --out RUN"),
     "evaluate": (evaluate, "score a model, or predictions, against the truth", "RUN DATA"),
     "segment": (segment, "segment cases, volumes or images", "RUN DATA --out LABELS --overlay"),

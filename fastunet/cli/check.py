@@ -37,8 +37,8 @@ def run(args: argparse.Namespace) -> None:
     modalities = args.modalities or (training_modalities(cases) if cases else ())
     bar = tqdm(cases, unit="case", leave=False, disable=not sys.stderr.isatty())
     reports = [inspect_case(case, modalities, on_nan=args.on_nan) for case in bar]
-    for report in reports:
-        problems += report.problems
+    aside = [problem for report in reports if report.case.label is None for problem in report.problems]
+    problems += [problem for report in reports if report.case.label is not None for problem in report.problems]
     problems += check_quickly(cases, modalities, size=args.size, axis=args.axis)
     labelled = [case for case in cases if case.label is not None]
     try:
@@ -47,9 +47,13 @@ def run(args: argparse.Namespace) -> None:
         problems.append(str(error))
     print("\n".join(_described(args.data, reports, modalities)))
     problems = list(dict.fromkeys(problems + _without_foreground(reports)))
+    for title, found in (
+        ("problems of cases without labels, which training leaves out", aside),
+        ("problems", problems),
+    ):
+        if found:
+            print("\n".join([f"\n{title}:", *(f"- {' '.join(problem.split())}" for problem in found)]))
     if problems:
-        print("\nproblems:")
-        print("\n".join(f"- {' '.join(problem.split())}" for problem in problems))
         raise UserError(f"{args.data} has {len(problems)} problem{'s'[: len(problems) > 1]}; training would refuse it")
     print("\nno problem found")
 

@@ -80,7 +80,7 @@ def value_counts(voxels: np.ndarray, path: Path) -> dict[int, int]:
     """``count_labels`` of an array that was read from ``path``."""
     whole = rounded(voxels)
     if whole.dtype == np.uint8:
-        counts = np.bincount(whole.reshape(-1, order="K"))
+        counts = np.bincount(whole.ravel(order="K"))
         return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
     values, counts = np.unique(whole[~np.isnan(whole)] if whole.dtype.kind == "f" else whole, return_counts=True)
     broken = voxels.size - int(counts.sum())

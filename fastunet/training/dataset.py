@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fastunet.data import DEFAULT_MODALITIES, Case, LabelMap, SliceDataset, augment, discover_cases, split_cases
+from fastunet.data.checks import check_quickly
 from fastunet.errors import UserError
 from fastunet.outputs import check_outputs
 from fastunet.training.config import TrainConfig
@@ -53,7 +54,12 @@ def prepare_data(
     """
     cases = _labelled_cases(config, display)
     check_outputs(outputs, [Path(config.data, "dataset.json"), *(path for case in cases for path in case.files)])
-    modalities = config.modalities or _modalities(cases)
+    modalities = config.modalities or training_modalities(cases)
+    problems = check_quickly(cases, modalities, size=config.size, axis=config.axis)
+    if len(problems) > 1:
+        raise UserError(f"{problems[0]}; fastunet check {config.data} lists {len(problems) - 1} more")
+    if problems:
+        raise UserError(problems[0])
     if not config.val_fraction:
         raise UserError("--val-fraction is 0, but validation needs at least one patient")
     split = split_cases(cases, validation=config.val_fraction, seed=config.seed)
@@ -95,8 +101,11 @@ def _labelled_cases(config: TrainConfig, display: Display) -> list[Case]:
     return cases
 
 
-def _modalities(cases: Sequence[Case]) -> tuple[str, ...]:
-    """FLAIR and T1ce where every case has them, else all modalities of the first case."""
-    if all(set(DEFAULT_MODALITIES) <= set(case.modalities) for case in cases):
+def training_modalities(cases: Sequence[Case]) -> tuple[str, ...]:
+    """FLAIR and T1ce where most cases have them, else all modalities of the first case.
+
+    A case without them is then reported; one that lacks a file must not change what all the others are trained on.
+    """
+    if 2 * sum(set(DEFAULT_MODALITIES) <= set(case.modalities) for case in cases) > len(cases):
         return DEFAULT_MODALITIES
     return tuple(cases[0].modalities)

@@ -1,0 +1,147 @@
+"""``fastunet check``: what a folder holds and every problem at once; exit code 2 if training would refuse it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastunet.data import discover_cases
+from fastunet.data.checks import check_quickly, inspect_case
+from tests.cli_helpers import TINY, assert_user_error, phantoms, run  # noqa: F401
+from tests.data_files import brats_case, nnunet_folder, random_image, random_labels, save
+from tests.test_data_images import folder_of
+
+
+@pytest.fixture
+def data(phantoms, tmp_path) -> Path:  # noqa: F811
+    return shutil.copytree(phantoms, tmp_path / "data")
+
+
+def test_a_good_folder(data, capsys):
+    assert run("check", data) == 0
+    out = capsys.readouterr().out
+    assert "4 cases of 4 patients, 4 labelled; brats2021" in out
+    assert "training takes flair, t1ce" in out
+    assert out.count("32 × 32 × 17") == 4
+    assert out.count("LPS") == 4
+    assert "no problem found" in out
+    (case, *_) = cases = discover_cases(data)
+    labels = np.concatenate([np.ravel(inspect(case)) for case in cases])
+    row = next(line.split() for line in out.splitlines() if line.startswith("4 "))
+    assert row[:4] == ["4", "enhancing", "tumour", str((labels == 4).sum())]
+    report = inspect_case(case, ("flair",))
+    voxels = voxels_of(case.modalities["flair"].path)
+    assert report.intensities["flair"].mean == pytest.approx(voxels[voxels != 0].mean(), rel=1e-6)
+    assert report.intensities["flair"].zeros == pytest.approx((voxels == 0).mean())
+
+
+def inspect(case) -> np.ndarray:
+    return voxels_of(case.label)
+
+
+def voxels_of(path: Path) -> np.ndarray:
+    import nibabel
+
+    return np.asarray(nibabel.load(path).dataobj)
+
+
+def test_every_problem_at_once(data, capsys):
+    (one, two, three, four) = sorted(data.iterdir())
+    (one / f"{one.name}_t1ce.nii.gz").unlink()
+    path = two / f"{two.name}_flair.nii.gz"
+    path.write_bytes(path.read_bytes()[:200])
+    save(three / f"{three.name}_seg.nii.gz", random_labels(0, (32, 32, 17), (0, 1, 9)), np.diag([-1, -1, 1, 1.0]))
+    save(four / f"{four.name}_t1.nii.gz", random_image(0, (32, 31, 17)))
+    shutil.copytree(four, data / "zz_again")
+    code = run("check", data)
+    captured = capsys.readouterr()
+    assert code == 2
+    problems = captured.out.split("problems:\n")[1].splitlines()
+    for number, words in enumerate(
+        [
+            (f"two cases are called {four.name}",),
+            (f"case {one.name} has no t1ce",),
+            (f"{two.name}_flair.nii.gz", "truncated"),
+            (f"{three.name}_seg.nii.gz", "label values 9"),
+            (f"{four.name}_t1.nii.gz", "(32, 31, 17)"),
+        ]
+    ):
+        assert any(all(word in problem for word in words) for problem in problems), (number, words, problems)
+    last = captured.err.splitlines()[-1]
+    assert last.startswith("fastunet: ")
+    assert f"{len(problems)} problems; training would refuse it" in last
+    assert "NOT IN THE TABLE" in captured.out
+
+
+def test_train_reads_headers_first(data, tmp_path, capsys):
+    for folder in sorted(data.iterdir())[1:3]:
+        save(folder / f"{folder.name}_flair.nii.gz", random_image(0, (32, 31, 17)))
+    assert len(check_quickly(discover_cases(data), ("flair", "t1ce"))) == 2
+    code = run("train", data, "--out", tmp_path / "run", *TINY)
+    assert_user_error(capsys, code, "differ in shape", "fastunet check", "lists 1 more")
+    assert not list((tmp_path / "run").rglob("*.npy"))
+
+
+def test_sizes(tmp_path, capsys):
+    for number in range(3):
+        brats_case(tmp_path / f"case_{number}", seed=number, shape=(12, 10 + number // 2, 8))
+    code = run("check", tmp_path)
+    assert_user_error(capsys, code, "1 problem;")
+    assert run("check", tmp_path, "--size", "8") == 0
+    out = capsys.readouterr().out
+    assert "sizes differ: 12 × 10 × 8 (2), 12 × 11 × 8 (1)" in out
+
+
+def test_what_training_leaves_out_is_no_problem(data, capsys):
+    for number in range(2):
+        folder = sorted(data.iterdir())[number]
+        (folder / f"{folder.name}_seg.nii.gz").unlink()
+    folder = sorted(data.iterdir())[0]
+    (folder / f"{folder.name}_flair.nii.gz").write_bytes(gzip.compress(b"text"))
+    assert run("check", data) == 0
+    out = capsys.readouterr().out
+    assert "4 cases of 4 patients, 2 labelled" in out
+    assert "which training leaves out" in out
+
+
+@pytest.mark.parametrize("damage", ["channel", "listed"])
+def test_nnunet_folders(tmp_path, capsys, damage):
+    root = nnunet_folder(tmp_path, names=("a", "b", "c"), labels={"background": 0, "liver": 1, "ignore": 2})
+    assert run("check", root) == 0
+    assert "2      (ignored)" in capsys.readouterr().out
+    if damage == "channel":
+        (root / "imagesTr" / "a_0001.nii.gz").unlink()
+        (root / "imagesTr" / "b_0000.nii.gz").unlink()
+    else:
+        table = json.loads((root / "dataset.json").read_text())
+        table["training"] = ["./imagesTr/x.nii.gz", "./imagesTr/y.nii.gz"]
+        (root / "dataset.json").write_text(json.dumps(table))
+    assert run("check", root) == 2
+    out = capsys.readouterr().out
+    for word in ("a_0001.nii.gz", "b_0000.nii.gz") if damage == "channel" else ("x.nii.gz", "y.nii.gz"):
+        assert word in out
+
+
+def test_images(tmp_path, capsys):
+    assert run("check", folder_of(tmp_path), "--size", "8") == 0
+    out = capsys.readouterr().out
+    assert "channels: grey; training takes grey" in out
+    assert "255    object" in out
+
+
+def test_nothing_but_background(tmp_path, capsys):
+    for number in range(2):
+        folder = brats_case(tmp_path / f"case_{number}", seed=number)
+        save(folder / f"{folder.name}_seg.nii.gz", random_labels(0) * 0)
+    assert run("check", tmp_path) == 2
+    assert "none of 2 label files holds anything but background" in capsys.readouterr().out
+
+
+def test_bad_folders(tmp_path, capsys):
+    assert_user_error(capsys, run("check", tmp_path / "nowhere"), "nowhere")
+    assert_user_error(capsys, run("check", tmp_path), "holds no cases")
