@@ -61,7 +61,7 @@ def copy_async(machine, to, source, size, read, active, what):
     if (amount[some] != size).any():
         raise NotImplementedError(f"cp.async of a part of its bytes: {what}")
     machine.count("global load", int(some.sum()) * size)
-    machine.count("global load, masked too", machine.issuing(lanes) * size)
+    machine.count_tile("global load", source, size)
     machine.count("shared store", len(lanes) * size)
     index = machine.memory.index(source[lanes.index][some], size, what)
     to_view, from_view = machine.shared.views[size], machine.memory.views[size]

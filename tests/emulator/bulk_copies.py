@@ -129,7 +129,7 @@ def _load(machine, tensor, inside, addresses, where, barrier, lane, what):
     index = (where + lanes.program[0] * machine.shared.stride) // size
     machine.count("bulk loads", 1)
     machine.count("bulk load", inside.sum() * size)
-    machine.count("bulk load, outside too", inside.size * size)
+    machine.count("bulk load of tiles", inside.size * size)
     if detector:
         units = np.unique(index * size // detector.unit)[None]
         detector.begin_copy(units, lanes, what)
@@ -163,7 +163,7 @@ def _store(machine, tensor, inside, addresses, where, lane, what):
     index = (where + lanes.program[0] * machine.shared.stride) // size
     machine.count("bulk stores", 1)
     machine.count("bulk store", inside.sum() * size)
-    machine.count("bulk store, outside too", inside.size * size)
+    machine.count("bulk store of tiles", inside.size * size)
     done = reading(machine, np.unique(where // detector.unit), lanes, what) if detector else None
 
     def copy():

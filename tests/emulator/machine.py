@@ -83,10 +83,6 @@ class Machine:
             raise Fault(f"an instruction of whole warps by some threads of a warp: {what}")
         return np.nonzero(active[:, 0])[0]
 
-    def issuing(self, lanes: Lanes) -> int:
-        """Threads that come to an instruction, of which ``lanes`` are not masked off."""
-        return self.threads if self.mask is None else max(len(lanes), int(self.mask.sum()))
-
     def parameter(self, index: int, kind: type) -> np.unsignedinteger:
         value = self.parameters[index]
         if isinstance(value, float):
@@ -95,6 +91,13 @@ class Machine:
 
     def count(self, name: str, amount: float) -> None:
         self.counts[name] += amount
+
+    def count_tile(self, name: str, address: np.ndarray, size: int) -> None:
+        """Bytes of a program's tile: masked off or not, but once where several threads have the same address."""
+        if self.shared.detector:
+            lanes = slice(None) if self.mask is None else self.mask
+            pairs = address[lanes] << np.uint64(8) | self.all_lanes.program[lanes].astype(np.uint64)
+            self.counts[f"{name} of tiles"] += len(np.unique(pairs)) * size
 
     # control flow
 

@@ -81,7 +81,7 @@ def _scattered(machine, found, width: int, lanes) -> np.ndarray:
 def load_global(machine, address, width, count, active, what):
     lanes = machine.lanes(active)
     machine.count("global load", len(lanes) * width * count)
-    machine.count("global load, masked too", machine.issuing(lanes) * width * count)
+    machine.count_tile("global load", address, width * count)
     return _scattered(machine, machine.memory.load(address[lanes.index], width, count, what), width, lanes)
 
 
@@ -89,6 +89,7 @@ def load_global(machine, address, width, count, active, what):
 def store_global(machine, address, values, active, what):
     lanes = machine.lanes(active)
     machine.count("global store", len(lanes) * values[0].nbytes)
+    machine.count_tile("global store", address, values[0].nbytes)
     machine.memory.store(address[lanes.index], values[lanes.index], what)
 
 

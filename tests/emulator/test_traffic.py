@@ -1,0 +1,39 @@
+"""What fastunet/inspection/traffic.py counts from the intermediate code is what the compiled kernels do."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastunet.kernels import _launch
+
+pytestmark = pytest.mark.skipif(_launch.INTERPRETED, reason="kernels are interpreted in this process, not compiled")
+
+FEWER = {  # elements of a tile that are one element of memory, which the tile counts each
+    "conv_relu_first_kernel": "taps past the last, masked off, have the addresses of others",
+    "conv_relu_two_rows_kernel": "both stacked rows add one bias",
+    "conv_relu_two_rows_head_kernel": "both stacked rows add one bias",
+    "stride2_forward_kernel": "four phases add one bias",
+    "segmentation_head_backward_kernel": "classes past the last, masked off, have the addresses of others",
+    "conv_relu_weight_grad_first_kernel": "taps past the last, masked off, have the addresses of others",
+    "sum_splits_kernel": "splits past the last, masked off, have the addresses of others",
+}
+MORE = {  # loads ahead that the last steps make, masked off
+    "segmentation_head_forward_kernel", "conv_relu_weight_grad_kernel", "conv_relu_weight_grad_first_kernel",
+    "stride2_weight_grad_kernel", "conv_relu_pointer_kernel",
+}  # fmt: skip
+
+
+def test_counted_traffic_is_executed_traffic():
+    from .traffic import rows, table
+
+    found = list(rows())
+    print(table(found))
+    for row in found:
+        assert row.counts["flop"] == row.claimed.flop, row.kernel
+        for counted, claimed in ((row.read, row.claimed.read), (row.written, row.claimed.written)):
+            assert counted >= claimed or row.kernel in FEWER, (row.kernel, counted, claimed)
+            assert counted <= claimed or row.kernel in MORE, (row.kernel, counted, claimed)
+    assert {row.kernel for row in found if row.read == row.claimed.read and row.written == row.claimed.written} >= {
+        "conv_relu_box_kernel", "conv_relu_bias_grad_kernel", "max_pool_backward_kernel", "stride2_data_grad_kernel",
+        "dice_forward_kernel", "dice_backward_kernel", "sum_splits_kernel", "permuted_taps_kernel",
+    }  # fmt: skip
