@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fastunet.kernels import _launch
+from fastunet.kernels.conv import weight_grad as weight_grad_module
 from fastunet.kernels.conv import weight_grad_bias as conv_relu_weight_grad_bias
 from fastunet.kernels.conv.weight_grad import weight_grad
 from fastunet.kernels.conv.weight_grad_config import WeightGradConfig, choose_config, choose_splits, why_not
@@ -100,6 +101,17 @@ def test_equals_autograd(case, dtype, device):
     assert_within_budget(dw, same[0], exact[0], "dw")
     assert_within_budget(db, same[1], exact[1], "db")
     assert dw.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("config", [ROWS, BOX, POINTER, FIRST], ids=lambda config: config.variant)
+def test_shares_of_several_steps(config, device, monkeypatch):
+    """Two programs for all pixels: elsewhere here each has a single step, for there are fewer tiles than programs."""
+    monkeypatch.setattr(weight_grad_module, "choose_splits", lambda *arguments: 2)
+    dz, x, _ = Case(config, 2, 0, 4 if config is FIRST else 16, 16, 9, 18).operands(torch.float32, device)
+    dw, db = weight_grad(dz, x, None, 1, True, config)
+    exact, same = (gradients(dz, x, None, 1, dtype) for dtype in (torch.float64, torch.float32))
+    assert_within_budget(dw, same[0], exact[0], "dw")
+    assert_within_budget(db, same[1], exact[1], "db")
 
 
 @pytest.mark.parametrize("config", [ROWS, POINTER, FIRST], ids=lambda config: config.variant)
