@@ -12,10 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from fastunet.data import CaseSlices, SliceDataset, discover_cases, fit_slice, read_labels
+from fastunet.data import IGNORED, CaseSlices, SliceDataset, discover_cases, fit_slice, read_labels
 from fastunet.data import cache as cache_module
 from fastunet.errors import UserError
-from tests.data_files import brats_case, gli_case, msd_folder, oriented_affine, random_image, random_labels, save
+from tests.data_files import (
+    brats_case,
+    gli_case,
+    msd_folder,
+    nnunet_folder,
+    oriented_affine,
+    random_image,
+    random_labels,
+    save,
+)
 
 SHAPE = (10, 9, 8)
 
@@ -328,3 +337,81 @@ def test_the_cache_folder_cannot_be_made(tmp_path, cases):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to the output folder"):
         SliceDataset(cases, cache_dir=tmp_path / "file" / "cache", size=8)
+
+
+@pytest.fixture
+def said(monkeypatch):
+    monkeypatch.setattr("fastunet.errors._said", set())
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-10] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [flip, lambda path: os.truncate(path, 200), lambda path: path.unlink(), lambda path: path.write_bytes(b"")],
+)
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_cache_file_damaged_during_the_run_is_made_again(tmp_path, cases, damage, opened, said):
+    data = SliceDataset(cases, cache_dir=tmp_path / "cache", size=8, skip_empty=True)
+    expected = data.load(range(len(data)))
+    if not opened:
+        cache_module._opened.cache_clear()
+    for path in (tmp_path / "cache").glob("*.npy"):
+        damage(path)
+    found = data.load(range(len(data)))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    if damage is flip:
+        assert len(list((tmp_path / "cache").glob("*.npy"))) == 3
+
+
+def test_a_damaged_cache_file_whose_source_changed(tmp_path, cases, said):
+    data = SliceDataset(cases, cache_dir=tmp_path / "cache", size=8)
+    for path in (tmp_path / "cache").glob("*.npy"):
+        flip(path)
+    save(cases[0].label, random_labels(5, (10, 9, 8)), oriented_affine("LPS"))
+    with pytest.raises(UserError, match=r"was changed or cut short, and the files of case case_0 changed since"):
+        data.load(range(len(data)))
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: os.truncate(path, 200)])
+def test_a_cache_file_damaged_between_runs_is_made_again(tmp_path, cases, damage):
+    expected = SliceDataset(cases, cache_dir=tmp_path / "cache", size=8)
+    expected = expected.load(range(len(expected)))
+    for path in (tmp_path / "cache").glob("*.npy"):
+        damage(path)
+    data = SliceDataset(cases, cache_dir=tmp_path / "cache", size=8)
+    torch.testing.assert_close(data.load(range(len(data))), expected, rtol=0, atol=0)
+    next((tmp_path / "cache").glob("*.json")).write_text('{"case": 1}')
+    data = SliceDataset(cases, cache_dir=tmp_path / "cache", size=8)
+    torch.testing.assert_close(data.load(range(len(data))), expected, rtol=0, atol=0)
+
+
+def test_files_that_change_while_they_are_cached(tmp_path, cases, monkeypatch):
+    original = cache_module._content_key
+
+    def change(case, *args):
+        key = original(case, *args)
+        save(case.label, random_labels(5, (10, 9, 8)), oriented_affine("LPS"))
+        os.utime(case.label, (1, 1))
+        return key
+
+    monkeypatch.setattr(cache_module, "_content_key", change)
+    with pytest.raises(UserError, match=r"files of case case_0 in .* changed while they were read"):
+        SliceDataset(cases[:1], cache_dir=tmp_path / "cache", size=8)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_ignored_pixels_are_carried_and_are_no_foreground(tmp_path):
+    root = nnunet_folder(tmp_path / "data", labels={"background": 0, "liver": 1, "ignore": 2})
+    labels = np.zeros((6, 5, 4), np.uint8)
+    labels[1, 1, 1], labels[2, 2, 2] = 2, 1
+    save(root / "labelsTr" / "case_a.nii.gz", labels)
+    data = SliceDataset(discover_cases(root)[:1], cache_dir=tmp_path / "cache", modalities=("flair",))
+    found = data.load(range(4))[1].numpy()
+    assert found.max() == IGNORED
+    assert (found == IGNORED).sum() == 1
+    assert data.foreground.tolist() == [False, False, True, False]

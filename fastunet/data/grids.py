@@ -35,8 +35,8 @@ def check_geometry(case: Case, modalities: Iterable[str], *, label: bool = True)
 def check_same_grid(first: Geometry, other: Geometry) -> None:
     """Raises ``UserError`` unless two files have one shape and one affine, up to a writer's rounding.
 
-    The measure is how far apart the same corner of both lies. Half a percent of a voxel, or 1e-4 of the corner's
-    coordinates but at most a tenth of a voxel, passes with one warning per folder.
+    The measure is how far apart the same corner of both lies. Half a percent of a voxel, or 1e-4 of a corner's distance
+    from the origin but at most a tenth of a voxel, passes with one warning per folder.
     """
     if other.shape[:3] != first.shape[:3]:
         raise UserError(
@@ -47,7 +47,7 @@ def check_same_grid(first: Geometry, other: Geometry) -> None:
     one, two = corners @ first.affine[:3].T, corners @ other.affine[:3].T
     apart = float(np.linalg.norm(two - one, axis=1).max())
     voxel = float(np.linalg.norm(first.affine[:3, :3], axis=0).min())
-    reach = float(np.abs(one).max())
+    reach = float(np.linalg.norm(one, axis=1).max())
     if apart <= _SAME * voxel:
         return
     if apart <= max(_ROUNDED * voxel, min(_RELATIVE * reach, _MOST_ROUNDED * voxel)):
