@@ -17,7 +17,7 @@ def segment_images(segmenter, paths: list[Path], args: argparse.Namespace) -> No
     """
     for path in paths:
         image = read_image(path, segmenter.model.architecture.in_channels)
-        values = segmenter.label_map.decode(segmenter.predict(_normalised(image)[None])[0])
+        values = segmenter.label_map.decode(segmenter.predict(_normalised(image, segmenter.card.images)[None])[0])
         target = args.out / path.name
         _write(target, values)
         print(target)
@@ -69,10 +69,11 @@ def _read_png(path: Path, channels: int) -> np.ndarray:
         return np.asarray(image if image.mode.startswith(("I", "F")) else image.convert("L"))
 
 
-def _normalised(image: np.ndarray) -> np.ndarray:
+def _normalised(image: np.ndarray, everywhere: bool) -> np.ndarray:
     from fastunet.data.slices import brain_statistics, normalise
 
-    return np.stack([normalise(channel, *brain_statistics(channel[..., None])) for channel in image])
+    statistics = [brain_statistics(channel[..., None], everywhere=everywhere) for channel in image]
+    return np.stack([normalise(one, *both, everywhere=everywhere) for one, both in zip(image, statistics)])
 
 
 def _write(target: Path, values: np.ndarray) -> None:

@@ -9,7 +9,6 @@ from fastunet.cli.arguments import add_machine_options, add_nan_option, positive
 from fastunet.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".npy")
-VOLUME_SUFFIXES = (".nii", ".nii.gz")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,16 +96,17 @@ def make_segmenter(args: argparse.Namespace, source: Path):
 def find_cases(inputs: list[Path], segmenter) -> list:
     """The cases of folders and volume files, in order, with names that occur once."""
     from fastunet.data import cases_from_files, discover_cases
+    from fastunet.data.formats import SUFFIXES, suffix_of
 
     modalities = segmenter.card.modalities
     cases, files = [], []
     for path in inputs:
         if path.is_dir():
             cases += discover_cases(path, modalities=modalities)
-        elif path.name.endswith(VOLUME_SUFFIXES):
+        elif suffix_of(path):
             files.append(path)
         elif path.exists():
-            raise UserError(f"{path} is neither a folder nor a file of {', '.join(VOLUME_SUFFIXES + IMAGE_SUFFIXES)}")
+            raise UserError(f"{path} is neither a folder nor a file of {', '.join((*SUFFIXES, *IMAGE_SUFFIXES[1:]))}")
         else:
             raise UserError(f"{path}: there is no such file or folder")
     return cases + (cases_from_files(files, modalities) if files else [])

@@ -98,6 +98,7 @@ class CaseSlices:
         normalise: to mean 0 and standard deviation 1 inside the brain, the non-zero voxels of each modality; of a 2-D
             image, over all pixels.
         on_nan: see ``read_volume``.
+        everywhere: normalise over all pixels, zeros too; None does so for images.
 
     Raises:
         UserError: a missing modality, files on different grids, or a file that cannot be read.
@@ -112,6 +113,7 @@ class CaseSlices:
         axis: int = 2,
         normalise: bool = True,
         on_nan: str = "error",
+        everywhere: bool | None = None,
     ) -> None:
         if axis not in (0, 1, 2):
             raise ValueError(f"axis is {axis}; expected 0, 1 or 2")
@@ -121,6 +123,7 @@ class CaseSlices:
         check_geometry(case, modalities, label=False)
         self.case = case
         self.axis = axis
+        self._everywhere = case.is_image if everywhere is None else everywhere
         sources = [case.modalities[modality] for modality in modalities]
         volumes = [read_volume(path, on_nan=on_nan, channel=channel) for path, channel in sources]
         for volume in volumes:
@@ -129,7 +132,7 @@ class CaseSlices:
         self.like: Volume = volumes[0]
         self._stacks = [self.stack(volume.data) for volume in volumes]
         self._statistics = [
-            brain_statistics(volume.data, everywhere=case.is_image) if normalise else None for volume in volumes
+            brain_statistics(volume.data, everywhere=self._everywhere) if normalise else None for volume in volumes
         ]
         self.slice_shape: tuple[int, int] = self._stacks[0].shape[1:]
         self.size = self.slice_shape if size is None else (size, size) if isinstance(size, int) else tuple(size)
@@ -144,7 +147,7 @@ class CaseSlices:
         for channel, (stack, statistics) in enumerate(zip(self._stacks, self._statistics)):
             slab = stack[start:stop]
             if statistics is not None:
-                slab = normalise(slab, *statistics, everywhere=self.case.is_image)
+                slab = normalise(slab, *statistics, everywhere=self._everywhere)
             images[:, channel] = fit_slice(slab, self.size)
         return images
 

@@ -52,7 +52,8 @@ class Segmenter:
 
     def open(self, case, *, on_nan: str = "error") -> CaseSlices:
         """The slices of ``case`` as this network wants them, uncropped."""
-        return CaseSlices(case, self.card.modalities, axis=self.card.axis, on_nan=on_nan)
+        card = self.card
+        return CaseSlices(case, card.modalities, axis=card.axis, on_nan=on_nan, everywhere=card.images)
 
     def labels(self, slices: CaseSlices, progress: Progress | None = None) -> np.ndarray:
         """The predicted classes of a case, uint8 in the shape and orientation of its files."""

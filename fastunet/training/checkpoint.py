@@ -26,7 +26,7 @@ class ModelCard:
     """What it takes to use a network's weights: its constructor arguments, and how its inputs and labels were made.
 
     ``labels`` holds the label table: ``values`` (the file value of each class), ``class_names`` and ``regions``
-    (name → class indices).
+    (name → class indices). ``images``: trained on 2-D images, which are normalised over all pixels, zeros too.
     """
 
     model: dict
@@ -35,6 +35,7 @@ class ModelCard:
     size: int | None = None
     axis: int = 2
     training: dict = field(default_factory=dict)
+    images: bool = False
 
     @property
     def class_names(self) -> list[str]:

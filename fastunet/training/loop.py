@@ -76,6 +76,7 @@ class Trainer:
             labels=data.labels.to_dict(),
             size=config.size,
             axis=config.axis,
+            images=data.train.cases[0].is_image,
         )
         self._saved_at = self._drawn_at = time.monotonic()
 
