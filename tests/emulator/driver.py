@@ -28,9 +28,10 @@ from .launch import Emulator
 class EmulatorDriver(HostDriver):
     """``emulator`` runs what is launched, compiled for compute capability ``architecture`` / 10."""
 
-    def __init__(self, architecture: int, emulator: Emulator):
+    emulator: Emulator
+
+    def __init__(self, architecture: int):
         super().__init__(architecture, self._run)
-        self.emulator = emulator
         self.programs: list[Any] = [None]
         self.utils.load_binary = self._load
         self.utils.fill_tma_descriptor = self.utils.fill_tma_descriptor_tiled = _tensor_map
@@ -99,9 +100,23 @@ def _yes() -> bool:
     return True
 
 
+@functools.cache
+def _driver() -> EmulatorDriver:
+    """The one of this process: a kernel keeps the driver under which it was first compiled."""
+    return EmulatorDriver(0)
+
+
 @contextlib.contextmanager
 def emulated(architecture: int, emulator: Emulator) -> Iterator[Emulator]:
-    """Inside, kernels take CPU tensors and run in ``emulator``. One architecture a process: kernels keep theirs."""
+    """Inside, kernels take CPU tensors and run in ``emulator``.
+
+    Raises:
+        ValueError: another architecture was emulated in this process before, for which kernels are compiled.
+    """
+    driver = _driver()
+    if driver.architecture not in (0, architecture):
+        raise ValueError(f"this process has kernels of sm_{driver.architecture}; sm_{architecture} needs its own")
+    driver.architecture, driver.emulator = architecture, emulator
     previous = triton.runtime.driver._active
     hashed = compiler.CUDABackend.hash
     marked = functools.lru_cache(lambda self: hashed(self) + "-ptx")
@@ -113,7 +128,7 @@ def emulated(architecture: int, emulator: Emulator) -> Iterator[Emulator]:
         mock.patch.object(_plan._Plan, "run", _remembering(emulator, _plan._Plan.run)),
         mock.patch.object(dispatch, "triton_interpreted", _yes),  # which lets kernels take CPU tensors
     ):  # fmt: skip
-        triton.runtime.driver.set_active(EmulatorDriver(architecture, emulator))
+        triton.runtime.driver.set_active(driver)
         _launch._state.capabilities.clear()
         try:
             yield emulator

@@ -21,4 +21,4 @@ def test_warps_one_by_one(name):
     torch.manual_seed(0)
     with emulated(90, Emulator((LAZY, EAGER, *orders))) as emulator, _launch.poisoned():
         LAUNCHES[name]()()
-    assert len(emulator.records) % 4 == 0
+    assert len(emulator.records) >= 4
