@@ -242,6 +242,25 @@ def test_much_data_behind_the_voxels(tmp_path):
         read_volume(tmp_path / "a.nii.gz")
 
 
+@pytest.mark.parametrize("dtype", [np.int16, np.uint8, np.float32])
+def test_labels_that_a_writer_scaled(tmp_path, dtype):
+    labels = random_labels(0, (6, 5, 4), (0, 1, 2, 4))
+    image = nib.Nifti1Image(labels * 1.0, np.eye(4))
+    image.set_data_dtype(dtype)  # nibabel spreads 0 to 4 over the whole range of the type
+    nib.save(image, tmp_path / "seg.nii.gz")
+    assert dtype is np.float32 or nib.load(tmp_path / "seg.nii.gz").dataobj.slope != 1
+    np.testing.assert_array_equal(read_labels(tmp_path / "seg.nii.gz", BRATS), BRATS.encode(labels, "seg"))
+
+
+def test_a_scaling_that_makes_labels_one(tmp_path):
+    path = save(tmp_path / "seg.nii", random_labels(0))
+    raw = bytearray(path.read_bytes())
+    raw[112:116] = np.float32(1e-5).tobytes()
+    path.write_bytes(raw)
+    with pytest.raises(UserError, match=r"seg\.nii: the scaling .* makes different labels one"):
+        read_labels(path, BRATS)
+
+
 def test_threads_read_one_file(tmp_path):
     path = save(tmp_path / "a.nii.gz", random_image(0, (30, 30, 30)))
     results = []

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from fastunet.data.arguments import expect_all
 from fastunet.data.brats import brats_cases
 from fastunet.data.case import DEFAULT_MODALITIES, Case, Source, check_modalities
 from fastunet.data.dataset_json import dataset_json_cases
@@ -39,6 +40,10 @@ def discover_cases(
         UserError: no such folder, no case in it, a missing modality, or cases whose classes differ.
     """
     root = Path(root)
+    if modalities is not None:
+        modalities = (
+            modalities if modalities is DEFAULT_MODALITIES else tuple(expect_all(modalities, str, "modalities"))
+        )
     if not root.is_dir():
         raise UserError(f"{root}: there is no such folder")
     if edition is not None and edition not in LABEL_MAPS:
@@ -66,6 +71,7 @@ def cases_from_files(paths: Iterable[str | Path], modalities: Sequence[str] = DE
         UserError: files that are no complete set.
     """
     files = [Path(path) for path in paths]
+    modalities = expect_all(modalities, str, "modalities")
     for path in files:
         if not path.is_file():
             raise UserError(f"{path}: there is no such file")

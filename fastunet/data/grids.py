@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from fastunet.data.case import Case
+from fastunet.data.arguments import expect, expect_flag
+from fastunet.data.case import Case, check_modalities
 from fastunet.data.volumes import Geometry, read_geometry
 from fastunet.errors import UserError, warn_once
 
@@ -23,8 +24,10 @@ def check_geometry(case: Case, modalities: Iterable[str], *, label: bool = True)
     Raises:
         UserError: see ``check_same_grid``.
     """
+    expect(case, Case, "case")
+    check_modalities(case, modalities)
     paths = [case.modalities[modality].path for modality in modalities]
-    if label and case.label is not None:
+    if expect_flag(label, "label") and case.label is not None:
         paths.append(case.label)
     first, *others = [read_geometry(path) for path in dict.fromkeys(paths)]
     for other in others:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastunet.data.arguments import expect
 from fastunet.errors import UserError, warn_once
 from fastunet.schema import to_type
 
@@ -62,7 +63,7 @@ class LabelMap:
         Raises:
             UserError: values outside the table, named and counted together with ``file``.
         """
-        whole = rounded(values)
+        whole = rounded(expect(values, np.ndarray, "values"))
         classes = np.zeros(values.shape, np.uint8)
         known = np.zeros(values.shape, bool)
         for index, value in [*enumerate(self.values), *([] if self.ignore is None else [(IGNORED, self.ignore)])]:
@@ -84,6 +85,7 @@ class LabelMap:
 
         Raises:
             ValueError: an index that is no class.
+            TypeError: other than whole numbers.
         """
         table = np.zeros(256, self.dtype)
         table[: len(self.values)] = self.values
@@ -92,6 +94,8 @@ class LabelMap:
         if self.ignore is not None:
             table[IGNORED], allowed[IGNORED] = self.ignore, True
         classes = np.asarray(classes)
+        if classes.dtype.kind not in "iu":
+            raise TypeError(f"classes are of type {classes.dtype}; expected whole numbers")
         if classes.size and not (classes.min() >= 0 and classes.max() < 256 and allowed[np.unique(classes)].all()):
             raise ValueError(f"classes from {classes.min()} to {classes.max()}; expected 0 to {len(self.values) - 1}")
         return table[classes]
@@ -101,6 +105,7 @@ class LabelMap:
 
         Ignored pixels are ``IGNORED`` in every region.
         """
+        expect(classes, np.ndarray, "classes")
         targets = np.stack([np.isin(classes, members) for members in self.regions.values()]).astype(np.uint8)
         targets[:, classes == IGNORED] = IGNORED
         return targets
@@ -111,6 +116,7 @@ class LabelMap:
         Raises:
             ValueError: the table has no such order, or ``inside`` another number of regions.
         """
+        expect(inside, np.ndarray, "inside")
         if len(inside) != len(self.region_order):
             raise ValueError(f"{len(inside)} regions; the table of {self.edition} orders {len(self.region_order)}")
         classes = np.zeros(inside.shape[1:], np.uint8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fastunet.data.arguments import expect, expect_all, slice_size
 from fastunet.data.cache import CachedCase, DamagedCacheError, cache_case
 from fastunet.data.case import DEFAULT_MODALITIES, Case, check_modalities
 from fastunet.data.sampling import Batch, count_steps, epoch_order, split_into_batches
@@ -61,13 +63,13 @@ class SliceDataset(torch.utils.data.Dataset):
         seed: int = 0,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        self.cases = list(cases)
+        self.cases = expect_all(cases, Case, "cases")
         self.modalities = tuple(modalities)
         self.foreground_fraction = foreground_fraction
         self.seed = seed
         if not self.cases:
             raise UserError("a data set needs at least one case")
-        if foreground_fraction is not None and not 0 <= foreground_fraction <= 1:
+        if foreground_fraction is not None and not 0 <= expect(foreground_fraction, (int, float), "the share") <= 1:
             raise UserError(f"the share of slices with foreground is {foreground_fraction}, expected 0 to 1")
         for case in self.cases:
             check_modalities(case, self.modalities)
@@ -108,6 +110,7 @@ class SliceDataset(torch.utils.data.Dataset):
         Raises:
             UserError: a file of the cache is damaged, and the case that it was made from is not there to make it again.
         """
+        indices = [operator.index(index) for index in indices]
         images = np.zeros((len(indices), len(self.modalities), *self.size), dtype=np.float32)
         labels = np.zeros((len(indices), *self.size), dtype=np.uint8)
         for image, label, index in zip(images, labels, indices):
@@ -146,6 +149,7 @@ class SliceDataset(torch.utils.data.Dataset):
 
     def whole(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """One slice in its own size, whatever the size of the data set: image (modalities, H, W) and labels (H, W)."""
+        index = operator.index(index)
         case, number = self.case_index[index], self.slice_index[index]
         record, cached = self._record(case, number), self._cached[case]
         image = np.zeros((len(self.modalities), *cached.shape[1:]), dtype=np.float32)
@@ -173,10 +177,10 @@ class SliceDataset(torch.utils.data.Dataset):
 
     def _common_size(self, size: int | Sequence[int] | None) -> tuple[int, int]:
         if size is not None:
-            height, width = (size, size) if isinstance(size, int) else size
+            height, width = slice_size(size)
             if min(height, width) < 1:
                 raise UserError(f"the slice size is {size}; it must be at least 1")
-            return int(height), int(width)
+            return height, width
         first = self._cached[0].shape[1:]
         for case, cached in zip(self.cases, self._cached):
             if cached.shape[1:] != first:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from fastunet.data.arguments import expect, expect_flag, slice_size
 from fastunet.data.case import DEFAULT_MODALITIES, Case, check_modalities
 from fastunet.data.grids import check_geometry
 from fastunet.data.volumes import Volume, read_volume
@@ -34,7 +35,10 @@ def orient(array: np.ndarray, affine: np.ndarray, file: object = "the volume") -
 
 def fit_slice(array: np.ndarray, size: int | Sequence[int]) -> np.ndarray:
     """The last two axes cropped or padded with zeros around their centre to ``size``, an integer or (H, W)."""
-    target = (size, size) if isinstance(size, int) else tuple(size)
+    target = slice_size(size)
+    expect(array, np.ndarray, "array")
+    if array.ndim < 2 or min(target) < 0:
+        raise ValueError(f"an array of shape {array.shape} has no slices of size {target}")
     height, width = array.shape[-2:]
     (into_h, from_h), (into_w, from_w) = overlap(height, target[0]), overlap(width, target[1])
     fitted = np.zeros((*array.shape[:-2], *target), dtype=array.dtype)
@@ -115,7 +119,9 @@ class CaseSlices:
         on_nan: str = "error",
         everywhere: bool | None = None,
     ) -> None:
-        if axis not in (0, 1, 2):
+        expect(case, Case, "case")
+        expect_flag(normalise, "normalise")
+        if not isinstance(axis, int) or axis not in (0, 1, 2):
             raise ValueError(f"axis is {axis}; expected 0, 1 or 2")
         if case.is_image and axis != 2:
             raise UserError(f"{case.files[0]} is an image: it has no slices along axis {axis}, only along 2")
@@ -135,7 +141,7 @@ class CaseSlices:
             brain_statistics(volume.data, everywhere=self._everywhere) if normalise else None for volume in volumes
         ]
         self.slice_shape: tuple[int, int] = self._stacks[0].shape[1:]
-        self.size = self.slice_shape if size is None else (size, size) if isinstance(size, int) else tuple(size)
+        self.size = self.slice_shape if size is None else slice_size(size)
 
     def __len__(self) -> int:
         return len(self._stacks[0])

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastunet.data.arguments import expect, expect_all
 from fastunet.data.case import Case
 from fastunet.data.volumes import read_geometry
 from fastunet.errors import UserError
@@ -37,7 +38,7 @@ def split_cases(cases: Iterable[Case], *, validation: float = 0.2, test: float =
     Raises:
         UserError: a share outside [0, 1), a negative number, or fewer patients than the sides need.
     """
-    cases = sorted(cases, key=lambda case: case.name)
+    cases = sorted(expect_all(cases, Case, "cases"), key=lambda case: case.name)
     if len(cases) == 1 and cases[0].is_image and (pages := _pages(cases[0])) > 2:
         return _shared_out(cases[0], pages, validation, test)
     patients = sorted({case.patient for case in cases})
@@ -57,7 +58,7 @@ def split_cases(cases: Iterable[Case], *, validation: float = 0.2, test: float =
 
 
 def _patients_for(name: str, wanted: float, patients: int) -> int:
-    if isinstance(wanted, int) and wanted >= 0:
+    if isinstance(expect(wanted, (int, float), f"the {name} side"), int) and wanted >= 0:
         return wanted
     if not 0 <= wanted < 1:
         raise UserError(f"the {name} side is {wanted}; expected a share from 0 to below 1 or a number of patients")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import operator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fastunet.data.arguments import expect
 from fastunet.data.formats import IMAGE_SUFFIXES, META_SUFFIXES, MGH_SUFFIXES, NIFTI_SUFFIXES, SUFFIXES, suffix_of
 from fastunet.data.images import load_image, load_mask
 from fastunet.data.labels import LabelMap
@@ -61,9 +63,11 @@ def read_volume(path: str | Path, *, on_nan: str = "error", channel: int | None 
         UserError: the file is missing, damaged or of another format, contradicts itself (docs/reading.md), has more
             axes, or holds NaN or infinite voxels.
     """
-    if on_nan not in ("error", "zero"):
+    if not isinstance(on_nan, str) or on_nan not in ("error", "zero"):
         raise ValueError(f"on_nan is {on_nan!r}; expected 'error' or 'zero'")
     path = Path(path)
+    if channel is not None and operator.index(channel) < 0:
+        raise ValueError(f"channel is {channel}; channels are counted from 0")
     stored, values = _load(path, channel)
     data = scaled(values, stored, np.float32)
     bad = data.size - np.count_nonzero(np.isfinite(data))
@@ -88,6 +92,7 @@ def read_labels(path: str | Path, label_map: LabelMap) -> np.ndarray:
     Raises:
         UserError: as in ``read_volume``, or a value that is not in the table of ``label_map``.
     """
+    expect(label_map, LabelMap, "label_map")
     return label_map.encode(read_label_values(path), path)
 
 
@@ -99,8 +104,13 @@ def read_label_values(path: str | Path) -> np.ndarray:
     stored, values = _load(path, None)
     if values.ndim != 3:
         raise UserError(f"{path}: a label file has 3 axes, this one has shape {values.shape}")
-    exact = (stored.slope, stored.intercept) == (1, 0)
-    return values if exact else scaled(values, stored, np.float64)
+    if (stored.slope, stored.intercept) == (1, 0):
+        return values
+    if values.dtype.kind in "iu":
+        found = np.unique(values)
+        if np.unique(np.rint(scaled(found, stored, np.float64))).size < found.size:
+            raise UserError(f"{path}: the scaling in its header (slope {stored.slope:g}) makes different labels one")
+    return scaled(values, stored, np.float64)
 
 
 def write_labels(path: str | Path, classes: np.ndarray, like: Volume, label_map: LabelMap) -> None:
@@ -112,12 +122,13 @@ def write_labels(path: str | Path, classes: np.ndarray, like: Volume, label_map:
         UserError: the file cannot be written.
         ValueError: ``classes`` has not the shape of ``like``, or holds an index that is no class.
     """
+    expect(label_map, LabelMap, "label_map")
     _write(Path(path), label_map.decode(classes), like)
 
 
 def write_map(path: str | Path, values: np.ndarray, like: Volume) -> None:
     """Writes ``values`` (X, Y, Z) or (X, Y, Z, C), such as probabilities, as float32; otherwise as ``write_labels``."""
-    _write(Path(path), values.astype(np.float32, copy=False), like)
+    _write(Path(path), np.asarray(values).astype(np.float32, copy=False), like)
 
 
 def save_nifti(path: str | Path, image: Nifti1Image) -> None:
@@ -137,6 +148,7 @@ def save_nifti(path: str | Path, image: Nifti1Image) -> None:
 def _write(path: Path, values: np.ndarray, like: Volume) -> None:
     import nibabel
 
+    expect(like, Volume, "like")
     if values.shape[:3] != like.data.shape[:3]:
         raise ValueError(f"an array of shape {values.shape} does not fit {like.path} of shape {like.data.shape}")
     header = like.header.copy()
