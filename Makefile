@@ -11,8 +11,9 @@ demo: $(READY) device
 	$(BIN)/fastunet demo --out demo
 
 test: $(READY) device
-	$(BIN)/python -m pytest tests --ignore=tests/kernels --ignore=tests/aot
+	$(BIN)/python -m pytest tests --ignore=tests/kernels --ignore=tests/aot --ignore=tests/emulator
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
+	$(BIN)/python -m pytest tests/emulator
 	$(BIN)/python -m pytest tests/aot
 	PYTHONPATH=$(VENV)/triton-$(OLDEST_TRITON) $(BIN)/python -m pytest tests/aot
 	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \

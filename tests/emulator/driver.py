@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -66,7 +67,11 @@ def _tensor_map(address, swizzle, element_size, element_type, box, shape, stride
 
 
 def _flatten(signature: Any, values: Iterator[Any]) -> list[Any]:
-    """The arguments that reach the GPU, in order: constexprs dropped, tuples flattened, descriptors expanded."""
+    """The arguments that reach the GPU, in order: constexprs dropped, tuples flattened, descriptors expanded.
+
+    A descriptor has become a tensor map, shape and strides, or before sm_90 what Triton's ``decompose_descriptor``
+    makes: an address, shape and strides, two flags, shape and strides.
+    """
     out: list[Any] = []
     for kind in signature:
         if isinstance(kind, (tuple, list)):
@@ -74,9 +79,10 @@ def _flatten(signature: Any, values: Iterator[Any]) -> list[Any]:
             continue
         value = next(values)
         if kind != "constexpr":
-            out.append(value)
+            out.append(value.data_ptr() if isinstance(value, _plan._Address) else value)
         if isinstance(kind, str) and kind.startswith("tensordesc"):
-            out += [next(values) for _ in range(2 * len(value.shape))]
+            rank = re.search(r"\[([^\]]*)\]", kind)[1].count(",") + 1
+            out += [next(values) for _ in range(2 * rank if isinstance(value, TensorMap) else 4 * rank + 2)]
     return out
 
 
