@@ -63,7 +63,9 @@ def copy_async(machine, to, source, size, read, active, what):
     machine.count("global load", int(some.sum()) * size)
     machine.count_tile("global load", source, size)
     machine.count("shared store", len(lanes) * size)
-    index = machine.memory.index(source[lanes.index][some], size, what)
+    address = source[lanes.index][some]
+    index = machine.memory.index(address, size, what)
+    machine.memory.reading(address, machine.number[lanes.index][some], what)
     to_view, from_view = machine.shared.views[size], machine.memory.views[size]
     detector = machine.shared.detector
     if detector:

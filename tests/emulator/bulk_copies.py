@@ -139,6 +139,7 @@ def _load(machine, tensor, inside, addresses, where, barrier, lane, what):
         if tensor.padding:
             data[...] = _NAN[size]
         data[inside] = machine.memory.views[size][machine.memory.index(addresses, size, what)]
+        machine.memory.reading(addresses, machine.number[lane], what)
         view[index] = data
         if detector:
             detector.end_copy(units, None)
@@ -168,6 +169,7 @@ def _store(machine, tensor, inside, addresses, where, lane, what):
 
     def copy():
         machine.memory.views[size][machine.memory.index(addresses, size, what)] = view[index][inside]
+        machine.memory.writing(addresses, machine.number[lane], what)
 
     def finish(at):
         if machine.schedule.lazy:

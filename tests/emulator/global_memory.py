@@ -33,6 +33,11 @@ class GlobalMemory:
         raw = (ctypes.c_uint8 * size).from_address(self.low) if merged else (ctypes.c_uint8 * 16)()
         self.bytes = np.ctypeslib.as_array(raw)
         self.views = {width: self.bytes.view(kind) for width, kind in WIDTHS.items()}
+        self.forget()
+
+    def forget(self) -> None:
+        """Begins a new run: no program has written anything."""
+        self.writer = np.zeros(len(self.bytes), np.int32)
 
     def tensors(self) -> list[np.ndarray]:
         """The bytes of each range."""
@@ -51,6 +56,20 @@ class GlobalMemory:
                         f"{int(address[i]) - int(self.first[r])} bytes from the start of {self.names[r]}, "
                         f"{int(address[i]) - int(self.last[r])} from its end: {what}")  # fmt: skip
         return ((address - np.uint64(self.low)) // np.uint64(size)).astype(np.int64)
+
+    def reading(self, address: np.ndarray, program: np.ndarray | int, what: str) -> None:
+        """What another program of the launch writes may not be read: programs run in any order."""
+        writer = self.writer[(address - np.uint64(self.low)).astype(np.int64)]
+        if ((writer != 0) & (writer != program)).any():
+            raise Fault(f"race, read of global memory that another program wrote: {what}")
+
+    def writing(self, address: np.ndarray, program: np.ndarray | int, what: str) -> None:
+        """No two programs may write one element. ``program`` counts from 1; only first bytes are looked at."""
+        position = (address - np.uint64(self.low)).astype(np.int64)
+        before = self.writer[position]
+        self.writer[position] = program
+        if ((before != 0) & (before != program)).any() or (self.writer[position] != program).any():
+            raise Fault(f"race, two programs write one element of global memory: {what}")
 
     def load(self, address: np.ndarray, width: int, count: int, what: str) -> np.ndarray:
         """(threads, count) elements of ``width`` bytes."""

@@ -94,6 +94,7 @@ class Emulator:
 
     def _execute(self, program, memory, parameters, programs, grid, shared, schedule) -> None:
         started, counts = time.perf_counter(), Counter()
+        memory.forget()
         order = programs[::-1] if schedule.reverse else programs
         at_once = max(1, THREADS_AT_ONCE // program.kernel.threads)
         for i in range(0, len(order), at_once):

@@ -56,6 +56,8 @@ class Machine:
         self.laneid = (index % 32).astype(U32)
         self.ntid, self.nctaid = U32(self.size), [U32(g) for g in grid]
         self.ctaid = list(np.repeat(np.array(programs, U32), self.size, axis=0).T)
+        x, y, z = (axis.astype(np.int64) for axis in self.ctaid)
+        self.number = (1 + x + grid[0] * (y + grid[1] * z)).astype(np.int32)  # of the program in its grid, from 1
         unit = shared_unit(program) if schedule.detect else None
         self.shared = SharedMemory(shared, len(programs), unit, garbage=0xFF if schedule.lazy else 0x5A)  # 0xFF… is NaN
         self.barriers: dict[int, barriers.Barrier] = {}

@@ -82,7 +82,10 @@ def load_global(machine, address, width, count, active, what):
     lanes = machine.lanes(active)
     machine.count("global load", len(lanes) * width * count)
     machine.count_tile("global load", address, width * count)
-    return _scattered(machine, machine.memory.load(address[lanes.index], width, count, what), width, lanes)
+    address = address[lanes.index]
+    found = machine.memory.load(address, width, count, what)
+    machine.memory.reading(address, machine.number[lanes.index], what)
+    return _scattered(machine, found, width, lanes)
 
 
 @runtime
@@ -90,7 +93,10 @@ def store_global(machine, address, values, active, what):
     lanes = machine.lanes(active)
     machine.count("global store", len(lanes) * values[0].nbytes)
     machine.count_tile("global store", address, values[0].nbytes)
-    machine.memory.store(address[lanes.index], values[lanes.index], what)
+    address = address[lanes.index]
+    machine.memory.store(address, values[lanes.index], what)
+    each = address[:, None] + np.arange(values.shape[1], dtype=np.uint64) * np.uint64(values.itemsize)
+    machine.memory.writing(each, machine.number[lanes.index][:, None], what)
 
 
 @runtime

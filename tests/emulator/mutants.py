@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from unittest import mock
 
 import torch
@@ -126,14 +126,18 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset()).view(torch.uint8)
 
 
-def main() -> None:
-    for name in sys.argv[1:] or LAUNCHES:
-        found = Counter()
-        for statement, line, verdict in study(name):
-            found[statement, "survives" if verdict == "survives" else "caught"] += 1
-            print(f"{name}, line {line}, {statement}: {verdict}", flush=True)
-        print(name, {" ".join(key): count for key, count in found.items()}, flush=True)
+def table(names: Iterable[str] = LAUNCHES) -> str:
+    """How many deletions of each statement are caught, in Markdown."""
+    lines = ["| launch | " + " | ".join(STATEMENTS) + " |", "| --- |" + " ---: |" * len(STATEMENTS)]
+    for name in names:
+        verdicts = list(study(name))
+        all_, caught = (Counter(s for s, _, verdict in verdicts if verdict not in left) for left in ((), ("survives",)))
+        cells = [f"{caught[s]} of {all_[s]}" if all_[s] else "" for s in STATEMENTS]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    main()
+    for one in sys.argv[1:] or LAUNCHES:
+        for statement, line, verdict in study(one):
+            print(f"{one}, line {line}, {statement}: {verdict}", flush=True)

@@ -14,15 +14,14 @@ This page is written by `python -m tests.emulator --full --proof` from the resul
 launchers. Each launch runs twice and must leave the same bytes: once with every asynchronous copy made at once, the
 programs in reverse order and another lane elected; once with every copy made only at the wait for it, NaN in its place
 until then, and a race detector on shared memory. A *fault* is an access outside of the launch's tensors, a misaligned
-one, a race between warps, a read of what nothing wrote, an access of what an asynchronous copy in flight writes, a
-write of what one reads, a missing `fence.proxy.async`, registers of a `wgmma` in flight that change, a barrier
-count out of range, a wait without end, or other bytes in one of the two runs.
+one, a race between warps or programs, a read of shared memory that nothing wrote, an access of what an asynchronous
+copy in flight writes, a write of what one reads, a missing `fence.proxy.async`, registers of a `wgmma` in flight that
+change, a barrier count out of range, a wait without end, or other bytes in one of the two runs.
 
 **Not proven here.** ptxas, which turns PTX into machine code (`tests/aot` looks at that code); the rounding inside of
-a tensor core (sums are rounded in another order) and the approximations of `ex2` and `rcp`; memory order between
-programs; any speed. **sm_100 (`tcgen05`) and AMD** are not emulated: `tests/aot` compiles every kernel for them and
-checks registers, spills, shared memory and, on sm_100, that products are asynchronous; nothing of theirs has been
-executed.
+a tensor core (sums are rounded in another order) and the approximations of `ex2` and `rcp`; any speed. **sm_100
+(`tcgen05`) and AMD** are not emulated: `tests/aot` compiles every kernel for them and checks registers, spills, shared
+memory and, on sm_100, that products are asynchronous; nothing of theirs has been executed.
 
 A pointer kernel on sm_90 may feed `wgmma` from `cp.async` without `fence.proxy.async`, as Triton does everywhere; that
 is not counted as a fault.
@@ -40,12 +39,20 @@ that were not masked off, once for each thread. Barriers and waits are counted b
 """
 
 
+_MUTANTS = """
+## Can the checks fail?
+
+One barrier, wait or fence at a time is taken out of a kernel (`python -m tests.emulator.mutants` shows each). What is
+not caught has a neighbour that orders the same accesses in these launches.
+"""
+
+
 def write(rows: list[dict], path: Path) -> None:
     """docs/proof.md."""
-    from . import traffic
+    from . import mutants, traffic
 
-    counted = traffic.table(list(traffic.rows()))
-    path.write_text("\n".join([_HEAD, table(rows), "", _TRAFFIC, counted, ""]))
+    parts = [_HEAD, table(rows), "", _TRAFFIC, traffic.table(list(traffic.rows())), _MUTANTS, mutants.table(), ""]
+    path.write_text("\n".join(parts))
 
 
 def table(rows: list[dict]) -> str:

@@ -83,6 +83,16 @@ def test_races_between_warps(kind):
     run(start.format(32) + RACES[kind].replace("; ", "; bar.sync 0; "), out, threads=64, shared=256)
 
 
+@pytest.mark.parametrize("body, message", [
+    ("st.global.b32 [%rd50], %r1;", "two programs write one element"),
+    ("setp.eq.u32 %p1, %r1, 0; @%p1 st.global.b32 [%rd0], 1; @!%p1 ld.global.b32 %r9, [%rd50];",
+     "read of global memory that another program wrote"),
+], ids=["write", "read"])  # fmt: skip
+def test_races_between_programs(body, message):
+    with pytest.raises(Fault, match=message):
+        run(thread_addresses([4]) + body, np.zeros(64, np.uint32), grid=2, schedules=[LAZY])
+
+
 def test_warp_exchanges():
     x = np.random.default_rng(1).integers(0, 1 << 32, 64, np.uint32)
     lanes = np.arange(64)
