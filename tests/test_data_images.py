@@ -131,6 +131,20 @@ def test_damaged_images(tmp_path, suffix):
             read_volume(tmp_path / f"b{suffix}")
 
 
+@pytest.mark.parametrize("options", [{"compression": "zlib"}, {"imagej": True, "metadata": {"axes": "ZYX"}}, {}])
+def test_a_stack_cut_short_is_never_a_shorter_stack(tmp_path, options):
+    path = picture(tmp_path / "a.tif", STACK.repeat(20, axis=2).astype(np.uint16), photometric="minisblack", **options)
+    whole, expected = path.read_bytes(), read_volume(path).data
+    refused = 0
+    for length in range(9, len(whole), len(whole) // 60):
+        (tmp_path / "b.tif").write_bytes(whole[:length])
+        try:
+            np.testing.assert_array_equal(read_volume(tmp_path / "b.tif").data, expected)
+        except UserError:
+            refused += 1
+    assert refused > 30
+
+
 def test_nan_in_a_float_tiff(tmp_path):
     path = picture(tmp_path / "a.tif", np.full((4, 4), np.nan, np.float32))
     with pytest.raises(UserError, match=r"a\.tif: 16 of 16 voxels are NaN"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,12 +73,11 @@ class _Reader:
 def _opened(path: Path) -> Iterator[_Reader]:
     with open_stream(path) as stream:  # the same refusals as for volumes, and the check that nothing changes meanwhile
         try:
-            with _silent("tifffile"):
-                tiff = suffix_of(path) in TIFF_SUFFIXES
-                with (_tiff if tiff else _picture)(path, stream.raw) as reader:
-                    if reader.dtype.kind not in "biuf" or 0 in reader.shape:
-                        raise UserError(f"{path}: pixels of type {reader.dtype} and shape {reader.shape} are no image")
-                    yield reader
+            tiff = suffix_of(path) in TIFF_SUFFIXES
+            with _strict(path), (_tiff if tiff else _picture)(path, stream.raw) as reader:
+                if reader.dtype.kind not in "biuf" or 0 in reader.shape:
+                    raise UserError(f"{path}: pixels of type {reader.dtype} and shape {reader.shape} are no image")
+                yield reader
         except (UserError, MemoryError):
             raise
         except Exception as error:  # both libraries let every kind of exception through on damaged files
@@ -168,12 +168,19 @@ def _tiff(path: Path, raw) -> Iterator[_Reader]:
 
 
 @contextlib.contextmanager
-def _silent(name: str) -> Iterator[None]:
-    """Drops what a library logs about files that it then refuses."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
+def _strict(path: Path) -> Iterator[None]:
+    """Refuses what tifffile only logs as an error, such as pages that are cut off; what it logs besides is dropped."""
+    logger, errors, thread = logging.getLogger("tifffile"), [], threading.get_ident()
+
+    def collect(record: logging.LogRecord) -> bool:
+        if record.thread == thread and record.levelno >= logging.ERROR:
+            errors.append(record.getMessage())
+        return record.thread != thread
+
+    logger.addFilter(collect)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(collect)
+    if errors:
+        raise UserError(f"{path} is cut short or damaged: {' '.join(errors[0].split())[-120:]}")
