@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -185,6 +186,25 @@ def test_images_beside_masks(tmp_path, masks, mark):
     assert list(cases[0].modalities) == ["grey"]
     stored = np.asarray(Image.open(cases[2].label))
     np.testing.assert_array_equal(read_labels(cases[2].label, cases[2].label_map)[..., 0], stored == 255)
+
+
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [
+        ("img_7", "mask_7"),
+        ("7_image", "7_label"),
+        ("image-7", "label-7"),
+        ("a.7", "a.7_gt"),
+        ("I_7", "I_7_segmentation"),
+    ],
+)
+def test_names_that_differ_by_marks(tmp_path, image, mask):
+    picture(tmp_path / "images" / f"{image}.png", GREY)
+    picture(tmp_path / "images" / "8.png", GREY)
+    picture(tmp_path / "masks" / f"{mask}.png", (GREY > 100).astype(np.uint8))
+    assert [case.label is not None for case in discover_cases(tmp_path) if case.name == image] == [True]
+    with pytest.raises(UserError, match="there is one in"):
+        discover_cases(Path(shutil.copytree(tmp_path, tmp_path / "x" / "train")).parent)
 
 
 def test_images_of_different_sizes_are_served_as_slices(tmp_path):

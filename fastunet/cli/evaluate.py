@@ -65,15 +65,14 @@ def labelled_cases(root: Path, modalities, edition: str | None = None) -> list:
 
 def evaluate_case(segmenter, case, *, empty: str = "one", on_nan: str = "error", progress=None) -> list:
     """Segments a labelled case and scores the result; also for other callers, such as the demo."""
-    from fastunet.data import read_labels
+    from fastunet.data import check_geometry, read_labels
 
     if case.label_map.class_names != tuple(segmenter.card.class_names):
         names, known = ", ".join(case.label_map.class_names), ", ".join(segmenter.card.class_names)
         raise UserError(f"{case.label}: its classes are {names}; the model knows {known}")
+    check_geometry(case, segmenter.card.modalities)
     slices = segmenter.open(case, on_nan=on_nan)
     truth = read_labels(case.label, case.label_map)
-    if truth.shape != slices.like.data.shape:
-        raise UserError(f"{case.label} has shape {truth.shape}, its volumes {slices.like.data.shape}")
     return _scored(case.name, segmenter.labels(slices, progress), truth, case.label_map, empty)
 
 

@@ -56,7 +56,7 @@ def discover_cases(
     except PermissionError as error:
         raise UserError(f"{error.filename or root} cannot be read: {error.strerror}") from error
     if not cases:
-        nested = sorted(root.glob("*/dataset.json"))
+        nested = sorted([*root.glob("*/dataset.json"), *root.glob("*/[iI]mages")])
         hint = f" (but there is one in {nested[0].parent})" if nested else ""
         names = "no files named like *_flair.nii.gz or *-t2f.nii.gz, no folders images and masks"
         raise UserError(f"{root} holds no cases: {names}, and no dataset.json{hint}")

@@ -15,7 +15,8 @@ from fastunet.errors import Refusal, UserError, refuse, warn_once
 
 IMAGE_FOLDERS = ("images", "image", "imgs")
 MASK_FOLDERS = ("masks", "mask", "labels", "label", "annotations", "annotation", "segmentations")
-_MARK = re.compile(r"[-_. ]?(masks?|labels?|segmentation|seg|gt|annotations?|manual1?)", re.IGNORECASE)
+_MASK_MARK = "masks?|labels?|segmentation|segmap|seg|gt|groundtruth|annotations?|manual1?"
+_IMAGE_MARK = "images?|img|im|input|raw"
 _STACK = re.compile(r"(?P<name>.+)[-_](?P<part>volume|labels?)", re.IGNORECASE | re.DOTALL)
 _COLOURS = ("red", "green", "blue")
 _UNLABELLED = LabelMap("images without masks", (0, 1), ("background", "object"))
@@ -79,13 +80,20 @@ def _pairs(images: Path, masks: Path | None, refused: Refusal) -> dict[str, tupl
 
 
 def _image_name(mask: str, images: dict[str, Path]) -> str | None:
-    """The image that a mask belongs to, by names without endings: the same, or one that differs by a mark."""
+    """The image that a mask belongs to, by names without endings: the same, or one that differs by marks only."""
     if mask in images:
         return mask
-    short = [match for match in _MARK.finditer(mask) if match.end() == len(mask) or match.start() == 0]
-    candidates = [(mask[: match.start()] + mask[match.end() :]).lstrip("-_. ") for match in short]
-    candidates += [candidate + mark for candidate in candidates for mark in ("_image", "_img", "-image", "-img")]
-    return next((candidate for candidate in candidates if candidate in images), None)
+    bare = _unmarked(mask, _MASK_MARK)
+    if bare in images:
+        return bare
+    alike = [name for name in images if _unmarked(name, _IMAGE_MARK) == bare]
+    return alike[0] if len(alike) == 1 else None
+
+
+def _unmarked(name: str, mark: str) -> str:
+    """``name`` without a mark at its end or at its front."""
+    short = re.sub(rf"[-_. ]({mark})$", "", name, flags=re.IGNORECASE)
+    return short if short != name else re.sub(rf"^({mark})[-_. ]", "", name, flags=re.IGNORECASE)
 
 
 def _stacks(root: Path) -> dict[str, tuple[Path, Path | None]]:
