@@ -58,7 +58,7 @@ def test_interruption(monkeypatch, capsys):
 
     monkeypatch.setattr(cli.info, "run", interrupted)
     assert run("info") == 130
-    assert capsys.readouterr().err == "fastunet: interrupted\n"
+    assert capsys.readouterr().err == "fastunet: stopped by SIGINT; every file written so far is whole\n"
 
 
 def test_defects_are_not_hidden(monkeypatch):

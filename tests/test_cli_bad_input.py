@@ -159,13 +159,10 @@ def test_empty_folder(command, checkpoint, tmp_path, capsys):  # noqa: F811
 
 
 def test_checkpoint_of_another_architecture(data, checkpoint, tmp_path, capsys):  # noqa: F811
-    import safetensors.torch
-    from safetensors import safe_open
+    from fastunet.training.checkpoint import load_model, save_weights
 
     other = tmp_path / "other.safetensors"
-    write_checkpoint(other, width=8)
-    with safe_open(checkpoint / "best.safetensors", framework="pt") as file:
-        safetensors.torch.save_file(safetensors.torch.load_file(other), other, file.metadata())
+    save_weights(other, write_checkpoint(other, width=8), load_model(checkpoint)[1])
     code = segment(other, data, tmp_path / "out")
     assert_user_error(capsys, code, str(other), "another architecture", "(8, 2, 3, 3)", "(4, 2, 3, 3)")
     assert not (tmp_path / "out").exists()

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
 
 from fastunet.cli import check, demo, evaluate, info, segment, summary, train
 from fastunet.errors import DataWarning, UserError
+from fastunet.files import reason
+from fastunet.signals import Interrupted, handled
 
 COMMANDS = {
     "demo": (demo, "learn to segment phantoms, from nothing to a report, in three minutes", "--out demo"),
@@ -41,32 +44,46 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line ``argv`` (default: this process's) and returns the exit code.
 
-    0 is success; 2 is bad input, with one line on stderr; 130 means interrupted. Anything else is a defect and
-    raises.
+    0 is success; 2 is bad input or a system that refuses (a full disk), with one line on stderr; 130 and 143 mean that
+    SIGINT or SIGTERM ended it. Anything else is a defect and raises.
     """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold bytes that are no text
     try:
-        parser = _parser()
-        with contextlib.suppress(ImportError):  # the extra "completion"
-            import argcomplete
+        with handled():
+            parser = _parser()
+            with contextlib.suppress(ImportError):  # the extra "completion"
+                import argcomplete
 
-            argcomplete.autocomplete(parser)
-        args = parser.parse_args(argv)
-        with warnings.catch_warnings():
-            for library in ("PIL", "nibabel"):  # what matters of their doubts about a file is said or refused here
-                warnings.filterwarnings("ignore", module=library)
-            warnings.simplefilter("always", DataWarning)
-            warnings.showwarning = _show_warning
-            args.run(args)
+                argcomplete.autocomplete(parser)
+            args = parser.parse_args(argv)
+            with warnings.catch_warnings():
+                for library in ("PIL", "nibabel"):  # what matters of their doubts about a file is said or refused here
+                    warnings.filterwarnings("ignore", module=library)
+                warnings.simplefilter("always", DataWarning)
+                warnings.showwarning = _show_warning
+                args.run(args)
+            sys.stdout.flush()
     except UserError as error:
-        print(f"fastunet: {' '.join(str(error).split())}", file=sys.stderr)
+        _complain(str(error))
         return 2
-    except KeyboardInterrupt:
-        print("fastunet: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        stop = stop if isinstance(stop, Interrupted) else Interrupted(signal.SIGINT)
+        _complain(stop.message)
+        return stop.exit_code
     except BrokenPipeError:
         # The reader of a pipe went away (`| head`); point stdout elsewhere so that its flush at exit stays quiet.
         sys.stdout = None
         return 0
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        _complain("out of memory; a smaller --batch-size, --size or --tile needs less")
+        return 2
+    except OSError as error:
+        sys.stdout = None
+        _complain(f"{error.filename or 'the standard output'}: {reason(error)}")
+        return 2
     return 0
 
 
@@ -76,6 +93,12 @@ def _show_warning(message, category, filename, lineno, file=None, line=None) -> 
         print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
     else:
         sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
+
+
+def _complain(message: str) -> None:
+    """Prints the message as one line; an empty one means that another process says it."""
+    if message:
+        print(f"fastunet: {' '.join(message.split())}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -38,6 +38,14 @@ def non_negative_float(text: str) -> float:
     return value
 
 
+def seed(text: str) -> int:
+    """An integer that every generator of random numbers takes as its seed."""
+    value = _number(int, text, "a whole number")
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 2**63 - 1")
+    return value
+
+
 def names(text: str) -> list[str]:
     """Comma-separated names."""
     values = [name.strip() for name in text.split(",") if name.strip()]

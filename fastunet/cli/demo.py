@@ -7,7 +7,7 @@ import shutil
 import time
 from pathlib import Path
 
-from fastunet.cli.arguments import add_machine_options, set_threads
+from fastunet.cli.arguments import add_machine_options, seed, set_threads
 from fastunet.errors import UserError
 
 SHAPE = (80, 80, 40)
@@ -21,7 +21,7 @@ _MADE = (_MARKER, "data", "run", "segmentation", "scores.csv", "network.svg", "n
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR",
                         help="where everything goes (default: demo); an earlier demo there is replaced")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of the phantoms and the training (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the phantoms and the training (default: 0)")
     add_machine_options(parser)
 
 
@@ -33,8 +33,6 @@ def run(args: argparse.Namespace) -> None:
     from fastunet.training.loop import train
 
     started = time.monotonic()
-    if args.seed < 0:
-        raise UserError(f"--seed is {args.seed}; it must not be negative")
     set_threads(args.threads)
     out = _fresh_folder(args.out)
     print(f"making {TRAINING_CASES} phantoms to learn from and {UNSEEN_CASES} to be tested on", flush=True)

@@ -6,7 +6,15 @@ import argparse
 from pathlib import Path
 
 from fastunet.architecture import PRESETS
-from fastunet.cli.arguments import add_nan_option, fraction, names, non_negative_float, positive_float, positive_int
+from fastunet.cli.arguments import (
+    add_nan_option,
+    fraction,
+    names,
+    non_negative_float,
+    positive_float,
+    positive_int,
+    seed,
+)
 from fastunet.data.label_tables import LABEL_MAPS
 from fastunet.training.config import LOSSES, PRECISIONS, SCHEDULES
 
@@ -39,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--learning-rate", type=positive_float, help="of Adam (default: 0.001)")
     training.add_argument("--schedule", choices=SCHEDULES, help="of the learning rate (default: constant)")
     training.add_argument("--precision", choices=PRECISIONS, help="default: fp32")
-    training.add_argument("--seed", type=int, help="default: 0")
+    training.add_argument("--seed", type=seed, help="default: 0")
     training.add_argument("--deterministic", action="store_true", help="only algorithms that repeat exactly on a GPU")
     training.add_argument("--device", help="auto (default), cpu, cuda or cuda:N")
     training.add_argument("--threads", type=positive_int, help="CPU threads (default: PyTorch's choice)")
@@ -63,12 +71,8 @@ def run(args: argparse.Namespace) -> None:
 
 def configuration(out: Path, resume: bool, given: dict):
     """The options of the run: those given, or on ``resume`` those stored, checked against those given."""
-    from fastunet.errors import UserError
-    from fastunet.training.checkpoint import STATE
     from fastunet.training.config import FILE_NAME, TrainConfig
 
     if resume and (out / FILE_NAME).is_file():
         return TrainConfig.read(out).resumed_with(given)
-    if not resume and (out / STATE).exists():
-        raise UserError(f"{out} holds a run already; --resume continues it, or choose another folder")
     return TrainConfig(**given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from fastunet.data import CaseSlices, LabelMap, write_labels, write_map
-from fastunet.errors import UserError
+from fastunet.errors import DataWarning, UserError
 from fastunet.inference.tiles import segment_tiled
 from fastunet.outputs import name_for_file
 from fastunet.training.checkpoint import ModelCard
@@ -61,20 +62,44 @@ class Segmenter:
         for start, images in slices.batches(self.batch_size):
             slices.place(volume, start, self.predict(images))
             if progress:
-                progress(min(start + self.batch_size, len(slices)), len(slices))
+                progress(start + len(images), len(slices))
         return volume
 
-    @torch.inference_mode()
     def predict(self, images: np.ndarray) -> np.ndarray:
         """Classes, uint8 (N, H, W), of float32 images (N, C, H, W)."""
+        return self._in_parts(self._predict, images)[0]
+
+    def probabilities(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Classes, uint8 (N, H, W), and probabilities, float32 (N, classes, H, W)."""
+        return self._in_parts(self._probabilities, images)
+
+    def _in_parts(self, compute: Callable, images: np.ndarray) -> tuple[np.ndarray, ...]:
+        """``compute`` of as many images at a time as the device's memory takes, which is found out."""
+        results, done = [], 0
+        while not results or done < len(images):
+            part = images[done : done + self.batch_size]
+            try:
+                results.append(compute(part))
+                done += len(part)
+            except torch.OutOfMemoryError:
+                if len(part) == 1:
+                    raise UserError(f"one slice of {part.shape[2:]} needs more memory than {self.device} has") from None
+                self.batch_size = len(part) // 2
+                text = f"{self.device} has no memory for {len(part)} slices at a time; going on with {self.batch_size}"
+                warnings.warn(text, DataWarning, stacklevel=4)
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+        return tuple(map(np.concatenate, zip(*results))) if len(results) > 1 else results[0]
+
+    @torch.inference_mode()
+    def _predict(self, images: np.ndarray) -> tuple[np.ndarray]:
         out = np.empty((len(images), *images.shape[2:]), dtype=np.uint8)
         for rows, columns, result in self._run(self._network.predict, images):
             out[:, rows, columns] = result.cpu().numpy()
-        return out
+        return (out,)
 
     @torch.inference_mode()
-    def probabilities(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Classes, uint8 (N, H, W), and probabilities, float32 (N, classes, H, W)."""
+    def _probabilities(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         labels = np.empty((len(images), *images.shape[2:]), dtype=np.uint8)
         maps = np.empty((len(images), len(self.card.class_names), *images.shape[2:]), dtype=np.float32)
         for rows, columns, logits in self._run(self._network, images):
@@ -116,7 +141,7 @@ def write_case(
                 for index, spool in enumerate(spools):
                     spool.write(maps[:, index].tobytes())
                 if progress:
-                    progress(min(start + segmenter.batch_size, len(slices)), len(slices))
+                    progress(start + len(images), len(slices))
             for name, spool in zip(names, spools, strict=True):
                 write_map(probability_path(target, name), _gather(slices, spool, segmenter.batch_size), slices.like)
         except OSError as error:

@@ -1,24 +1,39 @@
 """Checkpoints: weights with the facts needed to use them, and the full state from which a run continues exactly.
 
 Every checkpoint is one safetensors file, written whole (temporary file, fsync, rename), so that a crash at any moment
-leaves the previous one, and weights and optimiser state can never come from different moments.
+leaves the previous one, and weights and optimiser state can never come from different moments. It carries a digest of
+all that it holds, which is checked when it is read, and never a value that is not finite.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated, Any
 
+import msgspec
 import safetensors
 import safetensors.torch
 import torch
 
+from fastunet.data import LabelMap
 from fastunet.errors import UserError
-from fastunet.files import write_bytes
+from fastunet.files import reason, write_bytes
+from fastunet.schema import parse_json, to_type
 
 BEST, LAST, STATE = "best.safetensors", "last.safetensors", "state.safetensors"
-_CARD_KEY, _STATE_KEY = "fastunet", "fastunet_state"
+_CARD_KEY, _STATE_KEY, _DIGEST_KEY = "fastunet", "fastunet_state", "digest"
+_SLOTS = frozenset({"step", "exp_avg", "exp_avg_sq"})  # what Adam keeps for each parameter
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
+
+
+class NotFinite(UserError):
+    """NaN or infinity where a checkpoint holds numbers."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +44,12 @@ class ModelCard:
     (name → class indices). ``images``: trained on 2-D images, which are normalised over all pixels, zeros too.
     """
 
-    model: dict
+    model: dict[str, Any]
     modalities: tuple[str, ...]
-    labels: dict
-    size: int | None = None
-    axis: int = 2
-    training: dict = field(default_factory=dict)
+    labels: dict[str, Any]
+    size: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    axis: Annotated[int, msgspec.Meta(ge=0, le=2)] = 2
+    training: dict[str, Any] = field(default_factory=dict)
     images: bool = False
 
     @property
@@ -47,58 +62,79 @@ class ModelCard:
 class Progress:
     """How far a run is: the next batch to take is number ``batch`` of epoch ``epoch`` (both from 0).
 
-    ``loss_sum`` adds up the losses of the epoch's batches so far; ``history`` has a row per finished epoch;
+    ``loss_sum`` adds up the losses of the ``counted`` batches of the epoch so far, those whose loss was finite;
+    ``skipped`` counts the steps that the loss scaler has skipped in a row; ``history`` has a row per finished epoch;
     ``fingerprint`` identifies the data, so that a run cannot continue on other cases.
     """
 
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
+    epoch: Count = 0
+    batch: Count = 0
+    step: Count = 0
     loss_sum: float = 0.0
-    seconds: float = 0.0
-    waited: float = 0.0
+    counted: Count = 0
+    skipped: Count = 0
+    seconds: Seconds = 0.0
+    waited: Seconds = 0.0
     best: float = -1.0
-    history: list[dict] = field(default_factory=list)
+    history: list[dict[str, int | float]] = field(default_factory=list)
     fingerprint: str = ""
+
+    def __post_init__(self):
+        if len(self.history) != self.epoch:
+            raise ValueError(f"{self.epoch} epochs are done, but the log has {len(self.history)}")
+
+
+@dataclass(frozen=True)
+class State:
+    """What a training state holds beside its tensors."""
+
+    progress: Progress
+    scaler: dict[str, int | float]
 
 
 def save_weights(path: Path, model: torch.nn.Module, card: ModelCard) -> None:
-    """Writes ``model``'s state dict and ``card`` to one safetensors file."""
-    write_bytes(path, _serialise(model.state_dict(), {_CARD_KEY: json.dumps(asdict(card))}))
+    """Writes ``model``'s state dict and ``card`` to one file; a value that is not finite is ``NotFinite``."""
+    _write(path, model.state_dict(), _CARD_KEY, asdict(card))
 
 
 def load_model(path: str | Path, *, backend: str = "auto") -> tuple[torch.nn.Module, ModelCard]:
     """The network in evaluation mode and its card, from a checkpoint file or a run folder (its best, else its last).
 
     Raises:
-        UserError: nothing there, not a whole safetensors file, no card, or weights of another architecture.
+        UserError: nothing there, a damaged file, no card, or weights that are not finite or of another architecture.
     """
     import fastunet
 
     path = checkpoint_file(path)
     tensors, metadata = _read(path)
+    if _CARD_KEY not in metadata:
+        raise UserError(f"{path} is not a fastunet checkpoint: it does not say of which network")
+    card = parse_json(metadata[_CARD_KEY], ModelCard, path)
+    labels = to_type(card.labels, LabelMap, path)
     try:
-        fields = json.loads(metadata[_CARD_KEY])
-        card = ModelCard(**fields | {"modalities": tuple(fields["modalities"])})
+        # Each level of a network has weights: a depth beyond their number would only fill the memory.
+        if not 0 <= card.model.get("depth", 0) <= len(tensors):
+            raise ValueError(f"its depth is {card.model['depth']}, but there are {len(tensors)} tensors")
+        with torch.device("meta"):
+            planned = fastunet.UNet(**card.model)
+        _check_weights(planned, tensors, path)
+        if planned.architecture.num_classes != len(labels.class_names):
+            raise ValueError(f"it has {planned.architecture.num_classes} classes and {len(labels.class_names)} names")
+        if planned.architecture.in_channels != len(card.modalities):
+            raise ValueError(f"it takes {planned.architecture.in_channels} channels, named are {len(card.modalities)}")
         model = fastunet.UNet(**card.model, backend=backend)
-    except KeyError as error:
-        raise UserError(f"{path} is not a fastunet checkpoint: its metadata lacks {error}") from error
+    except UserError:
+        raise
     except (TypeError, ValueError) as error:
-        raise UserError(f"{path} describes a network that this version cannot build: {error}") from error
-    load_weights(model, tensors, path)
+        problem = str(error).splitlines()[0]
+        raise UserError(f"{path} describes a network that this version cannot build: {problem}") from error
+    model.load_state_dict(tensors)
     return model.eval(), card
 
 
 def load_weights(model: torch.nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Copies ``tensors`` into ``model``; names that differ or shapes that do not fit are a ``UserError``."""
-    expected = model.state_dict()
-    for name in sorted(expected.keys() ^ tensors.keys()):
-        problem = "lacks" if name in expected else "has an unexpected"
-        raise UserError(f"{path} holds weights of another architecture: it {problem} {name}")
-    for name, parameter in expected.items():
-        if tensors[name].shape != parameter.shape:
-            found, wanted = tuple(tensors[name].shape), tuple(parameter.shape)
-            raise UserError(f"{path} holds weights of another architecture: {name} is {found}, expected {wanted}")
+    """Copies ``tensors`` into ``model``; what does not fit by name, shape or dtype is a ``UserError``."""
+    _check_weights(model, tensors, path)
     model.load_state_dict(tensors)
 
 
@@ -112,13 +148,15 @@ def save_state(
     """Writes everything from which training continues bit for bit: weights, optimiser, loss scale and progress.
 
     Random numbers need no state: each batch seeds its own (see :func:`fastunet.training.loop.batch_seed`).
+
+    Raises:
+        NotFinite: there is nothing to continue from.
     """
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         for slot, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{slot}.{name}"] = value
-    state = {"progress": asdict(progress), "scaler": scaler.state_dict()}
-    write_bytes(path, _serialise(tensors, {_STATE_KEY: json.dumps(state)}))
+    _write(path, tensors, _STATE_KEY, {"progress": asdict(progress), "scaler": scaler.state_dict()})
 
 
 def load_state(
@@ -127,25 +165,30 @@ def load_state(
     """Restores what :func:`save_state` wrote into the given objects and returns the progress.
 
     Raises:
-        UserError: the file is truncated, is no training state, or belongs to another architecture.
+        UserError: the file is damaged, is no training state, or belongs to another architecture.
     """
     tensors, metadata = _read(path)
     if _STATE_KEY not in metadata:
         raise UserError(f"{path} holds no training state")
-    state = json.loads(metadata[_STATE_KEY])
-    weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-    load_weights(model, weights, path)
-    parameters = dict(model.named_parameters())
+    state = parse_json(metadata[_STATE_KEY], State, path)
+    weights, moments = {}, {}
     for key, value in tensors.items():
-        kind, _, rest = key.partition(".")
-        if kind == "optimizer":
-            slot, _, name = rest.partition(".")
-            parameter = parameters[name]
-            # Moments keep the memory layout of their parameter, step counts only its device.
-            like = parameter if value.shape == parameter.shape else value.to(parameter.device)
-            optimizer.state[parameter][slot] = torch.empty_like(like, requires_grad=False).copy_(value)
-    scaler.load_state_dict(state["scaler"])
-    return Progress(**state["progress"])
+        kind, _, name = key.partition(".")
+        (weights if kind == "model" else moments)[name] = value
+    parameters = dict(model.named_parameters())
+    _check_weights(model, weights, path)
+    _check_moments(parameters, moments, path)
+    if state.scaler.keys() != scaler.state_dict().keys():
+        raise UserError(f"{path} belongs to a run of another --precision")
+    model.load_state_dict(weights)
+    for key, value in moments.items():
+        slot, _, name = key.partition(".")
+        parameter = parameters[name]
+        # Moments keep the memory layout of their parameter, step counts only its device.
+        like = parameter if value.shape == parameter.shape else value.to(parameter.device)
+        optimizer.state[parameter][slot] = torch.empty_like(like, requires_grad=False).copy_(value)
+    scaler.load_state_dict(state.scaler)
+    return state.progress
 
 
 def checkpoint_file(path: str | Path) -> Path:
@@ -159,19 +202,86 @@ def checkpoint_file(path: str | Path) -> Path:
     raise UserError(f"{path} holds no checkpoint ({BEST} or {LAST})")
 
 
+def _check_weights(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    expected = model.state_dict()
+    for name in sorted(expected.keys() ^ tensors.keys()):
+        problem = "lacks" if name in expected else "has an unexpected"
+        raise UserError(f"{path} holds weights of another architecture: it {problem} {name}")
+    for name, parameter in expected.items():
+        if tensors[name].shape != parameter.shape:
+            found, wanted = tuple(tensors[name].shape), tuple(parameter.shape)
+            raise UserError(f"{path} holds weights of another architecture: {name} is {found}, expected {wanted}")
+        if tensors[name].dtype != parameter.dtype:
+            raise UserError(f"{path} holds {name} as {tensors[name].dtype}, expected {parameter.dtype}")
+
+
+def _check_moments(parameters: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor], path: Path) -> None:
+    """All of Adam's tensors for all parameters, or, before the first step, none."""
+    expected = {f"{slot}.{name}" for slot in _SLOTS for name in parameters} if moments else set()
+    for key in sorted(expected ^ moments.keys()):
+        problem = "lacks" if key in expected else "has an unexpected"
+        raise UserError(f"{path} is no whole training state: it {problem} optimizer.{key}")
+    for key, value in moments.items():
+        slot, _, name = key.partition(".")
+        wanted = torch.Size() if slot == "step" else parameters[name].shape
+        if value.shape != wanted or not value.is_floating_point():
+            found = f"{tuple(value.shape)} of {value.dtype}"
+            raise UserError(f"{path} is no whole training state: optimizer.{key} is {found}")
+
+
+def _write(path: Path, tensors: Mapping[str, torch.Tensor], key: str, facts: dict) -> None:
+    packed = {}
+    for name, tensor in tensors.items():
+        packed[name] = tensor.detach().to("cpu", memory_format=torch.contiguous_format).contiguous()
+        _require_finite(name, packed[name], path)
+    metadata = {key: json.dumps(facts, allow_nan=False)}
+    header, body = _split(safetensors.torch.save(packed, metadata), path)
+    header["__metadata__"] = metadata | {_DIGEST_KEY: _digest(header, body)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    write_bytes(path, b"".join([len(text).to_bytes(8, "little"), text, body]))
+
+
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of a whole, undamaged file of finite numbers."""
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is not a file")
+        data = path.read_bytes()
+        tensors = safetensors.torch.load(data)
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint {path}") from error
     except OSError as error:
-        raise UserError(f"cannot read the checkpoint {path}: {error}") from error
-    except safetensors.SafetensorError as error:
+        raise UserError(f"cannot read the checkpoint {path}: {reason(error)}") from error
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{path} is not a whole safetensors file: {error}") from error
+    header, body = _split(data, path)
+    metadata = header.get("__metadata__", {})
+    if _DIGEST_KEY not in metadata:
+        raise UserError(f"{path} is not a fastunet checkpoint: it has no digest of its content")
+    if metadata[_DIGEST_KEY] != _digest(header, body):
+        raise UserError(f"{path} is damaged: its content is not what was written")
+    for name, tensor in tensors.items():
+        _require_finite(name, tensor, path)
+    return tensors, metadata
 
 
-def _serialise(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
-    packed = {name: tensor.detach().to("cpu", memory_format=torch.contiguous_format).contiguous()
-              for name, tensor in tensors.items()}  # fmt: skip
-    return safetensors.torch.save(packed, metadata)
+def _split(data: bytes, path: Path) -> tuple[dict, memoryview]:
+    """The header of a safetensors file and the bytes of its tensors."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    return parse_json(data[8:start], dict[str, dict[str, Any]], path), memoryview(data)[start:]
+
+
+def _digest(header: dict, body: memoryview) -> str:
+    """Of all facts and tensors, the digest itself left out."""
+    metadata = {key: value for key, value in header["__metadata__"].items() if key != _DIGEST_KEY}
+    digest = hashlib.blake2b(json.dumps(header | {"__metadata__": metadata}, sort_keys=True).encode(), digest_size=16)
+    digest.update(body)
+    return digest.hexdigest()
+
+
+def _require_finite(name: str, tensor: torch.Tensor, path: Path) -> None:
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise NotFinite(f"{name} in {path} is not finite: it has NaN or infinity")

@@ -6,19 +6,28 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
 
 from fastunet.errors import UserError
-from fastunet.files import read_text, write_text
+from fastunet.files import write_text
+from fastunet.schema import read_json
 
 FILE_NAME = "config.json"
 LOSSES = ("ce", "dice", "dice_ce")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 SCHEDULES = ("constant", "cosine")
+MOST_SEED = 2**63 - 1
 FREE_ON_RESUME = frozenset({"data", "device", "threads", "checkpoint_every"})
 """Options that may differ when a run is resumed: they do not change which numbers are computed.
 
 ``threads`` can, in the last bits, because sums are split differently; keep it for a bit-identical continuation.
 """
+
+
+Positive = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
+Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
 @dataclass(frozen=True)
@@ -29,29 +38,29 @@ class TrainConfig:
     """
 
     data: str
-    preset: str = "brats"
-    width: int | None = None
-    depth: int | None = None
-    dropout: float | None = None
+    preset: Literal["brats", "isbi"] = "brats"
+    width: Positive | None = None
+    depth: Positive | None = None
+    dropout: Fraction | None = None
     modalities: list[str] | None = None
     edition: str | None = None
-    size: int | None = None
-    axis: int = 2
-    epochs: int = 20
-    batch_size: int = 8
-    loss: str = "dice_ce"
-    learning_rate: float = 1e-3
-    schedule: str = "constant"
-    precision: str = "fp32"
-    foreground_fraction: float = 0.5
+    size: Positive | None = None
+    axis: Literal[0, 1, 2] = 2
+    epochs: Positive = 20
+    batch_size: Positive = 8
+    loss: Literal[LOSSES] = "dice_ce"
+    learning_rate: Annotated[float, msgspec.Meta(gt=0)] = 1e-3
+    schedule: Literal[SCHEDULES] = "constant"
+    precision: Literal[PRECISIONS] = "fp32"
+    foreground_fraction: Fraction = 0.5
     augment: bool = True
-    val_fraction: float = 0.2
-    on_nan: str = "error"
-    seed: int = 0
+    val_fraction: Fraction = 0.2
+    on_nan: Literal["error", "zero"] = "error"
+    seed: Annotated[int, msgspec.Meta(ge=0, le=MOST_SEED)] = 0
     deterministic: bool = False
     device: str = "auto"
-    threads: int | None = None
-    checkpoint_every: float = 300.0
+    threads: Positive | None = None
+    checkpoint_every: Annotated[float, msgspec.Meta(ge=0)] = 300.0
 
     def write(self, run: Path) -> None:
         """Writes ``config.json`` into the run folder."""
@@ -62,13 +71,9 @@ class TrainConfig:
         """The options stored in a run folder.
 
         Raises:
-            UserError: the file is missing, is not JSON, or has options that this version does not know.
+            UserError: the file is missing, is not JSON, or has options that this version does not know or take.
         """
-        path = Path(run) / FILE_NAME
-        try:
-            return cls(**json.loads(read_text(path)))
-        except (json.JSONDecodeError, TypeError) as error:
-            raise UserError(f"{path} is not a training configuration of this version: {error}") from error
+        return read_json(Path(run) / FILE_NAME, cls)
 
     def resumed_with(self, given: dict) -> TrainConfig:
         """This configuration with the options ``given`` for the continuation.

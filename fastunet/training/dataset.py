@@ -70,13 +70,15 @@ def prepare_data(
                              seed=config.seed)  # fmt: skip
         return train, SliceDataset(split.validation, **options)
 
-    if not processes.leader:
-        processes.barrier()
-    train, val = build()
-    if processes.leader:
-        processes.barrier()
+    train = val = None
+    for leaders_turn in (True, False):
+        with processes.together():
+            if processes.leader == leaders_turn:
+                train, val = build()
     if val.size != train.size:
         raise UserError(f"training slices are {train.size}, validation slices {val.size}: give one --size for all")
+    if config.batch_size > len(train):
+        raise UserError(f"--batch-size is {config.batch_size}, but there are only {len(train)} training slices")
     display.message(
         f"training cases: {len(split.train)} ({len(train)} slices), validation cases: {len(split.validation)} "
         f"({len(val)} slices) of {train.size[0]}×{train.size[1]}, {', '.join(modalities)}"

@@ -61,8 +61,3 @@ class Display:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-
-    @property
-    def wants_loss(self) -> bool:
-        """Whether a loss would be shown: reading it from a GPU costs a synchronisation."""
-        return not self._quiet and (self._bar is not None or time.perf_counter() >= self._next_line)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from fastunet.errors import UserError
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -36,15 +38,37 @@ class Processes:
             dist.all_reduce(tensor)
         return tensor
 
-    def sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Adds up every parameter's gradient over all processes, as one message."""
+    def most(self, value: float) -> float:
+        """The largest ``value`` that a process has."""
+        tensor = torch.tensor(float(value), device=self.device)
+        if self.world > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.item()
+
+    def sum_gradients(self, parameters: list[torch.nn.Parameter], note: float = 0.0) -> float | torch.Tensor:
+        """Adds up every parameter's gradient over all processes, as one message; returns the sum of their ``note``."""
         if self.world == 1:
-            return
+            return note
         gradients = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([g.reshape(-1) for g in gradients])
+        flat = torch.cat([*(g.reshape(-1) for g in gradients), torch.tensor([note], device=self.device)])
         dist.all_reduce(flat)
-        for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(summed.view_as(gradient))
+        *summed, note = flat.split([*(g.numel() for g in gradients), 1])
+        for gradient, values in zip(gradients, summed, strict=True):
+            gradient.copy_(values.view_as(gradient))
+        return note
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Ends the block in every process with an error if it did in one; the others raise an empty ``UserError``."""
+        failure = None
+        try:
+            yield
+        except UserError as error:
+            failure = error
+        if self.sum(torch.tensor(float(failure is not None), device=self.device)) and failure is None:
+            raise UserError("")
+        if failure is not None:
+            raise failure
 
 
 @contextlib.contextmanager
@@ -68,6 +92,10 @@ def process_group(device: str) -> Iterator[Processes]:
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield Processes(rank, world, chosen)
+    except RuntimeError as error:
+        if "onnection closed by peer" in str(error) or isinstance(error, dist.DistError):
+            raise UserError("another process of this run has ended; --resume continues from the last state") from error
+        raise
     finally:
         dist.destroy_process_group()
 
@@ -78,8 +106,6 @@ def pick_device(name: str) -> torch.device:
     Raises:
         UserError: no such device here.
     """
-    from fastunet.errors import UserError
-
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import math
+import shlex
+import signal
 import time
-from contextlib import closing
+from collections import deque
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import fastunet
-from fastunet.data import IGNORED
+from fastunet.data import IGNORED, SliceDataset
+from fastunet.data.sampling import Batch
 from fastunet.errors import UserError
-from fastunet.files import make_output_folder
+from fastunet.files import locked, make_output_folder
 from fastunet.losses import DiceCrossEntropyLoss, DiceLoss
 from fastunet.metrics import SegmentationMetrics
+from fastunet.signals import Interrupted, deferred
 from fastunet.training import checkpoint
-from fastunet.training.checkpoint import BEST, LAST, STATE, ModelCard, Progress
+from fastunet.training.checkpoint import BEST, LAST, STATE, ModelCard, NotFinite, Progress
 from fastunet.training.config import FILE_NAME, TrainConfig
 from fastunet.training.dataset import TrainingData, centre_crop, prepare_data
 from fastunet.training.display import Display
@@ -29,6 +37,9 @@ FILES = (FILE_NAME, LOG, CURVES, BEST, LAST, STATE)
 """What a run folder holds beside its cache."""
 _SECONDS_BETWEEN_CURVES = 30.0
 _STREAM_DROPOUT = 1
+_MOST_SKIPPED_STEPS = 20
+"""In a row, before a run in fp16 counts as diverged: each halves the loss scale, so it is then a millionth."""
+_MOST_NAMED_CASES = 8
 
 
 def train(config: TrainConfig, run: Path, processes: Processes, *, resume: bool = False, quiet: bool = False) -> None:
@@ -37,21 +48,53 @@ def train(config: TrainConfig, run: Path, processes: Processes, *, resume: bool 
     Every ``torchrun`` process calls this; the leader alone writes ``config.json``, ``log.csv``, ``curves.png``,
     ``best.safetensors``, ``last.safetensors`` and ``state.safetensors``.
 
+    A signal that :func:`fastunet.signals.handled` turns into ``Interrupted`` waits for the step or the validation batch
+    at hand; then the state is saved. A run continued from it gives the bits of one that was never interrupted.
+
     Raises:
-        UserError: data, options, checkpoint or output folder cannot be used.
+        UserError: data, options, checkpoint or output folder cannot be used, another process is at work in the folder,
+            or the loss is not finite.
     """
-    if processes.leader:
-        make_output_folder(run)
-    processes.barrier()
+    with ExitStack() as held:
+        with processes.together():
+            if processes.leader:
+                make_output_folder(run)
+                held.enter_context(locked(run / ".lock"))
+                _check_run(run, resume)
+        _train(config, run, processes, Display(quiet=quiet or not processes.leader))
+
+
+def _check_run(run: Path, resume: bool) -> None:
+    found = [name for name in (STATE, BEST, LAST) if (run / name).exists()]
+    if found and not resume:
+        raise UserError(f"{run} holds a run already; --resume continues it, or choose another folder")
+    if found and STATE not in found:
+        raise UserError(f"{run} holds weights but no {STATE} to continue from; choose another folder")
+
+
+def _train(config: TrainConfig, run: Path, processes: Processes, display: Display) -> None:
     prepare(processes.device, config.precision, deterministic=config.deterministic)
-    display = Display(quiet=quiet or not processes.leader)
     data = prepare_data(config, [run / name for name in FILES], run / "cache", processes, display)
     trainer = Trainer(config, run, processes, data, display)
-    if resume and (run / STATE).is_file():
-        trainer.restore()
-    elif processes.leader:
-        config.write(run)
-    trainer.fit()
+    with processes.together():
+        if (run / STATE).exists():
+            trainer.restore()
+        elif processes.leader:
+            config.write(run)
+    with deferred() as requested:
+        trainer.fit(requested)
+
+
+@dataclass
+class Step:
+    """What one optimiser step left behind; on a CUDA device its numbers are not known until somebody waits for them.
+
+    ``report`` holds the loss of the whole batch and the number of processes that want to stop.
+    """
+
+    batch: Batch
+    report: torch.Tensor
+    skipped: bool
 
 
 class Trainer:
@@ -79,10 +122,13 @@ class Trainer:
             images=data.train.cases[0].is_image,
         )
         self._saved_at = self._drawn_at = time.monotonic()
+        self._requested: Callable[[], int] = lambda: 0
+        self._failure: UserError | None = None
+        self._last_batch: Batch | None = None
 
-    def fit(self) -> None:
-        """Runs the epochs that are left."""
-        config, progress = self.config, self.progress
+    def fit(self, requested: Callable[[], int] = lambda: 0) -> None:
+        """Runs the epochs that are left; when ``requested()`` returns a signal, saves the state and raises it."""
+        config, progress, self._requested = self.config, self.progress, requested
         steps = self.data.train.steps(config.batch_size, world=self.processes.world)
         while progress.epoch < config.epochs:
             self._train_epoch(steps)
@@ -100,6 +146,9 @@ class Trainer:
         self.progress = checkpoint.load_state(path, self.model, self.optimizer, self.scaler)
         if self.progress.fingerprint != self.data.fingerprint:
             raise UserError(f"{path} was trained on other data than {self.config.data} holds now")
+        steps = self.data.train.steps(self.config.batch_size, world=self.processes.world)
+        if self.progress.step != self.progress.epoch * steps + self.progress.batch or self.progress.batch > steps:
+            raise UserError(f"{path} counts its steps for other batches than these, {steps} in an epoch")
         self.display.message(f"resuming at epoch {self.progress.epoch + 1}, batch {self.progress.batch + 1}")
         self._publish()
 
@@ -107,32 +156,38 @@ class Trainer:
         config, progress, data = self.config, self.progress, self.data.train
         order = data.batches(config.batch_size, progress.epoch, rank=self.processes.rank, world=self.processes.world,
                              start_batch=progress.batch)  # fmt: skip
-        batches = ((batch.positions, *data.load(batch.indices)) for batch in order)
+        batches = ((batch, *data.load(batch.indices)) for batch in order)
         self.model.train()
         self.display.start(f"epoch {progress.epoch + 1}/{config.epochs}", steps, progress.batch)
-        loss_sum = torch.tensor(progress.loss_sum, dtype=torch.float64, device=self.device)
+        # Numbers are read one step late from a CUDA device, so that it never waits for the host; with several processes
+        # at once, so that all of them end at the same step.
+        late = 1 if self.device.type == "cuda" and self.processes.world == 1 else 0
+        waiting: deque[Step] = deque()
         with closing(prefetched(batches)) as loader:
             clock = time.perf_counter()
-            for (positions, images, labels), waited in loader:
-                loss = self._step(positions, images, labels, steps)
-                loss_sum += loss
+            for (batch, images, labels), waited in loader:
+                waiting.append(self._step(batch, images, labels, steps))
                 progress.batch += 1
                 progress.step += 1
                 now = time.perf_counter()
                 progress.seconds, progress.waited, clock = progress.seconds + now - clock, progress.waited + waited, now
-                self.display.step(len(images), waited, loss.item() if self.display.wants_loss else None)
-                if time.monotonic() - self._saved_at >= config.checkpoint_every and progress.batch < steps:
-                    progress.loss_sum = loss_sum.item()
-                    self._save_state()
-        progress.loss_sum = loss_sum.item()
+                save = time.monotonic() - self._saved_at >= config.checkpoint_every and progress.batch < steps
+                loss, stop = self._settle(waiting, 0 if save else late)
+                self.display.step(len(images), waited, loss)
+                if stop:
+                    self._settle(waiting, 0)
+                    self._stop()
+                if save:
+                    self._save_state_alone()
+        self._settle(waiting, 0)
         self.display.stop()
 
-    def _step(self, positions: np.ndarray, images: torch.Tensor, labels: torch.Tensor, steps: int) -> torch.Tensor:
-        """One optimiser step; returns the loss of the whole batch, of all processes."""
+    def _step(self, batch: Batch, images: torch.Tensor, labels: torch.Tensor, steps: int) -> Step:
+        """One optimiser step; its loss is that of the whole batch, of all processes."""
         config, progress = self.config, self.progress
         images = images.to(self.device, non_blocking=True).to(memory_format=torch.channels_last)
         labels = labels.to(self.device, non_blocking=True)
-        images, labels = self.data.augment(images, labels, progress.epoch, positions)
+        images, labels = self.data.augment(images, labels, progress.epoch, batch.positions)
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(progress.step, steps * config.epochs)
         # Dropout draws from a generator that each batch seeds anew, so no random state has to be saved.
@@ -142,15 +197,68 @@ class Trainer:
         loss = self.loss(logits.float(), centre_crop(labels, *logits.shape[-2:]))
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
-        self.processes.sum_gradients(self.parameters)
+        wants_to_stop = float(bool(self._requested()) or self._failure is not None)
+        stop = self.processes.sum_gradients(self.parameters, wants_to_stop)
+        scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return loss.detach().double()
+        skipped = self.scaler.is_enabled() and self.scaler.get_scale() < scale
+        report = torch.zeros(2, dtype=torch.float64, device=self.device)
+        report[0], report[1] = loss.detach(), stop
+        return Step(batch, report, skipped)
+
+    def _settle(self, waiting: deque[Step], left: int) -> tuple[float | None, bool]:
+        """Accounts for the steps that wait, but for the last ``left``; returns the last loss and whether to stop.
+
+        Raises:
+            UserError: a loss is not finite, and no loss scaler is there or left to put it right.
+        """
+        progress, loss, stop = self.progress, None, False
+        while len(waiting) > left:
+            step = waiting.popleft()
+            loss, wishes = step.report.tolist()
+            stop = stop or wishes > 0
+            progress.skipped = progress.skipped + 1 if step.skipped else 0
+            if progress.skipped > _MOST_SKIPPED_STEPS:
+                raise self._diverged(f"the loss scaler has skipped {progress.skipped} steps in a row", step.batch)
+            if math.isfinite(loss):
+                progress.loss_sum += loss
+                progress.counted += 1
+            elif not step.skipped:
+                raise self._diverged(f"the loss is {loss}", step.batch)
+            self._last_batch = step.batch
+        return loss, stop
+
+    def _diverged(self, what: str, batch: Batch | None, data: SliceDataset | None = None) -> UserError:
+        """The error for a run that computes no numbers any more; names the slices of ``batch``."""
+        data = data or self.data.train
+        slices: dict[str, list[str]] = {}
+        for index in sorted(batch.indices) if batch is not None else ():
+            slices.setdefault(data.cases[data.case_index[index]].name, []).append(str(data.slice_index[index] + 1))
+        named = [f"{case} slice{'s'[: len(n) > 1]} {', '.join(n)}" for case, n in slices.items()]
+        more = f" and {len(named) - _MOST_NAMED_CASES} more cases" if len(named) > _MOST_NAMED_CASES else ""
+        held = f", batch {batch.step + 1} ({'; '.join(named[:_MOST_NAMED_CASES])}{more})" if named else ""
+        kept = "the weights saved before are kept" if (self.run / STATE).exists() else "no weights were saved"
+        advice = "try a lower --learning-rate, or look at these images"
+        return UserError(f"{what} in epoch {self.progress.epoch + 1}{held}; {kept}; {advice}")
+
+    def _stop(self) -> None:
+        """Saves the state and raises what the processes were asked to end by."""
+        self.display.stop()
+        with self.processes.together():
+            if self._failure is not None:
+                raise self._failure
+            self._save_state()
+        number = int(self.processes.most(self._requested()))
+        line = shlex.join(["fastunet", "train", self.config.data, "--out", str(self.run), "--resume"])
+        said = f"stopped by {signal.Signals(number).name}; the state is saved, go on with: {line}"
+        raise Interrupted(number, said if self.processes.leader else "")
 
     def _finish_epoch(self, steps: int) -> dict:
         """Validates, logs and saves; returns the epoch's row of the log."""
         progress = self.progress
-        row = {"epoch": progress.epoch + 1, "step": progress.step, "train_loss": progress.loss_sum / steps}
+        row = {"epoch": progress.epoch + 1, "step": progress.step}
+        row["train_loss"] = progress.loss_sum / max(progress.counted, 1)
         row |= self._validate()
         slices = steps * self.config.batch_size * self.processes.world
         row |= {
@@ -161,14 +269,15 @@ class Trainer:
         }
         progress.history.append(row)
         progress.epoch, progress.batch = progress.epoch + 1, 0
-        progress.loss_sum, progress.seconds, progress.waited = 0.0, 0.0, 0.0
-        if row["dice_foreground"] > progress.best:
-            progress.best = row["dice_foreground"]
-            if self.processes.leader:
+        progress.loss_sum, progress.counted, progress.seconds, progress.waited = 0.0, 0, 0.0, 0.0
+        best = row["dice_foreground"] > progress.best
+        progress.best = max(progress.best, row["dice_foreground"])
+        with self.processes.together():
+            if best:
                 # Written before the state: after a crash in between, the same epoch writes the same weights again.
-                checkpoint.save_weights(self.run / BEST, self.model, self.card)
-        self._save_state()
-        self._publish()
+                self._save_weights(BEST)
+            self._save_state()
+            self._publish()
         return row
 
     @torch.no_grad()
@@ -182,18 +291,24 @@ class Trainer:
         self.model.eval()
         steps = data.steps(config.batch_size, world=world)
         order = data.batches(config.batch_size, shuffle=False, rank=rank, world=world)
-        batches = (data.load(batch.indices) for batch in order)
+        batches = ((batch, *data.load(batch.indices)) for batch in order)
         self.display.start("validation", steps)
         with closing(prefetched(batches)) as loader:
             for _ in range(steps):
                 # The last step can leave a process without slices; it still takes part in the sums of the loss.
-                (images, labels), waited = next(loader, (data.load([]), 0.0))
+                (batch, images, labels), waited = next(loader, ((None, *data.load([])), 0.0))
                 images = images.to(self.device).to(memory_format=torch.channels_last)
                 with autocast(self.device, config.precision):
                     logits = self.model(images).float()
                 labels = centre_crop(labels.to(self.device), *logits.shape[-2:])
-                count = self.processes.sum(torch.tensor(float(len(images)), device=self.device)).item()
-                total += torch.tensor([self.loss(logits, labels).item() * count, count], dtype=torch.float64)
+                here = [float(len(images)), float(bool(self._requested()))]
+                count, stop = self.processes.sum(torch.tensor(here, device=self.device)).tolist()
+                if stop:
+                    self._stop()
+                loss = self.loss(logits, labels).item()
+                if not math.isfinite(loss):
+                    raise self._diverged(f"the validation loss is {loss}", batch, data)
+                total += torch.tensor([loss * count, count], dtype=torch.float64)
                 metrics.update(logits, labels)
                 self.display.step(len(images), waited)
         self.display.stop()
@@ -203,14 +318,33 @@ class Trainer:
 
     def _save_state(self) -> None:
         if self.processes.leader:
-            checkpoint.save_state(self.run / STATE, self.model, self.optimizer, self.scaler, self.progress)
+            try:
+                checkpoint.save_state(self.run / STATE, self.model, self.optimizer, self.scaler, self.progress)
+            except NotFinite as error:
+                raise self._diverged(str(error), self._last_batch) from error
         self._saved_at = time.monotonic()
+
+    def _save_state_alone(self) -> None:
+        """Saves between two steps: an error there ends all processes, after the next step."""
+        try:
+            self._save_state()
+        except UserError as error:
+            if self.processes.world == 1:
+                raise
+            self._failure = error
+
+    def _save_weights(self, name: str) -> None:
+        if self.processes.leader:
+            try:
+                checkpoint.save_weights(self.run / name, self.model, self.card)
+            except NotFinite as error:
+                raise self._diverged(str(error), self._last_batch) from error
 
     def _publish(self, *, curves: bool = False) -> None:
         """Writes what follows from the state: the last weights, the log and, now and then or if asked, the curves."""
         if not self.processes.leader:
             return
-        checkpoint.save_weights(self.run / LAST, self.model, self.card)
+        self._save_weights(LAST)
         write_log(self.run, self.progress.history)
         if curves or time.monotonic() - self._drawn_at >= _SECONDS_BETWEEN_CURVES:
             write_curves(self.run, self.progress.history, self.data.labels.class_names)

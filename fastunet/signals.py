@@ -1,0 +1,76 @@
+"""SIGINT and SIGTERM: an exception at once, or, while there is something to save first, a note."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+_PATIENCE_SECONDS = 5.0
+"""How long one signal counts as the same request: `torchrun` and schedulers send each signal more than once."""
+
+_noted: list[tuple[int, float]] | None = None
+"""What has come in a ``deferred`` block: signal numbers and times. None outside of one."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The process was asked to end by ``number``; ``message`` tells the user what that means."""
+
+    def __init__(self, number: int, message: str | None = None) -> None:
+        super().__init__()
+        if message is None:
+            message = f"stopped by {signal.Signals(number).name}; every file written so far is whole"
+        self.number, self.message = number, message
+
+    @property
+    def exit_code(self) -> int:
+        """130 for SIGINT, 143 for SIGTERM."""
+        return 128 + self.number
+
+
+@contextlib.contextmanager
+def handled() -> Iterator[None]:
+    """Turns SIGINT and SIGTERM into ``Interrupted`` inside the block; signals that are ignored stay ignored."""
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                previous[number] = signal.signal(number, _handle)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[Callable[[], int]]:
+    """Notes the signals that :func:`handled` would raise; the function yielded returns the number of the first, or 0.
+
+    A signal that nobody has asked for is raised at the end of the block; one that comes again after five seconds, at
+    once.
+    """
+    global _noted
+    noted = _noted = []
+    asked = False
+
+    def requested() -> int:
+        nonlocal asked
+        asked = bool(noted)
+        return noted[0][0] if noted else 0
+
+    try:
+        yield requested
+    finally:
+        _noted = None
+    if noted and not asked:
+        raise Interrupted(noted[0][0])
+
+
+def _handle(number: int, frame: object) -> None:
+    now = time.monotonic()
+    if _noted is None or (_noted and now - _noted[0][1] > _PATIENCE_SECONDS):
+        raise Interrupted(number)
+    _noted.append((number, now))

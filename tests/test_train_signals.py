@@ -1,0 +1,227 @@
+"""SIGINT and SIGTERM, losses that are not finite, and two processes in one folder."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastunet import signals
+from fastunet.signals import Interrupted
+from fastunet.training import checkpoint, loop
+from tests.cli_helpers import TINY, assert_user_error, files_below, phantoms, run  # noqa: F401
+
+OPTIONS = [*TINY, "--epochs", "2", "--dropout", "0.3", "--seed", "11", "--threads", "1", "--batch-size", "4"]
+WEIGHTS = ("best.safetensors", "last.safetensors")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(phantoms, tmp_path_factory) -> Path:  # noqa: F811
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert run("train", phantoms, "--out", folder, *OPTIONS) == 0
+    return folder
+
+
+def stop_at(monkeypatch, place: str, count: int, number: int = signal.SIGTERM) -> None:
+    """Sends this process a signal in the ``count``-th call of ``Trainer``'s loss, in training or in validation."""
+    original, calls = loop._loss, 0
+
+    def signalling(*args):
+        loss = original(*args)
+
+        def forward(logits, labels):
+            nonlocal calls
+            calls += logits.requires_grad == (place == "training")
+            if calls == count:
+                calls += 1
+                os.kill(os.getpid(), number)
+            return loss(logits, labels)
+
+        return forward
+
+    monkeypatch.setattr(loop, "_loss", signalling)
+
+
+@pytest.mark.parametrize("place, count", [("training", 1), ("training", 5), ("training", 12), ("validation", 2)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_state(place, count, number, phantoms, uninterrupted, tmp_path, capsys, monkeypatch):  # noqa: F811
+    line = ["train", phantoms, "--out", tmp_path / "run", *OPTIONS]
+    with monkeypatch.context() as patch:
+        stop_at(patch, place, count, number)
+        assert run(*line) == 128 + number
+    error = capsys.readouterr().err.splitlines()[-1]
+    go_on = f"fastunet train {phantoms} --out {tmp_path / 'run'} --resume"
+    assert error == f"fastunet: stopped by {signal.Signals(number).name}; the state is saved, go on with: {go_on}"
+    assert not [name for name in files_below(tmp_path) if ".writing" in name or ".lock" in name]
+    assert run(*go_on.split()[1:]) == 0
+    assert f"batch {count + 1}" in capsys.readouterr().err or place == "validation" or count == 12
+    for name in WEIGHTS:
+        assert (tmp_path / "run" / name).read_bytes() == (uninterrupted / name).read_bytes(), name
+
+
+def test_a_signal_before_the_first_step_ends_at_once(phantoms, tmp_path, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(loop, "prepare_data", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+    assert run("train", phantoms, "--out", tmp_path / "run", *OPTIONS) == 143
+    assert "stopped by SIGTERM" in capsys.readouterr().err
+    assert files_below(tmp_path) == []
+
+
+def test_a_second_signal_after_a_while_is_not_put_off(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(signals.time, "monotonic", lambda: clock[0])
+    with signals.handled(), signals.deferred() as requested:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert requested() == signal.SIGTERM
+        clock[0] = 60.0
+        with pytest.raises(Interrupted):
+            os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Interrupted), signals.handled(), signals.deferred():
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ignored_signals_stay_ignored():
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signals.handled():
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.parametrize("who", ["one of them", "torchrun"])
+def test_two_processes_stop_at_one_step(who, phantoms, tmp_path):  # noqa: F811
+    out = tmp_path / "run"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    line = ["train", phantoms, "--out", out, *OPTIONS, "--epochs", "400", "--checkpoint-every", "0.2"]
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    process = subprocess.Popen([*torchrun, script, tmp_path, *line], stderr=subprocess.PIPE, text=True)
+    wait_for(out / "state.safetensors")
+    os.kill(process.pid if who == "torchrun" else int((tmp_path / "pid1").read_text()), signal.SIGTERM)
+    error = process.communicate(timeout=120)[1]
+    assert error.count("fastunet: stopped by SIGTERM; the state is saved") == 1, error
+    assert [(tmp_path / f"code{rank}").read_text() for rank in range(2)] == ["143", "143"]
+    assert "Traceback" not in error.partition("elastic")[0]
+    state = checkpoint._read(out / "state.safetensors")[1]["fastunet_state"]
+    assert '"batch": ' in state
+
+
+WORKER = """
+import os, pathlib, sys
+from fastunet.cli import main
+folder, rank = pathlib.Path(sys.argv[1]), os.environ["RANK"]
+(folder / f"pid{rank}").write_text(str(os.getpid()))
+code = main(sys.argv[2:])
+(folder / f"code{rank}").write_text(str(code))
+sys.exit(code)
+"""
+
+
+def wait_for(path: Path, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.02)
+
+
+def test_one_run_folder_takes_one_process(phantoms, tmp_path, capsys):  # noqa: F811
+    out = tmp_path / "run"
+    line = [sys.executable, "-m", "fastunet", "train", phantoms, "--out", out, *OPTIONS, "--epochs", "400"]
+    process = subprocess.Popen([*line, "--checkpoint-every", "0.2"], stderr=subprocess.DEVNULL)
+    try:
+        wait_for(out / "state.safetensors")
+        for resume in ([], ["--resume"]):
+            code = run("train", phantoms, "--out", out, *OPTIONS, "--epochs", "400", *resume)
+            assert_user_error(capsys, code, "another process is at work", str(out))
+    finally:
+        process.kill()
+        process.wait()
+    assert (out / ".lock").exists(), "a killed process leaves the file"
+    assert run("train", phantoms, "--out", out, *OPTIONS, "--epochs", "400") == 2
+    assert "holds a run already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rate", ["1e6", "1e30"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_loss_that_is_not_finite_ends_the_run(rate, precision, phantoms, tmp_path, capsys):  # noqa: F811
+    line = ["train", phantoms, "--out", tmp_path, *OPTIONS, "--epochs", "40", "--learning-rate", rate]
+    code = run(*line, "--precision", precision)
+    assert_user_error(capsys, code, "epoch", "batch", "Phantom_00", "slice", "--learning-rate")
+    for name in WEIGHTS:
+        if (tmp_path / name).exists():
+            checkpoint.load_model(tmp_path / name)
+
+
+def test_the_last_good_weights_are_kept(phantoms, tmp_path, capsys, monkeypatch):  # noqa: F811
+    line = ["train", phantoms, "--out", tmp_path, *OPTIONS]
+    assert run(*line, "--epochs", "1") == 0
+    capsys.readouterr()
+    before = {name: (tmp_path / name).read_bytes() for name in (*WEIGHTS, "state.safetensors")}
+    original = loop.build_model
+
+    def spoilt(*args):
+        model = original(*args)
+        model.register_forward_hook(lambda module, inputs, logits: logits * float("nan"))
+        return model
+
+    monkeypatch.setattr(loop, "build_model", spoilt)
+    code = run(*line, "--resume", "--epochs", "2")
+    assert_user_error(capsys, code, "the loss is nan in epoch 2, batch 1", "the weights saved before are kept")
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
+def test_the_scaler_gets_its_chance(phantoms, tmp_path, capsys, monkeypatch):  # noqa: F811
+    """With fp16 a loss may be infinite as long as the scaler makes it finite within its steps."""
+    original, calls = loop._loss, 0
+
+    def spoilt(first_good: int):
+        def build(*args):
+            loss = original(*args)
+
+            def forward(logits, labels):
+                nonlocal calls
+                calls += logits.requires_grad
+                return loss(logits, labels) * (1.0 if calls > first_good or not logits.requires_grad else float("inf"))
+
+            return forward
+
+        return build
+
+    line = ["train", phantoms, *OPTIONS, "--precision", "fp16", "--epochs", "1"]
+    monkeypatch.setattr(loop, "_loss", spoilt(6))
+    assert run(*line, "--out", tmp_path / "a") == 0
+    monkeypatch.setattr(loop, "_MOST_SKIPPED_STEPS", 5)
+    calls = 0
+    code = run(*line, "--out", tmp_path / "b")
+    assert_user_error(capsys, code, "skipped 6 steps in a row", "no weights were saved")
+
+
+def test_weights_alone_are_not_resumed_over(phantoms, uninterrupted, tmp_path, capsys):  # noqa: F811
+    (tmp_path / "best.safetensors").write_bytes((uninterrupted / "best.safetensors").read_bytes())
+    line = ["train", phantoms, "--out", tmp_path, *OPTIONS]
+    assert_user_error(capsys, run(*line), "holds a run already")
+    assert_user_error(capsys, run(*line, "--resume"), "no state.safetensors")
+
+
+def test_configuration_without_a_state_starts_from_the_beginning(phantoms, uninterrupted, tmp_path):  # noqa: F811
+    (tmp_path / "config.json").write_bytes((uninterrupted / "config.json").read_bytes())
+    assert run("train", phantoms, "--out", tmp_path, "--resume") == 0
+    for name in WEIGHTS:
+        assert (tmp_path / name).read_bytes() == (uninterrupted / name).read_bytes()
+
+
+def test_several_processes_share_one_fate():
+    from fastunet.errors import UserError
+    from fastunet.training.distributed import Processes
+
+    alone = Processes(0, 1, torch.device("cpu"))
+    with pytest.raises(UserError, match="broken"), alone.together():
+        raise UserError("broken")
+    assert alone.most(3) == 3
