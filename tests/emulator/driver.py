@@ -25,6 +25,9 @@ from fastunet.kernels import _launch, _plan
 from .bulk_copies import TensorMap
 from .launch import Emulator
 
+_OLD = not hasattr(nvidia, "wrap_handle_tensordesc_impl")
+"""Triton 3.6, which passes arguments flat, and one flag less with a descriptor before sm_90."""
+
 
 class EmulatorDriver(HostDriver):
     """``emulator`` runs what is launched, compiled for compute capability ``architecture`` / 10."""
@@ -48,10 +51,9 @@ class EmulatorDriver(HostDriver):
     def _launcher(self, source, metadata):
         launcher = super()._launcher(source, metadata)
         signature = dict(source.signature)
-        old = not hasattr(nvidia, "wrap_handle_tensordesc_impl")  # Triton 3.6 passes arguments flat
 
         def launch(gx, gy, gz, stream, function, cooperative, pdl, *rest):
-            if old:
+            if _OLD:
                 scratch, profile, _, _, _, _, *arguments = rest
             else:
                 _, _, _, _, scratch, profile, _, _, arguments = rest
@@ -70,7 +72,7 @@ def _flatten(signature: Any, values: Iterator[Any]) -> list[Any]:
     """The arguments that reach the GPU, in order: constexprs dropped, tuples flattened, descriptors expanded.
 
     A descriptor has become a tensor map, shape and strides, or before sm_90 what Triton's ``decompose_descriptor``
-    makes: an address, shape and strides, two flags, shape and strides.
+    makes: an address, shape and strides, flags, shape and strides.
     """
     out: list[Any] = []
     for kind in signature:
@@ -82,7 +84,8 @@ def _flatten(signature: Any, values: Iterator[Any]) -> list[Any]:
             out.append(value.data_ptr() if isinstance(value, _plan._Address) else value)
         if isinstance(kind, str) and kind.startswith("tensordesc"):
             rank = re.search(r"\[([^\]]*)\]", kind)[1].count(",") + 1
-            out += [next(values) for _ in range(2 * rank if isinstance(value, TensorMap) else 4 * rank + 2)]
+            more = 2 * rank if isinstance(value, TensorMap) else 4 * rank + (1 if _OLD else 2)
+            out += [next(values) for _ in range(more)]
     return out
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -25,7 +26,7 @@ def pytest_addoption(parser):
     group.addoption("--emulate", type=int, choices=(80, 90), help="run compiled kernels in the emulator")
     group.addoption("--tf32", action="store_true", help="emulated: float32 products in tf32")
     group.addoption("--log", type=Path, help="emulated: append a line of JSON for each test to this file")
-    group.addoption("--label", default="", help="emulated: the log's name of this run; tests it holds are left out")
+    group.addoption("--label", default="", help="emulated: the log's name of this run; what passed in it is left out")
     group.addoption("--share", default="1/1", help="emulated: i/n, the i-th of n shares of the tests")
     group.addoption("--subset", action="store_true", help="emulated: bfloat16, and one test of each other kernel")
 
@@ -43,17 +44,14 @@ def pytest_configure(config):
         config.pluginmanager.register(_Emulation(config), "emulation")
 
 
-def logged(path: Path | None, label: str = "") -> list[dict]:
-    """The rows of a log with this label; a line cut off by an interruption does not count."""
-    rows = []
-    for line in path.read_text().splitlines() if path and path.exists() else []:
-        try:
+def logged(path: Path) -> list[dict]:
+    """The rows of a log, of a test that ran several times the last; a line that was cut off does not count."""
+    rows = {}
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else []):
+        with contextlib.suppress(ValueError):
             row = json.loads(line)
-        except ValueError:
-            continue
-        if not label or row["label"] == label:
-            rows.append(row)
-    return rows
+            rows[row["label"], row.get("test", number)] = row
+    return list(rows.values())
 
 
 _SUBSET = (
@@ -71,7 +69,9 @@ class _Emulation:
 
     def pytest_collection_modifyitems(self, config, items):
         share, shares = map(int, self.option.share.split("/"))
-        done = {row.get("test") for row in logged(self.option.log, self.option.label)}
+        rows = logged(self.option.log) if self.option.log else []
+        done = {row["test"] for row in rows
+                if row["label"] == self.option.label and row.get("outcome") in ("passed", "skipped")}  # fmt: skip
         mine = items[share - 1 :: shares]
         chosen = [item for item in mine if item.nodeid not in done]
         if self.option.subset:
