@@ -109,5 +109,10 @@ def test_read_as_the_standard_has_it(tmp_path, name):
     np.testing.assert_allclose(volume.affine, expected, atol=1e-5)
     # Whoever reads a result finds the same place, whatever was wrong beside it.
     write_labels(tmp_path / "out.nii", np.ones((6, 5, 4), np.uint8), volume, LABEL_MAPS["brats2021"])
-    np.testing.assert_allclose(nib.load(tmp_path / "out.nii").affine, expected, atol=1e-5)
+    written = nib.load(tmp_path / "out.nii")
+    np.testing.assert_allclose(written.affine, expected, atol=1e-5)
+    if written.header["qform_code"]:
+        assert np.isfinite(written.get_qform()).all()
+    assert np.isfinite(written.header["pixdim"]).all()
+    assert (written.header["pixdim"][1:4] >= 0).all()
     np.testing.assert_allclose(read_geometry(tmp_path / "out.nii").affine, expected, atol=1e-5)
