@@ -23,7 +23,9 @@ from fastunet import dispatch
 from fastunet.kernels import _launch, _plan
 
 from .bulk_copies import TensorMap
+from .compiler import Program
 from .launch import Emulator
+from .parser import parse
 
 _OLD = not hasattr(nvidia, "wrap_handle_tensordesc_impl")
 """Triton 3.6, which passes arguments flat, and one flag less with a descriptor before sm_90."""
@@ -42,7 +44,7 @@ class EmulatorDriver(HostDriver):
 
     def _load(self, name, binary, shared, device):
         text = binary.decode() if isinstance(binary, bytes) else binary
-        self.programs.append(self.emulator.load(name, text))
+        self.programs.append(Program(parse(text)))
         return len(self.programs), len(self.programs) - 1, 64, 0, 1024
 
     def _run(self, function, *arguments, num_warps, shared, grid):

@@ -33,11 +33,13 @@ class GlobalMemory:
         raw = (ctypes.c_uint8 * size).from_address(self.low) if merged else (ctypes.c_uint8 * 16)()
         self.bytes = np.ctypeslib.as_array(raw)
         self.views = {width: self.bytes.view(kind) for width, kind in WIDTHS.items()}
-        self.forget()
+        self.forget(False)
 
-    def forget(self) -> None:
-        """Begins a new run: no program has written anything."""
-        self.writer = np.zeros(len(self.bytes), np.int32)
+    def forget(self, detect: bool) -> None:
+        """Begins a new run; with ``detect``, of each byte the program that writes it is kept."""
+        sizes = (self.last - self.first).astype(np.int64)
+        self.offset = np.cumsum(sizes) - sizes
+        self.writer = np.zeros(int(sizes.sum()), np.int32) if detect else None
 
     def tensors(self) -> list[np.ndarray]:
         """The bytes of each range."""
@@ -59,17 +61,24 @@ class GlobalMemory:
 
     def reading(self, address: np.ndarray, program: np.ndarray | int, what: str) -> None:
         """What another program of the launch writes may not be read: programs run in any order."""
-        writer = self.writer[(address - np.uint64(self.low)).astype(np.int64)]
-        if ((writer != 0) & (writer != program)).any():
-            raise Fault(f"race, read of global memory that another program wrote: {what}")
+        if self.writer is not None:
+            writer = self.writer[self._place(address)]
+            if ((writer != 0) & (writer != program)).any():
+                raise Fault(f"race, read of global memory that another program wrote: {what}")
 
     def writing(self, address: np.ndarray, program: np.ndarray | int, what: str) -> None:
         """No two programs may write one element. ``program`` counts from 1; only first bytes are looked at."""
-        position = (address - np.uint64(self.low)).astype(np.int64)
-        before = self.writer[position]
-        self.writer[position] = program
-        if ((before != 0) & (before != program)).any() or (self.writer[position] != program).any():
-            raise Fault(f"race, two programs write one element of global memory: {what}")
+        if self.writer is not None:
+            place = self._place(address)
+            before = self.writer[place]
+            self.writer[place] = program
+            if ((before != 0) & (before != program)).any() or (self.writer[place] != program).any():
+                raise Fault(f"race, two programs write one element of global memory: {what}")
+
+    def _place(self, address: np.ndarray) -> np.ndarray:
+        """Positions in ``writer`` of addresses inside of the ranges, which may lie far apart."""
+        where = np.searchsorted(self.first, address, side="right") - 1
+        return self.offset[where] + (address - self.first[where]).astype(np.int64)
 
     def load(self, address: np.ndarray, width: int, count: int, what: str) -> np.ndarray:
         """(threads, count) elements of ``width`` bytes."""

@@ -14,7 +14,6 @@ from .bulk_copies import TensorMap
 from .compiler import Program
 from .global_memory import Fault, GlobalMemory
 from .machine import Machine, Schedule
-from .parser import parse
 
 EAGER = Schedule(reverse=True, leader=17)
 LAZY = Schedule(lazy=True, detect=True)
@@ -47,9 +46,6 @@ class Emulator:
     only: Callable[[tuple[int, int, int]], list[tuple[int, int, int]]] | None = None
     records: list[Record] = field(default_factory=list)
     operands: tuple[list[torch.Tensor], ...] = ()
-
-    def load(self, name: str, text: str) -> Program:
-        return Program(parse(text))
 
     def run(self, program: Program, grid: tuple[int, int, int], arguments: list[Any], num_warps: int,
             shared: int) -> None:  # fmt: skip
@@ -94,7 +90,7 @@ class Emulator:
 
     def _execute(self, program, memory, parameters, programs, grid, shared, schedule) -> None:
         started, counts = time.perf_counter(), Counter()
-        memory.forget()
+        memory.forget(schedule.detect)
         order = programs[::-1] if schedule.reverse else programs
         at_once = max(1, THREADS_AT_ONCE // program.kernel.threads)
         for i in range(0, len(order), at_once):

@@ -64,12 +64,12 @@ class SharedMemory:
         """The reverse, of ``values`` (threads, count)."""
         size = values.shape[1] * values.itemsize
         flat = self.flat(address, size, lanes.program, what)
-        wide = np.ascontiguousarray(values).view(WIDTHS[size])[:, 0]
+        values = np.ascontiguousarray(values)
         if self.detector:
-            before = self.bytes.view(np.uint8)[flat[:, None] + np.arange(size)]
-            same = (before == np.ascontiguousarray(values).view(np.uint8)).reshape(len(flat), -1, self.detector.unit)
+            before = self.bytes[flat[:, None] + np.arange(size)]
+            same = (before == values.view(np.uint8)).reshape(len(flat), -1, self.detector.unit)
             self.detector.write(self.detector.units(flat, size), lanes, what, same.all(2))
-        self.views[size][flat // size] = wide
+        self.views[size][flat // size] = values.view(WIDTHS[size])[:, 0]
 
 
 class Detector:
