@@ -27,10 +27,15 @@ class ConvBlock(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Doubles the resolution, halves the width, and merges the encoder's skip: conv(conv(concat[skip, up(x)]))."""
+    """Doubles the resolution, halves the width, and merges the encoder's skip: conv(conv(concat[skip, up(x)])).
+
+    A convolution in the place of ``up`` says by its class which of both ways it is; any other module takes the place of
+    the layer that the constructor made.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, padding: str, up: str):
         super().__init__()
+        self.up_kind = up
         if up == "upsample":
             self.up = nn.Conv2d(in_channels, out_channels, 2)
         else:
@@ -39,7 +44,8 @@ class DecoderBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=padding)
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        if isinstance(self.up, nn.ConvTranspose2d):
+        transpose = self.up_kind == "transpose" and not isinstance(self.up, nn.Conv2d)
+        if transpose or isinstance(self.up, nn.ConvTranspose2d):
             x = self.up(x)
         else:
             # Keras pads an even kernel at the bottom and right only.
@@ -55,6 +61,9 @@ class UNet(nn.Module):
     (truncated normal with standard deviation √(2/fan_in), He et al. 2015, as Keras draws it), biases zero.
     """
 
+    conv_block: type[nn.Module] = ConvBlock
+    decoder_block: type[nn.Module] = DecoderBlock
+
     def __init__(
         self,
         in_channels: int = 2,
@@ -68,16 +77,16 @@ class UNet(nn.Module):
     ):
         super().__init__()
         self.architecture = Architecture(in_channels, num_classes, width, depth, padding, up, dropout)
-        self.backend = backend
         widths = self.architecture.widths
         inputs = (in_channels, *widths)
-        self.encoders = nn.ModuleList(ConvBlock(inputs[i], widths[i], padding) for i in range(depth))
-        self.bottleneck = ConvBlock(inputs[depth], widths[depth], padding)
+        self.encoders = nn.ModuleList(self.conv_block(inputs[i], widths[i], padding) for i in range(depth))
+        self.bottleneck = self.conv_block(inputs[depth], widths[depth], padding)
         self.dropout = nn.Dropout(dropout)
         self.decoders = nn.ModuleList(
-            DecoderBlock(widths[i + 1], widths[i], padding, up) for i in reversed(range(depth))
+            self.decoder_block(widths[i + 1], widths[i], padding, up) for i in reversed(range(depth))
         )
         self.head = nn.Conv2d(width, num_classes, 1)
+        self.backend = backend
         self.reset_parameters()
 
     @classmethod
@@ -122,7 +131,10 @@ class UNet(nn.Module):
 
     def predict(self, x: torch.Tensor) -> torch.Tensor:
         """Labels (N, H', W') uint8: the class with the largest logit, the first one where several are equal."""
-        return self(x).argmax(dim=1).to(torch.uint8)
+        logits = self(x)
+        if logits.shape[1] > 256:
+            raise ValueError(f"{logits.shape[1]} classes do not fit uint8 labels")
+        return logits.argmax(dim=1).to(torch.uint8)
 
     def _check(self, x: torch.Tensor) -> tuple[int, int]:
         """The output size for ``x``, after checking its shape."""

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastunet import reference
+from fastunet.blocks import (
+    ConvBlock,
+    DecoderBlock,
+    fused_head,
+    like,
+    made,
+    runs_as,
+    warn_plain,
+    why_not_anywhere,
+    why_not_layer,
+    why_touched,
+)
 from fastunet.dispatch import BACKENDS
 from fastunet.functional._layout import nhwc
-from fastunet.functional.blocks import conv_block, decoder_block, decoder_block_head, encoder_block
-from fastunet.functional.segmentation_head import head_of_network
+from fastunet.functional.segmentation_head import finish
 from fastunet.inference.frozen import FrozenUNet
 
 
@@ -33,8 +49,18 @@ class UNet(reference.UNet):
         activation_checkpointing: if set, training keeps only each block's inputs and computes the block again in the
             backward pass: less memory for about a third more time.
 
-    The blocks read the parameters of their layers directly, so forward hooks on single layers inside do not run.
+    What a change of the plain build's modules does, it does here, in outputs and gradients: hooks, pruning, adapters,
+    parametrisations, other layers or blocks. A block runs fused while its layers are as the constructor made them, with
+    nothing but parametrisations attached; else it runs through them, with one warning that gives the reason
+    (:meth:`why_not_fused` lists all). Hooks on a block leave it fused, but separate it from its neighbours: pooling,
+    ReLU masks and the head, which it would share with them, become steps of their own.
+
+    Parameters are made in contiguous memory, as PyTorch's tools for pruning and sharding expect. As for any
+    convolutional network, ``model.to(memory_format=torch.channels_last)`` saves reordering them in each step. Logits
+    are in ``channels_last`` memory.
     """
+
+    conv_block, decoder_block = ConvBlock, DecoderBlock
 
     def __init__(
         self,
@@ -51,21 +77,36 @@ class UNet(reference.UNet):
             raise ValueError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
         super().__init__(in_channels, num_classes, width, depth, padding, up, dropout, backend)
         self.activation_checkpointing = False
-        self.to(memory_format=torch.channels_last)
+        self._head_made = made(self.head)
+        self._warned: dict[str, str] = {}
+        for name, block, _ in self._blocks():
+            block.name = name
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (N, num_classes, H', W') of images (N, in_channels, H, W); raises ValueError for a wrong shape."""
         return self._run(x, "logits")
 
+    @property
+    def backend(self) -> str:
+        """ "auto", "triton" or "torch"; setting it sets that of every block."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, backend: str) -> None:
+        self._backend = backend
+        for module in self.modules():
+            if isinstance(module, ConvBlock | DecoderBlock):
+                module.backend = backend
+
     @torch.no_grad()
     def predict_proba(self, x: torch.Tensor) -> torch.Tensor:
         """Class probabilities (N, num_classes, H', W'), without gradients."""
-        return self._run(x, "probabilities")
+        return self.infer(x, "probabilities")
 
     @torch.no_grad()
     def predict(self, x: torch.Tensor) -> torch.Tensor:
         """Labels (N, H', W') uint8, the first of equally likely classes, without gradients."""
-        return self._run(x, "labels")
+        return self.infer(x, "labels")
 
     def freeze(self, graphs: int = 8) -> FrozenUNet:
         """Inference with prepared weights and, on a CUDA device, one CUDA graph for each of ``graphs`` input shapes.
@@ -74,39 +115,100 @@ class UNet(reference.UNet):
         """
         return FrozenUNet(self, graphs)
 
+    def infer(self, x: torch.Tensor, output: str) -> torch.Tensor:
+        """ "logits", "probabilities" or "labels" of images; hooks on the model run as in a call of it."""
+        if output == "logits" or self._why_wrapped():
+            return finish(self(x), output)
+        return self._run(x, output)
+
+    def runs_apart(self) -> bool:
+        """Whether something about the model or a part of it keeps it from running as one fused network now."""
+        return bool(self._why_wrapped() or self.why_not_fused())
+
+    def why_not_fused(self) -> dict[str, str]:
+        """The parts that would not run now as parts of one fused network, by name, and why; empty if all would."""
+        everywhere, reasons = why_not_anywhere(), {}
+        for name, block, kind in self._blocks():
+            if reason := everywhere or _why_apart(block, kind):
+                reasons[name] = reason
+        if reason := everywhere or why_touched(self.dropout, nn.Dropout):
+            reasons["dropout"] = reason
+        if reason := everywhere or why_not_layer(self.head, self._head_made):
+            reasons["head"] = reason
+        return reasons
+
+    def _blocks(self) -> Iterator[tuple[str, nn.Module, type]]:
+        """Name, block and the class it was made of, in order of use."""
+        yield from ((f"encoders.{i}", block, ConvBlock) for i, block in enumerate(self.encoders))
+        yield "bottleneck", self.bottleneck, ConvBlock
+        yield from ((f"decoders.{i}", block, DecoderBlock) for i, block in enumerate(self.decoders))
+
+    def _why_wrapped(self) -> str | None:
+        """Why calling the model is more than :meth:`forward`, or None."""
+        if type(self).forward is not UNet.forward:
+            return "has a forward of its own"
+        return why_not_anywhere() or why_touched(self, type(self))
+
+    def _check(self, x: torch.Tensor) -> tuple[int, int]:
+        size = super()._check(x)
+        first = self.encoders[0] if len(self.encoders) else self.bottleneck
+        weight = first.conv1._parameters.get("weight") if type(first) is ConvBlock else None
+        if weight is not None and x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"the images are {x.dtype}, but the first layer's parameters {weight.dtype}")
+        return size
+
     def _run(self, x: torch.Tensor, output: str) -> torch.Tensor:
         height, width = self._check(x)
-        x = nhwc(self._pad(x))  # once, not in each operator that reads it
-        padding, up, backend = self.architecture.padding, self.architecture.up, self.backend
+        apart = self.why_not_fused()
+        if apart:
+            self._warn(apart)
+        images, x = x, nhwc(self._pad(x))  # once, not in each operator that reads it
+
+        def run(name: str, block: nn.Module, *inputs: torch.Tensor, **links):
+            if name in apart:  # called as the plain build would, with inputs in the memory format it would give
+                inputs, links = [like(images, each) for each in inputs], {}
+            else:
+                links["checked"] = True
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                return checkpoint(block, *inputs, use_reentrant=False, **links)
+            return block(*inputs, **links)
+
         skips = []
-        for encoder in self.encoders:
-            parameters = _parameters(encoder.conv1, encoder.conv2)
-            skip, x = self._unit(encoder_block, x, *parameters, padding=padding, backend=backend)
+        for level, encoder in enumerate(self.encoders):
+            y = run(f"encoders.{level}", encoder, x, pool=True)
+            skip, x = (y, F.max_pool2d(y, 2)) if f"encoders.{level}" in apart else y
             skips.append(skip)
-        # Each of these outputs has one consumer, a decoder's up or the head, and both mask its gradient.
-        parameters = _parameters(self.bottleneck.conv1, self.bottleneck.conv2)
-        x = self.dropout(self._unit(conv_block, x, *parameters, padding=padding, grad_masked=True, backend=backend))
-        last = len(self.decoders) - 1
+        # Nothing sees what goes from a part to the next if they are joined: the second masks the gradient for both.
+        chain = ["bottleneck", *(f"decoders.{level}" for level in range(len(self.decoders))), "head"]
+        joined = [first not in apart and second not in apart for first, second in itertools.pairwise(chain)]
+        joined[0] = joined[0] and "dropout" not in apart
+        x = run("bottleneck", self.bottleneck, x, grad_masked=joined[0])
+        x = self.dropout(like(images, x) if "dropout" in apart else x)
         for level, decoder in enumerate(self.decoders):
-            parameters = _parameters(decoder.up, decoder.conv1, decoder.conv2)
-            if level == last and not torch.is_grad_enabled():
-                parameters += [self.head.weight, self.head.bias]
-                y = decoder_block_head(
-                    x, skips.pop(), *parameters, up=up, output=output, padding=padding, backend=backend
-                )
-                return y[..., :height, :width]
-            options = dict(up=up, padding=padding, mask_input=True, grad_masked=True, backend=backend)
-            x = self._unit(decoder_block, x, skips.pop(), *parameters, **options)
-        y = head_of_network(x, self.head.weight, self.head.bias, output=output, backend=backend)
-        return y[..., :height, :width]
+            links = {"mask_input": joined[level], "grad_masked": joined[level + 1]}
+            if joined[-1] and level + 3 == len(chain) and not torch.is_grad_enabled():
+                logits = run(chain[level + 1], decoder, x, skips.pop(), head=self.head, output=output)
+                return logits[..., :height, :width]
+            x = run(chain[level + 1], decoder, x, skips.pop(), **links)
+        if "head" in apart:
+            x = finish(self.head(like(images, x)), output)
+        else:
+            x = fused_head(self.head, x, output=output, mask_input=joined[-1], backend=self.backend)
+        return x[..., :height, :width]
 
-    def _unit(self, block, *operands, **options):
-        """Runs a block, checkpointed if asked and if there is a backward pass to come."""
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *operands, use_reentrant=False, **options)
-        return block(*operands, **options)
+    def _warn(self, apart: dict[str, str]) -> None:
+        """Once for each part that runs through its modules and does not say so itself, as blocks of our own do."""
+        silent = {name: reason for name, reason in apart.items() if name == "head"}
+        for name, block, kind in self._blocks():
+            if name in apart and not runs_as(block, kind):
+                silent[name] = apart[name]
+        everywhere = why_not_anywhere()
+        for name, reason in ({"every block": everywhere} if everywhere else silent).items():
+            if self._warned.get(name) != reason:
+                warn_plain(name, reason)
+                self._warned[name] = reason
 
 
-def _parameters(*layers: torch.nn.Module) -> list[torch.Tensor]:
-    """Weight and bias of each layer in turn."""
-    return [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
+def _why_apart(block: nn.Module, kind: type) -> str | None:
+    """Why a block is no part of one fused network with its neighbours, or None."""
+    return why_touched(block, kind) or block.why_not_fused()

@@ -179,3 +179,10 @@ def test_summary_tells_what_inference_holds_at_once(capsys):
     *_, total, last = capsys.readouterr().out.splitlines()
     ours, plain = (float(word.strip(".")) for word in last.split() if word[0].isdigit())
     assert 0 < ours < plain < float(total.split()[-1])
+
+
+def test_info_lists_the_blocks_of_a_network(capsys):
+    assert main(["info", "--preset", "isbi"]) == 0
+    out = capsys.readouterr().out
+    for part in ("encoders.0", "encoders.3", "bottleneck", "dropout", "decoders.3", "head"):
+        assert f"{part:12}fused" in out

@@ -1,4 +1,4 @@
-"""``fastunet info``: versions, devices, and which backend each operator would use and why."""
+"""``fastunet info``: versions, devices, the backend of each operator, the blocks of a network that run fused, and why."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import argparse
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from fastunet.architecture import PRESETS
 
 PACKAGES = ("fastunet", "torch", "triton", "numpy", "nibabel", "safetensors", "matplotlib")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", type=Path, help="a run folder or checkpoint: list its blocks")
+    parser.add_argument("--preset", choices=sorted(PRESETS), help="list the blocks of this network, untrained")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--kernels", action="store_true",
                         help="compile every kernel (for sm_90 if there is no GPU) and list its code")  # fmt: skip
@@ -28,6 +33,9 @@ def run(args: argparse.Namespace) -> None:
     print(f"FASTUNET_BACKEND: {os.environ.get('FASTUNET_BACKEND', 'not set (auto)')}")
     print()
     _operators(device)
+    if args.model or args.preset:
+        print()
+        _blocks(args.model, args.preset)
     if args.kernels:
         print()
         _kernels()
@@ -63,6 +71,20 @@ def _operators(device) -> None:
         print(operator.ljust(width) + "".join(choices[name].ljust(11) for name in DTYPES).rstrip())
     for reason, dtypes in reasons.items():
         print(f"not Triton for {', '.join(dtypes)}: {reason}")
+
+
+def _blocks(run: Path | None, preset: str | None) -> None:
+    """A row per part of a network: fused, or through its modules, and why."""
+    from fastunet import UNet
+    from fastunet.training.checkpoint import load_model
+
+    model = load_model(run)[0] if run else UNet.from_preset(preset)
+    reasons = model.why_not_fused()
+    print(f"{run or preset}: {model.config}")
+    for name in ("encoders", "bottleneck", "dropout", "decoders", "head"):
+        part = getattr(model, name)
+        for each in [f"{name}.{i}" for i in range(len(part))] if name.endswith("ders") else [name]:
+            print(f"{each:12}{'through its modules: ' + reasons[each] if each in reasons else 'fused'}")
 
 
 def _kernels() -> None:

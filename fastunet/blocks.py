@@ -1,0 +1,241 @@
+"""The U-Net's blocks as modules that run fused, and the one rule that decides whether they may.
+
+A fused block reads the parameters of its layers and calls none of them. So it may run only while they are exactly what
+its constructor made and nothing hangs on them: no hook, no other ``forward``, no other class, no tensor that computes
+in its own way. Otherwise the block runs through its layers, as the plain build does, and says so once. Whatever this
+cannot see from outside (parametrisations, swapped or shared parameters) works through the reading itself.
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.utils.parametrize import is_parametrized
+
+from fastunet import reference
+from fastunet.dispatch import select_backend
+from fastunet.functional.blocks import conv_block, decoder_block, decoder_block_head, encoder_block
+from fastunet.functional.segmentation_head import finish, head_of_network, segmentation_head
+
+_GEOMETRY = operator.itemgetter(
+    "kernel_size", "stride", "padding", "dilation", "output_padding", "groups", "padding_mode"
+)
+
+
+class Made(NamedTuple):
+    """The class, number of attributes and geometry of a layer, as :func:`made` noted them at its construction."""
+
+    kind: type
+    attributes: int
+    geometry: tuple
+
+
+def _class_forwards() -> tuple:
+    return nn.Conv2d.forward, nn.Conv2d._conv_forward, nn.ConvTranspose2d.forward, nn.Dropout.forward
+
+
+_CLASS_FORWARDS = _class_forwards()
+
+
+def why_not_anywhere() -> str | None:
+    """What hangs on every module of the process, or None."""
+    if _has_any_global_hook():
+        return "global module hooks are registered"
+    if _class_forwards() != _CLASS_FORWARDS:
+        return "the forward of a torch.nn class has been replaced"
+    return None
+
+
+def why_touched(module: nn.Module, kind: type) -> str | None:
+    """Why calling ``module`` is more than running ``kind.forward``, or None; parametrised layers count as untouched."""
+    if type(module) is not kind and not (type(module).__bases__ == (kind,) and is_parametrized(module)):
+        return f"is of class {type(module).__name__}, not {kind.__name__}"
+    d = module.__dict__
+    if "forward" in d or "_conv_forward" in d or "_call_impl" in d:
+        return "has a forward of its own"
+    if d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]:
+        return "has hooks"
+    return None
+
+
+def made(layer: nn.Module) -> Made:
+    """What :func:`why_not_layer` compares a layer with."""
+    return Made(type(layer), len(layer.__dict__), _GEOMETRY(layer.__dict__))
+
+
+def _as_made(layer: nn.Module | None, layer_made: Made) -> bool:
+    """Whether ``layer`` is just what its constructor made. The quick answer, for each forward pass asks every layer."""
+    kind, size, geometry = layer_made
+    if type(layer) is not kind:
+        return False
+    d = layer.__dict__
+    if d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]:
+        return False
+    tensors = d["_parameters"]
+    return (len(d) == size and type(tensors.get("weight")) is nn.Parameter and type(tensors.get("bias")) is nn.Parameter
+            and _GEOMETRY(d) == geometry)  # fmt: skip
+
+
+def why_not_layer(layer: nn.Module | None, layer_made: Made) -> str | None:
+    """Why the parameters of ``layer`` do not say all that calling it would do, or None."""
+    if _as_made(layer, layer_made):
+        return None
+    reason = why_touched(layer, layer_made.kind)
+    if reason is not None:
+        return reason
+    if _GEOMETRY(layer.__dict__) != layer_made.geometry:
+        return "has another kernel, stride, padding, dilation or groups"
+    for name in ("weight", "bias"):
+        tensor = layer._parameters.get(name)
+        if type(tensor) is nn.Parameter or is_parametrized(layer, name):
+            continue
+        if tensor is None:  # replicas of DataParallel hold their tensors as attributes
+            tensor = getattr(layer, name, None)
+        if tensor is None:
+            return f"has no {name}"
+        # the tensors by which torch.export traces are as good as plain ones
+        if type(tensor) is not torch.Tensor and not type(tensor).__module__.startswith("torch._subclasses"):
+            return f"has a {name} of class {type(tensor).__name__}"
+    return None
+
+
+def parameters(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias, each read once: a parametrisation runs when it is read."""
+    return layer.weight, layer.bias
+
+
+def warn_plain(name: str, reason: str) -> None:
+    """Says that the part ``name`` of a network runs through its modules."""
+    if not torch.compiler.is_compiling():
+        warnings.warn(f"{name} of fastunet.UNet runs through its modules, not fused: {reason}", stacklevel=2)
+
+
+class _Block:
+    """What both kinds of fused block share; comes before a block of the plain build among the bases.
+
+    Attributes:
+        name: what warnings call the block.
+        backend: "auto", "triton" or "torch".
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, padding: str, *up: str):
+        super().__init__(in_channels, out_channels, padding, *up)
+        self.padding, self.name, self.backend = padding, "a block", "auto"
+        self._made = {name: made(layer) for name, layer in self.named_children()}
+        self._warned: str | None = None
+
+    def why_not_fused(self) -> str | None:
+        """Why the block runs through its layers, or None if it runs fused."""
+        layers = self._modules
+        for name, layer_made in self._made.items():
+            if not _as_made(layers.get(name), layer_made):
+                reason = why_not_layer(layers.get(name), layer_made)
+                if reason is not None:
+                    return f"{name} {reason}"
+        return None
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return [tensor for name in self._made for tensor in parameters(self._modules[name])]
+
+    def _warn(self, reason: str) -> None:
+        if reason != self._warned:
+            warn_plain(self.name, reason)
+            self._warned = reason
+
+    def _runs_plain(self) -> bool:
+        if why_not_anywhere():
+            return True
+        reason = self.why_not_fused()
+        if reason is not None:
+            self._warn(reason)
+        return reason is not None
+
+    def _refused(self, error: ValueError, x: torch.Tensor) -> None:
+        """After an operator refused its operands: the layers may take them, or say in their words why not."""
+        select_backend(self.backend, self.name, x)  # a backend that was asked for and cannot run stays an error
+        self._warn(str(error))
+
+
+class ConvBlock(_Block, reference.ConvBlock):
+    """:class:`fastunet.reference.ConvBlock` as one operator: two 3×3 convolutions, each followed by ReLU.
+
+    Called with an image alone it is that block, in results, gradients and memory format. The keywords are for
+    ``fastunet.UNet``, which has looked at the block and its neighbours: ``checked`` says that the block may run fused,
+    ``pool`` asks for ``(y, max_pool(y))``, and ``grad_masked`` that the gradient of y comes masked by ``y > 0``.
+    """
+
+    def forward(self, x: torch.Tensor, *, checked: bool = False, pool: bool = False, grad_masked: bool = False):
+        """(N, C_in, H, W) → (N, C_out, H', W'), with ``pool`` also its 2×2 maximum."""
+        if not checked and self._runs_plain():
+            return super().forward(x)
+        tensors, common = self._tensors(), {"padding": self.padding, "backend": self.backend}
+        try:
+            if pool:
+                return encoder_block(x, *tensors, **common)
+            y = conv_block(x, *tensors, grad_masked=grad_masked, **common)
+        except ValueError as error:
+            self._refused(error, x)
+            y = super().forward(x)
+            return (y, F.max_pool2d(y, 2)) if pool else y
+        return y if checked else like(x, y)
+
+
+class DecoderBlock(_Block, reference.DecoderBlock):
+    """:class:`fastunet.reference.DecoderBlock` as one operator; called without keywords it is that block.
+
+    ``checked`` and ``grad_masked`` are those of :class:`ConvBlock`. ``mask_input`` asks to mask the gradient of x, a
+    ReLU's output, by ``x > 0``; ``head`` is the network's head to be applied at once, for ``output`` without gradients.
+    """
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        skip: torch.Tensor,
+        *,
+        checked: bool = False,
+        mask_input: bool = False,
+        grad_masked: bool = False,
+        head: nn.Conv2d | None = None,
+        output: str = "logits",
+    ):
+        """(N, C_in, H, W) and the encoder's (N, C_out, H_s, W_s) → (N, C_out, H', W'), or ``output`` of ``head``."""
+        if not checked and self._runs_plain():
+            return super().forward(x, skip)
+        tensors, common = self._tensors(), {"up": self.up_kind, "padding": self.padding, "backend": self.backend}
+        try:
+            if head is not None:
+                return decoder_block_head(x, skip, *tensors, *parameters(head), output=output, **common)
+            y = decoder_block(x, skip, *tensors, mask_input=mask_input, grad_masked=grad_masked, **common)
+        except ValueError as error:
+            self._refused(error, x)
+            y = super().forward(F.relu(x) if mask_input else x, skip)
+            return y if head is None else finish(head(y), output)
+        return y if checked else like(x, y)
+
+
+def fused_head(head: nn.Conv2d, x: torch.Tensor, *, output: str, mask_input: bool, backend: str) -> torch.Tensor:
+    """``output`` of an untouched head; ``mask_input`` as for :class:`DecoderBlock`."""
+    operator = head_of_network if mask_input else segmentation_head
+    try:
+        return operator(x, *parameters(head), output=output, backend=backend)
+    except ValueError as error:
+        select_backend(backend, "head", x)
+        logits = head(F.relu(x) if mask_input else x)
+        warn_plain("head", str(error))
+        return finish(logits, output)
+
+
+def runs_as(block: nn.Module, kind: type) -> bool:
+    """Whether calling ``block`` runs the forward of ``kind``, whatever hangs on it."""
+    return getattr(type(block), "forward", None) is kind.forward and "forward" not in block.__dict__
+
+
+def like(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """``y`` in contiguous memory if ``x`` is, as layers would leave it."""
+    return y.contiguous() if x.is_contiguous() else y
