@@ -1,4 +1,4 @@
-"""``fastunet info``: versions, devices, the backend of each operator, the blocks of a network that run fused, and why."""
+"""``fastunet info``: versions, devices, the backend of each operator, the fused blocks of a network, and why."""
 
 from __future__ import annotations
 
