@@ -8,7 +8,6 @@ cannot see from outside (parametrisations, swapped or shared parameters) works t
 
 from __future__ import annotations
 
-import operator
 import warnings
 from typing import NamedTuple
 
@@ -22,10 +21,6 @@ from fastunet import reference
 from fastunet.dispatch import select_backend
 from fastunet.functional.blocks import conv_block, decoder_block, decoder_block_head, encoder_block
 from fastunet.functional.segmentation_head import finish, head_of_network, segmentation_head
-
-_GEOMETRY = operator.itemgetter(
-    "kernel_size", "stride", "padding", "dilation", "output_padding", "groups", "padding_mode"
-)
 
 
 class Made(NamedTuple):
@@ -64,9 +59,15 @@ def why_touched(module: nn.Module, kind: type) -> str | None:
     return None
 
 
+def _geometry(d: dict) -> tuple:
+    """What a layer's attributes ``d`` say of its sums, besides the parameters."""
+    return (d["kernel_size"], d["stride"], d["padding"], d["dilation"], d["output_padding"], d["groups"],
+            d["padding_mode"])  # fmt: skip
+
+
 def made(layer: nn.Module) -> Made:
     """What :func:`why_not_layer` compares a layer with."""
-    return Made(type(layer), len(layer.__dict__), _GEOMETRY(layer.__dict__))
+    return Made(type(layer), len(layer.__dict__), _geometry(layer.__dict__))
 
 
 def _as_made(layer: nn.Module | None, layer_made: Made) -> bool:
@@ -79,7 +80,7 @@ def _as_made(layer: nn.Module | None, layer_made: Made) -> bool:
         return False
     tensors = d["_parameters"]
     return (len(d) == size and type(tensors.get("weight")) is nn.Parameter and type(tensors.get("bias")) is nn.Parameter
-            and _GEOMETRY(d) == geometry)  # fmt: skip
+            and _geometry(d) == geometry)  # fmt: skip
 
 
 def why_not_layer(layer: nn.Module | None, layer_made: Made) -> str | None:
@@ -89,7 +90,7 @@ def why_not_layer(layer: nn.Module | None, layer_made: Made) -> str | None:
     reason = why_touched(layer, layer_made.kind)
     if reason is not None:
         return reason
-    if _GEOMETRY(layer.__dict__) != layer_made.geometry:
+    if _geometry(layer.__dict__) != layer_made.geometry:
         return "has another kernel, stride, padding, dilation or groups"
     for name in ("weight", "bias"):
         tensor = layer._parameters.get(name)
