@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ._limits import check_sizes
+
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 """True when the kernels were decorated for the interpreter (``TRITON_INTERPRET=1`` at import)."""
 
@@ -60,6 +62,7 @@ def launch(kernel: Any, grid: tuple[int, ...], /, *args: Any, num_warps: int = 4
     """Starts ``kernel`` on ``grid``, or records it inside :func:`recording`. An empty grid starts nothing."""
     if 0 in grid:
         return
+    check_sizes(kernel.__name__, (*args, *kwargs.values()))
     if _state.records is not None:
         bound = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         _state.records.append(Launch(kernel, grid, bound, num_warps, num_stages, architecture()))

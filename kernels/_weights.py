@@ -27,9 +27,10 @@ def permuted_taps_kernel(w_ptr, out_ptr, rows, columns, out_rows, stride_tap, st
     """
     tap = tl.program_id(1)
     tiles = tl.cdiv(columns, TILE)
-    offs_m = tl.program_id(0) // tiles * TILE + tl.arange(0, TILE)[:, None]
-    offs_n = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)[None, :]
-    w = tl.load(w_ptr + tap * stride_tap + offs_m * stride_row + offs_n * stride_column,
+    # in 64 bits, for a weight may be a view of any strides
+    offs_m = (tl.program_id(0) // tiles * TILE + tl.arange(0, TILE)[:, None]).to(tl.int64)
+    offs_n = (tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)[None, :]).to(tl.int64)
+    w = tl.load(w_ptr + tap.to(tl.int64) * stride_tap + offs_m * stride_row + offs_n * stride_column,
                 mask=(offs_m < rows) & (offs_n < columns), other=0.0)
     out_ptr += first + tap // LOW * stride_high + tap % LOW * stride_low
     tl.store(out_ptr + offs_m * out_stride_row + offs_n, w, mask=(offs_m < out_rows) & (offs_n < columns))

@@ -33,7 +33,7 @@ def sub_pixel_weights_kernel(
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < C_out * C_in
     size = C_out * C_in
-    w_ptr += (offs // C_in) * w_stride_out + (offs % C_in) * w_stride_in
+    w_ptr += (offs // C_in).to(tl.int64) * w_stride_out + (offs % C_in).to(tl.int64) * w_stride_in
     w00 = tl.load(w_ptr, mask=mask, other=0.0).to(tl.float32)
     w01 = tl.load(w_ptr + w_stride_column, mask=mask, other=0.0).to(tl.float32)
     w10 = tl.load(w_ptr + w_stride_row, mask=mask, other=0.0).to(tl.float32)

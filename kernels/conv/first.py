@@ -37,7 +37,7 @@ def conv_relu_first_kernel(x_ptr, weight_ptr, x_shape, offset, bias_ptr, y_ptr, 
     in_h = h[None, :] + (tap // 3)[:, None] - offset[0]
     in_w = w[None, :] + (tap % 3)[:, None] - offset[1]
     inside = p_mask[None, :] & r_mask[:, None] & (in_h >= 0) & (in_h < x_h) & (in_w >= 0) & (in_w < x_w)
-    x_ptrs = x_ptr + (n.to(tl.int64) * x_h * x_w * C_IN)[None, :] + (in_h * x_w + in_w) * C_IN + c[:, None]
+    x_ptrs = x_ptr + (n.to(tl.int64) * x_h * x_w * C_IN)[None, :] + (in_h * x_w + in_w).to(tl.int64) * C_IN + c[:, None]
     x = tl.load(x_ptrs, mask=inside, other=0.0)
     weight = tl.load(weight_ptr + offs_k[:, None] * (9 * C_IN) + offs_r[None, :],
                      mask=(offs_k < C_out)[:, None] & r_mask[None, :], other=0.0)

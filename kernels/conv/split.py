@@ -66,7 +66,8 @@ def conv_relu_join_kernel(partial_ptr, bias_ptr, mask_ptr, mask_strides, y_ptr, 
     if mask_ptr is not None:
         n, h, w = pixel // (H * W), pixel // W % H, pixel % W
         stride_n, stride_h, stride_w = mask_strides
-        mask = tl.load(mask_ptr + n.to(tl.int64) * stride_n + h * stride_h + w * stride_w + k, mask=inside, other=0.0)
+        at = n.to(tl.int64) * stride_n + h.to(tl.int64) * stride_h + w * stride_w + k
+        mask = tl.load(mask_ptr + at, mask=inside, other=0.0)
         acc = tl.where(mask > 0, acc, 0.0)
     tl.store(y_ptr + offs, acc.to(y_ptr.dtype.element_ty), mask=inside)
 

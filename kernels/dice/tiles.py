@@ -35,12 +35,12 @@ def load_tile(
         x = tl.load(at, mask=(offs_s < S)[:, None] & (offs_c < C)[None, :], other=0.0).T
     elif LAYOUT == "packed":
         flat = tl.arange(0, BLOCK_S * C)
-        x = tl.load(ptr + first.to(tl.int64) * C + flat, mask=flat < (S - first) * C, other=0.0)
+        x = tl.load(ptr + first.to(tl.int64) * C + flat, mask=flat < tl.minimum(S - first, BLOCK_S) * C, other=0.0)
         x = tl.reshape(x, (BLOCK_S, C)).T
     else:
         flat = _triplet_offsets(BLOCK_S, VECTOR)
         at = ptr + first.to(tl.int64) * 3
-        last = (S - first) * 3
+        last = tl.minimum(S - first, BLOCK_S) * 3
         a = tl.load(at + flat, mask=flat < last, other=0.0)
         b = tl.load(at + VECTOR + flat, mask=VECTOR + flat < last, other=0.0)
         c = tl.load(at + 2 * VECTOR + flat, mask=2 * VECTOR + flat < last, other=0.0)
@@ -67,7 +67,8 @@ def store_tile(
         tl.store(at, x.T, mask=(offs_s < S)[:, None] & (offs_c < C)[None, :])
     elif LAYOUT == "packed":
         flat = tl.arange(0, BLOCK_S * C)
-        tl.store(ptr + first.to(tl.int64) * C + flat, tl.reshape(x.T, (BLOCK_S * C,)), mask=flat < (S - first) * C)
+        last = tl.minimum(S - first, BLOCK_S) * C
+        tl.store(ptr + first.to(tl.int64) * C + flat, tl.reshape(x.T, (BLOCK_S * C,)), mask=flat < last)
     else:
         even, odd = tl.split(tl.reshape(x.T, (BLOCK_S, 2, 2)))
         z0, z2 = tl.split(even)
@@ -75,7 +76,7 @@ def store_tile(
         a, b, c = _vectors(z0, z1, z2, BLOCK_S, VECTOR)
         flat = _triplet_offsets(BLOCK_S, VECTOR)
         at = ptr + first.to(tl.int64) * 3
-        last = (S - first) * 3
+        last = tl.minimum(S - first, BLOCK_S) * 3
         tl.store(at + flat, a, mask=flat < last)
         tl.store(at + VECTOR + flat, b, mask=VECTOR + flat < last)
         tl.store(at + 2 * VECTOR + flat, c, mask=2 * VECTOR + flat < last)
