@@ -12,13 +12,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction: the ``labels`` before it, the label it may branch to, and whether the next one may follow."""
+    """One instruction: the ``labels`` before it, the label it may branch to, and whether the next one may follow.
+
+    ``text`` is the whole instruction, its guard excepted.
+    """
 
     address: int
     opcode: str
     labels: tuple[str, ...]
     branch: str | None
     falls_through: bool
+    text: str = ""
 
 
 def innermost_loops(instructions: list[Instruction], marked: Iterable[int]) -> list[list[Instruction]]:
@@ -26,8 +30,8 @@ def innermost_loops(instructions: list[Instruction], marked: Iterable[int]) -> l
 
     A marked instruction outside of every loop contributes nothing.
     """
-    blocks = _blocks(instructions)
-    loops = _natural_loops(_successors(blocks))
+    blocks = basic_blocks(instructions)
+    loops = _natural_loops(block_successors(blocks))
     home = {i.address: index for index, block in enumerate(blocks) for i in block}
     chosen = set()
     for address in marked:
@@ -37,7 +41,8 @@ def innermost_loops(instructions: list[Instruction], marked: Iterable[int]) -> l
     return [[i for index in sorted(loop) for i in blocks[index]] for loop in sorted(chosen, key=min)]
 
 
-def _blocks(instructions: list[Instruction]) -> list[list[Instruction]]:
+def basic_blocks(instructions: list[Instruction]) -> list[list[Instruction]]:
+    """Runs of instructions that are entered at their first one and left after their last one only."""
     blocks: list[list[Instruction]] = []
     for previous, instruction in zip([None, *instructions], instructions):
         if previous is None or instruction.labels or previous.branch or not previous.falls_through:
@@ -46,7 +51,8 @@ def _blocks(instructions: list[Instruction]) -> list[list[Instruction]]:
     return blocks
 
 
-def _successors(blocks: list[list[Instruction]]) -> list[list[int]]:
+def block_successors(blocks: list[list[Instruction]]) -> list[list[int]]:
+    """The blocks that may follow each block."""
     place = {label: index for index, block in enumerate(blocks) for label in block[0].labels}
     result = []
     for index, block in enumerate(blocks):

@@ -23,6 +23,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from fastunet.inspection.control_flow import Instruction, innermost_loops
+from fastunet.inspection.in_flight import parse_ptx, touched
 from fastunet.kernels import _launch
 from fastunet.kernels._launch import Launch
 
@@ -74,6 +75,8 @@ class Report:
     opcodes: Counter[str]
     narrow_loads: Counter[str]
     dots: tuple[Dot, ...]
+    touched: tuple[str, ...]
+    """Instructions, of PTX and of SASS, that touch registers of a product in flight."""
 
     @property
     def loads_per_product(self) -> float:
@@ -135,6 +138,9 @@ def inspect(compiled: Any, architecture: int, around: str = "products") -> Repor
     products = {i.address for i in instructions if _PRODUCT.match(i.opcode)}
     marked = products if around == "products" else {i.address for i in instructions if _LOAD.match(i.opcode)}
     loops = innermost_loops(instructions, marked)
+    touched_in_flight = ()
+    if architecture == 90:
+        touched_in_flight = (*touched(parse_ptx(compiled.asm["ptx"]), "ptx"), *touched(instructions, "sass"))
     bodies = loops or [instructions]
     main = max(bodies, key=lambda body: (sum(i.address in products for i in body), len(body)))
     inside = {i.address: i for body in bodies for i in body}.values()
@@ -154,6 +160,7 @@ def inspect(compiled: Any, architecture: int, around: str = "products") -> Repor
         opcodes=Counter(i.opcode for i in inside),
         narrow_loads=Counter(i.opcode for i in inside if _load_bytes(i.opcode) < narrow),
         dots=_dots(compiled.asm["ttir"]),
+        touched=touched_in_flight,
     )
 
 
@@ -181,6 +188,8 @@ def failures(report: Report, launch: Launch) -> list[str]:
             TRITON_SERIALISES_EIGHT_WARPS and launch.num_warps == 8
         ):
             found.append(f"waits for each of its {report.count('HGMMA')} products before the next one starts")
+    if report.touched:
+        found.append(f"touches registers of a product in flight {len(report.touched)} times: {report.touched[0]}")
     if report.main_loops and report.narrow_loads and _aligned(launch):
         loads = ", ".join(f"{number} {opcode}" for opcode, number in sorted(report.narrow_loads.items()))
         found.append(f"has narrow global loads in its main loop: {loads}")
@@ -250,7 +259,8 @@ def _sass(address: int, text: str, labels: tuple[str, ...]) -> Instruction:
     # a branch is conditional by its guard or by a predicate operand: "BRA.U UP0, `(.L_x_1)"
     conditional = guard is not None or "P" in rest.partition("`")[0]
     ends = opcode.startswith(("BRA", "EXIT", "RET", "BRX")) and not conditional
-    return Instruction(address, opcode, labels, branch[1] if branch else None, falls_through=not ends)
+    return Instruction(address, opcode, labels, branch[1] if branch else None, falls_through=not ends,
+                       text=f"{opcode} {rest}")  # fmt: skip
 
 
 def _read_amdgcn(compiled: Any) -> tuple[int, int, int, list[Instruction]]:

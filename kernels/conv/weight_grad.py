@@ -146,6 +146,7 @@ def _launch_source(dz: torch.Tensor, x: torch.Tensor, pad: int, partial: torch.T
     if config.variant == "first":
         return launch_first(dz, x, pad, partial, column, partial_bias, config)
     splits, channels, bulk = partial.shape[0], partial.shape[3], config.variant == "bulk"
+    stages = config.stages(dz.dtype)
     out_vector = next(width for width in (4, 2, 1) if channels % width == column % width == 0)
     box = (1, config.block_h, config.block_w)
     # A 16-bit box of several rows reaches the product without a detour only as its right operand, so that dz comes by
@@ -160,5 +161,5 @@ def _launch_source(dz: torch.Tensor, x: torch.Tensor, pad: int, partial: torch.T
                    partial, channels, column, tiles, _launch.cdiv(tiles, splits),
                    BLOCK_H=config.block_h, BLOCK_W=config.block_w, ROWS=config.rows, BLOCK_K=config.block_k,
                    BLOCK_C=config.block_c, X_VECTOR=_launch.vector_width(x), DZ_VECTOR=_launch.vector_width(dz),
-                   OUT_VECTOR=out_vector, BULK=bulk, DZ_BULK=dz_bulk, STAGES=config.num_stages,
-                   PRECISION=_launch.dot_precision(dz.dtype), num_warps=config.num_warps, num_stages=config.num_stages)
+                   OUT_VECTOR=out_vector, BULK=bulk, DZ_BULK=dz_bulk, STAGES=stages,
+                   PRECISION=_launch.dot_precision(dz.dtype), num_warps=config.num_warps, num_stages=stages)

@@ -37,6 +37,16 @@ class WeightGradConfig:
             return _launch.cdiv(n * h * w, self.block_w)
         return n * _launch.cdiv(h, self.block_h * self.rows) * _launch.cdiv(w, self.block_w)
 
+    def stages(self, dtype: torch.dtype) -> int:
+        """Steps in flight: ``num_stages``, but one where Hopper's asynchronous product takes tf32 from registers.
+
+        Triton before 3.8 has the next step write these registers while the product reads them, which PTX leaves
+        undefined and ptxas may assemble as it stands (triton#9433). Of one stage each step waits for its products.
+        """
+        rows = self.block_c if self.variant == "first" else self.block_k
+        from_registers = self.variant != "bulk" and _launch.dot_precision(dtype) == "tf32" and rows >= 64
+        return 1 if from_registers and _launch.architecture() == 90 else self.num_stages
+
     def programs(self, c_out: int, c_in: int) -> int:
         """Programs of one split."""
         tiles_k = _launch.cdiv(c_out, self.block_k)

@@ -64,7 +64,7 @@ def conv_relu_weight_grad_first_kernel(x_ptr, x_shape, x_strides, dz_ptr, dz_sha
 def launch_first(dz: torch.Tensor, x: torch.Tensor, pad: int, partial: torch.Tensor, column: int,
                  partial_bias: torch.Tensor | None, config: WeightGradConfig) -> None:
     """Writes the columns of ``x`` (from ``column`` on) of ``partial``, and ``partial_bias`` unless that is None."""
-    (n, c_out, h, w), splits = dz.shape, partial.shape[0]
+    (n, c_out, h, w), splits, stages = dz.shape, partial.shape[0], config.stages(dz.dtype)
     # dz is loaded 16 bytes wide as the right operand; only wgmma with 16-bit types takes it as the left one as well
     taps_first = dz.element_size() == 4 or _launch.architecture() < 90
     grid = (_launch.cdiv(c_out, config.block_k), splits)
@@ -72,5 +72,5 @@ def launch_first(dz: torch.Tensor, x: torch.Tensor, pad: int, partial: torch.Ten
                    (n, h, w, c_out), pad, partial, partial if partial_bias is None else partial_bias,
                    partial.shape[3], column, _launch.cdiv(config.tiles(dz), splits), int(partial_bias is not None),
                    C_IN=x.shape[1], BLOCK_P=config.block_w, BLOCK_K=config.block_k, BLOCK_Q=config.block_c,
-                   VECTOR=_launch.vector_width(dz), TAPS_FIRST=taps_first, STAGES=config.num_stages,
-                   PRECISION=_launch.dot_precision(dz.dtype), num_warps=config.num_warps, num_stages=config.num_stages)
+                   VECTOR=_launch.vector_width(dz), TAPS_FIRST=taps_first, STAGES=stages,
+                   PRECISION=_launch.dot_precision(dz.dtype), num_warps=config.num_warps, num_stages=stages)
