@@ -13,6 +13,7 @@ from fastunet.kernels.conv.weight_grad import weight_grad
 from fastunet.kernels.conv.weight_grad_config import WeightGradConfig, choose_config, choose_splits, why_not
 
 from ..tolerance import assert_within_budget
+from . import in_order
 from .conftest import COMPILED
 
 ROWS = WeightGradConfig("bulk", block_k=64, block_c=16, block_w=16, rows=4, num_stages=2)
@@ -80,7 +81,7 @@ CASES = [
 ]
 
 
-def gradients(dz, x, skip, pad, dtype):
+def gradients(dz, x, skip, pad, dtype, convolve=F.conv2d):
     """(dw, db) by PyTorch's autograd, computed in ``dtype``."""
     dz, x = dz.to(dtype), x.to(dtype)
     if skip is not None:
@@ -88,7 +89,7 @@ def gradients(dz, x, skip, pad, dtype):
         x = torch.cat([skip.to(dtype)[:, :, top : top + x.shape[2], left : left + x.shape[3]], x], 1)
     weight = torch.zeros(dz.shape[1], x.shape[1], 3, 3, dtype=dtype, device=x.device, requires_grad=True)
     bias = torch.zeros(dz.shape[1], dtype=dtype, device=x.device, requires_grad=True)
-    return torch.autograd.grad(F.conv2d(x, weight, bias, padding=pad), (weight, bias), dz)
+    return torch.autograd.grad(convolve(x, weight, bias, padding=pad), (weight, bias), dz)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -98,6 +99,9 @@ def test_equals_autograd(case, dtype, device):
     dw, db = weight_grad(dz, x, skip, case.pad, True, case.config)
     exact = gradients(dz, x, skip, case.pad, torch.float64)
     same = gradients(dz, x, skip, case.pad, dtype)
+    if dtype == torch.float32:
+        ordered = gradients(dz, x, skip, case.pad, dtype, in_order.conv2d)
+        same = [in_order.farthest(*results) for results in zip(exact, same, ordered)]
     assert_within_budget(dw, same[0], exact[0], "dw")
     assert_within_budget(db, same[1], exact[1], "db")
     assert dw.is_contiguous(memory_format=torch.channels_last)
