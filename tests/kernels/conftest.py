@@ -74,16 +74,3 @@ def ieee_float32():
     torch.backends.cudnn.allow_tf32 = emulator.TF32
     yield
     torch.backends.cudnn.allow_tf32 = previous
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item):
-    """Explicit tiles of bulk copies, which older GPUs must refuse, are left out there."""
-    from fastunet.kernels import _launch
-
-    try:
-        return (yield)
-    except ValueError as error:
-        if "bulk copies need compute capability 9.0" not in str(error) or _launch.architecture() >= 90:
-            raise
-        pytest.skip(str(error))
