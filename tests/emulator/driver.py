@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -17,6 +18,7 @@ import torch
 import triton
 from triton.backends.nvidia import compiler
 from triton.backends.nvidia import driver as nvidia
+from triton.runtime.jit import JITFunction
 
 from bench.gpu.host_driver import HostDriver
 from fastunet import dispatch
@@ -34,10 +36,9 @@ _OLD = not hasattr(nvidia, "wrap_handle_tensordesc_impl")
 class EmulatorDriver(HostDriver):
     """``emulator`` runs what is launched, compiled for compute capability ``architecture`` / 10."""
 
-    emulator: Emulator
-
-    def __init__(self, architecture: int):
+    def __init__(self, architecture: int, emulator: Emulator):
         super().__init__(architecture, self._run)
+        self.emulator = emulator
         self.programs: list[Any] = [None]
         self.utils.load_binary = self._load
         self.utils.fill_tma_descriptor = self.utils.fill_tma_descriptor_tiled = _tensor_map
@@ -111,23 +112,20 @@ def _yes() -> bool:
     return True
 
 
-@functools.cache
-def _driver() -> EmulatorDriver:
-    """The one of this process: a kernel keeps the driver under which it was first compiled."""
-    return EmulatorDriver(0)
+def _forget_compiled() -> None:
+    """A kernel keeps the driver under which it was compiled, and a plan its kernels."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fastunet.kernels"):
+            for value in vars(module).values():
+                if isinstance(value, JITFunction):
+                    value.device_caches.clear()
+    for operator in dispatch.OPERATORS.values():
+        operator.launcher.cache_clear()
 
 
 @contextlib.contextmanager
 def emulated(architecture: int, emulator: Emulator) -> Iterator[Emulator]:
-    """Inside, kernels take CPU tensors and run in ``emulator``.
-
-    Raises:
-        ValueError: another architecture was emulated in this process before, for which kernels are compiled.
-    """
-    driver = _driver()
-    if driver.architecture not in (0, architecture):
-        raise ValueError(f"this process has kernels of sm_{driver.architecture}; sm_{architecture} needs its own")
-    driver.architecture, driver.emulator = architecture, emulator
+    """Inside, kernels are compiled for compute capability ``architecture`` / 10 and run in ``emulator``."""
     previous = triton.runtime.driver._active
     hashed = compiler.CUDABackend.hash
     marked = functools.lru_cache(lambda self: hashed(self) + "-ptx")
@@ -139,10 +137,12 @@ def emulated(architecture: int, emulator: Emulator) -> Iterator[Emulator]:
         mock.patch.object(_plan._Plan, "run", _remembering(emulator, _plan._Plan.run)),
         mock.patch.object(dispatch, "triton_interpreted", _yes),  # which lets kernels take CPU tensors
     ):  # fmt: skip
-        triton.runtime.driver.set_active(driver)
+        triton.runtime.driver.set_active(EmulatorDriver(architecture, emulator))
+        _forget_compiled()
         _launch._state.capabilities.clear()
         try:
             yield emulator
         finally:
+            _forget_compiled()
             _launch._state.capabilities.clear()
             triton.runtime.driver._active = previous
