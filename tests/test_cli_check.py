@@ -13,7 +13,7 @@ import pytest
 from fastunet.data import discover_cases
 from fastunet.data.checks import check_quickly, inspect_case
 from tests.cli_helpers import TINY, assert_user_error, phantoms, run  # noqa: F401
-from tests.data_files import brats_case, nnunet_folder, random_image, random_labels, save
+from tests.data_files import brats_case, msd_folder, nnunet_folder, random_image, random_labels, save
 from tests.test_data_images import folder_of
 
 
@@ -145,3 +145,15 @@ def test_nothing_but_background(tmp_path, capsys):
 def test_bad_folders(tmp_path, capsys):
     assert_user_error(capsys, run("check", tmp_path / "nowhere"), "nowhere")
     assert_user_error(capsys, run("check", tmp_path), "holds no cases")
+
+
+def test_channels_that_a_file_lacks(tmp_path, capsys):
+    root = msd_folder(tmp_path, names=("a", "b", "c"))
+    save(root / "imagesTr" / "a.nii.gz", random_image(0, (6, 5, 4, 2)))
+    save(root / "labelsTr" / "b.nii.gz", random_labels(0, (6, 5, 4, 2)))
+    assert run("check", root) == 2
+    out = capsys.readouterr().out
+    assert "a.nii.gz: has no channel 2" in out
+    assert "b.nii.gz: a label file has 3 axes" in out
+    code = run("train", root, "--out", tmp_path / "run", *TINY, "--modalities", "t1ce")
+    assert_user_error(capsys, code, "a.nii.gz", "no channel 2")

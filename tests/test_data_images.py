@@ -64,6 +64,7 @@ def test_jpeg(tmp_path):
 @pytest.mark.parametrize("compression", [None, "zlib", "lzw"])
 def test_tiff_depths_and_compressions(tmp_path, dtype, compression):
     pixels = (RNG.integers(0, 2, (7, 5)) if dtype is bool else RNG.integers(0, 30000, (7, 5)) / 8).astype(dtype)
+    compression = None if dtype is bool else compression  # older versions of tifffile cannot write it
     volume = read_volume(picture(tmp_path / "a.tif", pixels, compression=compression))
     np.testing.assert_array_equal(volume.data[..., 0], pixels.astype(np.float32) * (255 if dtype is bool else 1))
 

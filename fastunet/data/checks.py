@@ -98,9 +98,10 @@ def inspect_case(case: Case, modalities: Sequence[str], *, on_nan: str = "error"
         except UserError as error:
             report.problems.append(str(error))
             continue
+        channels = data[..., None] if data.ndim == 3 else data
         for name, source in case.modalities.items():
-            if source.path == path:
-                report.intensities[name] = _intensities(data[..., source.channel or 0] if data.ndim == 4 else data)
+            if source.path == path and (source.channel or 0) < channels.shape[3]:
+                report.intensities[name] = _intensities(channels[..., source.channel or 0])
     if report.intensities and all(found.zeros == 1 for found in report.intensities.values()) and not case.is_image:
         report.problems.append(f"{case.files[0]}: every voxel of case {case.name} is 0")
     if case.label is not None:

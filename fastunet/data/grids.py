@@ -22,14 +22,23 @@ def check_geometry(case: Case, modalities: Iterable[str], *, label: bool = True)
     """Proves that the files of a case lie on one grid, and returns that of the first modality; reads headers only.
 
     Raises:
-        UserError: see ``check_same_grid``.
+        UserError: a channel that its file lacks, a label file with channels; and see ``check_same_grid``.
     """
     expect(case, Case, "case")
     check_modalities(case, modalities)
-    paths = [case.modalities[modality].path for modality in modalities]
+    sources = [case.modalities[modality] for modality in modalities]
+    grids = {source.path: read_geometry(source.path) for source in sources}
+    for path, channel in sources:
+        shape = grids[path].shape
+        if channel is None and len(shape) > 3:
+            raise UserError(f"{path}: expected one volume of 3 axes, got shape {shape}")
+        if channel is not None and channel >= (*shape[3:], 1)[0] and not (case.is_image and len(shape) == 3):
+            raise UserError(f"{path}: has no channel {channel}, its shape is {shape}")
     if expect_flag(label, "label") and case.label is not None:
-        paths.append(case.label)
-    first, *others = [read_geometry(path) for path in dict.fromkeys(paths)]
+        grids[case.label] = read_geometry(case.label)
+        if len(grids[case.label].shape) > 3 and not case.is_image:
+            raise UserError(f"{case.label}: a label file has 3 axes, this one has shape {grids[case.label].shape}")
+    first, *others = grids.values()
     for other in others:
         check_same_grid(first, other)
     return first

@@ -54,13 +54,11 @@ def open_nifti(path: Path) -> Iterator[tuple[Stored, DataStream]]:
 
 def _partner(path: Path, suffix: str) -> Path:
     """The other file of a pair, in the spelling of this one."""
-    match_name, ending = path.name, ""
-    if match_name.lower().endswith(".gz"):
-        match_name, ending = match_name[:-3], match_name[-3:]
-    if match_name.lower().endswith(suffix):
+    name, ending = (path.name[:-3], path.name[-3:]) if path.name.lower().endswith(".gz") else (path.name, "")
+    if name.lower().endswith(suffix):
         return path
-    suffix = suffix.upper() if match_name[-4:].isupper() else suffix
-    return path.with_name(match_name[:-4] + suffix + ending)
+    suffix = suffix.upper() if name[-4:].isupper() else suffix
+    return path.with_name(name[:-4] + suffix + ending)
 
 
 def _read_header(stream: DataStream, path: Path, pair: bool) -> Stored:

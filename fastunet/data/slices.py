@@ -132,9 +132,6 @@ class CaseSlices:
         self._everywhere = case.is_image if everywhere is None else everywhere
         sources = [case.modalities[modality] for modality in modalities]
         volumes = [read_volume(path, on_nan=on_nan, channel=channel) for path, channel in sources]
-        for volume in volumes:
-            if volume.data.ndim != 3:
-                raise UserError(f"{volume.path}: expected one volume of 3 axes, got shape {volume.data.shape}")
         self.like: Volume = volumes[0]
         self._stacks = [self.stack(volume.data) for volume in volumes]
         self._statistics = [
