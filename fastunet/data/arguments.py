@@ -29,7 +29,7 @@ def expect_flag(value: object, name: str) -> bool:
     return bool(expect(value, (bool, np.bool_), name))
 
 
-def slice_size(size: object) -> tuple[int, int]:
+def slice_size(size: Any) -> tuple[int, int]:
     """(height, width) of an integer or a pair of them; raises ``ValueError`` for anything else."""
     try:
         sides = (size, size) if np.ndim(size) == 0 else tuple(size)

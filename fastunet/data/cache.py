@@ -151,7 +151,7 @@ def _described(path: Path, channels: int) -> CachedCase | None:
 
 def _states(case: Case) -> list[tuple[int, int] | None]:
     """Size and time of change of every file of the case, None for one that is not there."""
-    states = []
+    states: list[tuple[int, int] | None] = []
     for path in case.files:
         try:
             state = path.stat()

@@ -123,9 +123,9 @@ def _file_ending(table: _DatasetJson, root: Path, file: Path) -> str:
 
 def _channel_names(table: _DatasetJson, file: Path) -> list[str]:
     """Canonical modality names by channel index."""
-    entry = table.channel_names or table.modality
+    entry = table.channel_names or table.modality or {}
     try:
-        names = {int(index): name for index, name in (entry or {}).items()}
+        names = {int(index): name for index, name in entry.items()}
         ordered = [names[index] for index in range(len(names))]
     except (ValueError, KeyError):
         ordered = []
@@ -192,7 +192,7 @@ def _listed(table: _DatasetJson, file: Path) -> Iterator[tuple[str, _Listed]]:
         if isinstance(entry, str):
             entry = _Listed(image=entry)
         elif isinstance(entry, list):
-            entry = _Listed(*entry[:1], label=entry[1] if len(entry) > 1 else None)
+            entry = _Listed(image=entry[:1], label=entry[1] if len(entry) > 1 else None)
         images = [entry.image] if isinstance(entry.image, str) else entry.image or entry.images
         if not images:
             raise UserError(f"{file}: an entry of 'training' names no image")

@@ -84,7 +84,7 @@ def _difference(first: Geometry, other: Geometry) -> str:
     if codes[0] != codes[1]:
         return f"axes run {codes[0]} and {codes[1]}"
     sizes = [np.linalg.norm(grid.affine[:3, :3], axis=0) for grid in (first, other)]
-    if not np.allclose(*sizes, rtol=_RELATIVE):
+    if not np.allclose(sizes[0], sizes[1], rtol=_RELATIVE):
         shown = [" × ".join(f"{size:.5g}" for size in three) for three in sizes]
         return f"voxels of {shown[0]} and {shown[1]} mm"
     if not np.allclose(first.affine[:3, :3], other.affine[:3, :3], atol=_RELATIVE * sizes[0].max()):

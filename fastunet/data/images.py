@@ -9,8 +9,9 @@ import contextlib
 import logging
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -25,7 +26,13 @@ _PLAUSIBLE_BYTES = 100 << 20
 _MOST_EXPANSION = 1032  # of deflate, the best of TIFF's usual compressions
 
 
-def load_image(path: Path, channel: int | None, voxels: bool) -> tuple[Stored, np.ndarray | None]:
+def describe_image(path: Path) -> Stored:
+    """Shape and type of an image, from its header; errors as in ``load_image``."""
+    with _opened(path) as reader:
+        return _stored(path, reader)
+
+
+def load_image(path: Path, channel: int | None) -> tuple[Stored, np.ndarray]:
     """The numbers of an image as (H, W, pages) or (H, W, pages, channels), or those of one channel.
 
     A palette gives its colours; an alpha channel is left out. Of a grey image every channel is the same.
@@ -34,11 +41,7 @@ def load_image(path: Path, channel: int | None, voxels: bool) -> tuple[Stored, n
         UserError: the file is missing, damaged, too large, or no image of real numbers.
     """
     with _opened(path) as reader:
-        shape = reader.shape
-        stored = Stored(path, shape, reader.dtype, 0, 1.0, 0.0, AFFINE, header_of(shape[:3], AFFINE))
-        data = reader.read() if voxels else None
-    if data is None:
-        return stored, None
+        stored, data = _stored(path, reader), reader.read()
     if channel is not None and data.ndim == 4:
         if channel >= data.shape[3]:
             raise UserError(f"{path}: has no channel {channel}, its shape is {data.shape}")
@@ -52,7 +55,7 @@ def load_mask(path: Path) -> np.ndarray:
     Raises:
         UserError: as in ``load_image``, or other than one or three channels of whole numbers.
     """
-    _, data = load_image(path, None, voxels=True)
+    _, data = load_image(path, None)
     if data.ndim == 3:
         return data
     if data.shape[3] != 3 or data.dtype != np.uint8:
@@ -62,11 +65,16 @@ def load_mask(path: Path) -> np.ndarray:
     return np.where((red == green) & (green == blue), red, colour)
 
 
-class _Reader:
+class _Reader(NamedTuple):
     """The shape (H, W, pages[, channels]) and dtype of an open image, and ``read``, which gives its numbers."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, read) -> None:
-        self.shape, self.dtype, self.read = shape, dtype, read
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
+def _stored(path: Path, reader: _Reader) -> Stored:
+    return Stored(path, reader.shape, reader.dtype, 0, 1.0, 0.0, AFFINE, header_of(reader.shape[:3], AFFINE))
 
 
 @contextlib.contextmanager
@@ -86,7 +94,7 @@ def _opened(path: Path) -> Iterator[_Reader]:
 
 
 @contextlib.contextmanager
-def _picture(path: Path, raw) -> Iterator[_Reader]:
+def _picture(path: Path, raw: BinaryIO) -> Iterator[_Reader]:
     from PIL import Image
 
     with Image.open(raw) as image:
@@ -105,7 +113,7 @@ def _picture(path: Path, raw) -> Iterator[_Reader]:
         yield _Reader(shape, np.dtype(dtype), read)
 
 
-def _bit_depth(raw) -> int:
+def _bit_depth(raw: BinaryIO) -> int:
     """The bit depth of an open PNG file."""
     position = raw.tell()
     raw.seek(24)
@@ -126,7 +134,7 @@ def _plain_mode(image, path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _tiff(path: Path, raw) -> Iterator[_Reader]:
+def _tiff(path: Path, raw: BinaryIO) -> Iterator[_Reader]:
     import tifffile
 
     with tifffile.TiffFile(raw, name=path.name) as file:
@@ -170,7 +178,8 @@ def _tiff(path: Path, raw) -> Iterator[_Reader]:
 @contextlib.contextmanager
 def _strict(path: Path) -> Iterator[None]:
     """Refuses what tifffile only logs as an error, such as pages that are cut off; what it logs besides is dropped."""
-    logger, errors, thread = logging.getLogger("tifffile"), [], threading.get_ident()
+    logger, thread = logging.getLogger("tifffile"), threading.get_ident()
+    errors: list[str] = []
 
     def collect(record: logging.LogRecord) -> bool:
         if record.thread == thread and record.levelno >= logging.ERROR:

@@ -72,7 +72,7 @@ _RAW_BRATS_HINT = (
 
 
 def label_map_from_json(
-    labels: Mapping[str, int | str | Sequence[int]],
+    labels: Mapping[str, int | float | str | Sequence[int | float]],
     edition: str,
     file: str | Path,
     order: Sequence[int] | None = None,
@@ -107,8 +107,8 @@ def label_map_from_json(
     classes = [_SYNONYMS.get(_plain(name)) for name in names.values()]
     if set(classes) == set(range(len(_GLIOMA))) and len(classes) == len(_GLIOMA):
         by_class = dict(zip(classes, names))
-        values = tuple(by_class[index] for index in range(len(_GLIOMA)))
-        return LabelMap(edition, values, _GLIOMA, _REGIONS, ignore=ignore, **_raw_brats(values))
+        ordered = tuple(by_class[index] for index in range(len(_GLIOMA)))
+        return LabelMap(edition, ordered, _GLIOMA, _REGIONS, ignore=ignore, **_raw_brats(ordered))
     return LabelMap(edition, tuple(values), tuple(names[value] for value in values), ignore=ignore)
 
 
@@ -129,7 +129,7 @@ def check_class_names(names: Iterable[str], source: object) -> None:
         seen[safe] = name
 
 
-def _members(labels: Mapping[str, int | str | Sequence[int]], file: str | Path) -> dict[str, list[int]]:
+def _members(labels: Mapping[str, int | float | str | Sequence[int | float]], file: str | Path) -> dict[str, list[int]]:
     """The file values by class or region name, from either way to write the table."""
     if not labels:
         raise UserError(f"{file}: 'labels' is empty")

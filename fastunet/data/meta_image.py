@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,12 +13,34 @@ from fastunet.data.stored import Stored, header_of, with_plane_normal
 from fastunet.errors import UserError
 
 
-def load_meta_image(path: Path, channel: int | None, voxels: bool) -> tuple[Stored, np.ndarray | None]:
-    """What the file says, and with ``voxels`` its numbers in the shape of ``Stored.axes``, or those of one channel.
+def describe_meta_image(path: Path) -> Stored:
+    """What the header of the file says; errors as in ``load_meta_image``."""
+    with _opened(path) as (stored, _):
+        return stored
+
+
+def load_meta_image(path: Path, channel: int | None) -> tuple[Stored, np.ndarray]:
+    """What the file says, and its numbers in the shape of ``Stored.axes``, or those of one channel.
 
     Raises:
         UserError: SimpleITK is not installed, or cannot read the file.
     """
+    with _opened(path) as (stored, read):
+        values = read()
+    if values.dtype.kind not in "iuf":
+        raise UserError(f"{path}: voxels are of type {values.dtype}, expected real numbers")
+    components = stored.shape[3]
+    # SimpleITK's arrays run (z, y, x, component).
+    parts = [values] if components == 1 else list(np.moveaxis(values, -1, 0))
+    data = np.stack([part.T for part in parts], axis=-1).reshape((*stored.shape[:3], components), order="F")
+    if channel is not None and channel >= components:
+        raise UserError(f"{path}: has no channel {channel}, its shape is {stored.axes}")
+    return stored, data.reshape(stored.axes, order="F") if channel is None else data[..., channel]
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[Stored, Callable[[], np.ndarray]]]:
+    """What the header says, and a function that reads the voxels."""
     try:
         import SimpleITK
     except ImportError as error:
@@ -27,27 +52,14 @@ def load_meta_image(path: Path, channel: int | None, voxels: bool) -> tuple[Stor
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
-        size, components = reader.GetSize(), reader.GetNumberOfComponents()
-        stored = _stored(path, size, components, reader)
-        if not voxels:
-            return stored, None
-        values = SimpleITK.GetArrayFromImage(reader.Execute())
+        stored = _stored(path, reader.GetSize(), reader.GetNumberOfComponents(), reader)
+        yield stored, lambda: SimpleITK.GetArrayFromImage(reader.Execute())
     except RuntimeError as error:
         reason = " ".join(str(error).split())[-120:]
         raise UserError(f"{path} is not a MetaImage file that can be read: {reason}") from error
-    if values.dtype.kind not in "iuf":
-        raise UserError(f"{path}: voxels are of type {values.dtype}, expected real numbers")
-    # SimpleITK's arrays run (z, y, x, component).
-    parts = [values] if components == 1 else list(np.moveaxis(values, -1, 0))
-    data = np.stack([part.T for part in parts], axis=-1).reshape(stored.axes, order="F")
-    if channel is None:
-        return stored, data
-    if channel >= components:
-        raise UserError(f"{path}: has no channel {channel}, its shape is {stored.axes}")
-    return stored, data.reshape(*stored.axes[:3], components)[..., channel]
 
 
-def _stored(path: Path, size: tuple[int, ...], components: int, reader) -> Stored:
+def _stored(path: Path, size: tuple[int, ...], components: int, reader: Any) -> Stored:
     n = len(size)
     if n not in (2, 3):
         raise UserError(f"{path}: expected a volume with 2 or 3 axes, got shape {size}")

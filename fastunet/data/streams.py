@@ -13,7 +13,7 @@ import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -34,7 +34,7 @@ class DataStream:
         self._size = os.fstat(raw.fileno()).st_size
         self.compressed = raw.read(2) == _GZIP_MAGIC
         raw.seek(0)
-        self._stream = gzip.GzipFile(fileobj=raw) if self.compressed else raw
+        self._stream: Any = gzip.GzipFile(fileobj=raw) if self.compressed else raw
         self._position = 0
 
     def read(self, count: int) -> bytes:

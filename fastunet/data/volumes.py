@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastunet.data.arguments import expect
-from fastunet.data.formats import IMAGE_SUFFIXES, META_SUFFIXES, MGH_SUFFIXES, NIFTI_SUFFIXES, SUFFIXES, suffix_of
-from fastunet.data.images import load_image, load_mask
+from fastunet.data.formats import IMAGE_SUFFIXES, META_SUFFIXES, NIFTI_SUFFIXES, SUFFIXES, suffix_of
+from fastunet.data.images import describe_image, load_image, load_mask
 from fastunet.data.labels import LabelMap
-from fastunet.data.meta_image import load_meta_image
+from fastunet.data.meta_image import describe_meta_image, load_meta_image
 from fastunet.data.mgh import open_mgh
 from fastunet.data.nifti import open_nifti
 from fastunet.data.stored import Stored, read_voxels, scaled
@@ -83,7 +83,7 @@ def read_volume(path: str | Path, *, on_nan: str = "error", channel: int | None 
 
 def read_geometry(path: str | Path) -> Geometry:
     """Reads only the header of a file; raises ``UserError`` like ``read_volume``."""
-    stored, _ = _load(Path(path), None, voxels=False)
+    stored = _describe(Path(path))
     return Geometry(stored.path, stored.axes, stored.affine)
 
 
@@ -166,14 +166,29 @@ def _write(path: Path, values: np.ndarray, like: Volume) -> None:
     save_nifti(path, image_class(values, like.affine, header))
 
 
-def _load(path: Path, channel: int | None, voxels: bool = True) -> tuple[Stored, np.ndarray | None]:
-    """What the file says, and with ``voxels`` the stored numbers."""
-    suffix = suffix_of(path)
+def _describe(path: Path) -> Stored:
+    """What the header of a file says."""
+    suffix = _suffix(path)
     if suffix in IMAGE_SUFFIXES:
-        return load_image(path, channel, voxels)
+        return describe_image(path)
     if suffix in META_SUFFIXES:
-        return load_meta_image(path, channel, voxels)
-    if suffix not in NIFTI_SUFFIXES + MGH_SUFFIXES:
-        raise UserError(f"{path} is no file that can be read: names end in {', '.join(SUFFIXES)}")
+        return describe_meta_image(path)
+    with (open_nifti if suffix in NIFTI_SUFFIXES else open_mgh)(path) as (stored, _):
+        return stored
+
+
+def _load(path: Path, channel: int | None) -> tuple[Stored, np.ndarray]:
+    """What a file says, and its numbers as they are stored."""
+    suffix = _suffix(path)
+    if suffix in IMAGE_SUFFIXES:
+        return load_image(path, channel)
+    if suffix in META_SUFFIXES:
+        return load_meta_image(path, channel)
     with (open_nifti if suffix in NIFTI_SUFFIXES else open_mgh)(path) as (stored, stream):
-        return stored, read_voxels(stored, stream, channel) if voxels else None
+        return stored, read_voxels(stored, stream, channel)
+
+
+def _suffix(path: Path) -> str:
+    if not (suffix := suffix_of(path)):
+        raise UserError(f"{path} is no file that can be read: names end in {', '.join(SUFFIXES)}")
+    return suffix
