@@ -1,7 +1,7 @@
 """Which implementation an operator runs on, and how operators are registered with ``torch.library``.
 
 Every operator ``fastunet::<name>`` is defined once, with a last argument ``backend`` that is already resolved to
-"torch" or "triton". Autograd lives outside, in ``fastunet.functional``; ``torch.compile`` sees opaque operators.
+"torch" or "triton". It carries its own derivative; ``torch.compile`` sees opaque operators.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+from fastunet import autograd
 
 BACKENDS = ("auto", "triton", "torch")
 _LIBRARY = torch.library.Library("fastunet", "DEF")
@@ -36,11 +38,21 @@ OPERATORS: dict[str, Operator] = {}
 """Every operator that has been defined, by name; for checks and measurements that go through all of them."""
 
 
-def define(schema: str, *, torch_impl: Callable, triton_impl: str, fake: Callable) -> None:
+def define(
+    schema: str,
+    *,
+    torch_impl: Callable,
+    triton_impl: str,
+    fake: Callable,
+    setup: Callable | None = None,
+    backward: Callable | None = None,
+) -> None:
     """Registers ``fastunet::<schema>``, whose schema ends in ``str backend``.
 
     ``torch_impl`` and ``fake`` take the arguments without ``backend``; ``triton_impl`` names a launcher of the same
-    signature as "module:function" below ``fastunet.kernels``, imported at its first call.
+    signature as "module:function" below ``fastunet.kernels``, imported at its first call. ``setup`` and ``backward``
+    are the ``setup_context`` and ``backward`` of a ``torch.autograd.Function`` with all arguments; without them the
+    derivative is that of ``torch_impl``.
     """
     name = schema.partition("(")[0]
     module, _, function = triton_impl.partition(":")
@@ -67,6 +79,10 @@ def define(schema: str, *, torch_impl: Callable, triton_impl: str, fake: Callabl
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastunet::{name}", lambda *args: fake(*args[:-1]), lib=_LIBRARY)
+    if backward is None:
+        setup, backward = autograd.through(torch_impl)
+    operator = getattr(torch.ops.fastunet, name).default
+    _LIBRARY.impl(name, autograd.kernel(operator, setup, backward), "Autograd")
 
 
 def select_backend(requested: str | None, operator: str, x: torch.Tensor, unsupported: str | None = None) -> str:

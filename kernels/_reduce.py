@@ -13,47 +13,35 @@ _TALL = 512, 16  # rows and columns of a tile where few programs walk many rows,
 
 
 @triton.jit
-def sum_splits_kernel(
-    partial_ptr, out_ptr, splits, M, C, TAPS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr
-):  # fmt: skip
-    """out[m] = sum_s partial[s, m]: row s goes to lane s % BLOCK_S in rising order, then the lanes are summed.
-
-    With TAPS > 1, partial is (splits, rows, TAPS, C) and out (rows, C, TAPS).
-    """
+def sum_splits_kernel(partial_ptr, out_ptr, splits, M, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr):
+    """out[m] = sum_s partial[s, m]: row s goes to lane s % BLOCK_S in rising order, then the lanes are summed."""
     offs_s = tl.arange(0, BLOCK_S)
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_mask = offs_m < M
-    source = offs_m
-    if TAPS > 1:
-        source = (offs_m // (TAPS * C)) * TAPS * C + (offs_m % TAPS) * C + (offs_m // TAPS) % C
     acc = tl.zeros((BLOCK_S, BLOCK_M), tl.float32)
     for first in range(0, splits, BLOCK_S):
         rows = (first + offs_s).to(tl.int64)
         mask = (rows < splits)[:, None] & m_mask[None, :]
-        acc += tl.load(partial_ptr + rows[:, None] * M + source[None, :], mask=mask, other=0.0)
+        acc += tl.load(partial_ptr + rows[:, None] * M + offs_m[None, :], mask=mask, other=0.0)
     if BLOCK_S > 32:
         # In two steps, because the interpreter adds one row after another: the error of 512 additions shows.
         acc = tl.sum(tl.reshape(acc, (32, BLOCK_S // 32, BLOCK_M)), axis=1)
     tl.store(out_ptr + offs_m, tl.sum(acc, axis=0).to(out_ptr.dtype.element_ty), mask=m_mask)
 
 
-def sum_splits(partial: torch.Tensor, dtype: torch.dtype, taps_last: bool = False) -> torch.Tensor:
+def sum_splits(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Sums contiguous fp32 ``partial`` (S, \\*shape) over S into a tensor of ``shape`` and ``dtype``.
 
-    ``taps_last`` turns partial sums (S, rows, taps, C) into (rows, C, taps), the order of a convolution's weight. The
-    order of the additions depends on the shape alone, so equal inputs give equal bits. S = 0 gives zeros.
+    The order of the additions depends on the shape alone, so equal inputs give equal bits. S = 0 gives zeros.
     """
-    splits, shape, taps, columns = partial.shape[0], tuple(partial.shape[1:]), 1, 1
-    if taps_last:
-        rows, taps, columns = shape
-        shape = rows, columns, taps
-    out = _launch.empty(shape, dtype, partial.device)
+    splits = partial.shape[0]
+    out = _launch.empty(tuple(partial.shape[1:]), dtype, partial.device)
     block_s = 4 if splits <= 8 else 32
     block_m, num_warps = _TILE // block_s, 4
     if splits >= _TALL[0] and out.numel() <= _TILE:
         (block_s, block_m), num_warps = _TALL, 8
     _launch.launch(
-        sum_splits_kernel, (_launch.cdiv(out.numel(), block_m),), partial, out, splits, out.numel(), columns,
-        TAPS=taps, BLOCK_S=block_s, BLOCK_M=block_m, num_warps=num_warps,
+        sum_splits_kernel, (_launch.cdiv(out.numel(), block_m),), partial, out, splits, out.numel(),
+        BLOCK_S=block_s, BLOCK_M=block_m, num_warps=num_warps,
     )  # fmt: skip
     return out

@@ -36,11 +36,11 @@ def data_grad(
 def weight_grad(
     dy: torch.Tensor, x: torch.Tensor, has_bias: bool, config: WeightGradConfig | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dw (C_in, C_out, 2, 2) and db (C_out,) in ``x``'s dtype; db is empty (0,) without ``has_bias``."""
+    """dw (C_in, C_out, 2, 2), channels_last, and db (C_out,) in ``x``'s dtype; db is (0,) without ``has_bias``."""
     dy, x = _launch.channels_last(dy), _launch.channels_last(x)
     config = config or _stride2_weight_grad.choose_config(dy, x, side=2)
     partial, partial_bias = _stride2_weight_grad.partial_sums(dy, x, has_bias, side=2, in_first=True, config=config)
-    dw = _reduce.sum_splits(partial, x.dtype, taps_last=True).unflatten(-1, (2, 2))
+    dw = _reduce.sum_splits(partial, x.dtype).unflatten(1, (2, 2)).permute(0, 3, 1, 2)
     if partial_bias is None:
         return dw, _launch.empty((0,), x.dtype, x.device)
     return dw, _reduce.sum_splits(partial_bias, x.dtype)

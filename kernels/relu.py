@@ -37,7 +37,7 @@ def relu_backward_kernel(dy_ptr, y_ptr, dz_ptr, count, BLOCK: tl.constexpr):
 def backward(dy: torch.Tensor, y: torch.Tensor, config: ReluConfig | None = None) -> torch.Tensor:
     """dz = 0 where y <= 0, else dy (so a NaN activation passes its gradient on, as in PyTorch).
 
-    ``dy`` and ``y`` have one shape (N, C, H, W). The result is contiguous if both are, else channels_last.
+    ``dy`` and ``y`` have one shape (N, C, H, W). The result is channels_last.
 
     Raises:
         ValueError: the shapes differ.
@@ -45,11 +45,8 @@ def backward(dy: torch.Tensor, y: torch.Tensor, config: ReluConfig | None = None
     if dy.shape != y.shape:
         raise ValueError(f"relu backward: gradient of shape {tuple(dy.shape)} for an output of shape {tuple(y.shape)}")
     config = config or _tuned.choose("relu", (y.dtype,), ReluConfig, ReluConfig)
-    if dy.is_contiguous() and y.is_contiguous():
-        dz = _launch.empty(tuple(y.shape), y.dtype, y.device)
-    else:
-        dy, y = _launch.channels_last(dy), _launch.channels_last(y)
-        dz = _launch.empty_image(tuple(y.shape), y.dtype, y.device)
+    dy, y = _launch.channels_last(dy), _launch.channels_last(y)
+    dz = _launch.empty_image(tuple(y.shape), y.dtype, y.device)
     grid = (_launch.cdiv(y.numel(), config.block),)
     _launch.launch(relu_backward_kernel, grid, dy, y, dz, y.numel(), BLOCK=config.block, num_warps=config.num_warps)
     return dz

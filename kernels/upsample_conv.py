@@ -88,10 +88,11 @@ def fold_taps_kernel(
             if r > 0:
                 dw00 += high
                 dw01 += low
-    columns = tl.join(tl.join(tl.sum(dw00, 0), tl.sum(dw10, 0)), tl.join(tl.sum(dw01, 0), tl.sum(dw11, 0)))
-    dw = tl.reshape(columns, (BLOCK_M * 4,)).to(dw_ptr.dtype.element_ty)  # last axes (a, b)
-    offs = tl.program_id(0) * BLOCK_M * 4 + tl.arange(0, BLOCK_M * 4)
-    tl.store(dw_ptr + offs, dw, mask=offs < 4 * C_out * C_in)
+    dw_ptr += (offs_m // C_in) * 4 * C_in + offs_m % C_in  # memory in the order (co, a, b, ci)
+    tl.store(dw_ptr, tl.sum(dw00, 0).to(dw_ptr.dtype.element_ty), mask=m_mask)
+    tl.store(dw_ptr + C_in, tl.sum(dw01, 0).to(dw_ptr.dtype.element_ty), mask=m_mask)
+    tl.store(dw_ptr + 2 * C_in, tl.sum(dw10, 0).to(dw_ptr.dtype.element_ty), mask=m_mask)
+    tl.store(dw_ptr + 3 * C_in, tl.sum(dw11, 0).to(dw_ptr.dtype.element_ty), mask=m_mask)
 
 
 @keepable
@@ -132,12 +133,12 @@ def data_grad(
 def weight_grad(
     dz: torch.Tensor, x: torch.Tensor, has_bias: bool, config: WeightGradConfig | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dw (C_out, C_in, 2, 2) and db (C_out,) in ``x``'s dtype; db is empty (0,) without ``has_bias``."""
+    """dw (C_out, C_in, 2, 2), channels_last, and db (C_out,) in ``x``'s dtype; db is (0,) without ``has_bias``."""
     dz, x = _launch.channels_last(dz), _launch.channels_last(x)
     c_out, c_in = dz.shape[1], x.shape[1]
     config = config or _stride2_weight_grad.choose_config(dz, x, side=3)
     partial, partial_bias = _stride2_weight_grad.partial_sums(dz, x, has_bias, side=3, in_first=False, config=config)
-    dw = _launch.empty((c_out, c_in, 2, 2), x.dtype, x.device)
+    dw = _launch.empty_image((c_out, c_in, 2, 2), x.dtype, x.device)
     grid = (_launch.cdiv(c_out * c_in, _FOLD_TILE),)
     _launch.launch(
         fold_taps_kernel, grid, partial, dw, partial.shape[0], c_out, c_in, BLOCK_S=_FOLD_SPLITS, BLOCK_M=_FOLD_TILE

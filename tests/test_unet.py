@@ -130,20 +130,20 @@ def test_saves_at_most_three_quarters_of_the_plain_build():
 
 
 def test_blocks_keep_exactly_what_they_state():
-    """In units of one full-resolution image of ``width`` channels; the weights aside."""
+    """In units of one full-resolution image of ``width`` channels; the parameters aside."""
     width, side = 8, 16
     image = 4 * 2 * width * side * side
     x, skip = torch.randn(2, width, side, side, requires_grad=True), torch.randn(2, width, side, side)
     low = torch.randn(2, 2 * width, side // 2, side // 2, requires_grad=True)
     conv, merge = torch.randn(width, width, 3, 3), torch.randn(width, 2 * width, 3, 3)
     up, bias = torch.randn(width, 2 * width, 2, 2), torch.randn(width)
-    convs = 4 * (conv.numel() + conv.numel())
+    convs = 4 * (conv.numel() + conv.numel() + bias.numel())
     kept = saved_bytes(lambda: encoder_block(x, conv, bias, conv.clone(), bias)[1])
     assert kept == 3 * image + convs
     assert saved_bytes(lambda: conv_block(x, conv, bias, conv.clone(), bias)) == 3 * image + convs
     assert saved_bytes(lambda: conv_block(x, conv, bias, conv.clone(), bias, grad_masked=True)) == 2 * image + convs
     decoder = [low, skip, up, bias, merge, bias, conv, bias]
-    weights = 4 * (up.numel() + merge.numel() + conv.numel())
+    weights = 4 * (up.numel() + merge.numel() + conv.numel() + bias.numel())
     assert saved_bytes(lambda: decoder_block(*decoder, up="upsample")) == image // 2 + 4 * image + weights
     kept = saved_bytes(lambda: decoder_block(*decoder, up="upsample", grad_masked=True))
     assert kept == image // 2 + 3 * image + weights

@@ -1,18 +1,22 @@
 """The U-Net's blocks as autograd units, so that ReLU masks, pool gradients and skip sums need no pass of their own.
 
-What is kept for backward, besides the weights: an encoder block keeps its input, y1 and y2; the convolution block the
-same; a decoder block its input, the skip, the upsampled u, y1 and y2. Pooled maps, pre-activations, index tensors,
+What is kept for backward, besides the parameters: an encoder block keeps its input, y1 and y2; the convolution block
+the same; a decoder block its input, the skip, the upsampled u, y1 and y2. Pooled maps, pre-activations, index tensors,
 concatenations and upsampled inputs are never kept.
 
 Masking is idempotent: if every consumer of a ReLU's output y returns ``dy * (y > 0)``, their sum needs no mask. A
 block that is given ``grad_masked=True`` trusts its consumers to do so and skips that pass; ``mask_input=True`` makes a
 block such a consumer of its own input.
+
+The single operators of a block, each with its own derivative, run in its place under ``torch.func``, and are computed
+again where a backward pass is itself to be differentiated.
 """
 
 from __future__ import annotations
 
 import torch
 
+from fastunet import autograd
 from fastunet.dispatch import autocast_operands, select_backend
 from fastunet.functional.conv_relu import check_conv, check_conv_dtypes, conv_relu
 from fastunet.functional.conv_transpose import conv_transpose2d
@@ -22,15 +26,46 @@ from fastunet.functional.upsample_conv import upsample_conv_relu
 _OPS = torch.ops.fastunet
 
 
-def _two_conv_gradients(ctx, dz2, x, skip, y1, w1, w2, pad, mask_x, backend):
-    """Gradients (dx, dskip, dw1, db1, dw2, db2) of conv2(relu(conv1([skip, x]))) from dz2."""
-    dw2, db2 = _OPS.conv_relu_weight_grad(dz2, y1, None, pad, True, backend)
-    dz1, _ = _OPS.conv_relu_data_grad(dz2, w2, y1, None, pad, True, False, backend)
-    dw1, db1 = _OPS.conv_relu_weight_grad(dz1, x, skip, pad, True, backend)
-    dx = dskip = None
-    if ctx.needs_input_grad[0] or skip is not None:
-        dx, dskip = _OPS.conv_relu_data_grad(dz1, w1, x, skip, pad, mask_x, False, backend)
-    return dx, dskip, dw1, db1, dw2, db2
+def _encoder(x, w1, b1, w2, b2, pad, backend):
+    return _OPS.conv_relu_pool(_OPS.conv_relu(x, None, w1, b1, pad, True, backend), w2, b2, pad, True, backend)
+
+
+def _conv(x, w1, b1, w2, b2, pad, grad_masked, backend):
+    return _OPS.conv_relu(_OPS.conv_relu(x, None, w1, b1, pad, True, backend), None, w2, b2, pad, True, backend)
+
+
+def _up(x, wu, bu, transpose, backend):
+    if transpose:
+        return _OPS.conv_transpose2d(x, wu, bu, backend)
+    return _OPS.upsample_conv_relu(x, wu, bu, True, backend)
+
+
+def _decoder(x, skip, wu, bu, w1, b1, w2, b2, pad, transpose, mask_input, grad_masked, backend):
+    y1 = _OPS.conv_relu(_up(x, wu, bu, transpose, backend), skip, w1, b1, pad, True, backend)
+    return _OPS.conv_relu(y1, None, w2, b2, pad, True, backend)
+
+
+def _again(operators, ctx, tensors, grads):
+    """A block's gradients that can be differentiated: those of the ``operators`` that it is made of."""
+    return tuple(autograd.vjp(operators, [*tensors, *ctx.options], ctx.needs_input_grad, grads))
+
+
+def _two_conv_gradients(needed, dz2, x, skip, y1, w1, w2, pad, mask_x, backend):
+    """Gradients (dx, dskip, dw1, db1, dw2, db2) of conv2(relu(conv1([skip, x]))) from dz2, None where none is needed.
+
+    ``needed`` tells of them; that of dx also stands for what comes before x.
+    """
+    need_x, need_skip, *first, need_w2, need_b2 = needed
+    dx = dskip = dw1 = db1 = dw2 = db2 = None
+    if need_w2 or need_b2:
+        dw2, db2 = _OPS.conv_relu_weight_grad(dz2, y1, None, pad, True, backend)
+    if need_x or need_skip or any(first):
+        dz1, _ = _OPS.conv_relu_data_grad(dz2, w2, y1, None, pad, True, False, backend)
+        if any(first):
+            dw1, db1 = _OPS.conv_relu_weight_grad(dz1, x, skip, pad, True, backend)
+        if need_x or need_skip:
+            dx, dskip = _OPS.conv_relu_data_grad(dz1, w1, x, skip, pad, mask_x, False, backend)
+    return dx, dskip if skip is not None else None, dw1, db1, dw2, db2
 
 
 class _EncoderBlock(torch.autograd.Function):
@@ -38,16 +73,19 @@ class _EncoderBlock(torch.autograd.Function):
     def forward(ctx, x, w1, b1, w2, b2, pad, backend):
         y1 = _OPS.conv_relu(x, None, w1, b1, pad, True, backend)
         y2, pooled = _OPS.conv_relu_pool(y1, w2, b2, pad, True, backend)
-        ctx.save_for_backward(x, y1, y2, w1, w2)
+        ctx.save_for_backward(x, w1, b1, w2, b2, y1, y2)
         ctx.options = pad, backend
         return y2, pooled
 
     @staticmethod
     def backward(ctx, d_skip, d_pooled):
-        x, y1, y2, w1, w2 = ctx.saved_tensors
-        pad, backend = ctx.options
+        *operands, y1, y2 = ctx.saved_tensors
+        if autograd.differentiated_again():
+            return _again(_encoder, ctx, operands, [d_skip, d_pooled])
+        (x, w1, _, w2, _), (pad, backend), (need_x, *needed) = operands, ctx.options, ctx.needs_input_grad[:5]
         dz2 = _OPS.max_pool2d_backward(d_pooled, d_skip, y2, True, backend)
-        dx, _, *d_parameters = _two_conv_gradients(ctx, dz2, x, None, y1, w1, w2, pad, False, backend)
+        needed = need_x, False, *needed
+        dx, _, *d_parameters = _two_conv_gradients(needed, dz2, x, None, y1, w1, w2, pad, False, backend)
         return dx, *d_parameters, None, None
 
 
@@ -56,44 +94,49 @@ class _ConvBlock(torch.autograd.Function):
     def forward(ctx, x, w1, b1, w2, b2, pad, grad_masked, backend):
         y1 = _OPS.conv_relu(x, None, w1, b1, pad, True, backend)
         y2 = _OPS.conv_relu(y1, None, w2, b2, pad, True, backend)
-        ctx.save_for_backward(x, y1, None if grad_masked else y2, w1, w2)
-        ctx.options = pad, backend
+        ctx.save_for_backward(x, w1, b1, w2, b2, y1, None if grad_masked else y2)
+        ctx.options = pad, grad_masked, backend
         return y2
 
     @staticmethod
     def backward(ctx, dy):
-        x, y1, y2, w1, w2 = ctx.saved_tensors
-        pad, backend = ctx.options
+        *operands, y1, y2 = ctx.saved_tensors
+        if autograd.differentiated_again():
+            return _again(_conv, ctx, operands, [dy])
+        (x, w1, _, w2, _), (pad, _, backend), (need_x, *needed) = operands, ctx.options, ctx.needs_input_grad[:5]
         dz2 = dy if y2 is None else _OPS.relu_backward(dy, y2, backend)
-        dx, _, *d_parameters = _two_conv_gradients(ctx, dz2, x, None, y1, w1, w2, pad, False, backend)
+        needed = need_x, False, *needed
+        dx, _, *d_parameters = _two_conv_gradients(needed, dz2, x, None, y1, w1, w2, pad, False, backend)
         return dx, *d_parameters, None, None, None
 
 
 class _DecoderBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, skip, wu, bu, w1, b1, w2, b2, pad, transpose, mask_input, grad_masked, backend):
-        if transpose:
-            u = _OPS.conv_transpose2d(x, wu, bu, backend)
-        else:
-            u = _OPS.upsample_conv_relu(x, wu, bu, True, backend)
+        u = _up(x, wu, bu, transpose, backend)
         y1 = _OPS.conv_relu(u, skip, w1, b1, pad, True, backend)
         y2 = _OPS.conv_relu(y1, None, w2, b2, pad, True, backend)
-        ctx.save_for_backward(x, skip, u, y1, None if grad_masked else y2, wu, w1, w2)
-        ctx.options = pad, transpose, mask_input, backend
+        ctx.save_for_backward(x, skip, wu, bu, w1, b1, w2, b2, u, y1, None if grad_masked else y2)
+        ctx.options = pad, transpose, mask_input, grad_masked, backend
         return y2
 
     @staticmethod
     def backward(ctx, dy):
-        x, skip, u, y1, y2, wu, w1, w2 = ctx.saved_tensors
-        pad, transpose, mask_input, backend = ctx.options
+        *operands, u, y1, y2 = ctx.saved_tensors
+        if autograd.differentiated_again():
+            return _again(_decoder, ctx, operands, [dy])
+        x, skip, wu, _, w1, _, w2, _ = operands
+        pad, transpose, mask_input, _, backend = ctx.options
+        need_x, need_skip, need_wu, need_bu, *needed = ctx.needs_input_grad[:8]
         dz2 = dy if y2 is None else _OPS.relu_backward(dy, y2, backend)
-        du, dskip, *d_parameters = _two_conv_gradients(ctx, dz2, u, skip, y1, w1, w2, pad, not transpose, backend)
-        if transpose:
-            dwu, dbu = _OPS.conv_transpose2d_weight_grad(du, x, True, backend)
-            dx = _OPS.conv_transpose2d_data_grad(du, wu, x, mask_input, backend)
-        else:
-            dwu, dbu = _OPS.upsample_conv_relu_weight_grad(du, x, True, backend)
-            dx = _OPS.upsample_conv_relu_data_grad(du, wu, x, mask_input, backend)
+        needed = need_x or need_wu or need_bu, need_skip, *needed
+        du, dskip, *d_parameters = _two_conv_gradients(needed, dz2, u, skip, y1, w1, w2, pad, not transpose, backend)
+        dx = dwu = dbu = None
+        operator = "conv_transpose2d" if transpose else "upsample_conv_relu"
+        if need_wu or need_bu:
+            dwu, dbu = getattr(_OPS, f"{operator}_weight_grad")(du, x, True, backend)
+        if need_x:
+            dx = getattr(_OPS, f"{operator}_data_grad")(du, wu, x, mask_input, backend)
         return dx, dskip, dwu, dbu, *d_parameters, None, None, None, None, None
 
 
@@ -106,13 +149,15 @@ def encoder_block(x, w1, b1, w2, b2, *, padding="same", backend="auto") -> tuple
     pad, (x, w1, b1, w2, b2) = _prepare("encoder_block", x, None, [w1, b1, w2, b2], padding)
     if min(x.shape[2:]) + 4 * pad - 4 < 2:
         raise ValueError(f"encoder_block: x has shape {tuple(x.shape)}; its convolutions are too small to pool")
-    return _EncoderBlock.apply(x, w1, b1, w2, b2, pad, select_backend(backend, "encoder_block", x))
+    run = _encoder if autograd.transformed() else _EncoderBlock.apply
+    return run(x, w1, b1, w2, b2, pad, select_backend(backend, "encoder_block", x))
 
 
 def conv_block(x, w1, b1, w2, b2, *, padding="same", grad_masked=False, backend="auto") -> torch.Tensor:
     """``conv_relu(conv_relu(x, w1, b1), w2, b2)``; biases are required. ``grad_masked``: see this module's text."""
     pad, operands = _prepare("conv_block", x, None, [w1, b1, w2, b2], padding)
-    return _ConvBlock.apply(*operands, pad, grad_masked, select_backend(backend, "conv_block", x))
+    run = _conv if autograd.transformed() else _ConvBlock.apply
+    return run(*operands, pad, grad_masked, select_backend(backend, "conv_block", x))
 
 
 def decoder_block(
@@ -131,7 +176,8 @@ def decoder_block(
     pad, (_, skip, w1, b1, w2, b2) = _prepare("decoder_block", u, skip, [w1, b1, w2, b2], padding)
     x, wu, bu = autocast_operands(x, wu, bu)
     backend = select_backend(backend, "decoder_block", x)
-    return _DecoderBlock.apply(x, skip, wu, bu, w1, b1, w2, b2, pad, transpose, mask_input, grad_masked, backend)
+    run = _decoder if autograd.transformed() else _DecoderBlock.apply
+    return run(x, skip, wu, bu, w1, b1, w2, b2, pad, transpose, mask_input, grad_masked, backend)
 
 
 def decoder_block_head(

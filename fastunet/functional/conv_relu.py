@@ -9,11 +9,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from fastunet.autograd import tracked
 from fastunet.dispatch import autocast_operands, define, select_backend
 from fastunet.functional._checks import check_alike, check_image
 from fastunet.functional._layout import empty_nhwc, nhwc
 from fastunet.functional._onednn import accumulates, add_convolution
 from fastunet.functional.max_pool import pooled_shape
+from fastunet.functional.relu import masked
 from fastunet.reference import centre_crop
 
 _OPS = torch.ops.fastunet
@@ -28,7 +30,7 @@ def _slices(weight, skip):
 
 def torch_forward(x, skip, weight, bias, pad, relu):
     """The PyTorch implementation of ``fastunet::conv_relu``."""
-    if skip is not None and accumulates(x):
+    if skip is not None and accumulates(x) and not tracked(x, skip, weight, bias):
         skip_weight, x_weight = _slices(weight, skip)
         y = nhwc(F.conv2d(nhwc(centre_crop(skip, *x.shape[2:])), skip_weight, bias, padding=pad))
         y = add_convolution(y, nhwc(x), x_weight, pad)
@@ -42,6 +44,8 @@ def _joined(x, skip):
     if skip is None:
         return nhwc(x)
     _, channels, height, width = x.shape
+    if tracked(x, skip):
+        return nhwc(torch.cat([centre_crop(skip, height, width), x], dim=1))
     joined = empty_nhwc(x, skip.shape[1] + channels, height, width)
     return torch.cat([centre_crop(skip, height, width), x], dim=1, out=joined)
 
@@ -74,7 +78,7 @@ def _data_grad(dz, weight, x, skip, pad, mask_x, mask_skip):
 def _masked(gradient, x, mask):
     """``gradient * (x > 0)`` in place, if ``mask``; in NHWC memory."""
     gradient = nhwc(gradient)
-    return torch.ops.aten.threshold_backward.grad_input(gradient, x, 0, grad_input=gradient) if mask else gradient
+    return masked(gradient, x) if mask else gradient
 
 
 def _weight_grad(dz, x, skip, pad, has_bias):
@@ -104,17 +108,59 @@ def _fake_weight_grad(dz, x, skip, pad, has_bias):
     return dw, x.new_empty(dz.shape[1] if has_bias else 0)
 
 
+def _setup(ctx, inputs, y):
+    x, skip, weight, bias, pad, relu, backend = inputs
+    ctx.save_for_backward(x, skip, weight, y if relu else None)
+    ctx.options = pad, bias is not None, backend
+
+
+def _differentiate(ctx, dy):
+    x, skip, weight, y = ctx.saved_tensors
+    dz = dy if y is None else _OPS.relu_backward(dy, y, ctx.options[-1])
+    return *_gradients(ctx, dz, x, skip, weight, *ctx.needs_input_grad[:4]), None, None, None
+
+
+def _setup_pool(ctx, inputs, outputs):
+    x, weight, bias, pad, relu, backend = inputs
+    ctx.save_for_backward(x, weight, outputs[0])
+    ctx.options = pad, bias is not None, backend
+    ctx.relu = relu
+
+
+def _differentiate_pool(ctx, dy, d_pooled):
+    x, weight, y = ctx.saved_tensors
+    dz = _OPS.max_pool2d_backward(d_pooled, dy, y, ctx.relu, ctx.options[-1])
+    need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+    dx, _, dw, db = _gradients(ctx, dz, x, None, weight, need_x, False, need_weight, need_bias)
+    return dx, dw, db, None, None, None
+
+
+def _gradients(ctx, dz, x, skip, weight, need_x, need_skip, need_weight, need_bias):
+    """(dx, dskip, dw, db) from dz, None where none is needed."""
+    pad, has_bias, backend = ctx.options
+    dx = dskip = dw = db = None
+    if need_x or need_skip:
+        dx, dskip = _OPS.conv_relu_data_grad(dz, weight, x, skip, pad, False, False, backend)
+    if need_weight or need_bias:
+        dw, db = _OPS.conv_relu_weight_grad(dz, x, skip, pad, has_bias, backend)
+    return dx, dskip if skip is not None else None, dw, db if has_bias else None
+
+
 define(
     "conv_relu(Tensor x, Tensor? skip, Tensor weight, Tensor? bias, int pad, bool relu, str backend) -> Tensor",
     torch_impl=torch_forward,
     triton_impl="conv.forward:forward",
     fake=fake_forward,
+    setup=_setup,
+    backward=_differentiate,
 )
 define(
     "conv_relu_pool(Tensor x, Tensor weight, Tensor? bias, int pad, bool relu, str backend) -> (Tensor, Tensor)",
     torch_impl=_forward_pool,
     triton_impl="conv.forward:forward_pool",
     fake=_fake_forward_pool,
+    setup=_setup_pool,
+    backward=_differentiate_pool,
 )
 define(
     "conv_relu_data_grad(Tensor dz, Tensor weight, Tensor x, Tensor? skip, int pad, bool mask_x, bool mask_skip, "
@@ -129,54 +175,6 @@ define(
     triton_impl="conv.weight_grad:weight_grad",
     fake=_fake_weight_grad,
 )
-
-
-class _ConvReLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, skip, weight, bias, pad, relu, backend):
-        y = _OPS.conv_relu(x, skip, weight, bias, pad, relu, backend)
-        ctx.save_for_backward(x, skip, weight, y if relu else None)
-        ctx.options = pad, bias is not None, backend
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, skip, weight, y = ctx.saved_tensors
-        backend = ctx.options[-1]
-        dz = dy if y is None else _OPS.relu_backward(dy, y, backend)
-        return *conv_gradients(ctx, dz, x, skip, weight), None, None, None
-
-
-class _ConvReLUPool(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, pad, backend):
-        y, pooled = _OPS.conv_relu_pool(x, weight, bias, pad, True, backend)
-        ctx.save_for_backward(x, weight, y)
-        ctx.options = pad, bias is not None, backend
-        return y, pooled
-
-    @staticmethod
-    def backward(ctx, dy, d_pooled):
-        x, weight, y = ctx.saved_tensors
-        pad, has_bias, backend = ctx.options
-        dz = _OPS.max_pool2d_backward(d_pooled, dy, y, True, backend)
-        dx = dw = db = None
-        if ctx.needs_input_grad[0]:
-            dx = _OPS.conv_relu_data_grad(dz, weight, x, None, pad, False, False, backend)[0]
-        if any(ctx.needs_input_grad[1:3]):
-            dw, db = _OPS.conv_relu_weight_grad(dz, x, None, pad, has_bias, backend)
-        return dx, dw, db if has_bias else None, None, None
-
-
-def conv_gradients(ctx, dz, x, skip, weight):
-    """The gradients (dx, dskip, dw, db) that ``ctx`` needs; None for the others."""
-    pad, has_bias, backend = ctx.options
-    dx = dskip = dw = db = None
-    if any(ctx.needs_input_grad[:2]):
-        dx, dskip = _OPS.conv_relu_data_grad(dz, weight, x, skip, pad, False, False, backend)
-    if any(ctx.needs_input_grad[2:4]):
-        dw, db = _OPS.conv_relu_weight_grad(dz, x, skip, pad, has_bias, backend)
-    return dx, dskip if skip is not None else None, dw, db if has_bias else None
 
 
 def conv_relu(
@@ -210,7 +208,7 @@ def conv_relu(
     pad = check_conv("conv_relu", *operands, padding)
     x, skip, weight, bias = autocast_operands(*operands)
     check_conv_dtypes("conv_relu", x, skip, weight, bias)
-    return _ConvReLU.apply(x, skip, weight, bias, pad, relu, select_backend(backend, "conv_relu", x))
+    return _OPS.conv_relu(x, skip, weight, bias, pad, relu, select_backend(backend, "conv_relu", x))
 
 
 def conv_relu_pool(
@@ -231,7 +229,7 @@ def conv_relu_pool(
         raise ValueError(f"conv_relu_pool: x has shape {tuple(x.shape)}; its convolution is too small to pool")
     x, weight, bias = autocast_operands(x, weight, bias)
     check_conv_dtypes("conv_relu_pool", x, None, weight, bias)
-    return _ConvReLUPool.apply(x, weight, bias, pad, select_backend(backend, "conv_relu_pool", x))
+    return _OPS.conv_relu_pool(x, weight, bias, pad, True, select_backend(backend, "conv_relu_pool", x))
 
 
 def check_conv(operator, x, skip, weight, bias, padding) -> int:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from fastunet.dispatch import autocast_operands, define, select_backend
 from fastunet.functional._checks import check_bias, check_image, check_weight
 from fastunet.functional._layout import empty_nhwc, nhwc
+from fastunet.functional.relu import masked
 
 _OPS = torch.ops.fastunet
 _GEOMETRY = [2, 2], [0, 0], [1, 1], True, [0, 0], 1
@@ -21,7 +22,7 @@ def _data_grad(dy, weight, x, mask_x):
     x = nhwc(x)
     dx, _, _ = torch.ops.aten.convolution_backward(nhwc(dy), x, weight, None, *_GEOMETRY, [True, False, False])
     dx = nhwc(dx)
-    return torch.ops.aten.threshold_backward.grad_input(dx, x, 0, grad_input=dx) if mask_x else dx
+    return masked(dx, x) if mask_x else dx
 
 
 def _weight_grad(dy, x, has_bias):
@@ -32,11 +33,30 @@ def _weight_grad(dy, x, has_bias):
     return nhwc(dw), db if has_bias else x.new_empty(0)
 
 
+def _setup(ctx, inputs, y):
+    x, weight, bias, backend = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.options = bias is not None, backend
+
+
+def _differentiate(ctx, dy):
+    x, weight = ctx.saved_tensors
+    has_bias, backend = ctx.options
+    dx = dw = db = None
+    if ctx.needs_input_grad[0]:
+        dx = _OPS.conv_transpose2d_data_grad(dy, weight, x, False, backend)
+    if any(ctx.needs_input_grad[1:3]):
+        dw, db = _OPS.conv_transpose2d_weight_grad(dy, x, has_bias, backend)
+    return dx, dw, db if has_bias else None, None
+
+
 define(
     "conv_transpose2d(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor",
     torch_impl=_forward,
     triton_impl="conv_transpose:forward",
     fake=lambda x, weight, bias: empty_nhwc(x, weight.shape[1], 2 * x.shape[2], 2 * x.shape[3]),
+    setup=_setup,
+    backward=_differentiate,
 )
 define(
     "conv_transpose2d_data_grad(Tensor dy, Tensor weight, Tensor x, bool mask_x, str backend) -> Tensor",
@@ -53,25 +73,6 @@ define(
         x.new_empty(dy.shape[1] if has_bias else 0),
     ),
 )
-
-
-class _ConvTranspose2d(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, backend):
-        ctx.save_for_backward(x, weight)
-        ctx.options = bias is not None, backend
-        return _OPS.conv_transpose2d(x, weight, bias, backend)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        has_bias, backend = ctx.options
-        dx = dw = db = None
-        if ctx.needs_input_grad[0]:
-            dx = _OPS.conv_transpose2d_data_grad(dy, weight, x, False, backend)
-        if any(ctx.needs_input_grad[1:3]):
-            dw, db = _OPS.conv_transpose2d_weight_grad(dy, x, has_bias, backend)
-        return dx, dw, db if has_bias else None, None
 
 
 def conv_transpose2d(
@@ -95,4 +96,4 @@ def conv_transpose2d(
     x, weight, bias = autocast_operands(x, weight, bias)
     check_weight("conv_transpose2d", weight, (x.shape[1], None, 2, 2), x)
     check_bias("conv_transpose2d", bias, weight.shape[1], x)
-    return _ConvTranspose2d.apply(x, weight, bias, select_backend(backend, "conv_transpose2d", x))
+    return _OPS.conv_transpose2d(x, weight, bias, select_backend(backend, "conv_transpose2d", x))

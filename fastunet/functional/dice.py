@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastunet import dispatch
+from fastunet import autograd, dispatch
 from fastunet.functional import dice_cpu, dice_rule
 from fastunet.functional.dice_arguments import cannot_raise, pixels_of, raise_out_of_range, validated
 from fastunet.functional.dice_rule import check_rule, dice_score, mean_over_counted
@@ -17,12 +17,42 @@ def _sums_like(logits, targets, class_weights, ignore_index, cross_entropy, per_
     return logits.new_empty((rows, 3 * logits.shape[1] + 3), dtype=dice_cpu.sum_dtype(logits))
 
 
+def _setup_sums(ctx, inputs, output):
+    logits, targets, class_weights, *options, _, backend = inputs
+    ctx.save_for_backward(logits, targets, class_weights)
+    ctx.options = *options, backend
+
+
+def _differentiate_sums(ctx, grad):
+    dlogits = torch.ops.fastunet.dice_sums_grad(grad.new_ones(()), grad, *ctx.saved_tensors, *ctx.options)
+    return dlogits, *[None] * 6
+
+
+def _setup_rule(ctx, inputs, outputs):
+    ctx.save_for_backward(*inputs[:2], outputs[2])
+    ctx.rule = inputs[2:-1]
+    ctx.mark_non_differentiable(outputs[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_rule(ctx, grad, _, d_slopes):
+    sums, class_weights, slopes = ctx.saved_tensors
+    d_sums = None if grad is None else grad * slopes
+    if d_slopes is not None:
+        needed = [True] + [False] * 7
+        more, *_ = autograd.vjp(dice_rule.loss, [sums, class_weights, *ctx.rule], needed, [None, None, d_slopes])
+        d_sums = more if d_sums is None else d_sums + more
+    return d_sums, *[None] * 8
+
+
 dispatch.define(
     "dice_sums(Tensor logits, Tensor targets, Tensor? class_weights, int? ignore_index, bool cross_entropy,"
     " bool per_sample, str backend) -> Tensor",
     torch_impl=dice_cpu.sums,
     triton_impl="dice.sums:sums",
     fake=_sums_like,
+    setup=_setup_sums,
+    backward=_differentiate_sums,
 )
 dispatch.define(
     "dice_sums_grad(Tensor grad, Tensor slopes, Tensor logits, Tensor targets, Tensor? class_weights,"
@@ -37,7 +67,19 @@ dispatch.define(
     torch_impl=dice_rule.loss,
     triton_impl="dice.rule:loss",
     fake=lambda sums, *arguments: (sums.new_empty(()), sums.new_empty(()), torch.empty_like(sums)),
+    setup=_setup_rule,
+    backward=_differentiate_rule,
 )
+
+
+def _loss(logits, targets, class_weights, ignore_index, cross_entropy, per_sample, rule, shared, backend):
+    """:class:`_DiceLoss` as two operators, each with its own derivative."""
+    if shared is not None:
+        raise NotImplementedError("fastunet: with sync=True the Dice loss has no second derivative and no torch.func")
+    arguments = logits, targets, class_weights, ignore_index, cross_entropy, per_sample
+    sums = torch.ops.fastunet.dice_sums(*arguments, backend)
+    dice_weights = None if logits.shape[1] == 1 else class_weights
+    return torch.ops.fastunet.dice_rule(sums, dice_weights, *rule, backend)[:2]
 
 
 class _DiceLoss(torch.autograd.Function):
@@ -50,6 +92,7 @@ class _DiceLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, class_weights, ignore_index, cross_entropy, per_sample, rule, shared, backend):
         ctx.options, ctx.shared, ctx.backend, ctx.kept = (ignore_index, cross_entropy), shared, backend, None
+        ctx.rest = per_sample, rule, shared, backend
         # Not under torch.compile, fake tensors and the like, which see the operators below as single nodes.
         if ctx.needs_input_grad[0] and type(logits) is torch.Tensor and not torch.compiler.is_compiling():
             ctx.kept = dice_cpu.room_for_probabilities(logits) if backend == "torch" else None
@@ -68,10 +111,12 @@ class _DiceLoss(torch.autograd.Function):
         return loss, wrong
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
         if grad is None:
             return (None,) * 9
+        if autograd.differentiated_again():
+            inputs = [*ctx.saved_tensors[1:], *ctx.options, *ctx.rest]
+            return tuple(autograd.vjp(_loss, inputs, ctx.needs_input_grad, [grad, None]))
         if ctx.shared is not None:
             grad = grad * ctx.shared[1]
             torch.distributed.all_reduce(grad, group=ctx.shared[0])
@@ -153,13 +198,15 @@ def dice_cross_entropy(
     if not include_background and logits.ndim > 1 and logits.shape[1] == 1:
         raise ValueError("include_background=False leaves no class: one logit already stands for the foreground alone")
     targets, class_weights = validated(logits, labels, class_weights, ignore_index)
+    if autograd.tracked(labels, class_weights):
+        raise ValueError("labels or class_weights require a gradient, which the Dice losses do not give; detach() them")
     backend = dispatch.select_backend(backend, "dice_cross_entropy", logits)
     may_raise = check_labels and not cannot_raise(logits)
     rule = smooth, empty, include_background, dice_weight, ce_weight, check_labels and not may_raise
     if sync:
         processes = torch.distributed.get_world_size(process_group)
         shared = process_group, 1 / processes if grad_reduction == "sum" else 1.0
-    loss, wrong = _DiceLoss.apply(
+    loss, wrong = (_loss if autograd.transformed() else _DiceLoss.apply)(
         pixels_of(logits), targets, class_weights, ignore_index, bool(ce_weight), reduction == "sample", rule,
         shared if sync else None, backend,
     )  # fmt: skip

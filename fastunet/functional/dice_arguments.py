@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fastunet.autograd import transformed
 from fastunet.functional import dice_cpu
 
 LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -52,8 +53,8 @@ def integer_labels(labels: torch.Tensor, ndim: int, name: str) -> torch.Tensor:
 
 
 def cannot_raise(x: torch.Tensor) -> bool:
-    """Whether values cannot be read now: under torch.compile, and while a CUDA graph is captured."""
-    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    """Whether values cannot be read now: under torch.compile and torch.func, and while a CUDA graph is captured."""
+    return torch.compiler.is_compiling() or transformed() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def raise_for_wrong(count: int, greatest: int, classes: int) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 
 import torch
 
+from fastunet.autograd import tracked
+
 NONE_WRONG = -(2**31)
 """Stands for "no value is out of range" in :func:`confusion`."""
 
@@ -96,6 +98,8 @@ def sums_grad(
     Returns:
         dz, of the shape, dtype and strides of ``logits``.
     """
+    if tracked(grad, slopes, logits):
+        return _sums_grad_plainly(grad, slopes, logits, targets, class_weights, ignore_index, cross_entropy)
     c = logits.shape[1]
     k = max(c, 2)
     grad = (grad * slopes).expand(len(logits), -1)
@@ -120,6 +124,26 @@ def sums_grad(
             h.addcmul_(t, grad_nll[samples], value=-1)
         torch.addcmul(h[:, k - c :], p[:, k - c :], h.sum(1, keepdim=True), value=-1, out=dz)
     return result
+
+
+def _sums_grad_plainly(grad, slopes, logits, targets, class_weights, ignore_index, cross_entropy):
+    """:func:`sums_grad` in ordinary PyTorch, which autograd can follow."""
+    c = logits.shape[1]
+    z = logits.to(sum_dtype(logits))
+    if c == 1:
+        z = torch.cat([torch.zeros_like(z), z], 1)
+    t = torch.empty_like(z)
+    _fill_memberships(t, targets, _class_numbers(logits), ignore_index)
+    p = z.softmax(1)
+    if targets.ndim == 2:
+        p = p * t.sum(1, keepdim=True)
+    grad = (grad * slopes).expand(len(logits), -1)
+    grad_i, grad_p = (torch.nn.functional.pad(grad[:, j * c : (j + 1) * c], (z.shape[1] - c, 0)) for j in (0, 1))
+    h = p * (grad_i[..., None] * t + grad_p[..., None])
+    if cross_entropy:
+        weights = t.new_ones(z.shape[1]) if class_weights is None else class_weights.to(t.dtype)
+        h = h - grad[:, 3 * c, None, None] * weights[:, None] * t
+    return (h - p * h.sum(1, keepdim=True))[:, z.shape[1] - c :].to(logits.dtype)
 
 
 def room_for_probabilities(logits: torch.Tensor) -> torch.Tensor | None:

@@ -94,7 +94,7 @@ def loss(
         sums: (R, 3 C + 3), from ``dice_cpu.sums``.
         class_weights: (C,) weights of the mean over classes, or None.
         smooth, empty, include_background, dice_weight, ce_weight: as in ``dice_cross_entropy``.
-        nan_if_wrong: make the loss NaN, and its slopes 0, if a label was out of range.
+        nan_if_wrong: make the loss and its slopes NaN, which a gradient scaler notices, if a label was out of range.
 
     Returns:
         The loss and the number of labels out of range, scalars; and the slopes d loss / d sums.
@@ -119,6 +119,6 @@ def loss(
     slopes[:, c : 2 * c] = factor * (2 * intersection + smooth) / denominator**2
     slopes[:, 3 * c] = ce_factor
     if nan_if_wrong:
-        value = torch.where(wrong > 0, torch.full_like(value, float("nan")), value)
-        slopes = torch.where(wrong > 0, torch.zeros_like(slopes), slopes)
+        poison = torch.where(wrong > 0, float("nan"), 0.0).to(value.dtype)
+        value, slopes = value + poison, slopes + poison
     return value, wrong.clone(), slopes

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from fastunet.dispatch import define, select_backend
 from fastunet.functional._checks import check_image
 from fastunet.functional._layout import empty_nhwc, nhwc
+from fastunet.functional.relu import masked
 
 _OPS = torch.ops.fastunet
 
@@ -30,7 +31,16 @@ def _backward(d_pooled, d_skip, y, relu):
     dz = nhwc(dz)
     if d_skip is not None:
         dz += d_skip
-    return torch.ops.aten.threshold_backward.grad_input(dz, y, 0, grad_input=dz) if relu else dz
+    return masked(dz, y) if relu else dz
+
+
+def _setup(ctx, inputs, output):
+    x, ctx.backend = inputs
+    ctx.save_for_backward(x)
+
+
+def _differentiate(ctx, d_pooled):
+    return _OPS.max_pool2d_backward(d_pooled, None, *ctx.saved_tensors, False, ctx.backend), None
 
 
 define(
@@ -38,6 +48,8 @@ define(
     torch_impl=_forward,
     triton_impl="max_pool:forward",
     fake=lambda x: empty_nhwc(x, x.shape[1], *pooled_shape(*x.shape[2:])),
+    setup=_setup,
+    backward=_differentiate,
 )
 define(
     "max_pool2d_backward(Tensor d_pooled, Tensor? d_skip, Tensor y, bool relu, str backend) -> Tensor",
@@ -45,19 +57,6 @@ define(
     triton_impl="max_pool:backward",
     fake=lambda d_pooled, d_skip, y, relu: empty_nhwc(y, *y.shape[1:]),
 )
-
-
-class _MaxPool2d(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, backend):
-        ctx.save_for_backward(x)
-        ctx.backend = backend
-        return _OPS.max_pool2d(x, backend)
-
-    @staticmethod
-    def backward(ctx, d_pooled):
-        (x,) = ctx.saved_tensors
-        return _OPS.max_pool2d_backward(d_pooled, None, x, False, ctx.backend), None
 
 
 def max_pool2d(x: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
@@ -69,4 +68,4 @@ def max_pool2d(x: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
     check_image("max_pool2d", x)
     if min(x.shape[2:]) < 2:
         raise ValueError(f"max_pool2d: x has shape {tuple(x.shape)}; both sides must be at least 2")
-    return _MaxPool2d.apply(x, select_backend(backend, "max_pool2d", x))
+    return _OPS.max_pool2d(x, select_backend(backend, "max_pool2d", x))

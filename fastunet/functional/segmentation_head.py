@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
+from fastunet import autograd
 from fastunet.dispatch import autocast_operands, define, select_backend
 from fastunet.functional._checks import check_bias, check_image, check_weight
 from fastunet.functional._layout import empty_nhwc, nhwc
 from fastunet.functional.conv_relu import fake_forward as fake_conv_relu
 from fastunet.functional.conv_relu import torch_forward as torch_conv_relu
+from fastunet.functional.relu import masked
 
 _OPS = torch.ops.fastunet
 OUTPUTS = ("logits", "probabilities", "labels")
@@ -40,8 +44,22 @@ def _backward(d_logits, x, weight, mask_x, has_bias):
     )
     dx = nhwc(dx)
     if mask_x:
-        torch.ops.aten.threshold_backward.grad_input(dx, x, 0, grad_input=dx)
+        dx = masked(dx, x)
     return dx, nhwc(dw), db if has_bias else x.new_empty(0)
+
+
+def _setup(ctx, inputs, y):
+    x, weight, bias, output, backend = inputs
+    ctx.save_for_backward(x, weight, y if output == "probabilities" else None)
+    ctx.options = bias is not None, backend
+
+
+def _differentiate(ctx, dy):
+    x, weight, p = ctx.saved_tensors
+    if p is not None:
+        dy = torch.ops.aten._softmax_backward_data(dy, p, 1, p.dtype)
+    dx, dw, db = _OPS.segmentation_head_backward(dy, x, weight, False, *ctx.options)
+    return dx, dw, db if ctx.options[0] else None, None, None
 
 
 define(
@@ -49,6 +67,8 @@ define(
     torch_impl=_forward,
     triton_impl="segmentation_head:forward",
     fake=lambda x, weight, bias, output: fake_finish(x, weight.shape[0], *x.shape[2:], output),
+    setup=_setup,
+    backward=_differentiate,
 )
 define(
     "conv_relu_head(Tensor x, Tensor? skip, Tensor weight, Tensor? bias, int pad, Tensor head_weight, "
@@ -74,19 +94,23 @@ define(
 )
 
 
-class _SegmentationHead(torch.autograd.Function):
+class _MaskingHead(torch.autograd.Function):
+    """Logits of a ReLU's output, whose gradient comes masked by it."""
+
     @staticmethod
-    def forward(ctx, x, weight, bias, mask_x, backend):
-        ctx.save_for_backward(x, weight)
-        ctx.options = mask_x, bias is not None, backend
+    def forward(ctx, x, weight, bias, backend):
+        ctx.save_for_backward(x, weight, bias)
+        ctx.backend = backend
         return _OPS.segmentation_head(x, weight, bias, "logits", backend)
 
     @staticmethod
     def backward(ctx, d_logits):
-        x, weight = ctx.saved_tensors
-        mask_x, has_bias, backend = ctx.options
-        dx, dw, db = _OPS.segmentation_head_backward(d_logits, x, weight, mask_x, has_bias, backend)
-        return dx, dw, db if has_bias else None, None, None
+        x, weight, bias = ctx.saved_tensors
+        if autograd.differentiated_again():
+            head = functools.partial(_OPS.segmentation_head, output="logits", backend=ctx.backend)
+            return *autograd.vjp(head, (x, weight, bias), ctx.needs_input_grad, [d_logits]), None
+        dx, dw, db = _OPS.segmentation_head_backward(d_logits, x, weight, True, bias is not None, ctx.backend)
+        return dx, dw, db if bias is not None else None, None
 
 
 def segmentation_head(
@@ -135,8 +159,6 @@ def _head(x, weight, bias, output, mask_x, backend):
     check_weight("segmentation_head", weight, (None, x.shape[1], 1, 1), x)
     check_bias("segmentation_head", bias, weight.shape[0], x)
     backend = select_backend(backend, "segmentation_head", x, too_many_classes(weight))
-    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    if differentiable and output != "labels":
-        logits = _SegmentationHead.apply(x, weight, bias, mask_x, backend)
-        return logits if output == "logits" else logits.softmax(dim=1)
-    return _OPS.segmentation_head(x.detach(), weight.detach(), bias if bias is None else bias.detach(), output, backend)
+    if mask_x and output == "logits" and not autograd.transformed():
+        return _MaskingHead.apply(x, weight, bias, backend)
+    return _OPS.segmentation_head(x, weight, bias, output, backend)

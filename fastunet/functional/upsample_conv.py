@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from fastunet.dispatch import autocast_operands, define, select_backend
 from fastunet.functional._checks import check_bias, check_image, check_weight
 from fastunet.functional._layout import empty_nhwc, nhwc
+from fastunet.functional.relu import masked
 
 _OPS = torch.ops.fastunet
 _GEOMETRY = [2, 2], [1, 1], [1, 1], True, [1, 1], 1
@@ -37,7 +38,7 @@ def _data_grad(dz, weight, x, mask_x):
     x = nhwc(x)
     dx, _, _ = torch.ops.aten.convolution_backward(nhwc(dz), x, k, None, *_GEOMETRY, [True, False, False])
     dx = nhwc(dx)
-    return torch.ops.aten.threshold_backward.grad_input(dx, x, 0, grad_input=dx) if mask_x else dx
+    return masked(dx, x) if mask_x else dx
 
 
 def _weight_grad(dz, x, has_bias):
@@ -50,11 +51,31 @@ def _weight_grad(dz, x, has_bias):
     return nhwc(folded.flip(2, 3).transpose(0, 1)), db if has_bias else x.new_empty(0)
 
 
+def _setup(ctx, inputs, y):
+    x, weight, bias, relu, backend = inputs
+    ctx.save_for_backward(x, weight, y if relu else None)
+    ctx.options = bias is not None, backend
+
+
+def _differentiate(ctx, dy):
+    x, weight, y = ctx.saved_tensors
+    has_bias, backend = ctx.options
+    dz = dy if y is None else _OPS.relu_backward(dy, y, backend)
+    dx = dw = db = None
+    if ctx.needs_input_grad[0]:
+        dx = _OPS.upsample_conv_relu_data_grad(dz, weight, x, False, backend)
+    if any(ctx.needs_input_grad[1:3]):
+        dw, db = _OPS.upsample_conv_relu_weight_grad(dz, x, has_bias, backend)
+    return dx, dw, db if has_bias else None, None, None
+
+
 define(
     "upsample_conv_relu(Tensor x, Tensor weight, Tensor? bias, bool relu, str backend) -> Tensor",
     torch_impl=_forward,
     triton_impl="upsample_conv:forward",
     fake=lambda x, weight, bias, relu: empty_nhwc(x, weight.shape[0], 2 * x.shape[2], 2 * x.shape[3]),
+    setup=_setup,
+    backward=_differentiate,
 )
 define(
     "upsample_conv_relu_data_grad(Tensor dz, Tensor weight, Tensor x, bool mask_x, str backend) -> Tensor",
@@ -71,27 +92,6 @@ define(
         x.new_empty(dz.shape[1] if has_bias else 0),
     ),
 )
-
-
-class _UpsampleConvReLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, backend):
-        y = _OPS.upsample_conv_relu(x, weight, bias, True, backend)
-        ctx.save_for_backward(x, weight, y)
-        ctx.options = bias is not None, backend
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight, y = ctx.saved_tensors
-        has_bias, backend = ctx.options
-        dz = _OPS.relu_backward(dy, y, backend)
-        dx = dw = db = None
-        if ctx.needs_input_grad[0]:
-            dx = _OPS.upsample_conv_relu_data_grad(dz, weight, x, False, backend)
-        if any(ctx.needs_input_grad[1:3]):
-            dw, db = _OPS.upsample_conv_relu_weight_grad(dz, x, has_bias, backend)
-        return dx, dw, db if has_bias else None, None
 
 
 def upsample_conv_relu(
@@ -115,4 +115,4 @@ def upsample_conv_relu(
     x, weight, bias = autocast_operands(x, weight, bias)
     check_weight("upsample_conv_relu", weight, (None, x.shape[1], 2, 2), x)
     check_bias("upsample_conv_relu", bias, weight.shape[0], x)
-    return _UpsampleConvReLU.apply(x, weight, bias, select_backend(backend, "upsample_conv_relu", x))
+    return _OPS.upsample_conv_relu(x, weight, bias, True, select_backend(backend, "upsample_conv_relu", x))

@@ -74,22 +74,22 @@ def dice_rule_kernel(
     ce_factor = ce_weight / tl.where(ce_total == 0, 1.0, ce_total)
     loss = dice_factor * tl.sum(tl.sum(lost, axis=1)) + ce_factor * tl.sum(nll)
     if NAN_IF_WRONG:
-        loss = tl.where(wrong > 0, float("nan"), loss)
-        dice_factor = tl.where(wrong > 0, 0.0, dice_factor)
-        ce_factor = tl.where(wrong > 0, 0.0, ce_factor)
-    tl.store(loss_ptr, loss)
+        poison = tl.where(wrong > 0, float("nan"), 0.0)
+    else:
+        poison = 0.0
+    tl.store(loss_ptr, loss + poison)
     tl.store(wrong_ptr, wrong)
     for first in range(0, R, BLOCK_R):
         i, p, t, at, mask = _load(sums_ptr, first, R, C, BLOCK_R, BLOCK_C)
         inverse = 1 / tl.where(_present(t, EMPTY) & mask, p + t + smooth, 1.0)
         factor = tl.where(_present(t, EMPTY), -dice_factor * class_weight, 0.0) * inverse
-        tl.store(slopes_ptr + at, 2 * factor, mask=mask)
-        tl.store(slopes_ptr + at + C, -factor * (2 * i + smooth) * inverse, mask=mask)
-        tl.store(slopes_ptr + at + 2 * C, tl.zeros_like(t), mask=mask)
+        tl.store(slopes_ptr + at, 2 * factor + poison, mask=mask)
+        tl.store(slopes_ptr + at + C, -factor * (2 * i + smooth) * inverse + poison, mask=mask)
+        tl.store(slopes_ptr + at + 2 * C, tl.zeros_like(t) + poison, mask=mask)
         scalars = slopes_ptr + (first + offs_r).to(tl.int64) * (3 * C + 3) + 3 * C
-        tl.store(scalars, tl.zeros_like(nll) + ce_factor, mask=first + offs_r < R)
-        tl.store(scalars + 1, tl.zeros_like(nll), mask=first + offs_r < R)
-        tl.store(scalars + 2, tl.zeros_like(nll), mask=first + offs_r < R)
+        tl.store(scalars, tl.zeros_like(nll) + ce_factor + poison, mask=first + offs_r < R)
+        tl.store(scalars + 1, tl.zeros_like(nll) + poison, mask=first + offs_r < R)
+        tl.store(scalars + 2, tl.zeros_like(nll) + poison, mask=first + offs_r < R)
 
 
 def loss(
@@ -108,7 +108,7 @@ def loss(
         sums: (R, 3 C + 3) float32 from ``dice.sums``.
         class_weights: (C,) float32 weights of the mean over classes, or None.
         smooth, empty, include_background, dice_weight, ce_weight: as in ``dice_cross_entropy``.
-        nan_if_wrong: make the loss NaN, and its slopes 0, if a label was out of range.
+        nan_if_wrong: make the loss and its slopes NaN if a label was out of range.
     """
     rows, c = sums.shape[0], sums.shape[1] // 3 - 1
     block_c = _launch.next_power_of_2(c)

@@ -1,0 +1,101 @@
+"""How the operators carry their own derivatives, so that every way of PyTorch to ask for them finds them.
+
+An operator is differentiated where PyTorch looks for derivatives, at the dispatch key ``Autograd``: in eager mode, in
+exported programs, under ``torch.compile``, ``torch.func`` and for second derivatives alike. One with a formula uses it;
+one without, as all operators of backward passes, is differentiated through its PyTorch implementation.
+``torch.library.register_autograd`` does the same but has no part in ``torch.func.grad``, and drops forward-mode
+tangents without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._functorch.autograd_function import enable_single_level_autograd_function  # PyTorch 2.6 to 2.13
+from torch.autograd import forward_ad
+
+
+def kernel(operator: torch._ops.OpOverload, setup: Callable, backward: Callable) -> Callable:
+    """The ``Autograd`` kernel of ``operator``; ``setup`` and ``backward`` are those of ``torch.autograd.Function``."""
+
+    def below(*arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
+
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(
+            f"{operator.name()} has no forward-mode derivative (jvp); use reverse mode, as backward() does"
+        )
+
+    members = dict(forward=below, setup_context=setup, backward=backward, jvp=jvp)
+    function = type(operator.__name__, (torch.autograd.Function,), {k: staticmethod(v) for k, v in members.items()})
+    apply = super(torch.autograd.Function, function).apply  # torch.func has already peeled off its outer levels
+
+    def run(*arguments):
+        if forward_ad._current_level < 0 and not tracked(*arguments):
+            return below(*arguments)
+        with enable_single_level_autograd_function():
+            return apply(*arguments)
+
+    return run
+
+
+def through(implementation: Callable) -> tuple[Callable, Callable]:
+    """``setup`` and ``backward`` of an operator without a formula: those of its PyTorch ``implementation``."""
+
+    def setup(ctx, inputs, output):
+        ctx.others = [None if isinstance(value, torch.Tensor) else value for value in inputs]
+        ctx.at = [index for index, value in enumerate(inputs) if isinstance(value, torch.Tensor)]
+        ctx.save_for_backward(*(inputs[index] for index in ctx.at))
+
+    def backward(ctx, *grads):
+        inputs = list(ctx.others)
+        for index, tensor in zip(ctx.at, ctx.saved_tensors):
+            inputs[index] = tensor
+        return *vjp(implementation, inputs[:-1], ctx.needs_input_grad, grads), None
+
+    return setup, backward
+
+
+def vjp(function: Callable, inputs: Sequence[Any], needed: Sequence[bool], grads: Sequence) -> list:
+    """The gradients of the ``needed`` inputs of ``function``, None for others; differentiable if grad mode is on."""
+    again = torch.is_grad_enabled()
+    if again and not all(value.requires_grad for value, need in zip(inputs, needed) if need):
+        # A torch.func.vjp that was left has taken its level off the saved tensors: the numbers would be zeros.
+        raise NotImplementedError("fastunet: no second derivatives by torch.func.jacrev or hessian; nest torch.func.grad")
+    with torch.enable_grad():
+        # An input that was computed from another one must not pass its gradient on to it here: a node of its own each.
+        own = [
+            (value.view_as(value) if again else value.detach().requires_grad_()) if need else value
+            for value, need in zip(inputs, needed)
+        ]
+        outputs = function(*own)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        pairs = [(y, dy) for y, dy in zip(outputs, grads) if dy is not None and y.requires_grad]
+        wanted = [value for value, need in zip(own, needed) if need]
+        if not pairs:
+            return [None] * len(inputs)
+        ys, dys = zip(*pairs)
+        found = iter(torch.autograd.grad(ys, wanted, dys, create_graph=again, allow_unused=True))
+    return [next(found) if need else None for _, need in zip(inputs, needed)]
+
+
+def tracked(*values: Any) -> bool:
+    """Whether a derivative with respect to one of ``values`` may be asked for later."""
+    return torch.is_grad_enabled() and any(isinstance(v, torch.Tensor) and v.requires_grad for v in values)
+
+
+def transformed() -> bool:
+    """Whether ``torch.func``, forward mode or export is at work, where a unit of several operators is these operators."""
+    if hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting():  # PyTorch 2.7
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def differentiated_again() -> bool:
+    """Whether the backward pass that is running will be differentiated itself (``create_graph=True``)."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()

@@ -1,0 +1,85 @@
+"""Derivatives of every kind on the Triton backend, and results whose memory is what compilation was told."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from fastunet import dispatch
+from tests import differentiation
+
+
+@pytest.mark.parametrize("name", differentiation.OPERATORS)
+def test_operators(name, device):
+    function, literal, shapes = differentiation.OPERATORS[name]
+    function = functools.partial(function, backend="triton")
+    tensors = [t.to(device) for t in differentiation.random(*shapes, dtype=torch.float32)]
+    differentiation.check_second_derivatives(function, literal, tensors)
+
+
+@pytest.mark.parametrize("name", differentiation.NETWORKS)
+def test_networks(name):
+    differentiation.check_network_penalty(name, "triton", torch.float32)
+    differentiation.check_network_torch_func(name, "triton", torch.float32)
+
+
+@pytest.mark.parametrize("name", differentiation.NETWORKS)
+def test_training_compiles(name):
+    differentiation.check_compiled_training(name, "triton", "inductor")
+
+
+def calls():
+    """Arguments of every operator of images; the Dice operators' results are dense in any case."""
+    (x, skip, dz, up, w, wide, wt, wu, head, b) = differentiation.random(
+        (2, 3, 6, 4), (2, 2, 8, 6), (2, 4, 6, 4), (2, 4, 12, 8), (4, 3, 3, 3), (4, 5, 3, 3), (3, 4, 2, 2), (4, 3, 2, 2),
+        (4, 3, 1, 1), (4,), dtype=torch.float32,
+    )  # fmt: skip
+    pooled = dz[..., :3, :2]
+    return {
+        "conv_relu": (x, skip, wide, b, 1, True),
+        "conv_relu_pool": (x, w, b, 1, True),
+        "conv_relu_data_grad": (dz, wide, x, skip, 1, True, True),
+        "conv_relu_weight_grad": (dz, x, skip, 1, True),
+        "max_pool2d": (x,),
+        "max_pool2d_backward": (pooled, dz, dz, True),
+        "relu_backward": (dz, dz),
+        "conv_transpose2d": (x, wt, b),
+        "conv_transpose2d_data_grad": (up, wt, x, True),
+        "conv_transpose2d_weight_grad": (up, x, True),
+        "upsample_conv_relu": (x, wu, b, True),
+        "upsample_conv_relu_data_grad": (up, wu, x, True),
+        "upsample_conv_relu_weight_grad": (up, x, True),
+        "segmentation_head": (x, head, b, "probabilities"),
+        "segmentation_head_backward": (dz, x, head, False, True),
+        "conv_relu_head": (x, None, w, b, 1, torch.ones(5, 4, 1, 1), None, "logits"),
+    }
+
+
+LAYOUTS = {
+    "NCHW": lambda t: t.contiguous(),
+    "NHWC": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "sliced": lambda t: torch.stack([t, t], -1)[..., 0],
+    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("name", calls())
+def test_results_are_as_declared(name, backend, layout, device):
+    """Shape, dtype and strides of each result are those of the operator's fake, which compiled code asserts."""
+    change = LAYOUTS[layout]
+    arguments = [
+        (change(a) if a.dim() == 4 else a).to(device) if isinstance(a, torch.Tensor) else a for a in calls()[name]
+    ]
+    declared = dispatch.OPERATORS[name].fake(*arguments)
+    found = getattr(torch.ops.fastunet, name)(*arguments, backend)
+    pairs = zip(found, declared, strict=True) if isinstance(found, tuple) else [(found, declared)]
+    for result, fake in pairs:
+        assert (result.shape, result.dtype, result.stride()) == (fake.shape, fake.dtype, fake.stride())
+
+
+def test_every_operator_is_compared():
+    assert set(dispatch.OPERATORS) - set(calls()) == {"dice_sums", "dice_sums_grad", "dice_rule", "confusion_counts"}
