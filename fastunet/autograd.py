@@ -24,12 +24,17 @@ def kernel(operator: torch._ops.OpOverload, setup: Callable, backward: Callable)
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*arguments)
 
+    def forward(*arguments):
+        # Off inside a Function; but an outer level of torch.func follows what this one computes.
+        with torch.set_grad_enabled(torch._C._are_functorch_transforms_active()):
+            return below(*arguments)
+
     def jvp(ctx, *tangents):
         raise NotImplementedError(
             f"{operator.name()} has no forward-mode derivative (jvp); use reverse mode, as backward() does"
         )
 
-    members = dict(forward=below, setup_context=setup, backward=backward, jvp=jvp)
+    members = dict(forward=forward, setup_context=setup, backward=backward, jvp=jvp)
     function = type(operator.__name__, (torch.autograd.Function,), {k: staticmethod(v) for k, v in members.items()})
     apply = super(torch.autograd.Function, function).apply  # torch.func has already peeled off its outer levels
 
@@ -62,9 +67,10 @@ def through(implementation: Callable) -> tuple[Callable, Callable]:
 def vjp(function: Callable, inputs: Sequence[Any], needed: Sequence[bool], grads: Sequence) -> list:
     """The gradients of the ``needed`` inputs of ``function``, None for others; differentiable if grad mode is on."""
     again = torch.is_grad_enabled()
-    if again and not all(value.requires_grad for value, need in zip(inputs, needed) if need):
-        # A torch.func.vjp that was left has taken its level off the saved tensors: the numbers would be zeros.
-        raise NotImplementedError("fastunet: no second derivatives by torch.func.jacrev or hessian; nest torch.func.grad")
+    levels = torch._C._functorch.get_interpreter_stack() or []
+    if any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels):
+        # As torch.func.jacrev asks: the level of the saved tensors is gone, and the numbers would be zeros.
+        raise NotImplementedError("fastunet: no second derivatives under torch.func.vmap, jacrev or hessian")
     with torch.enable_grad():
         # An input that was computed from another one must not pass its gradient on to it here: a node of its own each.
         own = [
@@ -88,7 +94,7 @@ def tracked(*values: Any) -> bool:
 
 
 def transformed() -> bool:
-    """Whether ``torch.func``, forward mode or export is at work, where a unit of several operators is these operators."""
+    """Whether ``torch.func``, forward mode or export is at work, where units of operators run as these operators."""
     if hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting():  # PyTorch 2.7
         return True
     if torch.compiler.is_compiling():

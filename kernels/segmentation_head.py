@@ -183,5 +183,6 @@ def backward(
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     dw = _reduce.sum_splits(partial, x.dtype)
+    dw = dw.as_strided(dw.shape, (dw.shape[1], 1, dw.shape[1], dw.shape[1]))  # NHWC, as PyTorch writes it for one pixel
     db = _reduce.sum_splits(partial_bias, x.dtype) if has_bias else _launch.empty((0,), x.dtype, x.device)
     return dx, dw, db
