@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from fastunet.functional import dice_confusion
-from fastunet.functional.dice_arguments import raise_for_wrong
+from fastunet.functional._checks import check_classes
+from fastunet.functional.dice_arguments import MOST_CLASSES, raise_for_wrong
 from fastunet.functional.dice_rule import check_rule, dice_score, iou_score
 
 KERAS_EPSILON = 1e-7
@@ -47,6 +48,7 @@ class SegmentationMetrics:
         ignore_index: int | None = None,
         backend: str | None = None,
     ):
+        check_classes(num_classes, MOST_CLASSES)
         self.num_classes = num_classes
         self.class_names = [str(i) for i in range(num_classes)] if class_names is None else list(class_names)
         if len(self.class_names) != num_classes:

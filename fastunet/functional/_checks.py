@@ -5,8 +5,27 @@ from __future__ import annotations
 import torch
 
 
+def check_tensors(operator: str, **values: object) -> None:
+    """Raises unless each of ``values`` is a dense tensor, or None where its name is not x, weight, logits or labels."""
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or value.is_quantized or value.is_complex():
+                raise ValueError(f"{operator}: {name} is {value.layout} {value.dtype}; expected a dense tensor of real numbers")
+        elif value is not None or name in ("x", "weight", "logits", "labels"):
+            raise TypeError(f"{operator}: {name} must be a tensor, got {str(value)[:80]!r}")
+
+
+def check_classes(num_classes: int, most: int) -> None:
+    """Raises unless ``num_classes`` is an integer from 1 to ``most``."""
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int):
+        raise TypeError(f"num_classes is {str(num_classes)[:80]!r}; expected an integer from 1 to {most}")
+    if not 1 <= num_classes <= most:
+        raise ValueError(f"num_classes is {num_classes}; expected 1 to {most}")
+
+
 def check_image(operator: str, x: torch.Tensor, name: str = "x") -> None:
     """Raises unless ``x`` is a floating (N, C, H, W) tensor with H, W ≥ 1."""
+    check_tensors(operator, **{name: x})
     if x.dim() != 4:
         raise ValueError(f"{operator}: {name} must be (N, C, H, W), got shape {tuple(x.shape)}")
     if not x.is_floating_point():

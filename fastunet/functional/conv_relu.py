@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from fastunet.autograd import tracked
 from fastunet.dispatch import autocast_operands, define, select_backend
-from fastunet.functional._checks import check_alike, check_image
+from fastunet.functional._checks import check_alike, check_image, check_tensors
 from fastunet.functional._layout import empty_nhwc, nhwc
 from fastunet.functional._onednn import accumulates, add_convolution
 from fastunet.functional.max_pool import pooled_shape
@@ -235,6 +235,7 @@ def conv_relu_pool(
 def check_conv(operator, x, skip, weight, bias, padding) -> int:
     """Validates the shapes of a 3×3 convolution's operands and returns the padding in pixels."""
     check_image(operator, x)
+    check_tensors(operator, weight=weight, bias=bias)
     if padding not in PADDINGS:
         raise ValueError(f"{operator}: padding is {padding!r}; expected 'same' or 'valid'")
     if padding == "valid" and min(x.shape[2:]) < 3:

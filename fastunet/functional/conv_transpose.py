@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from fastunet.dispatch import autocast_operands, define, select_backend
-from fastunet.functional._checks import check_bias, check_image, check_weight
+from fastunet.functional._checks import check_bias, check_image, check_tensors, check_weight
 from fastunet.functional._layout import empty_nhwc, nhwc
 from fastunet.functional.relu import masked
 
@@ -93,6 +93,7 @@ def conv_transpose2d(
         ValueError: shapes, dtypes or devices that do not fit; the message shows them.
     """
     check_image("conv_transpose2d", x)
+    check_tensors("conv_transpose2d", weight=weight, bias=bias)
     x, weight, bias = autocast_operands(x, weight, bias)
     check_weight("conv_transpose2d", weight, (x.shape[1], None, 2, 2), x)
     check_bias("conv_transpose2d", bias, weight.shape[1], x)

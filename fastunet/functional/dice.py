@@ -8,6 +8,7 @@ import torch
 
 from fastunet import autograd, dispatch
 from fastunet.functional import dice_cpu, dice_rule
+from fastunet.functional._checks import check_tensors
 from fastunet.functional.dice_arguments import cannot_raise, pixels_of, raise_out_of_range, validated
 from fastunet.functional.dice_rule import check_rule, dice_score, mean_over_counted
 
@@ -195,6 +196,7 @@ def dice_cross_entropy(
         raise ValueError(f"grad_reduction is {grad_reduction!r}; expected 'mean' or 'sum'")
     if sync and reduction == "sample":
         raise ValueError("sync=True sums over the whole batch and needs reduction='batch'")
+    check_tensors("dice", logits=logits, labels=labels, class_weights=class_weights)
     if not include_background and logits.ndim > 1 and logits.shape[1] == 1:
         raise ValueError("include_background=False leaves no class: one logit already stands for the foreground alone")
     targets, class_weights = validated(logits, labels, class_weights, ignore_index)

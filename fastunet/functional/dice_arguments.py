@@ -6,6 +6,7 @@ import torch
 
 from fastunet.autograd import transformed
 from fastunet.functional import dice_cpu
+from fastunet.functional._checks import check_tensors
 
 LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 MOST_CLASSES = 128
@@ -21,6 +22,7 @@ def validated(
     logits: torch.Tensor, labels: torch.Tensor, class_weights: torch.Tensor | None, ignore_index: int | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The labels as (N, S) integers or (N, C, S) memberships, and the weights in float32 on the logits' device."""
+    check_tensors("dice", logits=logits, labels=labels)
     shape = tuple(logits.shape)
     if len(shape) < 3 or not 1 <= shape[1] <= MOST_CLASSES:
         raise ValueError(f"logits have shape {shape}; expected (N, C, H, W) with C from 1 to {MOST_CLASSES}")

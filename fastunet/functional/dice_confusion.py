@@ -6,6 +6,7 @@ import torch
 
 from fastunet import dispatch
 from fastunet.functional import dice_cpu
+from fastunet.functional._checks import check_classes, check_tensors
 from fastunet.functional.dice_arguments import MOST_CLASSES, cannot_raise, integer_labels, pixels_of, raise_for_wrong
 
 dispatch.define(
@@ -65,8 +66,8 @@ def confusion_counts(
         (N, num_classes² + 2) int64: the matrix row by row, the number of pixels left out because a label is out of
         range, and the greatest such label.
     """
-    if not 1 <= num_classes <= MOST_CLASSES:
-        raise ValueError(f"num_classes is {num_classes}; expected 1 to {MOST_CLASSES}")
+    check_classes(num_classes, MOST_CLASSES)
+    check_tensors("confusion_matrix", logits=logits_or_labels, labels=labels)
     predictions = logits_or_labels
     if predictions.dtype.is_floating_point:
         shape = tuple(predictions.shape)

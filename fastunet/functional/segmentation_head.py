@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from fastunet import autograd
 from fastunet.dispatch import autocast_operands, define, select_backend
-from fastunet.functional._checks import check_bias, check_image, check_weight
+from fastunet.functional._checks import check_bias, check_image, check_tensors, check_weight
 from fastunet.functional._layout import empty_nhwc, nhwc
 from fastunet.functional.conv_relu import fake_forward as fake_conv_relu
 from fastunet.functional.conv_relu import torch_forward as torch_conv_relu
@@ -151,6 +151,7 @@ def too_many_classes(weight: torch.Tensor) -> str | None:
 
 def _head(x, weight, bias, output, mask_x, backend):
     check_image("segmentation_head", x)
+    check_tensors("segmentation_head", weight=weight, bias=bias)
     if output not in OUTPUTS:
         raise ValueError(f"segmentation_head: output is {output!r}; expected one of {', '.join(OUTPUTS)}")
     if output == "labels" and weight.shape[0] > 256:

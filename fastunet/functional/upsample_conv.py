@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from fastunet.dispatch import autocast_operands, define, select_backend
-from fastunet.functional._checks import check_bias, check_image, check_weight
+from fastunet.functional._checks import check_bias, check_image, check_tensors, check_weight
 from fastunet.functional._layout import empty_nhwc, nhwc
 from fastunet.functional.relu import masked
 
@@ -112,6 +112,7 @@ def upsample_conv_relu(
         ValueError: shapes, dtypes or devices that do not fit; the message shows them.
     """
     check_image("upsample_conv_relu", x)
+    check_tensors("upsample_conv_relu", weight=weight, bias=bias)
     x, weight, bias = autocast_operands(x, weight, bias)
     check_weight("upsample_conv_relu", weight, (None, x.shape[1], 2, 2), x)
     check_bias("upsample_conv_relu", bias, weight.shape[0], x)
