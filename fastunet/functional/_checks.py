@@ -10,7 +10,7 @@ def check_tensors(operator: str, **values: object) -> None:
     for name, value in values.items():
         if isinstance(value, torch.Tensor):
             if value.layout != torch.strided or value.is_quantized or value.is_complex():
-                raise ValueError(f"{operator}: {name} is {value.layout} {value.dtype}; expected a dense tensor of real numbers")
+                raise ValueError(f"{operator}: {name} is {value.layout} {value.dtype}; expected dense, real numbers")
         elif value is not None or name in ("x", "weight", "logits", "labels"):
             raise TypeError(f"{operator}: {name} must be a tensor, got {str(value)[:80]!r}")
 
