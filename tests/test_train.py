@@ -191,3 +191,15 @@ def test_what_a_resumed_run_may_change():
     assert config.resumed_with({"epochs": 5, "data": "b", "threads": 1}).epochs == 5
     with pytest.raises(UserError, match="--batch-size 8; it cannot resume with 4"):
         config.resumed_with({"batch_size": 4})
+
+
+def test_a_class_called_foreground_is_not_the_mean():
+    from fastunet.metrics import SegmentationMetrics
+    from fastunet.training.results import metric_columns
+
+    metrics = SegmentationMetrics(3, ["background", "foreground", "rim"])
+    metrics.update(torch.tensor([[[0, 1], [1, 0]]]), torch.tensor([[[0, 1], [1, 2]]]))
+    columns = metric_columns(metrics)
+    assert columns["dice_foreground"] == pytest.approx(0.5)
+    assert columns["dice_foreground (class)"] == 1
+    assert columns["dice_rim"] == 0

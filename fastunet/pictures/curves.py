@@ -22,7 +22,7 @@ def curves(history: Sequence[dict], class_names: Sequence[str]) -> bytes:
         loss_axes.plot(epochs, values, color=colour, label=label, marker=marker, ms=3)
     loss_axes.set_title("Loss")
     for index, name in enumerate(class_names[1:], start=1):
-        values = [_number(row.get(f"dice_{name}")) for row in history]
+        values = [_number(row.get(f"dice_{name} (class)", row.get(f"dice_{name}"))) for row in history]
         colour = _darker(class_colour(index))
         dice_axes.plot(epochs, values, color=colour, label=name, marker=marker, ms=3)
     mean = [_number(row.get("dice_foreground")) for row in history]

@@ -17,7 +17,7 @@ def metric_columns(metrics: SegmentationMetrics) -> dict[str, float]:
     """The metrics of all pixels as columns of the log.
 
     "dice" is the mean over all classes as in the Keras source; "dice_foreground", precision, sensitivity and
-    specificity are means over the foreground classes; "dice_<class>" follow.
+    specificity are means over the foreground classes; "dice_<class>" follow, " (class)" behind a name that is taken.
     """
     result = metrics.compute()
     foreground = [result["classes"][name] for name in metrics.class_names[1:]]
@@ -25,7 +25,10 @@ def metric_columns(metrics: SegmentationMetrics) -> dict[str, float]:
     columns["dice_foreground"] = _mean([scores["dice"] for scores in foreground])
     for key in ("precision", "sensitivity", "specificity"):
         columns[key] = _mean([scores[key] for scores in foreground])
-    return columns | {f"dice_{name}": result["classes"][name]["dice"] for name in metrics.class_names}
+    for name in metrics.class_names:
+        column = f"dice_{name}"
+        columns[f"{column} (class)" if column in columns else column] = result["classes"][name]["dice"]
+    return columns
 
 
 def write_log(run: Path, history: Sequence[dict]) -> None:
