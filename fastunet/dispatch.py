@@ -148,6 +148,14 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
+def settings() -> tuple:
+    """What a captured pass cannot follow when it changes: the backend that "auto" means, and flags of PyTorch."""
+    cudnn = torch.backends.cudnn
+    precision = getattr(getattr(cudnn, "conv", cudnn), "fp32_precision", None)  # newer PyTorch; else allow_tf32
+    tf32 = cudnn.allow_tf32 if precision is None else precision
+    return os.environ.get("FASTUNET_BACKEND"), tf32, cudnn.enabled, cudnn.deterministic
+
+
 def autocast_operands(x: torch.Tensor, *others: torch.Tensor | None) -> list[torch.Tensor | None]:
     """The tensors in the autocast dtype if autocast is on for ``x``'s device, else as they are, like ``nn.Conv2d``."""
     operands = [x, *others]

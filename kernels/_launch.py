@@ -38,8 +38,9 @@ class Launch:
 
 @dataclass(frozen=True)
 class Started:
-    """A launch that was made: the compiled kernel, its grid, and every argument in the order of its signature."""
+    """A launch that was made: the kernel, what it was compiled to, its grid, and its arguments in order."""
 
+    kernel: Any
     compiled: Any
     grid: tuple[int, ...]
     arguments: list[Any]
@@ -47,15 +48,21 @@ class Started:
 
 @dataclass
 class _State:
-    records: list[Launch] | None = None
-    architecture: int | None = None
     poison: bool = False
     capabilities: dict[int, int] = field(default_factory=dict)
 
 
+class _Thread(threading.local):
+    """What one thread alone is told: launches to record or trace, the architecture to choose for, weights to keep."""
+
+    records: list[Launch] | None = None
+    architecture: int | None = None
+    started: list[Started] | None = None
+    kept_weights: Any = None
+
+
 _state = _State()
-thread = threading.local()
-"""What one thread alone is told: the launches being traced, the weights being kept."""
+thread = _Thread()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], /, *args: Any, num_warps: int = 4, num_stages: int = 3, **kwargs: Any):
@@ -63,15 +70,15 @@ def launch(kernel: Any, grid: tuple[int, ...], /, *args: Any, num_warps: int = 4
     if 0 in grid:
         return
     check_sizes(kernel.__name__, (*args, *kwargs.values()))
-    if _state.records is not None:
+    if thread.records is not None:
         bound = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-        _state.records.append(Launch(kernel, grid, bound, num_warps, num_stages, architecture()))
+        thread.records.append(Launch(kernel, grid, bound, num_warps, num_stages, architecture()))
         return
     # stated, because Triton 3.10 turns off by default the fusion of multiplication and addition that 3.9 has on
     compiled = kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True, **kwargs)
-    started = getattr(thread, "started", None)
-    if started is not None:
-        started.append(Started(compiled, grid, [*args, *(kwargs[name] for name in kernel.arg_names[len(args) :])]))
+    if thread.started is not None:
+        arguments = [*args, *(kwargs[name] for name in kernel.arg_names[len(args) :])]
+        thread.started.append(Started(kernel, compiled, grid, arguments))
 
 
 @contextlib.contextmanager
@@ -86,8 +93,8 @@ def tracing() -> Iterator[list[Started]]:
 
 def observed() -> bool:
     """Whether launches are interpreted, recorded, poisoned, or spared by kept weights: none that a plan may repeat."""
-    kept = getattr(thread, "kept_weights", None) is not None
-    return kept or INTERPRETED or _state.records is not None or _state.architecture is not None or _state.poison
+    told = (thread.kept_weights, thread.records, thread.architecture)
+    return INTERPRETED or _state.poison or any(each is not None for each in told)
 
 
 @contextlib.contextmanager
@@ -96,12 +103,12 @@ def recording(architecture: int) -> Iterator[list[Launch]]:
 
     ``architecture`` is the compute capability times ten (80, 90, 100) for which configurations are chosen.
     """
-    previous = _state.records, _state.architecture
-    _state.records, _state.architecture = [], architecture
+    previous = thread.records, thread.architecture
+    thread.records, thread.architecture = [], architecture
     try:
-        yield _state.records
+        yield thread.records
     finally:
-        _state.records, _state.architecture = previous
+        thread.records, thread.architecture = previous
 
 
 @contextlib.contextmanager
@@ -116,8 +123,8 @@ def poisoned() -> Iterator[None]:
 
 def architecture() -> int:
     """Compute capability times ten of the current device; 90 in the interpreter unless :func:`recording` says other."""
-    if _state.architecture is not None:
-        return _state.architecture
+    if thread.architecture is not None:
+        return thread.architecture
     if INTERPRETED:
         return 90
     index = torch.cuda.current_device()
@@ -186,13 +193,25 @@ def vector_width(x: torch.Tensor) -> int:
     return next(width for width in (16 // x.element_size(), 4, 2, 1) if x.shape[1] % width == 0)
 
 
+def tf32() -> bool:
+    """Whether PyTorch's convolutions may round float32 operands to tf32.
+
+    Since PyTorch 2.9 that is one of several settings which inherit from each other; once one of them has been set,
+    reading the older ``allow_tf32`` may raise.
+    """
+    settings = getattr(torch.backends.cudnn, "conv", None)
+    if hasattr(settings, "fp32_precision"):
+        return settings.fp32_precision == "tf32"
+    return torch.backends.cudnn.allow_tf32
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """How :func:`mma` multiplies: "tf32" or "ieee" for float32 as PyTorch's convolutions are set, else "half".
 
     "upcast" (interpreter only) widens bfloat16 operands, which the interpreter's ``tl.dot`` multiplies wrongly.
     """
     if dtype == torch.float32:
-        return "tf32" if torch.backends.cudnn.allow_tf32 and not INTERPRETED else "ieee"
+        return "tf32" if tf32() and not INTERPRETED else "ieee"
     return "upcast" if INTERPRETED and dtype == torch.bfloat16 else "half"
 
 

@@ -26,6 +26,8 @@ _VIEWS = frozenset((
     _aten.view.default,
 ))  # fmt: skip
 _hooks = triton.knobs.runtime
+_PROVEN = (3, 6) <= tuple(int(n) for n in triton.__version__.split(".")[:2]) <= (3, 9)
+"""Triton's inner launch differs from version to version; on one that was not proven every call runs its launcher."""
 _NEW: Any = object()
 _MOST_PLANS = 4096
 """Of one launcher: images of ever new sizes must not fill the memory."""
@@ -37,16 +39,19 @@ def planned(launcher: Callable[..., Any]) -> Callable[..., Any]:
     A call that does more than allocate, take views and launch (a copy into channels_last memory, say) is never
     repeated this way, nor is one that is recorded, searched for a configuration, or interpreted.
     """
+    if not _PROVEN:
+        return launcher
     plans: dict[tuple, _Plan | None] = {}
 
     @functools.wraps(launcher)
     def call(*operands: Any) -> Any:
-        if _launch.observed() or _tuned.observed():
+        knobs = triton.knobs
+        if _launch.observed() or _tuned.observed() or knobs.runtime.debug or knobs.compilation.instrumentation_mode:
             return launcher(*operands)
         tensors = [a for a in operands if isinstance(a, torch.Tensor)]
-        key = (tuple([_alike(a) for a in operands]), torch.backends.cudnn.allow_tf32)
+        key = (tuple([_alike(a) for a in operands]), _launch.tf32())
         plan = plans.get(key, _NEW)
-        if plan is None:
+        if plan is None or (plan is not _NEW and plan.hooked()):
             return launcher(*operands)
         if plan is not _NEW:
             return plan.run(tensors)
@@ -117,6 +122,7 @@ class _Start:
 
     def __init__(self, started: _launch.Started, slots: list[_Slot | _DescriptorSlot]):
         compiled, self._grid = started.compiled, (*started.grid, 1, 1)[:3]
+        self.kernel = started.kernel
         self._hooked, self._run = compiled[self._grid], compiled.run
         self._function, self._metadata = compiled.function, compiled.packed_metadata
         self._arguments = [None if _has_address(value) else value for value in started.arguments]
@@ -151,6 +157,10 @@ class _Plan:
     starts: list[_Start]
     results: list[_Result]
     single: bool
+
+    def hooked(self) -> bool:
+        """Whether a kernel has hooks that must see the arguments of each launch."""
+        return any(start.kernel.pre_run_hooks for start in self.starts)
 
     def run(self, inputs: list[torch.Tensor]) -> Any:
         made = [torch.empty_strided(shape, strides, dtype=dtype, device=device)

@@ -176,7 +176,7 @@ def observed() -> bool:
 def _slug() -> str | None:
     if _state.told is not None:
         return _state.told
-    if _launch.INTERPRETED or _launch._state.architecture is not None:
+    if _launch.INTERPRETED or _launch.thread.architecture is not None:
         return None
     return _device_slug(torch.cuda.current_device())
 

@@ -52,7 +52,7 @@ def keeping(kept: dict[tuple, Any]) -> Iterator[None]:
 
     For weights that do not change while ``kept`` lives, as those of a captured forward pass.
     """
-    previous = getattr(_launch.thread, "kept_weights", None)
+    previous = _launch.thread.kept_weights
     _launch.thread.kept_weights = kept
     try:
         yield
@@ -65,7 +65,7 @@ def keepable(reorder: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
 
     @functools.wraps(reorder)
     def call(weight: torch.Tensor, *options: Any, **named: Any) -> torch.Tensor:
-        kept = getattr(_launch.thread, "kept_weights", None)
+        kept = _launch.thread.kept_weights
         if kept is None:
             return reorder(weight, *options, **named)
         key = (reorder.__name__, weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, options,

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 from fastunet import UNet
+from fastunet.inference import frozen as frozen_module
 
 NETWORKS = {
     "brats": (dict(width=6, depth=2), (17, 30)),
@@ -53,6 +58,151 @@ def test_notices_changed_parameters():
     model.head.weight.data.mul_(3)
     frozen.refresh()
     assert_same(model, frozen, x)
+
+
+OPTIMISERS = {
+    "fused Adam": lambda p: torch.optim.Adam(p, lr=0.1, fused=True),
+    "fused AdamW": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+    "fused SGD": lambda p: torch.optim.SGD(p, lr=0.1, fused=True),
+    "foreach Adam": lambda p: torch.optim.Adam(p, lr=0.1, foreach=True),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
+    "LBFGS": lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=2),
+}
+
+
+@pytest.mark.parametrize("made", ["before", "after"])
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_follows_every_optimiser(name, made):
+    """Fused steps write parameters without telling autograd."""
+    model, _, x = build()
+    optimiser = OPTIMISERS[name](model.parameters()) if made == "before" else None
+    frozen = model.freeze()
+    optimiser = optimiser or OPTIMISERS[name](model.parameters())
+    before = frozen(x)
+    scaler = torch.amp.GradScaler("cpu", enabled=name == "fused Adam")
+    for _ in range(2):
+
+        def closure():
+            optimiser.zero_grad()
+            loss = model(x).square().mean()
+            scaler.scale(loss).backward()
+            return loss
+
+        closure()
+        if name == "LBFGS":
+            optimiser.step(closure)
+        else:
+            scaler.step(optimiser)
+            scaler.update()
+        assert_same(model, frozen, x)
+    assert not torch.allclose(frozen(x), before)
+
+
+def test_follows_replaced_and_parametrised_weights():
+    model, frozen, x = build()
+    frozen(x)
+    for _ in range(6):  # an allocator hands out the same few addresses
+        model.head.weight.data = torch.randn_like(model.head.weight)
+        assert_same(model, frozen, x)
+    torch.utils.swap_tensors(model.head.weight, torch.nn.Parameter(torch.randn_like(model.head.weight)))
+    assert_same(model, frozen, x)
+    model.load_state_dict({k: v * 0.5 for k, v in model.state_dict().items()}, assign=True)
+    assert_same(model, frozen, x)
+    torch.nn.utils.vector_to_parameters(torch.randn(sum(p.numel() for p in model.parameters())) / 9, model.parameters())
+    assert_same(model, frozen, x)
+    torch.nn.utils.parametrizations.weight_norm(model.bottleneck.conv1)
+    assert_same(model, frozen, x)
+    with torch.no_grad():
+        model.bottleneck.conv1.parametrizations.weight.original0.mul_(2)
+    assert_same(model, frozen, x)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("first", ["inference", "plain"])
+def test_inference_mode_and_plain_calls_mix(first, dtype):
+    model, frozen, x = build()
+    modes = [torch.inference_mode, torch.no_grad]
+    for mode in modes if first == "inference" else modes[::-1]:
+        for images in (x, x.clone()):
+            with mode(), torch.autocast("cpu", dtype, enabled=dtype is not None):
+                got, want = frozen(images), model(images)
+            torch.testing.assert_close(got.float(), want.float(), rtol=1e-4, atol=1e-4 if dtype is None else 0.05)
+    with torch.no_grad():
+        model.head.weight.mul_(2)
+    assert_same(model, frozen, x)
+
+
+def test_a_model_made_in_inference_mode_works():
+    with torch.inference_mode():
+        model = UNet(width=4, depth=1).eval()
+        x = torch.randn(1, 2, 8, 8)
+        assert_same(model, model.freeze(), x)
+
+
+def test_threads_get_their_own_results():
+    model, frozen, _ = build()
+    images = [torch.randn(1, 2, 16 + 2 * (i % 3), 20) for i in range(24)]
+    with torch.no_grad():
+        expected = [model(x) for x in images]
+    with ThreadPoolExecutor(4) as pool:
+        for got, want in zip(pool.map(frozen, images), expected):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_copies_and_pickles_prepare_their_own():
+    model, frozen, x = build()
+    frozen(x)
+    for twin in (copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):
+        assert twin.model is not model
+        with torch.no_grad():
+            model.head.weight.mul_(1.5)
+            assert not torch.allclose(twin(x), frozen(x))
+        assert_same(twin.model, twin, x)
+
+
+def test_a_graph_is_made_anew_when_what_it_cannot_follow_changes(monkeypatch):
+    model, frozen, x = build()
+    made = []
+
+    class Graph:
+        def __init__(self, function, images, memory):
+            made.append((function, memory))
+
+    monkeypatch.setattr(frozen_module, "_Graph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    first = frozen._graph(x, "logits")
+    assert frozen._graph(x, "logits") is first
+    frozen._graph(x, "labels")
+    model.backend = "torch"
+    frozen._graph(x, "logits")
+    monkeypatch.setenv("FASTUNET_BACKEND", "torch")
+    frozen._graph(x, "logits")
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    frozen._graph(x, "logits")
+    assert len(made) == 5
+    assert len({id(memory) for _, memory in made}) == 1
+    frozen.graphs = 2
+    frozen._graph(x[:1], "logits")
+    assert len(frozen._graphs) == 2
+
+
+def test_graphs_that_share_memory_wait_for_each_other():
+    """On another stream, too: the first call's result must be out before the second writes over it."""
+    happened = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_event(self, event):
+            happened.append((self.name, "waits for", event))
+
+    memory = frozen_module._Memory("pool")
+    memory.wait(Stream("a"))
+    assert happened == []
+    memory.done = "the copy of a's result"
+    memory.wait(Stream("b"))
+    assert happened == [("b", "waits for", "the copy of a's result")]
 
 
 def test_other_dtypes_and_autocast_run_the_model():

@@ -55,6 +55,73 @@ def test_precision_is_the_forward_pass_s():
     assert any(not torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
 
 
+class FakeGraph:
+    """Replays a step as a CUDA graph does: parameters change, and PyTorch does not count it."""
+
+    def __init__(self, model):
+        self.model, self.replays = model, 0
+
+    def replay(self):
+        self.replays += 1
+        for p in self.model.parameters():
+            p.data.mul_(1.01)
+
+
+def captured_step(monkeypatch):
+    """A step on a CPU that believes in a captured graph of its shape."""
+    model = UNet(width=4, depth=1, dropout=0.0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    step = TrainingStep(model, torch.nn.functional.cross_entropy, optimizer)
+    images, labels = torch.randn(1, 2, 8, 8), torch.randint(4, (1, 8, 8))
+    for _ in range(2):
+        step(images, labels)
+    graph = FakeGraph(model)
+    step._device = torch.device("cuda")
+    key = images.shape, images.dtype, labels.shape, labels.dtype
+    step._calls[key], step._graphs[key] = 4, (graph, images.clone(), labels.clone(), torch.zeros(()), step._captured())
+    monkeypatch.setattr(step, "_on_a_side_stream", lambda *_: "a real step")
+    return step, graph, images, labels
+
+
+def test_a_frozen_network_follows_replayed_steps(monkeypatch):
+    step, graph, images, labels = captured_step(monkeypatch)
+    frozen = step.model.freeze()
+    step.model.eval()
+    before = frozen(images)
+    step.model.train()
+    step(images, labels)
+    assert graph.replays == 1
+    step.model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(frozen(images), step.model(images))
+    assert not torch.allclose(frozen(images), before)
+
+
+CHANGES = {
+    "state loaded": lambda step: step.optimizer.load_state_dict(copy.deepcopy(step.optimizer.state_dict())),
+    "learning rate": lambda step: step.optimizer.param_groups[0].update(lr=5e-4),
+    "eval": lambda step: step.model.eval(),
+    "a part in eval": lambda step: step.model.dropout.eval(),
+    "loss": lambda step: setattr(step, "loss", lambda z, y: z.square().mean()),
+    "precision": lambda step: setattr(step, "precision", torch.bfloat16),
+    "frozen": lambda step: step.model.head.requires_grad_(False),
+    "replaced": lambda step: setattr(step.model.head.weight, "data", step.model.head.weight.data.clone()),
+    "another optimiser": lambda step: setattr(step, "optimizer", torch.optim.Adam(step.model.parameters())),
+    "flags": lambda step: setattr(torch.backends.cudnn, "deterministic", True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_captured_step_that_is_no_longer_so_is_captured_again(change, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    step, graph, images, labels = captured_step(monkeypatch)
+    step(images, labels)
+    assert graph.replays == 1
+    CHANGES[change](step)
+    assert step(images, labels) == "a real step"
+    assert graph.replays == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_captured_step_trains_as_the_plain_loop():

@@ -7,13 +7,18 @@ multiplies by weights packed once. Where neither applies it runs the model as it
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
+import threading
 from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fastunet.dispatch import triton_installed
+from fastunet.dispatch import settings, triton_installed
 from fastunet.inference import frozen_cpu
 
 if TYPE_CHECKING:
@@ -24,29 +29,41 @@ class FrozenUNet:
     """Inference of a :class:`fastunet.UNet` in evaluation mode; made by :meth:`fastunet.UNet.freeze`.
 
     A parameter that was changed in place (an optimiser's step, ``load_state_dict``) or replaced is noticed at the next
-    call, and what was prepared from it is made again. Changes through ``tensor.data[...] = …`` leave no trace in
-    PyTorch: call :meth:`refresh` after them.
+    call, and what was prepared from it is made again. What leaves no trace in PyTorch is not: ``tensor.data[...] = …``,
+    changes of parameters that were made in inference mode, a CUDA graph of the user's own that trains. Call
+    :meth:`refresh` after them. Several threads, and streams of a GPU, may call one frozen network at once.
+
+    A copy, or a pickle, holds the model and prepares its own.
 
     Args:
         model: the network; it is not copied, and not switched to evaluation mode.
-        graphs: how many input shapes keep a CUDA graph; the least recently used is dropped. Each keeps the memory of
-            one forward pass. Under autocast a copy of the model in its dtype is kept, too.
+        graphs: how many input shapes keep a CUDA graph; the least recently used is dropped. They share the memory of
+            their largest forward pass. Under autocast a copy of the model in its dtype is kept, too.
     """
 
     def __init__(self, model: UNet, graphs: int = 8):
         if graphs < 1:
             raise ValueError(f"graphs is {graphs}; expected at least 1")
+        _count_optimiser_steps()
         self.model = model
         self.graphs = graphs
+        self._lock = threading.RLock()
         self.refresh()
+
+    def __reduce__(self) -> tuple:
+        return FrozenUNet, (self.model, self.graphs)
 
     def refresh(self) -> None:
         """Forgets everything prepared; the next call prepares it again."""
-        self._state = self._fingerprint()
-        self._packed: frozen_cpu.PackedNetwork | None = None
-        self._casts: dict[torch.dtype, FrozenUNet] = {}
-        self._kept: dict[tuple, Any] = {}
-        self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()
+        with self._lock:
+            self._state = self._fingerprint()
+            # while these aliases live, no other tensor can get the address of one that was replaced
+            self._seen = [tensor.detach() for tensor in self._tensors()]
+            self._packed: frozen_cpu.PackedNetwork | None = None
+            self._casts: dict[torch.dtype, FrozenUNet] = {}
+            self._kept: dict[tuple, Any] = {}
+            self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()
+            self._memory: _Memory | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (N, num_classes, H', W') of images (N, in_channels, H, W)."""
@@ -67,40 +84,55 @@ class FrozenUNet:
         if self.model.runs_apart():  # what hangs on a module must run, in each call
             return self.model.infer(x, output)
         height, width = self.model._check(x)
-        if self._fingerprint() != self._state:
-            self.refresh()
         weight = self.model.head.weight
-        if torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            with torch.autocast(x.device.type, enabled=False):
-                return self._cast(dtype)._infer(x.to(dtype), output)
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind) and torch.float64 not in (x.dtype, weight.dtype):
+            dtype = torch.get_autocast_dtype(kind)
+            cast = self._prepared(lambda: self._casts.get(dtype) or self._cast(dtype))
+            with torch.autocast(kind, enabled=False):
+                return cast._infer(x.to(dtype), output)
         if x.is_cuda and x.numel() and not torch.cuda.is_current_stream_capturing():
-            return self._replay(x, output)
+            # one after the other: the graphs share their memory
+            return self._prepared(lambda: self._graph(x, output)(x))
         if self.model.backend == "triton" or x.dtype != weight.dtype or not frozen_cpu.packable(x):
             return self.model._run(x, output)
         x = self.model._pad(x)
-        if self._packed is None:
-            self._packed = frozen_cpu.PackedNetwork(self.model, *x.shape[2:])
-        return self._packed.run(x, output)[..., :height, :width]
+        return self._prepared(lambda: self._packed or self._pack(x)).run(x, output)[..., :height, :width]
+
+    def _prepared(self, get: Callable[[], Any]) -> Any:
+        """What ``get`` gives, by one thread at a time and of the parameters as they are; what it makes will be kept,
+        so it must be no tensor of inference mode, whatever the caller's mode is."""
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            if self._fingerprint() != self._state:
+                self.refresh()
+            return get()
+
+    def _pack(self, x: torch.Tensor) -> frozen_cpu.PackedNetwork:
+        self._packed = frozen_cpu.PackedNetwork(self.model, *x.shape[2:])
+        return self._packed
 
     def _cast(self, dtype: torch.dtype) -> FrozenUNet:
         """The network with its weights cast once to what autocast would cast them to in each call."""
-        if dtype not in self._casts:
-            self._casts[dtype] = FrozenUNet(copy.deepcopy(self.model).requires_grad_(False).to(dtype), self.graphs)
+        self._casts[dtype] = FrozenUNet(copy.deepcopy(self.model).requires_grad_(False).to(dtype), self.graphs)
         return self._casts[dtype]
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return [*self.model.parameters(), *self.model.buffers()]
 
     def _fingerprint(self) -> tuple:
         """What changes when a parameter is written in place or replaced, and nothing that needs the device."""
-        return tuple((p.data_ptr(), p._version, p.dtype) for p in self.model.parameters())
+        return tuple((t.data_ptr(), None if t.is_inference() else t._version, t.dtype) for t in self._tensors())
 
-    def _replay(self, x: torch.Tensor, output: str) -> torch.Tensor:
-        key = x.shape, x.dtype, x.device, output
+    def _graph(self, x: torch.Tensor, output: str) -> _Graph:
+        """The graph of ``x``'s shape under the settings that a captured pass cannot follow any more."""
+        key = x.shape, x.dtype, x.device, output, self.model.backend, settings()
         if key not in self._graphs:
             while len(self._graphs) >= self.graphs:
                 self._graphs.popitem(last=False)
-            self._graphs[key] = _Graph(lambda images: self._run_kept(images, output), x)
+            self._memory = self._memory or _Memory(torch.cuda.graph_pool_handle())
+            self._graphs[key] = _Graph(lambda images: self._run_kept(images, output), x, self._memory)
         self._graphs.move_to_end(key)
-        return self._graphs[key](x)
+        return self._graphs[key]
 
     def _run_kept(self, images: torch.Tensor, output: str) -> torch.Tensor:
         """The forward pass with the weights reordered for the kernels once: what is captured does not do it again."""
@@ -110,10 +142,24 @@ class FrozenUNet:
             return self.model._run(images, output)
 
 
-class _Graph:
-    """One captured forward pass with its own input and output memory."""
+@dataclass
+class _Memory:
+    """What graphs share that never run at once: their pool, and the end of its last use on whatever stream."""
 
-    def __init__(self, function, x: torch.Tensor):
+    pool: Any
+    done: torch.cuda.Event | None = None
+
+    def wait(self, stream: torch.cuda.Stream) -> None:
+        if self.done is not None:
+            stream.wait_event(self.done)
+
+
+class _Graph:
+    """One captured forward pass with its own input; a call's result is copied out of the shared memory."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, memory: _Memory):
+        self.memory = memory
+        memory.wait(torch.cuda.current_stream(x.device))
         self.input = torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
         stream = torch.cuda.Stream(x.device)
         stream.wait_stream(torch.cuda.current_stream(x.device))
@@ -122,11 +168,28 @@ class _Graph:
             for _ in range(2):
                 function(self.input)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=stream):
+            # other threads go on allocating while this one captures
+            with torch.cuda.graph(self.graph, pool=memory.pool, stream=stream, capture_error_mode="thread_local"):
                 self.output = function(self.input)
         torch.cuda.current_stream(x.device).wait_stream(stream)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        stream = torch.cuda.current_stream(x.device)
+        self.memory.wait(stream)
         self.input.copy_(x)
         self.graph.replay()
-        return self.output.clone()
+        result = self.output.clone()
+        self.memory.done = stream.record_event()
+        return result
+
+
+@functools.cache
+def _count_optimiser_steps() -> None:
+    """From now on a step of any optimiser leaves its trace: fused ones write parameters without counting it."""
+
+    def count(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if not p.is_inference()]
+        if not torch.compiler.is_compiling():
+            torch.autograd.graph.increment_version(parameters)
+
+    register_optimizer_step_post_hook(count)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from fastunet.dispatch import settings
+
 _WARM_UP = 3
 """Real steps before a capture: kernels compile, cuDNN chooses, the optimiser makes its state."""
 
@@ -14,9 +16,10 @@ class TrainingStep:
     """Calls of ``step(images, labels)`` train ``model`` and return the loss, a tensor without gradient.
 
     On a CUDA device the first three calls with a shape run as they are; from the fourth on the whole step is one CUDA
-    graph, replayed for inputs of that shape. Another shape starts over with its own graph. Elsewhere every call runs as
-    it is. The loss must not read values back to the host, and the learning rate of a captured step is the one that the
-    optimiser holds as a tensor.
+    graph, replayed for inputs of that shape. Another shape starts over with its own graph, and so does a shape when
+    what was captured is no longer so: parameters replaced or frozen, state loaded into the optimiser, an option of its
+    groups, ``train()`` or ``eval()``, the loss, the precision, PyTorch's flags. A learning rate that changes in each
+    step belongs in a tensor. Elsewhere every call runs as it is. The loss must not read values back to the host.
 
     Args:
         model: in training mode.
@@ -42,17 +45,22 @@ class TrainingStep:
             raise ValueError(f"{type(optimizer).__name__} cannot be captured: construct it with capturable=True")
         self._calls: dict[tuple, int] = {}
         self._graphs: dict[tuple, tuple] = {}
+        self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         if self._device.type != "cuda":
             return self._step(images, labels)
         key = images.shape, images.dtype, labels.shape, labels.dtype
         if key in self._graphs:
-            graph, static_images, static_labels, static_loss = self._graphs[key]
-            static_images.copy_(images)
-            static_labels.copy_(labels)
-            graph.replay()
-            return static_loss.clone()
+            graph, static_images, static_labels, static_loss, captured = self._graphs[key]
+            if captured == self._captured():
+                static_images.copy_(images)
+                static_labels.copy_(labels)
+                graph.replay()
+                # the replay wrote them without PyTorch's knowledge, and frozen networks ask
+                torch.autograd.graph.increment_version([p for p in self.model.parameters() if p.requires_grad])
+                return static_loss.clone()
+            del self._graphs[key], self._calls[key]
         self._calls[key] = self._calls.get(key, 0) + 1
         if self._calls[key] <= _WARM_UP:
             return self._on_a_side_stream(images, labels)
@@ -69,7 +77,7 @@ class TrainingStep:
 
     def _on_a_side_stream(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """A step as capture will see it: gradients and optimiser state must not belong to the default stream."""
-        stream = torch.cuda.Stream(self._device)
+        stream = self._stream = self._stream or torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             loss = self._step(images, labels)
@@ -83,4 +91,15 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
         with torch.cuda.graph(graph):
             static_loss = self._step(static_images, static_labels)
-        return graph, static_images, static_labels, static_loss
+        return graph, static_images, static_labels, static_loss, self._captured()
+
+    def _captured(self) -> tuple:
+        """What a replay takes for granted."""
+        tensors = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+        options = [(name, value.data_ptr() if isinstance(value, torch.Tensor) else value)
+                   for group in self.optimizer.param_groups for name, value in group.items() if name != "params"]
+        groups = [(p.data_ptr(), p.requires_grad) for group in self.optimizer.param_groups for p in group["params"]]
+        parameters = [(p.data_ptr(), p.requires_grad) for p in self.model.parameters()]
+        modes = [module.training for module in self.model.modules()]
+        return (self.loss, self.precision, self.optimizer, modes, parameters, groups, options,
+                [t.data_ptr() for t in tensors], settings())  # fmt: skip

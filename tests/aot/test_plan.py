@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
+import subprocess
 import sys
 import weakref
 
 import pytest
 import torch
+import triton
 
 from bench.gpu.host_driver import host_driver
 from fastunet.architecture import Architecture
 from fastunet.inspection.layers import network_calls
-from fastunet.kernels import _plan, relu
+from fastunet.kernels import _launch, _plan, relu
 from fastunet.kernels.conv import forward as conv_relu
 
 VALID = dict(padding="valid", up="transpose", depth=1)
@@ -135,3 +138,53 @@ def test_operands_of_one_storage_are_not_mixed_up(started):
         launcher(*operands)
         passed = [int(byte) for byte in re.findall(r"'address', 0, (\d+)", repr(addressless(started[0], [flat])))]
         assert passed == [operand.data_ptr() - flat.data_ptr() for operand in operands]
+
+
+def launched_python(launcher, *operands):
+    """Whether the call ran the launcher's own Python."""
+    return launcher.__wrapped__.__code__ in functions_called(launcher, *operands)
+
+
+def test_debugging_instrumentation_and_hooks_see_every_launch(started, monkeypatch):
+    launcher = _plan.planned(relu.backward)
+    dy, y = (torch.randn(1, 8, 4, 4).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    launcher(dy, y)
+    assert not launched_python(launcher, dy, y)
+    for knobs, name, value in ((triton.knobs.runtime, "debug", True),
+                               (triton.knobs.compilation, "instrumentation_mode", "gsan")):  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(knobs, name, value)
+            patch.setattr(_launch, "launch", lambda *args, **kwargs: None)
+            assert launched_python(launcher, dy, y), name
+    assert not launched_python(launcher, dy, y)
+    seen = []
+    monkeypatch.setattr(relu.relu_backward_kernel, "pre_run_hooks", [lambda *args, **kwargs: seen.append(args)])
+    launcher(dy, y)
+    assert len(seen) == 1, "a hook that was added after the first call"
+
+
+def test_a_triton_that_was_not_proven_runs_the_launchers(monkeypatch):
+    monkeypatch.setattr(_plan, "_PROVEN", False)
+    assert _plan.planned(relu.backward) is relu.backward
+
+
+def test_every_setting_of_tf32_is_read_and_none_raises(started):
+    """In a process of its own: PyTorch remembers that its newer settings were used."""
+    if not hasattr(torch.backends.cudnn, "conv"):
+        pytest.skip("this PyTorch has allow_tf32 alone")
+    script = """
+import torch
+import triton
+from fastunet.kernels import _launch
+b = torch.backends
+assert _launch.tf32() and _launch.dot_precision(torch.float32) == "tf32"
+for owner, value, expected in ((b.cudnn, "ieee", False), (b.cudnn, "tf32", True), (b.cudnn.conv, "ieee", False),
+                               (b.cudnn.conv, "tf32", True), (b.cudnn.rnn, "ieee", True), (b, "ieee", True),
+                               (b.cudnn.conv, "none", True), (b.cudnn, "none", False), (b, "tf32", True)):
+    owner.fp32_precision = value
+    assert _launch.tf32() == expected, (owner, value)
+    assert _launch.dot_precision(torch.float32) == ("tf32" if expected else "ieee")
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
