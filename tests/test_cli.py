@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from fastunet import __version__, cli, functional
 from fastunet.cli import main
@@ -186,3 +187,27 @@ def test_info_lists_the_blocks_of_a_network(capsys):
     out = capsys.readouterr().out
     for part in ("encoders.0", "encoders.3", "bottleneck", "dropout", "decoders.3", "head"):
         assert f"{part:12}fused" in out
+
+
+def test_info_checks_every_operator(capsys, monkeypatch):
+    from fastunet.inspection import selfcheck
+
+    assert set(selfcheck._SHAPES) == set(functional.__all__)
+    assert run("info", "--device", "cpu", "--check") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("passes" in line for line in lines) == 3 * len(functional.__all__)
+
+    def wrong(x, weight, bias=None, *, backend="auto"):
+        y = torch.nn.functional.conv2d(x, weight, bias, padding=1).relu()
+        return y + 0.01 * (torch.arange(y.shape[-1]) == 3)
+
+    def broken(*args, **options):
+        raise RuntimeError("no kernel image\nfor this device")
+
+    monkeypatch.setattr(functional, "conv_relu", wrong)
+    monkeypatch.setattr(functional, "max_pool2d", broken)
+    code = run("info", "--device", "cpu", "--check")
+    out = capsys.readouterr()
+    assert sum("FAILS" in line for line in out.out.splitlines()) >= 4
+    assert "RuntimeError: no kernel image" in out.out
+    assert (code, "conv_relu, max_pool2d cannot be trusted on cpu" in out.err) == (2, True)

@@ -8,6 +8,8 @@ import gzip
 import os
 import resource
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -308,6 +310,54 @@ def test_results_are_not_overwritten_unasked(data, checkpoint, tmp_path, capsys)
     assert_user_error(capsys, segment(checkpoint, data / CASE, tmp_path / "out"), f"{CASE}.nii.gz", "--overwrite")
     assert segment(checkpoint, data / CASE, tmp_path / "out", "--overwrite") == 0
     assert (tmp_path / "out" / f"{CASE}.nii.gz").read_bytes() == before
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_a_device_without_memory_gets_smaller_batches(probabilities, data, checkpoint, tmp_path, capsys, monkeypatch):  # noqa: F811
+    """The batch is halved until it fits, with one line each time, and the labels are those of the small batch."""
+    import torch
+
+    from fastunet.inference.segmenter import Segmenter
+
+    options = ["--batch-size", "9", *(["--probabilities"] if probabilities else [])]
+    assert segment(checkpoint, data / CASE, tmp_path / "small", "--batch-size", "2", *options[2:]) == 0
+    original = Segmenter._run
+
+    def limited(self, forward, images):
+        if len(images) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        yield from original(self, forward, images)
+
+    monkeypatch.setattr(Segmenter, "_run", limited)
+    most = 2
+    capsys.readouterr()
+    assert segment(checkpoint, data / CASE, tmp_path / "out", *options) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "no memory" in line]
+    assert [line.rpartition(" ")[2] for line in lines] == ["4", "2"]
+    for name in files_below(tmp_path / "small"):
+        ours, theirs = (np.asarray(nibabel.load(tmp_path / folder / name).dataobj) for folder in ("out", "small"))
+        assert (np.abs(ours - theirs.astype(np.float64)) <= 1e-4).mean() > 0.999, name
+    most = 0
+    code = segment(checkpoint, data / CASE, tmp_path / "none", *options)
+    assert_user_error(capsys, code, "one slice", "more memory")
+    assert files_below(tmp_path / "none") == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_standard_output_is_one_sentence():
+    line = [sys.executable, "-m", "fastunet", "summary", "--width", "2", "--depth", "1"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "fastunet: the standard output: no space left on device\n"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_out_of_memory_is_one_sentence(error, monkeypatch, capsys):
+    from fastunet import cli
+
+    monkeypatch.setattr(cli.info, "run", lambda args: (_ for _ in ()).throw(error))
+    assert_user_error(capsys, run("info"), "out of memory")
 
 
 def test_demo_leaves_other_folders_alone(tmp_path, capsys):

@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", type=Path, help="a run folder or checkpoint: list its blocks")
     parser.add_argument("--preset", choices=sorted(PRESETS), help="list the blocks of this network, untrained")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--check", action="store_true", help="run every operator against plain PyTorch in float64")
     parser.add_argument("--kernels", action="store_true",
                         help="compile every kernel (for sm_90 if there is no GPU) and list its code")  # fmt: skip
 
@@ -33,6 +34,9 @@ def run(args: argparse.Namespace) -> None:
     print(f"FASTUNET_BACKEND: {os.environ.get('FASTUNET_BACKEND', 'not set (auto)')}")
     print()
     _operators(device)
+    if args.check:
+        print()
+        _check(device)
     if args.model or args.preset:
         print()
         _blocks(args.model, args.preset)
@@ -85,6 +89,24 @@ def _blocks(run: Path | None, preset: str | None) -> None:
         part = getattr(model, name)
         for each in [f"{name}.{i}" for i in range(len(part))] if name.endswith("ders") else [name]:
             print(f"{each:12}{'through its modules: ' + reasons[each] if each in reasons else 'fused'}")
+
+
+def _check(device) -> None:
+    """A line per operator and dtype, with its error and what is allowed."""
+    import torch
+
+    from fastunet.errors import UserError
+    from fastunet.inspection.selfcheck import check_operators
+
+    checks = [c for name in DTYPES for c in check_operators(device, getattr(torch, name))]
+    for check in checks:
+        result = "passes" if check.passed else "FAILS"
+        found = check.problem or f"error {check.error:.1e}, allowed {check.allowed:.1e}"
+        print(f"{check.operator:20}{check.dtype.removeprefix('torch.'):10}{result}  {found}")
+    failed = sorted({check.operator for check in checks if not check.passed})
+    if failed:
+        advice = "FASTUNET_BACKEND=torch runs the same on PyTorch's operators"
+        raise UserError(f"{', '.join(failed)} cannot be trusted on {device}; {advice}")
 
 
 def _kernels() -> None:
