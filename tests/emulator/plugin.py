@@ -67,7 +67,9 @@ class _Emulation:
         self.option = config.option
         self.comparisons: list[dict] = []
 
+    @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, config, items):
+        self.collected = len(items)  # before -k
         share, shares = map(int, self.option.share.split("/"))
         rows = logged(self.option.log) if self.option.log else []
         done = {row["test"] for row in rows
@@ -126,7 +128,7 @@ class _Emulation:
         import triton
 
         git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-        self.append({"session": {
+        self.append({"collected": self.collected, "session": {
             "commit": git.stdout.strip() or "unknown", "Triton": triton.__version__, "PyTorch": torch.__version__,
             "NumPy": numpy.__version__, "Python": platform.python_version()}})  # fmt: skip
 

@@ -60,7 +60,8 @@ def table(rows: list[dict]) -> str:
     sessions = [row for row in rows if "session" in row]
     tests = [row for row in rows if "test" in row]
     targets = list(dict.fromkeys(_target(row) for row in tests))
-    parts = ["## Runs", _versions(sessions), _runs(tests, targets)]
+    collected = max((row.get("collected", 0) for row in sessions), default=0)
+    parts = ["## Runs", _versions(sessions), _runs(tests, targets, collected)]
     parts += ["## Greatest error as a share of its budget", _NOTE, _kernels(tests, targets)]
     failed = [row for row in tests if row["outcome"] == "failed"]
     lines = [f"- {_target(r)}, `{r['test'].split('/')[-1]}`: {r['message'][:300]}" for r in failed]
@@ -72,7 +73,7 @@ _NOTE = """\
 The budget is twice PyTorch's error in the same dtype plus two units of rounding of the greatest element, both
 against float64 (`tests/tolerance.py`). For tf32 the unit is 2⁻⁹, what two operands cut to 10 bits lose. A cell holds
 the greatest share of all tests that launch the kernel, and in brackets how many passed of those that ran; "=" where
-they compare bit for bit only."""
+they compare bit for bit only. An empty cell was not run, or the kernel is not for that target."""
 
 
 def _target(row: dict) -> str:
@@ -87,7 +88,7 @@ def _versions(sessions: list[dict]) -> str:
     return "; ".join(f"{name} {', '.join(sorted(versions))}" for name, versions in found.items()) + "."
 
 
-def _runs(tests: list[dict], targets: list[str]) -> str:
+def _runs(tests: list[dict], targets: list[str], collected: int) -> str:
     columns = "target", "passed", "failed", "of them faults", "skipped", "launches", "programs", "instructions", "time"
     lines = ["| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * 8]
     for target in targets:
@@ -101,7 +102,8 @@ def _runs(tests: list[dict], targets: list[str]) -> str:
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     total = {n: sum(row["totals"].get(n, 0) for row in tests) for n in ("programs", "instructions", "seconds")}
     seconds = total["seconds"] or 1
-    speed = (f"Launches, programs and instructions (of warps) count both runs of a launch. While emulating, "
+    speed = (f"There are {collected} tests, of which those in float32 run again in tf32; what is not counted here was "
+             f"not run. Launches, programs and instructions (of warps) count both runs of a launch. While emulating, "
              f"{total['programs'] / seconds:.0f} programs and {total['instructions'] / seconds / 1e3:.0f} thousand "
              f"instructions a second on one core of a shared machine; the time includes compilation and PyTorch's "
              f"references.")  # fmt: skip
