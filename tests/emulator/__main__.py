@@ -37,10 +37,11 @@ def main() -> int:
         for target in targets:
             campaign.run(target, log, jobs=options.j, dtype=options.dtype, keyword=options.k, subset=not options.full)
     labels = {target.label for target in targets}
-    rows = [row for row in logged(log) if row["label"] in labels]
-    print(proof.table(rows))
+    rows = [row for row in logged(log) if options.proof or row["label"] in labels]
     if options.proof:
+        rows = proof.latest(rows)
         proof.write(rows, campaign.ROOT / "docs" / "proof.md")
+    print(proof.table(rows))
     failed = [row for row in rows if row.get("outcome") == "failed"]
     for row in failed:
         print(f"FAILED {row['label']} {row['test']}: {row['message']}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 _HEAD = """# What runs compiled, without a GPU
@@ -45,6 +45,17 @@ _MUTANTS = """
 One barrier, wait or fence at a time is taken out of a kernel (`python -m tests.emulator.mutants` shows each). What is
 not caught has a neighbour that orders the same accesses in these launches.
 """
+
+
+def latest(rows: list[dict]) -> list[dict]:
+    """Of a test that ran with several states of the kernels the last; its row says at which commit."""
+    commits, found = {}, {}
+    for number, row in enumerate(rows):
+        if "session" in row:
+            commits[row["label"]] = row["session"]["commit"]
+        row["commit"] = commits.get(row["label"], "unknown")
+        found[row["label"].rsplit(" ", 1)[0], row.get("test", number)] = row
+    return list(found.values())
 
 
 def write(rows: list[dict], path: Path) -> None:
@@ -89,8 +100,9 @@ def _versions(sessions: list[dict]) -> str:
 
 
 def _runs(tests: list[dict], targets: list[str], collected: int) -> str:
-    columns = "target", "passed", "failed", "of them faults", "skipped", "launches", "programs", "instructions", "time"
-    lines = ["| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * 8]
+    columns = ["target", "passed", "failed", "of them faults", "skipped", "launches", "programs", "instructions"]
+    columns += ["time", "commits"]
+    lines = ["| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * 8 + " --- |"]
     for target in targets:
         mine = [row for row in tests if _target(row) == target]
         count = {o: sum(row["outcome"] == o for row in mine) for o in ("passed", "failed", "skipped")}
@@ -98,16 +110,24 @@ def _runs(tests: list[dict], targets: list[str], collected: int) -> str:
         total = {name: sum(row["totals"].get(name, 0) for row in mine) for name in ("programs", "instructions")}
         launches, seconds = sum(sum(row["launches"].values()) for row in mine), sum(row["seconds"] for row in mine)
         cells = (target, count["passed"], count["failed"], faults, count["skipped"], launches, total["programs"],
-                 f"{total['instructions'] / 1e6:.0f} M", f"{seconds / 60:.0f} min")  # fmt: skip
+                 f"{total['instructions'] / 1e6:.0f} M", f"{seconds / 60:.0f} min", _commits(mine),
+                 )  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     total = {n: sum(row["totals"].get(n, 0) for row in tests) for n in ("programs", "instructions", "seconds")}
     seconds = total["seconds"] or 1
-    speed = (f"There are {collected} tests, of which those in float32 run again in tf32; what is not counted here was "
-             f"not run. Launches, programs and instructions (of warps) count both runs of a launch. While emulating, "
+    speed = (f"The last column holds the commits, with the number of tests that last ran there. There are {collected} "
+             f"tests, of which those in float32 run again in tf32; what is not counted here was not run. Launches, "
+             f"programs and instructions (of warps) count both runs of a launch. While emulating, "
              f"{total['programs'] / seconds:.0f} programs and {total['instructions'] / seconds / 1e3:.0f} thousand "
              f"instructions a second on one core of a shared machine; the time includes compilation and PyTorch's "
              f"references.")  # fmt: skip
     return "\n".join(lines) + "\n\n" + speed
+
+
+def _commits(rows: list[dict]) -> str:
+    """Which tests last ran with which state of the kernels."""
+    counts = Counter(row["commit"] for row in rows if "commit" in row)
+    return ", ".join(f"{commit} ({count})" for commit, count in counts.items())
 
 
 def _dtype(row: dict) -> str:
