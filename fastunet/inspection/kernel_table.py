@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from fastunet.inspection.machine_code import GFX942, Report, compile_launch, com
 from fastunet.inspection.traffic import Traffic, count
 from fastunet.kernels import _launch, _tuned
 from fastunet.kernels._launch import Launch
+from fastunet.kernels.conv.cost import Cost, usual_device
 
 TRAINING_KERNELS, INFERENCE_KERNELS = 70, 24
 """At most so many kernels the first training step of a reference network compiles, and its first inference."""
@@ -108,13 +110,14 @@ def kernel_table(architecture: int | None = None, dtype: torch.dtype = torch.bfl
 
 
 HEADER = ("kernel", "layer", "arch", "registers", "stack", "shared", "main loop", "products", "loads/product",
-          "MB", "floor MB", "ratio", "GFLOP", "useful", "")  # fmt: skip
+          "MB", "floor MB", "ratio", "GFLOP", "useful", "predicted µs", "floor", "")  # fmt: skip
 
 
 def format_table(rows: Iterable[Row]) -> str:
     """``rows`` as text: registers of a thread, bytes of stack and shared memory, instructions and products of the main
     loop, then of one launch the bytes that its tiles ask for beside the floor of its operator call, its arithmetic,
-    and the share of the call's arithmetic that the layer needs."""
+    the share of the call's arithmetic that the layer needs, the time predicted by count, and the operator call's floor
+    as a share of it. A prediction, not a measurement."""
     lines = [HEADER, *map(_cells, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
     return "\n".join(
@@ -142,8 +145,24 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{traffic.bytes / floor:.2f}",
         f"{traffic.flop / 1e9:.2f}" if traffic.flop else "-",
         f"{2 * use.call.macs / row.call_flop:.0%}" if traffic.flop else "-",
+        *_predicted(row),
         "; ".join(row.failures),
     )
+
+
+def _predicted(row: Row) -> tuple[str, str]:
+    """Microseconds of the launch by :mod:`fastunet.kernels.conv.cost`, and the call's floor as a share of them."""
+    use, traffic, size = row.use, row.traffic, row.use.dtype.itemsize
+    if use.architecture == GFX942:
+        return "-", "-"
+    gpu, programs = usual_device(use.architecture), math.prod(use.launch.grid)
+    floor_bytes = use.call.floor_bytes(use.dtype)
+    counted = Cost(programs, traffic.flop // (2 * programs), traffic.read // programs,
+                   min(floor_bytes, traffic.bytes), 1, size, "pointer" in row.report.kernel)  # fmt: skip
+    floor = Cost(gpu.multiprocessors, use.call.macs // gpu.multiprocessors if traffic.flop else 0, 0, floor_bytes, 0,
+                 size, False)  # fmt: skip
+    seconds = counted.seconds(gpu)
+    return f"{1e6 * seconds:.1f}", f"{floor.seconds(gpu) / seconds:.0%}"
 
 
 def _calls(network: Architecture, batch: int, height: int, width: int) -> list[Call]:

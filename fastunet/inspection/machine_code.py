@@ -33,9 +33,6 @@ GFX942 = 942
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, GFX942: 64}
 """KiB of shared memory that one program may use (CUDA C++ Programming Guide, table of technical specifications)."""
 
-TRITON_SERIALISES_EIGHT_WARPS = triton.__version__.startswith("3.6.")
-"""Triton 3.6 emits code for two warp groups, a plain matrix product's too, whose products ptxas serialises."""
-
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _PRODUCT = re.compile(r"HGMMA|HMMA|QGMMA|IMMA|UTC\w*MMA|v_mfma_")
 _LOAD = re.compile(r"UTMALDG|LDGSTS|LDG|(?:global|buffer)_load_")
@@ -184,16 +181,23 @@ def failures(report: Report, launch: Launch) -> list[str]:
             found.append(f"multiplies without {prefix} though its products allow it: {_shapes(report)}")
         elif report.main_loops and report.count("LDSM") and _aligned(launch):
             found.append(f"passes {report.count('LDSM')} operands through registers (LDSM) in its main loop")
-        elif report.main_loops and 1 < report.count("HGMMA") <= report.count("WARPGROUP.DEPBAR") and not (
-            TRITON_SERIALISES_EIGHT_WARPS and launch.num_warps == 8
-        ):
-            found.append(f"waits for each of its {report.count('HGMMA')} products before the next one starts")
+        elif report.main_loops and report.count("WARPGROUP.DEPBAR") > _most_waits(report):
+            waits, products = report.count("WARPGROUP.DEPBAR"), report.count("HGMMA")
+            found.append(f"waits {waits} times for its {products} products, more than {_most_waits(report)}")
     if report.touched:
         found.append(f"touches registers of a product in flight {len(report.touched)} times: {report.touched[0]}")
     if report.main_loops and report.narrow_loads and _aligned(launch):
         loads = ", ".join(f"{number} {opcode}" for opcode, number in sorted(report.narrow_loads.items()))
         found.append(f"has narrow global loads in its main loop: {loads}")
     return found
+
+
+def _most_waits(report: Report) -> int:
+    """One wait for four products where each tile's reduction, of 128 bytes or more, is four of them; else fewer waits
+    than products."""
+    products = report.count("HGMMA")
+    whole = all(dot.k * (4 if dot.dtype == "f32" else 2) >= 128 for dot in report.dots)
+    return max(1, products // 4 if whole else products - 1)
 
 
 def _asynchronous(dot: Dot) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import triton
 
 from .. import _launch, _tuned, _weights
+from .cost import cost, device
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ class ConvConfig:
         return self.block_n * self.block_h * self.block_w
 
 
-_MULTIPROCESSORS = 132
+EIGHT_WARPS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
+"""Triton before 3.8 makes each product of a convolution of eight warps wait for the one before."""
 _MOST_SPLIT_ELEMENTS = 1 << 26
 _SHARED_KIB = {80: 163, 90: 227, 100: 227, 103: 227}
 """Shared memory of one program by architecture; 99 KiB on those not listed."""
@@ -136,7 +138,7 @@ def why_not(config: ConvConfig, conv: Convolution, *, classes: int = 0) -> str |
 
 
 def choose_config(conv: Convolution, *, pool: bool = False, classes: int = 0) -> ConvConfig:
-    """The committed winner for ``conv`` on this GPU, else a heuristic. ``classes`` > 0 asks for the fused head.
+    """The committed winner for ``conv`` on this GPU, else the least predicted time. ``classes`` > 0: with a head.
 
     The key rounds every size up to a power of two, so that the layers of a network share few rows.
     """
@@ -144,26 +146,29 @@ def choose_config(conv: Convolution, *, pool: bool = False, classes: int = 0) ->
     buckets = tuple(_launch.next_power_of_2(size) if size else 0 for size in sizes)
     precision = _launch.dot_precision(conv.x.dtype)
     key = (*buckets, conv.x.dtype, precision, conv.mask is not None, pool, classes > 0)
-    return _tuned.choose("conv_relu", key, ConvConfig, lambda: next(_usable(conv, classes)),
+    return _tuned.choose("conv_relu", key, ConvConfig, lambda: next(_usable(conv, classes, pool)),
                          lambda config: why_not(config, conv, classes=classes) is None,
-                         lambda: list(_usable(conv, classes))[1:])
+                         lambda: list(_usable(conv, classes, pool))[1:])
 
 
-def _usable(conv: Convolution, classes: int) -> Iterator[ConvConfig]:
-    """One configuration or more of each variant that can run, the heuristic's choice first."""
+def _usable(conv: Convolution, classes: int, pool: bool) -> Iterator[ConvConfig]:
+    """One configuration or more of each variant that can run, by predicted time; equal ones by what they load."""
     ieee = conv.x.dtype == torch.float32 and _launch.dot_precision(conv.x.dtype) == "ieee"
-    boxes = _boxes(conv) if classes else [_split(conv, config) for config in _boxes(conv)]
-    candidates = [_first(conv, ieee)] if ieee else [_first(conv, ieee), _two_rows(conv), _rows(conv), *boxes]
-    for config in candidates:
-        if config is not None and why_not(config, conv, classes=classes) is None:
-            yield config
-    yield _pointer(conv, classes, ieee)
+    pointers = list(_pointers(conv, classes, ieee))
+    if ieee:  # without matrix instructions the count of products says nothing
+        return (config for config in (_first(conv, ieee), *pointers) if _runs(config, conv, classes))
+    candidates = [_first(conv, ieee), *_two_rows(conv), *_rows(conv), *_boxes(conv), *pointers]
+    gpu = device()
+
+    def predicted(config: ConvConfig) -> tuple[float, int]:
+        counted = cost(conv, config, pool=pool, classes=classes)
+        return counted.seconds(gpu), counted.programs * counted.loaded
+
+    return iter(sorted((c for c in candidates if _runs(c, conv, classes)), key=predicted))
 
 
-def _programs(conv: Convolution, config: ConvConfig) -> int:
-    h, w = conv.out_size
-    tiles = _launch.cdiv(h, config.block_h) * _launch.cdiv(w, config.block_w) * _launch.cdiv(conv.batch, config.block_n)
-    return tiles * _launch.cdiv(conv.c_out, config.block_k)
+def _runs(config: ConvConfig | None, conv: Convolution, classes: int) -> bool:
+    return config is not None and why_not(config, conv, classes=classes) is None
 
 
 def _block_c(conv: Convolution, most: int) -> int:
@@ -185,64 +190,49 @@ def _first(conv: Convolution, ieee: bool) -> ConvConfig | None:
     return ConvConfig("first", max(16, min(most, _launch.next_power_of_2(conv.c_out))), pixels, num_stages=1)
 
 
-def _two_rows(conv: Convolution) -> ConvConfig | None:
-    """For the widest layers of a network of width 32, as long as there are tiles for every multiprocessor."""
-    if conv.c_out > 32:
-        return None
+def _two_rows(conv: Convolution) -> Iterator[ConvConfig]:
+    """For the widest layers of a network of width 32."""
     block_c = _block_c(conv, 128)
-    tall = ConvConfig("two_rows", 32, 16, 8, 1, block_c, 4, _stages((64 + 128) * block_c, conv))
-    if conv.batch * _launch.cdiv(conv.out_size[0], 16) * _launch.cdiv(conv.out_size[1], 16) >= 2 * _MULTIPROCESSORS:
-        return tall
-    return ConvConfig("two_rows", 32, 16, 4, 1, block_c, 4, tall.num_stages)
+    for block_h in (8, 4):
+        yield ConvConfig("two_rows", 32, 16, block_h, 1, block_c, 4, _stages((64 + 128) * block_c, conv))
 
 
-def _rows(conv: Convolution) -> ConvConfig | None:
-    """For up to 128 channels and rows that 64 columns divide well; its whole pipeline must fit."""
-    w = conv.out_size[1]
-    block_k, block_c = (64 if conv.c_out <= 64 else 128), _block_c(conv, 128)
-    config = ConvConfig("rows", block_k, 64, 4, 1, block_c, block_k // 16, 2)
-    wasteful = _launch.cdiv(w, 64) * 64 > 1.3 * w or _programs(conv, config) < _MULTIPROCESSORS
-    fits = _stages((3 * block_k + 6 * 64) * block_c, conv) >= 2
-    return None if conv.c_out > 128 or wasteful or not fits else config
+def _rows(conv: Convolution) -> Iterator[ConvConfig]:
+    """Its whole pipeline must fit."""
+    block_c = _block_c(conv, 128)
+    if _stages((3 * 64 + 6 * 64) * block_c, conv) >= 2:
+        yield ConvConfig("rows", 64, 64, 4, 1, block_c, 4, 2)
 
 
-def _boxes(conv: Convolution) -> list[ConvConfig]:
-    """The largest tile that leaves no multiprocessor idle, of the box that wastes the fewest pixels."""
+def _boxes(conv: Convolution) -> Iterator[ConvConfig]:
+    """Each tile of the box that wastes the fewest pixels, and its splits."""
     block_c = _block_c(conv, 128)
     h, w = conv.out_size
-    configs = []
-    for block_k, pixels, warps in ((128, 256, 8), (128, 128, 8), (64, 128, 4), (64, 64, 4)):
+    steps = sum(9 * _launch.cdiv(channels, block_c) for channels in conv.channels)
+    tiles = ((128, 256, 8),) if EIGHT_WARPS else ()
+    for block_k, pixels, warps in (*tiles, (128, 128, 4), (64, 256, 4), (64, 128, 4), (64, 64, 4)):
         # the later boxes read more halo for their pixels, so they must save a tenth of them
         wasted = [1.1**i * _launch.cdiv(conv.batch, n) * _launch.cdiv(h, rows) * _launch.cdiv(w, columns)
                   for i, (n, rows, columns) in enumerate(_BOXES[pixels])]
         block_n, block_h, block_w = _BOXES[pixels][wasted.index(min(wasted))]
         stages = _stages((block_k + pixels) * block_c, conv)
-        if stages >= 2 and (block_k == 64 or conv.c_out > 64):
-            configs.append(ConvConfig("box", block_k, block_w, block_h, block_n, block_c, warps, stages))
-    full = [config for config in configs if _programs(conv, config) >= _MULTIPROCESSORS]
-    return full or configs[-1:]
+        if stages >= (3 if pixels == 256 else 2):
+            for splits in range(1, max(1, min(9, steps // 8)) + 1):
+                yield ConvConfig("box", block_k, block_w, block_h, block_n, block_c, warps, stages, splits)
 
 
-def _split(conv: Convolution, config: ConvConfig) -> ConvConfig:
-    """``config`` with the sums of its few tiles shared out: one wave of programs, eight steps each at least."""
-    steps = sum(9 * _launch.cdiv(channels, config.block_c) for channels in conv.channels)
-    splits = min(9, _MULTIPROCESSORS // _programs(conv, config), steps // 8)
-    return dataclasses.replace(config, splits=splits) if splits > 1 else config
-
-
-def _pointer(conv: Convolution, classes: int, ieee: bool) -> ConvConfig:
+def _pointers(conv: Convolution, classes: int, ieee: bool) -> Iterator[ConvConfig]:
     """Tiles that keep their addresses and masks in registers: ragged channels need one of each an element."""
     k = max(16, _launch.next_power_of_2(conv.c_out))
     wide = min(map(_launch.vector_width, conv.images)) * conv.x.element_size() == 16
     block_c = 64 // conv.x.element_size()
     if ieee:  # without matrix instructions: every thread holds rows of both operands
-        config = ConvConfig("pointer", k if classes else min(k, 64), 32 if classes else 64, block_c=block_c,
-                            num_warps=4 if wide else 8)
+        tiles = [(k if classes else min(k, 64), 32 if classes else 64, 4 if wide else 8)]
     elif wide:
-        config = ConvConfig("pointer", min(k, 128), 128, block_c=block_c, num_warps=8 if k > 64 else 4)
-        idle = conv.batch * conv.out_size[0] * conv.out_size[1] * conv.c_out < _MULTIPROCESSORS * 128 * config.block_k
-        if idle and not classes:
-            config = ConvConfig("pointer", min(k, 64), 64, block_c=block_c)
+        tiles = [(min(k, 128), 128, 8 if k > 64 else 4)]
+        tiles += [] if classes else [(min(k, 64), 128, 4), (min(k, 64), 64, 4)]
     else:
-        config = ConvConfig("pointer", k if classes else min(k, 64), 128, block_c=block_c, num_warps=8)
-    return dataclasses.replace(config, num_stages=_stages((config.block_k + config.pixels) * block_c, conv, 3))
+        tiles = [(k if classes else min(k, 64), 128, 8)]
+    for block_k, pixels, warps in tiles:
+        stages = _stages((block_k + pixels) * block_c, conv, 3)
+        yield ConvConfig("pointer", block_k, pixels, block_c=block_c, num_warps=warps, num_stages=stages)

@@ -1,0 +1,107 @@
+"""Which tile each 3×3 convolution of both networks gets, by predicted time, and what that is by count.
+
+A tile reads "variant channels × images × rows × columns by channels a step", "/" splits.
+"""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+
+from fastunet.inspection.layers import CASES, network_calls
+from fastunet.kernels import _launch
+from fastunet.kernels.conv import config as conv_config
+from fastunet.kernels.conv import forward
+from fastunet.kernels.conv.cost import cost, device
+
+pytestmark = pytest.mark.skipif(_launch.INTERPRETED, reason="launches are recorded as they would be compiled")
+
+
+def choices(name, batch, architecture, eight_warps=False):
+    """(convolution, configuration, cost, seconds without the launch) of each layer, for inference in bfloat16."""
+    network, (height, width) = CASES[name]
+    choose, found = conv_config.choose_config, []
+
+    def spy(conv, **options):
+        config = choose(conv, **options)
+        counted = cost(conv, config, **options)
+        found.append((conv, config, counted.seconds(device()) - counted.launches * 3e-6))
+        return config
+
+    with (_launch.recording(architecture), mock.patch.object(forward, "choose_config", spy),
+          mock.patch.object(conv_config, "EIGHT_WARPS", eight_warps)):  # fmt: skip
+        for call in network_calls(network, batch, height, width, training=False, output="labels"):
+            call.launcher()(*call.allocate(torch.bfloat16))
+    return found
+
+
+def text(config):
+    splits = f" /{config.splits}" if config.splits > 1 else ""
+    tile = f"{config.block_k}x{config.block_n}x{config.block_h}x{config.block_w}"
+    return f"{config.variant} {tile} by {config.block_c}{splits}"
+
+
+CHOSEN = {
+    ("brats 240", 16, 90): [
+        "first 32x1x1x128 by 64", "rows 64x1x4x64 by 32", "rows 64x1x4x64 by 32", "rows 64x1x4x64 by 64",
+        "rows 64x1x4x64 by 64", "rows 64x1x4x64 by 64", "box 128x1x8x16 by 64", "box 128x1x8x16 by 64",
+        "box 128x1x8x16 by 64", "box 128x1x8x16 by 64", "box 128x1x8x16 by 64", "box 128x1x8x16 by 64",
+        "rows 64x1x4x64 by 64", "rows 64x1x4x64 by 64", "rows 64x1x4x64 by 64", "rows 64x1x4x64 by 64",
+        "rows 64x1x4x64 by 32", "rows 64x1x4x64 by 32",
+    ],
+    ("brats 240", 16, 80): [
+        "first 32x1x1x128 by 64", "pointer 32x1x1x128 by 32", "pointer 64x1x1x128 by 32", "pointer 64x1x1x128 by 32",
+        "pointer 64x1x1x128 by 32", "pointer 64x1x1x128 by 32", "pointer 64x1x1x128 by 32",
+        "pointer 64x1x1x128 by 32", "pointer 64x1x1x128 by 32", "pointer 64x1x1x128 by 32",
+        "pointer 64x1x1x128 by 32", "pointer 64x1x1x128 by 32", "pointer 64x1x1x128 by 32",
+        "pointer 64x1x1x128 by 32", "pointer 64x1x1x128 by 32", "pointer 64x1x1x128 by 32",
+        "pointer 32x1x1x128 by 32", "pointer 32x1x1x128 by 32",
+    ],
+    ("brats 128", 16, 90): [
+        "first 32x1x1x128 by 64", "rows 64x1x4x64 by 32", "rows 64x1x4x64 by 32", "rows 64x1x4x64 by 64",
+        "box 128x1x8x16 by 64", "box 128x1x8x16 by 64", "box 128x1x8x16 by 64", "box 128x1x8x16 by 64",
+        "box 128x2x8x8 by 64 /3", "box 128x2x8x8 by 64 /7", "box 128x1x8x16 by 64 /7", "box 128x1x8x16 by 64",
+        "box 128x1x8x16 by 64", "box 128x1x8x16 by 64", "rows 64x1x4x64 by 64", "rows 64x1x4x64 by 64",
+        "rows 64x1x4x64 by 32", "rows 64x1x4x64 by 32",
+    ],
+    ("brats 128", 16, 80): [
+        "first 32x1x1x128 by 64", "pointer 32x1x1x128 by 32", "pointer 64x1x1x128 by 32", "pointer 64x1x1x128 by 32",
+        "pointer 64x1x1x128 by 32", "pointer 64x1x1x128 by 32", "pointer 64x1x1x64 by 32", "pointer 64x1x1x64 by 32",
+        "pointer 64x1x1x128 by 32", "pointer 64x1x1x128 by 32", "pointer 64x1x1x64 by 32", "pointer 64x1x1x64 by 32",
+        "pointer 64x1x1x128 by 32", "pointer 64x1x1x128 by 32", "pointer 64x1x1x128 by 32",
+        "pointer 64x1x1x128 by 32", "pointer 32x1x1x128 by 32", "pointer 32x1x1x128 by 32",
+    ],
+    ("isbi 572", 1, 90): [
+        "first 64x1x1x128 by 64", "rows 64x1x4x64 by 64", "rows 64x1x4x64 by 64", "rows 64x1x4x64 by 64",
+        "rows 64x1x4x64 by 64", "rows 64x1x4x64 by 64", "box 128x1x8x16 by 64", "rows 64x1x4x64 by 64",
+        "box 128x1x8x16 by 64 /7", "box 128x1x4x32 by 64 /7", "rows 64x1x4x64 by 64", "rows 64x1x4x64 by 64",
+        "rows 64x1x4x64 by 64", "rows 64x1x4x64 by 64", "rows 64x1x4x64 by 64", "rows 64x1x4x64 by 64",
+        "rows 64x1x4x64 by 64", "rows 64x1x4x64 by 64",
+    ],
+    ("isbi 572", 1, 80): [
+        "first 64x1x1x128 by 64", "pointer 64x1x1x128 by 32", "pointer 128x1x1x128 by 32",
+        "pointer 128x1x1x128 by 32", "pointer 128x1x1x128 by 32", "pointer 128x1x1x128 by 32",
+        "pointer 64x1x1x128 by 32", "pointer 64x1x1x128 by 32", "pointer 64x1x1x64 by 32", "pointer 64x1x1x64 by 32",
+        "pointer 128x1x1x128 by 32", "pointer 128x1x1x128 by 32", "pointer 128x1x1x128 by 32",
+        "pointer 64x1x1x128 by 32", "pointer 128x1x1x128 by 32", "pointer 128x1x1x128 by 32",
+        "pointer 64x1x1x128 by 32", "pointer 64x1x1x128 by 32",
+    ],
+}
+
+
+@pytest.mark.parametrize("name, batch, architecture", CHOSEN, ids=str)
+def test_every_layer_keeps_its_tile(name, batch, architecture):
+    """With four warps, as Triton before 3.8 needs; a change of the model must show here."""
+    assert [text(config) for _, config, _ in choices(name, batch, architecture)] == CHOSEN[name, batch, architecture]
+
+
+@pytest.mark.parametrize("name, batch, most", [
+    ("brats 240", 16, (330, 270)), ("isbi 572", 1, (540, 540)), ("brats 128", 16, (165, 165)),
+], ids=str)  # fmt: skip
+def test_counted_time_of_the_wide_layers(name, batch, most):
+    """Microseconds of the layers of more than 128 channels on an H100, with tiles of four warps and of up to eight."""
+    for eight_warps, limit in zip((False, True), most, strict=True):
+        found = choices(name, batch, 90, eight_warps)
+        assert sum(seconds for conv, _, seconds in found if conv.c_out > 128) <= limit * 1e-6
