@@ -225,3 +225,25 @@ def test_several_processes_share_one_fate():
     with pytest.raises(UserError, match="broken"), alone.together():
         raise UserError("broken")
     assert alone.most(3) == 3
+
+
+@pytest.mark.parametrize("name, change", [
+    ("huge", lambda voxels: voxels.astype("f4") * 1e33),
+    ("tiny", lambda voxels: voxels.astype("f4") * 1e-41),
+    ("constant", lambda voxels: voxels * 0 + 7),
+    ("both ends", lambda voxels: (voxels > voxels.mean()) * 6e38 - 3e38),
+    ("zero", lambda voxels: voxels * 0),
+])  # fmt: skip
+def test_extreme_images_end_in_finite_weights(name, change, tmp_path, capsys):
+    import nibabel
+    import numpy as np
+
+    from tests.data_files import nnunet_folder
+
+    data = nnunet_folder(tmp_path / "data", ("a", "b", "c"), (12, 10, 4))
+    for path in (data / "imagesTr").iterdir():
+        image = nibabel.load(path)
+        nibabel.save(nibabel.Nifti1Image(np.asarray(change(image.get_fdata()), np.float32), image.affine), path)
+    assert run("train", data, "--out", tmp_path / "run", *OPTIONS) == 0, capsys.readouterr().err
+    checkpoint.load_model(tmp_path / "run")  # refuses what is not finite
+    assert run("segment", tmp_path / "run", data, "--out", tmp_path / "out", "--device", "cpu") == 0
