@@ -26,9 +26,10 @@ from bench.measuring.precision import precision_settings
 from bench.measuring.rows import OK, OURS, UNCOMMITTED, Environment, Results, Row, read, write
 from bench.measuring.timing import Budget, Timing, interleave
 from bench.workloads.networks import LOGITS, TRAINING, TrainingStep, model_with_weights, network_workload
-from bench.workloads.variants import FASTUNET, Runner
+from bench.workloads.variants import FASTUNET
 from fastunet.architecture import Architecture
 from fastunet.functional.dice import dice_cross_entropy
+from fastunet.inspection.repeats import Runner
 from fastunet.training.distributed import Processes, process_group
 
 AXES = ("batch", "side", "width", "classes")

@@ -1,13 +1,15 @@
 """Searches configurations of every kernel of both networks on this GPU: ``python -m bench.tune --out DIR``.
 
 Writes ``DIR/<gpu>.json`` in the format of ``kernels/tuned/README.md`` after each finished key, the most expensive
-first. Started again with the same DIR, it goes on with the keys that are missing. Exit 2 without a GPU.
+first. Started again with the same DIR, it goes on with the keys that are missing, and past candidates that ended the
+process or the device (``DIR/<gpu>.lost.json``). Exit 2 without a GPU, 3 when the device was lost: start it again.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -23,6 +25,7 @@ from bench.measuring import machine
 from fastunet.inspection import tuning
 from fastunet.inspection.layers import CASES, Call, network_calls
 from fastunet.inspection.machine_code import compile_launch
+from fastunet.inspection.repeats import rotated
 from fastunet.kernels import _launch, _tuned
 from fastunet.kernels._tuned import Entry
 
@@ -108,15 +111,39 @@ def write(path: Path, content: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def search_on_device(task: Task, deadline: float) -> tuning.Found | None:
+class Lost:
+    """The candidates that were being measured when a process or the device died, kept in a file beside the winners."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        content = json.loads(path.read_text()) if path.exists() else {"lost": [], "trying": None}
+        self.lost: list[str] = content["lost"] + ([content["trying"]] if content["trying"] else [])
+
+    def guarded(self, entry: Entry, measure: Callable[[Any], float | None]) -> Callable[[Any], float | None]:
+        """``measure``, whose candidate is written down before it runs; None for one that was lost before."""
+
+        def guard(config: Any) -> float | None:
+            name = f"{entry[0]} {list(entry[1])} {config}"
+            if name in self.lost:
+                return None
+            write(self.path, {"lost": self.lost, "trying": name})
+            microseconds = measure(config)  # a lost device raises, and leaves the name in the file
+            write(self.path, {"lost": self.lost, "trying": None})
+            return microseconds
+
+        return guard
+
+
+def search_on_device(task: Task, deadline: float, lost: Lost) -> tuning.Found | None:
     """Searches one key on the current GPU: each round's candidates compile in parallel, then are checked and timed."""
     launcher, operands = task.call.launcher(), task.call.random(task.dtype, "cuda")
+    sets = rotated(operands, machine.cache_bytes(torch.device("cuda")))
     same, exact = task.call.reference(operands), task.call.reference(operands, torch.float64)
 
     def accept(results: tuple[torch.Tensor, ...]) -> bool:
         return all(tuning.error_within_budget(a, s, e) for a, s, e in zip(results, same, exact, strict=True))
 
-    measure = tuning.measured(task.entry, lambda: launcher(*operands), accept)
+    measure = lost.guarded(task.entry, tuning.measured(task.entry, launcher, sets, accept))
     return tuning.search(task.starts, measure, deadline=deadline, prepare=lambda around: precompile(task, around))
 
 
@@ -150,7 +177,12 @@ def main(arguments: list[str] | None = None) -> int:
     todo = tasks(architecture)
     seconds = 60 * options.minutes - (time.monotonic() - started)
     stamp = dict(versions=machine.versions(), commit=machine.commit())
-    done, total = tune_all(todo, path, dict(device=name, architecture=architecture), stamp, search_on_device, seconds)
+    lost, head = Lost(path.with_suffix(".lost.json")), dict(device=name, architecture=architecture)
+    try:
+        done, total = tune_all(todo, path, head, stamp, functools.partial(search_on_device, lost=lost), seconds)
+    except tuning.DeviceLost as error:
+        print(f"bench.tune: the device was lost at {error}; start again to go on without it", file=sys.stderr)
+        return 3
     print(f"{done} of {total} keys are in {path}")
     return 0
 

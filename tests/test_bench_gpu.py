@@ -92,6 +92,27 @@ def test_every_stage_runs_commands_that_exist(name, tmp_path, monkeypatch):
         assert "regex:^(conv_kernel|pool_kernel)$" in started[1][1]
 
 
+def test_numbers_come_first_and_the_sanitizer_last(tmp_path, monkeypatch):
+    started = []
+    stage = Stage("correctness", tmp_path, 600)
+    monkeypatch.setattr(stage, "command", lambda step, arguments, **options: started.append(step))
+    gpu.correctness(stage)
+    assert started[:2] == ["first", "compile"]
+    assert started[-2:] == ["memcheck", "racecheck"]
+
+
+def test_the_first_numbers_are_those_of_the_kernels_they_name():
+    pytest.importorskip("triton")
+    from bench.gpu import first
+    from fastunet.kernels import _launch
+
+    for config, channels in first.CASES.items():
+        with _launch.recording(90) as launches:
+            x, weight, bias = (t.to("meta") for t in first.operands(channels, "cpu"))
+            first.forward.forward(x, None, weight, bias, 1, True, config=config)
+        assert launches[-1].kernel.__name__ == f"conv_relu_{config.variant}_kernel"
+
+
 def test_without_a_gpu_it_says_so_in_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main(["--out", str(tmp_path), "--stage", "correctness"]) == 2

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 from bench import tune
-from fastunet.inspection.tuning import Found
+from fastunet.inspection.tuning import DeviceLost, Found
 from fastunet.kernels import _launch, _tuned
 
 HEAD = dict(device="Some GPU", architecture=90)
@@ -108,6 +108,27 @@ def test_without_a_gpu_it_says_so_in_one_line(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_a_candidate_that_ended_the_process_or_the_device_is_passed_over(tmp_path):
+    path, tried = tmp_path / "some-gpu.lost.json", []
+
+    def measure(config):
+        tried.append(config)
+        if config == "bad":
+            raise DeviceLost("an illegal access")
+        return 1.0
+
+    entry = ("k", (1, "bfloat16"))
+    guarded = tune.Lost(path).guarded(entry, measure)
+    assert guarded("good") == 1.0
+    with pytest.raises(DeviceLost):
+        guarded("bad")
+    again = tune.Lost(path).guarded(entry, measure)
+    assert again("bad") is None
+    assert again("good") == 1.0
+    assert tune.Lost(path).guarded(entry, measure)("bad") is None
+    assert tried == ["good", "bad", "good"]
+
+
 @pytest.mark.skipif(_launch.INTERPRETED, reason="the interpreter compiles nothing")
 def test_every_key_has_a_start_that_its_kernel_takes():
     todo = tune.tasks(90)
@@ -120,7 +141,7 @@ def test_every_key_has_a_start_that_its_kernel_takes():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_search_on_a_device_finds_a_configuration():
+def test_search_on_a_device_finds_a_configuration(tmp_path):
     item = tune.tasks(_launch.architecture())[0]
-    found = tune.search_on_device(item, deadline=0.0)
+    found = tune.search_on_device(item, deadline=0.0, lost=tune.Lost(tmp_path / "lost.json"))
     assert found.microseconds > 0

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from fastunet.inspection import tuning
+from fastunet.inspection import repeats, tuning
 from fastunet.kernels import _launch, _tuned
 
 
@@ -165,20 +167,86 @@ def test_search_ends_at_its_deadline():
 def test_a_wrong_candidate_is_never_timed():
     timed = []
 
-    def run():
+    def run(x):
         config = choose()
-        return torch.full((3,), 1.0 if config.block != 64 else 1.5)
+        return torch.full((3,), x if config.block != 64 else 1.5)
 
-    def timer(run):
-        run()
+    def timer(function, operand_sets):
+        function(*operand_sets[0])
         timed.append(True)
         return 1.0
 
     with _launch.recording(90):
-        measure = tuning.measured(("k", (64, "bfloat16", True)), run, lambda found: bool((found[0] == 1).all()), timer)
+        accept = lambda found: bool((found[0] == 1).all())  # noqa: E731
+        measure = tuning.measured(("k", (64, "bfloat16", True)), run, [[1.0]], accept, timer, lambda: None)
         assert measure(Tile(128)) == 1.0
         assert measure(Tile(64)) is None
     assert len(timed) == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError, AssertionError, KeyError])
+def test_an_error_that_the_device_does_not_recover_from_ends_the_search(error):
+    def run(x):
+        raise error("illegal memory access")
+
+    def lost():
+        raise RuntimeError("CUDA error")
+
+    with _launch.recording(90):
+        for synchronize in (lambda: None, lost):
+            measure = tuning.measured(("k", (1,)), run, [[1.0]], lambda found: True, synchronize=synchronize)
+            if synchronize is lost:
+                with pytest.raises(tuning.DeviceLost, match=r"k \[1\], Tile.*CUDA error"):
+                    measure(Tile(128))
+            else:
+                assert measure(Tile(128)) is None
+
+
+def test_calls_are_timed_as_replays_of_a_graph_over_rotating_operands(monkeypatch):
+    """Nothing but replays stands between the events, and the operands move twice the cache before one comes again."""
+    happened = []
+
+    class Event:
+        def __init__(self, **_):
+            pass
+
+        def record(self):
+            happened.append("event")
+
+        def synchronize(self):
+            happened.append("synchronize")
+
+        def elapsed_time(self, other):
+            return 0.24
+
+    class Graph:
+        def replay(self):
+            happened.append("replay")
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    @contextlib.contextmanager
+    def during(*_):
+        happened.append("enter")
+        yield
+        happened.append("leave")
+
+    for name, value in dict(Event=Event, CUDAGraph=Graph, Stream=Stream, current_stream=Stream, graph=during,
+                            stream=during).items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    seen = []
+    sets = repeats.rotated([torch.zeros(1000), None], cache_bytes=6000)
+    assert len(sets) == 3
+    assert len({operands[0].data_ptr() for operands in sets}) == 3
+    microseconds = repeats.device_microseconds(lambda x, _: seen.append(x.data_ptr()) or (x,), sets, repeats=4)
+    assert microseconds == pytest.approx(240 / 3)
+    assert seen[-3:] == [operands[0].data_ptr() for operands in sets]
+    calls = len(seen)
+    last = happened.index("leave", happened.index("leave") + 1)
+    assert happened[last + 1 :] == ["replay", "event", *["replay", "event"] * 4, "synchronize"]
+    assert len(seen) == calls == 6, "three calls to warm up, and one of each set while the graph is captured"
 
 
 def test_the_error_budget_is_that_of_the_tests():
@@ -207,11 +275,12 @@ def test_first_call_of_a_key_is_tuned_if_asked(folder, monkeypatch):
         calls.append(choose())
         return x * 2
 
-    def timer(run):
-        run()
+    def timer(function, operand_sets):
+        function(*operand_sets[0])
         return 1.0 + abs(calls[-1].block - 128)
 
-    monkeypatch.setattr(tuning.measured, "__defaults__", (timer,))
+    monkeypatch.setattr(tuning.measured, "__defaults__", (timer, lambda: None))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=0))
     with _tuned.using("some-gpu"):
         searching = tuning.tunable(launcher)
         assert torch.equal(searching(torch.ones(2)), torch.full((2,), 2.0))

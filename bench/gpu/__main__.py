@@ -23,15 +23,16 @@ COUNTERS = ["ncu", "--clock-control", "none", "--set", "detailed", "--launch-cou
 
 
 def correctness(stage: Stage) -> None:
-    """Compiles in parallel first, then the tests of kernels and networks, and the sanitizer on small launches."""
+    """The first numbers, then the tests of kernels and networks on kernels compiled in parallel, the sanitizer last."""
+    stage.command("first", [sys.executable, "-m", "bench.gpu.first"], share=0.3)
     stage.command("compile", [sys.executable, "-m", "bench.gpu.compile"], share=0.3)
-    stage.command("memcheck", [*SANITIZER, "--tool", "memcheck", sys.executable, "-m", "bench.gpu.small"], share=0.2)
-    stage.command("racecheck", [*SANITIZER, "--tool", "racecheck", sys.executable, "-m", "bench.gpu.small"], share=0.2)
     marked = [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
     for path in marked:
         stage.command(Path(path).stem, [*PYTEST, "-m", "gpu", path], share=0.6, none_is_ok=True)
     for path in sorted((ROOT / "tests" / "kernels").glob("test_*.py")):
         stage.command(f"kernels-{path.stem}", [*PYTEST, str(path)], none_is_ok=True)
+    for tool in ("memcheck", "racecheck"):
+        stage.command(tool, [*SANITIZER, "--tool", tool, sys.executable, "-m", "bench.gpu.small"], share=0.5)
 
 
 def tune(stage: Stage) -> None:

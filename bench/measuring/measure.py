@@ -16,10 +16,10 @@ from bench.measuring.memory import peak_bytes, saved_bytes
 from bench.measuring.precision import precision_settings
 from bench.measuring.rows import FAILED, OK, OTHER, WRONG, Environment, Row
 from bench.measuring.timing import Budget, Timing, interleave
-from bench.workloads.variants import CHANNELS_LAST, PLAIN, Function, Runner, Variant
+from bench.workloads.variants import CHANNELS_LAST, PLAIN, Function, Variant
 from bench.workloads.workload import Workload
+from fastunet.inspection.repeats import Runner, rotation
 
-_MOST_SETS = 16
 _GATE_SEED = 0
 
 
@@ -59,8 +59,7 @@ def measure(workload: Workload, device: torch.device, environment: Environment, 
 
 
 def _number_of_sets(workload: Workload, device: torch.device) -> int:
-    """As many operand sets as it takes to move twice the last-level cache before the first one comes again."""
-    return min(max(math.ceil(2 * cache_bytes(device) / max(workload.floor.bytes, 1)), 1), _MOST_SETS)
+    return rotation(workload.floor.bytes, cache_bytes(device))
 
 
 def _checked(workload: Workload, variants: list[Variant], device: torch.device, sets: list[list[torch.Tensor]],

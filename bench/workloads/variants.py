@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
 from bench.measuring.rows import OTHER, OURS, RIVAL
 from bench.workloads import engines
-
-Function = Callable[..., tuple[torch.Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -84,46 +82,3 @@ LOSS_VARIANTS = (
     Variant("MONAI", "MONAI", channels_last=False),
     *_with_graphs(replace(FASTUNET, channels_last=False), replace(FASTUNET, name="fastunet, channels_last")),
 )
-
-
-class Runner:
-    """A function and the operand sets that its calls rotate through, so that no call finds its inputs in the cache."""
-
-    def __init__(self, function: Function, operand_sets: Sequence[Sequence[torch.Tensor]], *, graph: bool):
-        self.function, self.operand_sets = function, operand_sets
-        self.calls = len(operand_sets)
-        self._graph: torch.cuda.CUDAGraph | None = None
-        if graph:
-            self._capture()
-
-    def __call__(self) -> None:
-        """One pass: a call on each operand set."""
-        if self._graph is not None:
-            self._graph.replay()
-            return
-        for operands in self.operand_sets:
-            self.function(*operands)
-
-    def results(self) -> tuple[torch.Tensor, ...]:
-        """The results of the first operand set, as this variant computes them."""
-        if self._graph is None:
-            return self.function(*self.operand_sets[0])
-        for result in self._results:
-            # what a replay leaves unwritten must show
-            result.fill_(float("nan") if result.is_floating_point() else 255)
-        self._graph.replay()
-        torch.cuda.synchronize()
-        return self._results
-
-    def _capture(self) -> None:
-        """Captures a whole pass; three calls on a side stream first, as PyTorch asks."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self.function(*self.operand_sets[0])
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            results = [self.function(*operands) for operands in self.operand_sets]
-        self._results = results[0]

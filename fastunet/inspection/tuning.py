@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import os
-import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from triton.errors import TritonError
 
+from fastunet.inspection.repeats import device_microseconds, rotated
 from fastunet.kernels import _tuned
 from fastunet.kernels._tuned import Entry
 
@@ -100,31 +99,33 @@ def tensors(results: Any) -> tuple[torch.Tensor, ...]:
     return results if isinstance(results, tuple) else (results,)
 
 
-def device_microseconds(run: Callable[[], Any], repeats: int = 10) -> float:
-    """Median time on the current CUDA device of ``run``, after two calls to warm up."""
-    for _ in range(2):
-        run()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        run()
-        mark.record()
-    marks[-1].synchronize()
-    return 1000 * statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
+class DeviceLost(RuntimeError):
+    """Since a candidate ran, the device answers every call with an error: this process can measure nothing more."""
 
 
-def measured(entry: Entry, run: Callable[[], Any], accept: Callable[[tuple[torch.Tensor, ...]], bool],
-             timer: Callable[[Callable[[], Any]], float] = device_microseconds) -> Callable[[Any], float | None]:
-    """The ``measure`` of :func:`search` for the launcher call ``run``, which chooses its configuration of ``entry``."""
+def measured(entry: Entry, function: Callable[..., Any], operand_sets: Sequence[Sequence],
+             accept: Callable[[tuple[torch.Tensor, ...]], bool],
+             timer: Callable[[Callable, Sequence[Sequence]], float] = device_microseconds,
+             synchronize: Callable[[], None] = torch.cuda.synchronize) -> Callable[[Any], float | None]:
+    """The ``measure`` of :func:`search` for the launcher ``function``, which chooses its configuration of ``entry``.
+
+    ``accept`` judges the results of the first operand set. ``measure`` raises :class:`DeviceLost` after an error that
+    the device does not recover from, such as an illegal access.
+    """
 
     def measure(config: Any) -> float | None:
         with _tuned.forcing(entry, config):
             try:
-                if not accept(tensors(run())):
+                if not accept(tensors(function(*operand_sets[0]))):
                     return None
-                return timer(run)
-            except (TritonError, ValueError, RuntimeError):
-                return None  # it does not compile, does not fit, or is not one of this kernel's
+                return timer(lambda *operands: tensors(function(*operands)), operand_sets)
+            except (TritonError, ValueError, RuntimeError, AssertionError, KeyError):
+                # it does not compile, does not fit, or is not one of this kernel's
+                try:
+                    synchronize()
+                except RuntimeError as error:
+                    raise DeviceLost(f"{entry[0]} {list(entry[1])}, {config}: {error}") from error
+                return None
 
     return measure
 
@@ -147,7 +148,8 @@ def tunable(launcher: Callable) -> Callable:
         expected = tensors(results)
         for entry, starts in asked.items():
             if not _tuned.is_kept(entry):
-                measure = measured(entry, lambda: launcher(*operands), lambda found: _close(found, expected))
+                sets = rotated(operands, torch.cuda.get_device_properties(None).L2_cache_size)
+                measure = measured(entry, launcher, sets, lambda found: _close(found, expected))
                 found = search(starts, measure)
                 _tuned.keep(entry, found.config if found else starts[0])
         return results
