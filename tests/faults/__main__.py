@@ -36,9 +36,8 @@ def run(name: str, work: Path, trials: int, seed: int, seconds: float) -> Outcom
     return CAMPAIGNS[name][0](folder, trials, seed, Deadline(seconds))
 
 
-def page(rows: list[tuple[str, int, Outcome, float]], seed: int, minutes: float) -> str:
+def page(rows: list[tuple[str, int, Outcome, float]], commit: str, seed: int, minutes: float) -> str:
     """The page of a run: what was tried, what was lost, and how to repeat it."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
     machine = f"Python {platform.python_version()}, torch {torch.__version__}, {platform.system()}"
     lines = [
         "# Reliability",
@@ -80,6 +79,8 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
     work, rows = calls.scratch(), []
+    head = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout
     for name in args.only or CAMPAIGNS:
         _, trials, share = CAMPAIGNS[name]
         began = time.monotonic()
@@ -89,7 +90,7 @@ def main() -> int:
         for text in sorted(set(outcome.lost))[:_SHOWN]:
             print(f"  {text[:400]}", flush=True)
         if not args.only:
-            PAGE.write_text(page(rows, args.seed, args.minutes))
+            PAGE.write_text(page(rows, commit, args.seed, args.minutes))
     shutil.rmtree(work, ignore_errors=True)
     return int(any(outcome.lost for _, _, outcome, _ in rows))
 

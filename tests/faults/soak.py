@@ -56,6 +56,8 @@ def _run(*line: object) -> str:
     said = io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
         code = main([str(argument) for argument in line])
+    if code in (130, 143):
+        raise KeyboardInterrupt  # somebody ends the campaign: that is no result of it
     return f"code {code}: {said.getvalue()[-200:]}" if code else ""
 
 
