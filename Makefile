@@ -11,13 +11,7 @@ demo: $(READY) device
 	$(BIN)/fastunet demo --out demo
 
 test: $(READY) device
-	$(BIN)/python -m pytest tests --ignore=tests/kernels --ignore=tests/aot --ignore=tests/emulator
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
-	$(BIN)/python -m pytest tests/emulator
-	$(BIN)/python -m pytest tests/aot
-	PYTHONPATH=$(VENV)/triton-$(OLDEST_TRITON) $(BIN)/python -m pytest tests/aot
-	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
-		$(BIN)/python -m pytest tests/kernels; fi
+	$(BIN)/python -m tests
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ import torch
 
 from fastunet.inspection.tuning import error_within_budget
 from fastunet.kernels.conv import forward
-from fastunet.kernels.conv.config import ConvConfig
+from fastunet.kernels.conv.convolution import ConvConfig
 
 CASES = {
     ConvConfig("box", 128, 16, 8): (128, 128),

@@ -13,16 +13,13 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastunet.dispatch import settings, triton_installed
 from fastunet.inference import frozen_cpu
-
-if TYPE_CHECKING:
-    from fastunet.unet import UNet
 
 
 class FrozenUNet:
@@ -41,7 +38,7 @@ class FrozenUNet:
             their largest forward pass. Under autocast a copy of the model in its dtype is kept, too.
     """
 
-    def __init__(self, model: UNet, graphs: int = 8):
+    def __init__(self, model: torch.nn.Module, graphs: int = 8):
         if graphs < 1:
             raise ValueError(f"graphs is {graphs}; expected at least 1")
         _count_optimiser_steps()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 
@@ -12,9 +10,6 @@ from fastunet.functional._onednn import accumulates
 from fastunet.functional.segmentation_head import finish
 from fastunet.functional.upsample_conv import transposed_kernel
 from fastunet.reference import centre_crop
-
-if TYPE_CHECKING:
-    from fastunet.unet import UNet
 
 _UNIT, _STRIDE2, _NONE, _RELU = [1, 1], [2, 2], ("none", [], ""), ("relu", [], "")
 _LARGEST = torch.finfo(torch.float32).max / 2
@@ -37,7 +32,7 @@ class PackedNetwork:
     max|x| · max_k Σ|w_k| + max|b|, and a ReLU whose bound is too large, or NaN, is a step of its own.
     """
 
-    def __init__(self, model: UNet, height: int, width: int):
+    def __init__(self, model: torch.nn.Module, height: int, width: int):
         self.pad = 1 if model.architecture.padding == "same" else 0
         self.transpose = model.architecture.up == "transpose"
         self.encoders = []

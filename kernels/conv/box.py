@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .. import _launch
 from .._launch import mma
-from .config import ConvConfig, Convolution, Head
+from .convolution import ConvConfig, Convolution, Head
 from .descriptors import image_boxes, tap_sources
 from .epilogue import bias_relu, head_store, max_of_pairs
 

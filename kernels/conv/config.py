@@ -1,103 +1,15 @@
-"""What one 3×3 convolution is, and which kernel variant and tile it runs with."""
+"""Which kernel variant and tile a 3×3 convolution runs with."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import triton
 
-from .. import _launch, _tuned, _weights
+from .. import _launch, _tuned
+from .convolution import ConvConfig, Convolution
 from .cost import cost, device
-
-
-@dataclass(frozen=True)
-class Convolution:
-    """``y = relu(conv(concat([skip, x], 1), weight) + bias) * (mask > 0)`` with outputs of ``out_size``.
-
-    ``x`` and ``skip`` (N, C, H, W) are NHWC pixels of unit channel stride and pixel stride C, ``skip`` possibly a crop
-    of a larger image; ``weight`` (C_out, 3, 3, C_skip + C_x) has any strides. ``offset`` (off_h, off_w): output (i, j)
-    reads rows i - off_h .. i - off_h + 2 of each source and such columns, zero outside of it.
-    """
-
-    x: torch.Tensor
-    skip: torch.Tensor | None
-    weight: torch.Tensor
-    offset: tuple[int, int]
-    out_size: tuple[int, int]
-    bias: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
-    relu: bool = False
-
-    @property
-    def images(self) -> tuple[torch.Tensor, ...]:
-        return (self.x,) if self.skip is None else (self.skip, self.x)
-
-    @property
-    def channels(self) -> tuple[int, ...]:
-        return tuple(image.shape[1] for image in self.images)
-
-    @property
-    def batch(self) -> int:
-        return self.x.shape[0]
-
-    @property
-    def c_out(self) -> int:
-        return self.weight.shape[0]
-
-    def split(self, packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The columns of ``packed`` (..., C_skip + C_x) that belong to x and to the skip."""
-        c_skip = packed.shape[-1] - self.x.shape[1]
-        return packed[..., c_skip:], packed[..., :c_skip] if c_skip else None
-
-    def taps(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weights (C_out, 9, C) of x and of the skip; views of one tensor, copied only if not in this order already."""
-        # views into a flat parameter may be off the alignment of vector accesses
-        in_place = self.weight.is_contiguous() and (self.weight.is_meta or self.weight.data_ptr() % 16 == 0)
-        return self.split(self.weight.view(self.c_out, 9, -1) if in_place else _weights.forward_taps(self.weight))
-
-
-@dataclass(frozen=True)
-class Head:
-    """A 1×1 convolution after the 3×3 one: ``weight`` (classes, C_out), ``bias`` (classes,) or None."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    output: str
-
-    @property
-    def classes(self) -> int:
-        return self.weight.shape[0]
-
-    @property
-    def block(self) -> int:
-        """Classes padded to a side of a matrix product."""
-        return max(16, _launch.next_power_of_2(self.classes))
-
-
-@dataclass(frozen=True)
-class ConvConfig:
-    """A variant and its tile: ``block_k`` output channels × (block_n · block_h · block_w) pixels, ``block_c`` a step.
-
-    Variants: "pointer" and "first" flatten their pixels and use ``block_w`` alone; "box", "rows" and "two_rows" are
-    the bulk-copy kernels of the files of those names. ``splits`` > 1 shares out the sums of a box (``box_split``).
-    """
-
-    variant: str
-    block_k: int
-    block_w: int
-    block_h: int = 1
-    block_n: int = 1
-    block_c: int = 64
-    num_warps: int = 4
-    num_stages: int = 3
-    splits: int = 1
-
-    @property
-    def pixels(self) -> int:
-        return self.block_n * self.block_h * self.block_w
-
 
 EIGHT_WARPS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
 """Triton before 3.8 makes each product of a convolution of eight warps wait for the one before."""

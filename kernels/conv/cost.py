@@ -9,14 +9,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from .. import _launch
-
-if TYPE_CHECKING:
-    from .config import ConvConfig, Convolution
+from .convolution import ConvConfig, Convolution
 
 
 @dataclass(frozen=True)

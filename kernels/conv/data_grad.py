@@ -16,7 +16,7 @@ import torch
 
 from .. import _launch
 from .._weights import backward_taps
-from .config import ConvConfig
+from .convolution import ConvConfig
 from .forward import convolve
 
 

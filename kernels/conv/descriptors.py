@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .config import Convolution
+from .convolution import Convolution
 
 
 def image_boxes(image: torch.Tensor, box: tuple[int, int, int, int]) -> TensorDescriptor:

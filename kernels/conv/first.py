@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .. import _launch
 from .._launch import mma
-from .config import ConvConfig, Convolution
+from .convolution import ConvConfig, Convolution
 from .epilogue import bias_relu
 from .pointer import store_tile, unflatten
 

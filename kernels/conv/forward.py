@@ -14,7 +14,8 @@ import torch
 
 from .. import _launch
 from .box import launch_box, launch_box_head
-from .config import ConvConfig, Convolution, Head, choose_config, why_not
+from .config import choose_config, why_not
+from .convolution import ConvConfig, Convolution, Head
 from .first import launch_first
 from .pointer import launch_pointer, launch_pointer_head
 from .rows import launch_rows, launch_rows_head

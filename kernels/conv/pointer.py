@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .. import _launch
 from .._launch import mma
-from .config import ConvConfig, Convolution, Head
+from .convolution import ConvConfig, Convolution, Head
 from .epilogue import bias_relu, head_store, max_of_pairs
 
 

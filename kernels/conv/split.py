@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .. import _launch, max_pool
 from .._launch import relu
 from .box import add_box_source, box_tiles
-from .config import ConvConfig, Convolution
+from .convolution import ConvConfig, Convolution
 from .descriptors import tap_sources
 
 _TILE = 1024

@@ -14,7 +14,7 @@ import triton.language as tl
 from .. import _launch
 from .._launch import mma
 from .._weights import stacked_rows
-from .config import ConvConfig, Convolution, Head
+from .convolution import ConvConfig, Convolution, Head
 from .descriptors import image_boxes, matrix_boxes, row_pair_boxes
 from .epilogue import bias_relu, head_store, max_of_pairs
 

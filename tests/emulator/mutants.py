@@ -19,7 +19,7 @@ import torch
 from fastunet.kernels import _launch, upsample_conv
 from fastunet.kernels._stride2 import Stride2Config
 from fastunet.kernels.conv import forward, weight_grad
-from fastunet.kernels.conv.config import ConvConfig
+from fastunet.kernels.conv.convolution import ConvConfig
 from fastunet.kernels.conv.weight_grad_config import WeightGradConfig
 
 from .compiler import Program

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from fastunet.kernels import _launch, conv_transpose, max_pool, relu, segmentation_head, upsample_conv
 from fastunet.kernels._stride2 import Stride2Config
 from fastunet.kernels.conv import forward as conv_relu
-from fastunet.kernels.conv.config import ConvConfig
+from fastunet.kernels.conv.convolution import ConvConfig
 from fastunet.kernels.dice import confusion as dice_confusion
 from fastunet.kernels.dice import sums as dice
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from fastunet.kernels import _launch
 from fastunet.kernels.conv import forward as conv_relu
-from fastunet.kernels.conv.config import ConvConfig
+from fastunet.kernels.conv.convolution import ConvConfig
 
 from ..tolerance import assert_within_budget
 from . import in_order
@@ -332,7 +332,8 @@ def test_head_of_too_many_features_is_an_error(device):
 def test_choice(architecture, dtype, c_x, c_out, size, expected, monkeypatch):
     """One layer of each kind keeps its configuration; a change of the heuristic must show here."""
     from fastunet.kernels.conv import config
-    from fastunet.kernels.conv.config import Convolution, choose_config
+    from fastunet.kernels.conv.config import choose_config
+    from fastunet.kernels.conv.convolution import Convolution
 
     monkeypatch.setattr(config, "EIGHT_WARPS", False)  # as Triton before 3.8 has it
     x = torch.empty(16, c_x, size, size, device="meta", dtype=dtype).to(memory_format=torch.channels_last)

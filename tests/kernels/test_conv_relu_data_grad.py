@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastunet.kernels.conv.config import ConvConfig
+from fastunet.kernels.conv.convolution import ConvConfig
 from fastunet.kernels.conv.data_grad import data_grad
 
 from ..tolerance import assert_within_budget

@@ -1,0 +1,141 @@
+"""Every test that this machine can run, ``python -m tests``: part after part, whatever fails, and one summary.
+
+Each part is a run of pytest with a worker for each core. ``-k EXPRESSION`` and the like are passed on.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from xml.etree import ElementTree
+
+OLDEST_TRITON = Path(sys.prefix) / "triton-3.6.0"
+WORKERS = str(min(os.cpu_count() or 1, 8))
+SECONDS_BETWEEN_LINES = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A run of pytest on ``paths`` with changes of the environment."""
+
+    name: str
+    paths: tuple[str, ...]
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a part's report says."""
+
+    part: Part
+    seconds: float
+    passed: int = 0
+    failed: list[str] = dataclasses.field(default_factory=list)
+    skipped: list[str] = dataclasses.field(default_factory=list)
+
+
+def parts() -> list[Part]:
+    """What can be run here."""
+    rooms = ("tests/kernels", "tests/aot", "tests/emulator", "tests/faults")
+    found = [
+        Part("library", ("tests", *(f"--ignore={room}" for room in rooms))),
+        Part("kernels, interpreted", ("tests/kernels",), (("TRITON_INTERPRET", "1"),)),
+        Part("kernels, their machine code executed", ("tests/emulator",)),
+        Part("faults", ("tests/faults",)),
+        Part("machine code, newest Triton", ("tests/aot",)),
+    ]
+    if OLDEST_TRITON.exists():
+        path = os.pathsep.join(filter(None, [str(OLDEST_TRITON), os.environ.get("PYTHONPATH")]))
+        found.append(Part("machine code, oldest Triton", ("tests/aot",), (("PYTHONPATH", path),)))
+    cuda = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    if subprocess.run([sys.executable, "-c", cuda], check=False).returncode == 0:
+        found.append(Part("kernels, on the GPU", ("tests/kernels",)))
+    return found
+
+
+def run(part: Part, arguments: list[str]) -> Outcome:
+    """Runs a part to its end, with a line now and then."""
+    started, percent = time.monotonic(), "0 %"
+    threads = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}  # a worker for each core already
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", *part.paths, "-q", "-n", WORKERS, "--dist", "worksteal",
+                   f"--junitxml={report}", *arguments]  # fmt: skip
+        process = subprocess.Popen(command, env={**os.environ, **threads, **dict(part.environment)}, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+        ended = threading.Event()
+
+        def lives() -> None:
+            while not ended.wait(SECONDS_BETWEEN_LINES):
+                print(f"{part.name}: {percent} after {time.monotonic() - started:.0f} s", flush=True)
+
+        threading.Thread(target=lives, daemon=True).start()
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if found := re.search(r"\[ *(\d+)%\]", line):
+                percent = f"{found[1]} %"
+        ended.set()
+        code = process.wait()
+        # 5: no test, which a selection may well come to
+        ended_well = code == 0 or (code == 5 and bool(arguments))
+        outcome = read(report, part, time.monotonic() - started)
+        if not ended_well and not outcome.failed:
+            outcome.failed.append(f"{part.name}: pytest ended with {code}")
+    if outcome.failed:
+        print("".join(lines), flush=True)
+    print(f"{part.name}: {counts(outcome)}, {outcome.seconds:.0f} s", flush=True)
+    return outcome
+
+
+def read(report: Path, part: Part, seconds: float) -> Outcome:
+    """The outcome from pytest's report, if it came to write one."""
+    outcome = Outcome(part, seconds)
+    if not report.exists():
+        return outcome
+    for case in ElementTree.parse(report).iter("testcase"):
+        name = f"{case.get('classname')}::{case.get('name')}"
+        if case.find("failure") is not None or case.find("error") is not None:
+            outcome.failed.append(name)
+        elif (skip := case.find("skipped")) is not None:
+            outcome.skipped.append(skip.get("message") or "no reason")
+        else:
+            outcome.passed += 1
+    return outcome
+
+
+def counts(outcome: Outcome) -> str:
+    return f"{outcome.passed} passed, {len(outcome.failed)} failed, {len(outcome.skipped)} skipped"
+
+
+def summary(outcomes: list[Outcome]) -> str:
+    """A line for each part, why tests were skipped, which failed, and the sums alone on the last line."""
+    lines = [""]
+    for reason, count in collections.Counter(r for o in outcomes for r in o.skipped).most_common():
+        lines.append(f"skipped {count}: {reason}")
+    for outcome in outcomes:
+        lines += [f"FAILED {name} ({outcome.part.name})" for name in outcome.failed]
+    width = max(len(o.part.name) for o in outcomes)
+    lines += [f"{o.part.name:{width}}  {counts(o)}, {o.seconds:.0f} s" for o in outcomes]
+    sums = [(o.passed, len(o.failed), len(o.skipped)) for o in outcomes]
+    passed, failed, skipped = (sum(each) for each in zip(*sums))
+    return "\n".join([*lines, f"{passed} passed, {failed} failed, {skipped} skipped"])
+
+
+def main(arguments: list[str]) -> int:
+    """Runs all parts; exit status 1 if a test of any of them failed."""
+    outcomes = [run(part, arguments) for part in parts()]
+    print(summary(outcomes), flush=True)
+    return 1 if any(outcome.failed for outcome in outcomes) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
