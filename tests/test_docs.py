@@ -34,7 +34,7 @@ def folder(tmp_path_factory) -> Path:
     from fastunet.data import make_phantoms
 
     folder = tmp_path_factory.mktemp("docs")
-    make_phantoms(folder / "DATA", 4, 0, shape=(24, 24, 16))
+    make_phantoms(folder / "DATA", 3, 0, shape=(16, 16, 16))
     command("fastunet train DATA --out RUN --epochs 1 --width 4 --depth 2", folder)
     return folder
 

@@ -21,6 +21,14 @@ OPTIONS = [*TINY, "--epochs", "2", "--dropout", "0.3", "--seed", "11", "--thread
 WEIGHTS = ("best.safetensors", "last.safetensors")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def heed_interrupts():
+    """A shell starts its background jobs with SIGINT ignored, and so the tests of such a job."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(phantoms, tmp_path_factory) -> Path:  # noqa: F811
     folder = tmp_path_factory.mktemp("whole") / "run"

@@ -16,9 +16,9 @@ from bench.measuring.memory import peak_bytes, saved_bytes
 from bench.measuring.precision import precision_settings
 from bench.measuring.rows import FAILED, OK, OTHER, WRONG, Environment, Row
 from bench.measuring.timing import Budget, Timing, interleave
-from bench.workloads.variants import CHANNELS_LAST, PLAIN, Function, Variant
+from bench.workloads.variants import CHANNELS_LAST, PLAIN, Variant
 from bench.workloads.workload import Workload
-from fastunet.inspection.repeats import Runner, rotation
+from fastunet.inspection.repeats import Function, Runner, rotation
 
 _GATE_SEED = 0
 

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 
 from bench.measuring import floors
 from bench.measuring.precision import DTYPES
-from bench.workloads.variants import LOSS_VARIANTS, Function, Variant
+from bench.workloads.variants import LOSS_VARIANTS, Variant
 from bench.workloads.workload import Workload
+from fastunet.inspection.repeats import Function
 
 _AXES = (0, 2, 3)
 

@@ -11,11 +11,12 @@ from bench.measuring.precision import DTYPES
 from bench.measuring.rows import OTHER
 from bench.workloads import engines
 from bench.workloads.losses import one_hot_dice_cross_entropy
-from bench.workloads.variants import ENGINES, FROZEN, NETWORK_VARIANTS, Function, Variant
+from bench.workloads.variants import ENGINES, FROZEN, NETWORK_VARIANTS, Variant
 from bench.workloads.workload import Workload
 from fastunet import UNet, reference
 from fastunet.architecture import Architecture
 from fastunet.functional.dice import dice_cross_entropy
+from fastunet.inspection.repeats import Function
 
 LOGITS, LABELS, TRAINING = "inference, logits", "inference, labels", "training step"
 _WEIGHT_SEED = 1

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 
 from bench.measuring import floors
 from bench.measuring.precision import DTYPES
-from bench.workloads.variants import OPERATOR_VARIANTS, Function, Variant
+from bench.workloads.variants import OPERATOR_VARIANTS, Variant
 from bench.workloads.workload import Workload, forward_and_backward, random_like_activations
 from fastunet import functional
 from fastunet.architecture import Architecture
 from fastunet.inspection.layers import Call, Tensor, network_calls, standalone_calls
+from fastunet.inspection.repeats import Function
 from fastunet.reference import centre_crop
 
 SUBJECTS = ("conv_relu", "conv_relu_pool", "max_pool2d", "upsample_conv_relu", "conv_transpose2d", "segmentation_head")

@@ -9,11 +9,12 @@ from bench.measuring import floors
 from bench.measuring.precision import DTYPES
 from bench.measuring.rows import OURS, RIVAL
 from bench.workloads.networks import LABELS, model_with_weights
-from bench.workloads.variants import Function, Variant
+from bench.workloads.variants import Variant
 from bench.workloads.workload import Workload
 from fastunet import functional, reference
 from fastunet.architecture import Architecture
 from fastunet.functional.blocks import decoder_block_head
+from fastunet.inspection.repeats import Function
 from fastunet.reference import centre_crop
 
 EPILOGUES, CONCAT_FREE, SUB_PIXEL, FUSED_HEAD = range(1, 5)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from bench.measuring.floors import Floor
-from bench.workloads.variants import Function, Variant
+from bench.workloads.variants import Variant
+from fastunet.inspection.repeats import Function
 
 
 @dataclass(frozen=True)

@@ -97,11 +97,11 @@ def test_every_layer_keeps_its_tile(name, batch, architecture):
     assert [text(config) for _, config, _ in choices(name, batch, architecture)] == CHOSEN[name, batch, architecture]
 
 
-@pytest.mark.parametrize("name, batch, most", [
-    ("brats 240", 16, (330, 270)), ("isbi 572", 1, (540, 540)), ("brats 128", 16, (165, 165)),
+@pytest.mark.parametrize("name, batch, channels, most", [
+    ("brats 240", 16, 256, (330, 270)), ("isbi 572", 1, 256, (540, 540)), ("brats 128", 16, 128, (165, 165)),
 ], ids=str)  # fmt: skip
-def test_counted_time_of_the_wide_layers(name, batch, most):
-    """Microseconds of the layers of more than 128 channels on an H100, with tiles of four warps and of up to eight."""
+def test_counted_time_of_the_wide_layers(name, batch, channels, most):
+    """Microseconds of the layers of ``channels`` and more on an H100, with tiles of four warps and of up to eight."""
     for eight_warps, limit in zip((False, True), most, strict=True):
         found = choices(name, batch, 90, eight_warps)
-        assert sum(seconds for conv, _, seconds in found if conv.c_out > 128) <= limit * 1e-6
+        assert sum(seconds for conv, _, seconds in found if conv.c_out >= channels) <= limit * 1e-6
