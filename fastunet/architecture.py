@@ -80,7 +80,7 @@ class Architecture:
             return height, width
         sizes = [self._valid_output(side) for side in (height, width)]
         if None in sizes:
-            fits = [self._nearest_inputs(side) for side in (height, width)]
+            fits = [self.nearest_inputs(side) for side in (height, width)]
             words = " and ".join(
                 f"{axis} {side}: {' or '.join(map(str, fit))}"
                 for axis, side, fit, out in zip(("height", "width"), (height, width), fits, sizes)
@@ -113,7 +113,7 @@ class Architecture:
                 return None
         return side
 
-    def _nearest_inputs(self, side: int) -> list[int]:
+    def nearest_inputs(self, side: int) -> list[int]:
         """The largest fitting side below ``side`` (if any) and the smallest above."""
         below = next((s for s in range(side - 1, 0, -1) if self._valid_output(s)), None)
         above = next(s for s in itertools.count(max(side, 0) + 1) if self._valid_output(s))

@@ -1,0 +1,88 @@
+"""Networks as ONNX files, of standard operators only, by PyTorch's own exporter. Needs onnx and onnxscript."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastunet import reference
+from fastunet.blocks import ConvBlock, DecoderBlock
+from fastunet.errors import UserError
+from fastunet.files import write_bytes
+
+_PLAIN = {ConvBlock: reference.ConvBlock, DecoderBlock: reference.DecoderBlock}
+
+
+def to_onnx(model: reference.UNet, path: str | Path) -> None:
+    """Writes the network's logits in evaluation mode as ONNX: "images" (N, C_in, H, W) float32 → "logits".
+
+    N, H and W stay free: with "same" any size works, odd ones too; with "valid" those that ``model.output_size`` takes.
+    What hangs on a module or sits in a layer's place is exported with it.
+
+    Raises:
+        ValueError: onnx or onnxscript is not installed, the model is no U-Net of this package, or the file cannot be
+            written.
+    """
+    if not isinstance(model, reference.UNet):
+        raise ValueError(f"to_onnx takes a fastunet.UNet or fastunet.reference.UNet, not {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("to_onnx takes the model itself, not a scripted one")
+    try:
+        import onnx
+        import onnxscript  # noqa: F401 - what the exporter is written in
+    except ImportError as error:
+        raise UserError("ONNX files need onnx and onnxscript: pip install 'fastunet[onnx]'") from error
+    plain = _AnySize(plain_twin(model).float().cpu().eval())
+    free = torch.export.Dim.DYNAMIC
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(plain, (plain.example(),), dynamo=True, verbose=False, input_names=["images"],
+                                    output_names=["logits"], dynamic_shapes={"x": {0: free, 2: free, 3: free}})
+    proto = program.model_proto
+    onnx.checker.check_model(proto, full_check=True)
+    write_bytes(path, proto.SerializeToString())
+
+
+def plain_twin(model: reference.UNet) -> reference.UNet:
+    """A copy whose blocks are those of the plain build; what was attached or replaced stays as it is."""
+    twin = copy.deepcopy(model)
+    for module in [twin, *twin.modules()]:
+        module.__class__ = _PLAIN.get(type(module), type(module))
+    return twin
+
+
+class _AnySize(nn.Module):
+    """The plain forward pass with its padding written so that sizes stay symbols."""
+
+    def __init__(self, model: reference.UNet):
+        super().__init__()
+        self.model = model
+
+    def example(self) -> torch.Tensor:
+        """Images of a size that fits, its sides unlike each other and unlike any constant."""
+        architecture = self.model.architecture
+        sides = (28, 36)
+        if architecture.padding == "valid":
+            sides = tuple(max(architecture.nearest_inputs(side)) for side in (99, 160))
+        return torch.zeros(2, architecture.in_channels, *sides)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        model, (height, width) = self.model, x.shape[2:]
+        same = model.architecture.padding == "same"
+        if same:
+            multiple = 2**model.architecture.depth
+            x = F.pad(x, (0, -width % multiple, 0, -height % multiple))
+        skips = []
+        for encoder in model.encoders:
+            skips.append(encoder(x))
+            x = F.max_pool2d(skips[-1], 2)
+        x = model.dropout(model.bottleneck(x))
+        for decoder in model.decoders:
+            x = decoder(x, skips.pop())
+        y = model.head(x)
+        return y[..., :height, :width] if same else y

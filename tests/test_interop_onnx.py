@@ -1,0 +1,72 @@
+"""ONNX files of both networks against the model, in ONNX Runtime, at sizes that were not exported."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import fastunet
+from fastunet import UNet, reference
+
+pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (pip install 'fastunet[rivals]')")
+onnx = pytest.importorskip("onnx", reason="onnx is not installed (pip install 'fastunet[onnx]')")
+
+BRATS = dict(width=4, depth=2)
+ISBI = dict(in_channels=1, num_classes=2, width=4, depth=2, padding="valid", up="transpose")
+
+
+def exported(model, path):
+    import onnxruntime
+
+    fastunet.to_onnx(model, path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda x: session.run(None, {"images": x.numpy()})[0]
+
+
+def agree(model, run, shape):
+    x = torch.randn(shape)
+    with torch.no_grad():
+        want = model.eval()(x).numpy()
+    got = run(x)
+    assert got.shape == want.shape
+    assert np.abs(got - want).max() <= 1e-5 * max(1, np.abs(want).max())
+
+
+@pytest.mark.parametrize("build", [UNet, reference.UNet])
+def test_same_takes_every_size(build, tmp_path):
+    torch.manual_seed(0)
+    model = build(**BRATS)
+    run = exported(model, tmp_path / "m.onnx")
+    for shape in ((2, 2, 28, 36), (1, 2, 17, 30), (3, 2, 1, 5), (1, 2, 40, 40)):
+        agree(model, run, shape)
+    nodes = onnx.load(tmp_path / "m.onnx").graph.node
+    assert {node.domain for node in nodes} <= {"", "ai.onnx"}
+
+
+def test_valid_takes_the_sizes_that_fit(tmp_path):
+    torch.manual_seed(0)
+    model = UNet(**ISBI)
+    run = exported(model, tmp_path / "m.onnx")
+    for side in (44, 60, 76):
+        agree(model, run, (2, 1, side, 92))
+
+
+def test_the_model_is_left_alone_and_what_hangs_on_it_goes_along(tmp_path):
+    torch.manual_seed(0)
+    model = UNet(**BRATS).train()
+    model.dropout = torch.nn.BatchNorm2d(16)
+    model.bottleneck.conv1 = torch.nn.Sequential(model.bottleneck.conv1, torch.nn.Tanh())
+    with pytest.warns(UserWarning, match="bottleneck"):
+        model(torch.randn(2, 2, 8, 8))
+    run = exported(model, tmp_path / "m.onnx")
+    assert model.training
+    assert model.why_not_fused().keys() == {"bottleneck", "dropout"}
+    agree(model, run, (2, 2, 20, 12))
+
+
+@pytest.mark.parametrize("wrong", [torch.nn.Conv2d(1, 1, 1), None, "model.pt"])
+def test_what_is_no_u_net_is_refused(wrong, tmp_path):
+    with pytest.raises(ValueError, match=r"to_onnx takes a fastunet\.UNet"):
+        fastunet.to_onnx(wrong, tmp_path / "m.onnx")
+    assert not (tmp_path / "m.onnx").exists()
