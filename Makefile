@@ -15,6 +15,7 @@ test: $(READY) device
 
 lint: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 bench: $(READY) device
 	$(BIN)/python -m pytest bench --benchmark-only

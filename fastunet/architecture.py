@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import asdict, dataclass
+from typing import Any
 
-PRESETS: dict[str, dict] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "brats": {},
     "isbi": dict(in_channels=1, num_classes=2, width=64, depth=4, padding="valid", up="transpose", dropout=0.5),
 }
@@ -41,7 +42,7 @@ class Architecture:
     up: str = "upsample"
     dropout: float = 0.2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, least in (("in_channels", 1), ("num_classes", 1), ("width", 1), ("depth", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
@@ -53,13 +54,13 @@ class Architecture:
             raise ValueError(f"dropout is {self.dropout!r}; expected a probability in [0, 1)")
 
     @classmethod
-    def from_preset(cls, name: str, **overrides) -> Architecture:
+    def from_preset(cls, name: str, **overrides: Any) -> Architecture:
         """The architecture of a preset, with arguments replaced by ``overrides``."""
         if name not in PRESETS:
             raise ValueError(f"preset is {name!r}; expected one of {', '.join(PRESETS)}")
         return cls(**(PRESETS[name] | overrides))
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         """The constructor arguments, ready for JSON."""
         return asdict(self)
 
@@ -78,8 +79,8 @@ class Architecture:
             if height < 1 or width < 1:
                 raise ValueError(f"the input is {height}×{width} pixels; both sides must be at least 1")
             return height, width
-        sizes = [self._valid_output(side) for side in (height, width)]
-        if None in sizes:
+        h, w = sizes = [self._valid_output(side) for side in (height, width)]
+        if h is None or w is None:
             fits = [self.nearest_inputs(side) for side in (height, width)]
             words = " and ".join(
                 f"{axis} {side}: {' or '.join(map(str, fit))}"
@@ -90,7 +91,7 @@ class Architecture:
                 f"an input of {height}×{width} does not fit {self.depth} poolings with valid convolutions; "
                 f"nearest sizes that fit, for {words}"
             )
-        return sizes[0], sizes[1]
+        return h, w
 
     def padded_size(self, height: int, width: int) -> tuple[int, int]:
         """The size that "same" computes on inside: both sides rounded up to a multiple of ``2**depth``."""

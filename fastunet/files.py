@@ -17,7 +17,7 @@ from fastunet.errors import UserError
 try:
     import fcntl
 except ImportError:  # Windows: without locks nothing is taken for left behind
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 _PREFIX = ".writing-"
 _LONGEST_ENDING = 40  # characters of the final name that the temporary one repeats: names end at 255 bytes
@@ -54,7 +54,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"cannot write {path}: {reason(error)}") from error
     finally:
-        if handle is not None:
+        if handle is not None and temporary is not None:
             temporary.unlink(missing_ok=True)
             os.close(handle)
 

@@ -39,6 +39,7 @@ class DiceCrossEntropyLoss(nn.Module):
         check_rule(empty, smooth)
         if class_weights is not None:
             class_weights = torch.as_tensor(class_weights, dtype=torch.float32)
+        self.class_weights: torch.Tensor | None
         self.register_buffer("class_weights", class_weights, persistent=False)
         self.options = dict(
             ce_weight=ce_weight,

@@ -42,7 +42,8 @@ def check_outputs(outputs: Iterable[Path], inputs: Iterable[Path], *, overwrite:
             same = f"would be written to {path}" if other == path else f"would be written to {other} and {path}"
             raise UserError(f"two results {same}; use another output folder for one of them")
         written[place] = path
-        if (source := read.get(_identity(path))) is not None:
+        identity = _identity(path)
+        if identity is not None and (source := read.get(identity)) is not None:
             alias = "" if source == path else f", under the name {source}"
             raise UserError(f"{path} is an input{alias}; choose another output")
         if path.is_dir():

@@ -87,7 +87,7 @@ def to_type(value: object, kind: type[T], source: object) -> T:
         raise UserError(f"{source} cannot be used: {problem[:1].lower()}{problem[1:]}{place}") from error
 
 
-def _without_repeats(pairs: list[tuple[str, object]], source: object) -> dict:
+def _without_repeats(pairs: list[tuple[str, object]], source: object) -> dict[str, object]:
     """The object of ``pairs``; msgspec, as most readers, would keep the last of two entries without a word."""
     table = dict(pairs)
     if len(table) < len(pairs):

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fastunet.architecture import Architecture
 from fastunet.errors import UserError
 from fastunet.files import write_bytes
 from fastunet.interop.keras_model import functional_config
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     import h5py
 
 _INSIDE_ARCHIVE = "model.weights.h5"
+Layers = list[tuple[str, nn.Conv2d | nn.ConvTranspose2d]]
 
 
 def load_keras_weights(model: nn.Module, path: str | Path) -> None:
@@ -65,7 +67,7 @@ def load_keras_weights(model: nn.Module, path: str | Path) -> None:
     with torch.no_grad():
         for layer, weight, bias in new:
             layer.weight.copy_(torch.from_numpy(np.ascontiguousarray(weight)))
-            if bias is not None:
+            if bias is not None and layer.bias is not None:
                 layer.bias.copy_(torch.from_numpy(bias))
 
 
@@ -82,7 +84,7 @@ def save_keras_weights(model: nn.Module, path: str | Path) -> None:
     path = Path(path)
     if path.suffix not in (".h5", ".keras"):
         raise UserError(f"{path}: expected a name that ends in .weights.h5, .h5 or .keras")
-    config = json.dumps(functional_config(model.architecture)) if path.suffix == ".keras" else ""
+    config = json.dumps(functional_config(_architecture(model))) if path.suffix == ".keras" else ""
     buffer = io.BytesIO()
     with _h5py().File(buffer, "w") as file:
         keras3 = path.name.endswith((".weights.h5", ".keras"))
@@ -96,7 +98,14 @@ def save_keras_weights(model: nn.Module, path: str | Path) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-def _convolutions(model: nn.Module) -> list[tuple[str, nn.Conv2d | nn.ConvTranspose2d]]:
+def _architecture(model: nn.Module) -> Architecture:
+    architecture = getattr(model, "architecture", None)
+    if not isinstance(architecture, Architecture):
+        raise UserError(f"a .keras archive is written of a fastunet.UNet, not of a {type(model).__name__}")
+    return architecture
+
+
+def _convolutions(model: nn.Module) -> Layers:
     return [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
 
 
@@ -138,7 +147,7 @@ def _kernels(file: h5py.File) -> Iterator[tuple[np.ndarray, np.ndarray | None, b
             yield values[0], values[1] if len(values) > 1 else None, "conv2d_transpose" in name
 
 
-def _write_keras3(file: h5py.File, layers: list) -> None:
+def _write_keras3(file: h5py.File, layers: Layers) -> None:
     """``layers/conv2d_<i>/vars/<j>``: Keras counts layers of a class by their order, whatever their names are."""
     counts = {"conv2d": 0, "conv2d_transpose": 0}
     for _, layer in layers:
@@ -149,7 +158,7 @@ def _write_keras3(file: h5py.File, layers: list) -> None:
             file[f"layers/{name}/vars/{j}"] = value
 
 
-def _write_legacy(file: h5py.File, layers: list) -> None:
+def _write_legacy(file: h5py.File, layers: Layers) -> None:
     names = [name.replace(".", "_") for name, _ in layers]
     file.attrs["layer_names"] = np.array(names, dtype="S")
     file.attrs["backend"], file.attrs["keras_version"] = b"tensorflow", b"2.0.0"
@@ -167,7 +176,7 @@ def _values(layer: nn.Conv2d | nn.ConvTranspose2d) -> list[np.ndarray]:
     return [np.ascontiguousarray(kernel)] + ([] if layer.bias is None else [layer.bias.detach().float().cpu().numpy()])
 
 
-def _natural(name: str) -> list:
+def _natural(name: str) -> list[int | str]:
     """Sorts conv2d before conv2d_1, and conv2d_2 before conv2d_10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastunet.architecture import Architecture
 
 
@@ -9,17 +11,17 @@ class _Graph:
     """Layers in the order in which they are added; each is named by its class and count, as Keras does."""
 
     def __init__(self) -> None:
-        self.layers: list[dict] = []
+        self.layers: list[dict[str, Any]] = []
         self._counts: dict[str, int] = {}
 
-    def add(self, kind: str, stem: str, inputs: list[str], **config) -> str:
+    def add(self, kind: str, stem: str, inputs: list[str], **config: Any) -> str:
         """Adds a layer that reads the layers ``inputs``, and returns its name."""
         count = self._counts.get(stem, 0)
         self._counts[stem] = count + 1
         name = f"{stem}_{count}" if count else stem
         tensors = [{"class_name": "__keras_tensor__", "config": {"shape": [None] * 4, "dtype": "float32",
                     "keras_history": [i, 0, 0]}} for i in inputs]  # fmt: skip
-        nodes = [{"args": [tensors] if len(tensors) > 1 else tensors, "kwargs": {}}] if inputs else []
+        nodes: list[Any] = [{"args": [tensors] if len(tensors) > 1 else tensors, "kwargs": {}}] if inputs else []
         self.layers.append({"module": "keras.layers", "class_name": kind, "config": {"name": name, **config},
                             "registered_name": None, "name": name, "inbound_nodes": nodes})  # fmt: skip
         return name
@@ -29,7 +31,7 @@ class _Graph:
                         activation=activation, kernel_initializer="he_normal")  # fmt: skip
 
 
-def functional_config(architecture: Architecture) -> dict:
+def functional_config(architecture: Architecture) -> dict[str, Any]:
     """The model with a softmax head, for ``keras.saving.load_model``: images of any size that 2**depth divides.
 
     Raises:

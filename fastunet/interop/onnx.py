@@ -15,7 +15,7 @@ from fastunet.blocks import ConvBlock, DecoderBlock
 from fastunet.errors import UserError
 from fastunet.files import write_bytes
 
-_PLAIN = {ConvBlock: reference.ConvBlock, DecoderBlock: reference.DecoderBlock}
+_PLAIN: dict[type[nn.Module], type[nn.Module]] = {ConvBlock: reference.ConvBlock, DecoderBlock: reference.DecoderBlock}
 
 
 def to_onnx(model: reference.UNet, path: str | Path) -> None:
@@ -43,6 +43,7 @@ def to_onnx(model: reference.UNet, path: str | Path) -> None:
         warnings.simplefilter("ignore")
         program = torch.onnx.export(plain, (plain.example(),), dynamo=True, verbose=False, input_names=["images"],
                                     output_names=["logits"], dynamic_shapes={"x": {0: free, 2: free, 3: free}})
+    assert program is not None  # with ``dynamo`` there always is one
     proto = program.model_proto
     onnx.checker.check_model(proto, full_check=True)
     write_bytes(path, proto.SerializeToString())
@@ -68,7 +69,7 @@ class _AnySize(nn.Module):
         architecture = self.model.architecture
         sides = (28, 36)
         if architecture.padding == "valid":
-            sides = tuple(max(architecture.nearest_inputs(side)) for side in (99, 160))
+            sides = max(architecture.nearest_inputs(99)), max(architecture.nearest_inputs(160))
         return torch.zeros(2, architecture.in_channels, *sides)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -84,5 +85,5 @@ class _AnySize(nn.Module):
         x = model.dropout(model.bottleneck(x))
         for decoder in model.decoders:
             x = decoder(x, skips.pop())
-        y = model.head(x)
+        y: torch.Tensor = model.head(x)
         return y[..., :height, :width] if same else y
