@@ -1,13 +1,17 @@
-"""Convolution that accumulates into an existing tensor on a CPU, through the oneDNN operator that Inductor generates.
+"""The oneDNN operators that Inductor generates on a CPU: convolutions with packed weights and with epilogues.
 
-It is not public in PyTorch; :func:`accumulates` says whether this build has it, and callers keep a public path.
+They are not public in PyTorch, so they are named here and nowhere else. Proven on PyTorch 2.13; :func:`accumulates` and
+:func:`packs` say whether a build has them, and callers keep a public path.
+
+With ``relu`` oneDNN applies it while it writes the result, but its ReLU turns NaN into 0, which PyTorch's does not.
 """
 
 from __future__ import annotations
 
 import torch
 
-_UNIT = [1, 1]
+_UNIT, _STRIDE2, _NONE, _RELU = [1, 1], [2, 2], ("none", [], ""), ("relu", [], "")
+_OPS = torch.ops.mkldnn
 
 
 def accumulates(x: torch.Tensor) -> bool:
@@ -17,15 +21,40 @@ def accumulates(x: torch.Tensor) -> bool:
         and x.device.type == "cpu"
         and x.numel() > 0
         and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_convolution_pointwise_")
+        and hasattr(_OPS, "_convolution_pointwise_")
     )
 
 
-def add_convolution(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, pad: int) -> torch.Tensor:
-    """``y + conv2d(x, weight)`` written over ``y``, in one pass.
+def packs(x: torch.Tensor) -> bool:
+    """Whether ``x`` can also go through convolutions with packed weights."""
+    return accumulates(x) and hasattr(_OPS, "_convolution_transpose_pointwise")
 
-    oneDNN would apply the ReLU in the same pass, but its ReLU turns NaN into 0, which PyTorch's does not.
-    """
-    return torch.ops.mkldnn._convolution_pointwise_.binary(
-        y, x, weight, None, [pad, pad], _UNIT, _UNIT, 1, "add", 1.0, None, [], ""
+
+def pack(weight: torch.Tensor, pad: int, images: list[int]) -> torch.Tensor:
+    """``weight`` (C_out, C_in, k, k) in the layout that suits images of the shape ``images``."""
+    return _OPS._reorder_convolution_weight(weight, [pad, pad], _UNIT, _UNIT, 1, images)
+
+
+def pack_transposed(weight: torch.Tensor, pad: int, images: list[int]) -> torch.Tensor:
+    """The same for a stride-2 transposed convolution (C_in, C_out, k, k) whose output padding is ``pad``, too."""
+    return _OPS._reorder_convolution_transpose_weight(weight, [pad, pad], [pad, pad], _STRIDE2, _UNIT, 1, images)
+
+
+def convolution(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor, pad: int, relu: bool) -> torch.Tensor:
+    """``conv2d(x, packed, bias)``, with its ReLU if asked."""
+    return _OPS._convolution_pointwise(x, packed, bias, [pad, pad], _UNIT, _UNIT, 1, *(_RELU if relu else _NONE))
+
+
+def transposed_convolution(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor, pad: int,
+                           relu: bool) -> torch.Tensor:
+    """The stride-2 transposed convolution of :func:`pack_transposed`, with its ReLU if asked."""
+    epilogue = _RELU if relu else _NONE
+    return _OPS._convolution_transpose_pointwise(x, packed, bias, [pad, pad], [pad, pad], _STRIDE2, _UNIT, 1, *epilogue)
+
+
+def add_convolution(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, pad: int,
+                    relu: bool = False) -> torch.Tensor:
+    """``y + conv2d(x, weight)`` written over ``y``, in one pass, with a ReLU of the sum if asked."""
+    return _OPS._convolution_pointwise_.binary(
+        y, x, weight, None, [pad, pad], _UNIT, _UNIT, 1, "add", 1.0, "relu" if relu else None, [], ""
     )

@@ -19,6 +19,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastunet.dispatch import settings, triton_installed
+from fastunet.functional import _onednn
 from fastunet.inference import frozen_cpu
 
 
@@ -91,7 +92,7 @@ class FrozenUNet:
         if x.is_cuda and x.numel() and not torch.cuda.is_current_stream_capturing():
             # one after the other: the graphs share their memory
             return self._prepared(lambda: self._graph(x, output)(x))
-        if self.model.backend == "triton" or x.dtype != weight.dtype or not frozen_cpu.packable(x):
+        if self.model.backend == "triton" or x.dtype != weight.dtype or not _onednn.packs(x):
             return self.model._run(x, output)
         x = self.model._pad(x)
         return self._prepared(lambda: self._packed or self._pack(x)).run(x, output)[..., :height, :width]

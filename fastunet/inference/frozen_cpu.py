@@ -5,20 +5,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from fastunet.functional import _onednn
 from fastunet.functional._layout import nhwc
-from fastunet.functional._onednn import accumulates
 from fastunet.functional.segmentation_head import finish
 from fastunet.functional.upsample_conv import transposed_kernel
 from fastunet.reference import centre_crop
 
-_UNIT, _STRIDE2, _NONE, _RELU = [1, 1], [2, 2], ("none", [], ""), ("relu", [], "")
 _LARGEST = torch.finfo(torch.float32).max / 2
 """What no sum inside a convolution may pass, with room for rounding, if its ReLU is oneDNN's."""
-
-
-def packable(x: torch.Tensor) -> bool:
-    """Whether inference on ``x`` can use packed weights: float32 on a CPU whose PyTorch has oneDNN's operators."""
-    return accumulates(x) and hasattr(torch.ops.mkldnn, "_convolution_transpose_pointwise")
 
 
 class PackedNetwork:
@@ -76,48 +70,34 @@ class PackedNetwork:
         return packed, size
 
     def _pack_conv(self, weight, size):
-        images = [size[0], weight.shape[1], *size[1:]]
-        return torch.ops.mkldnn._reorder_convolution_weight(nhwc(weight), [self.pad] * 2, _UNIT, _UNIT, 1, images)
+        return _onednn.pack(nhwc(weight), self.pad, [size[0], weight.shape[1], *size[1:]])
 
     def _pack_up(self, layer, size):
         weight = layer.weight.detach() if self.transpose else transposed_kernel(layer.weight.detach())
         images = [size[0], weight.shape[0], *size[1:]]
-        packed = torch.ops.mkldnn._reorder_convolution_transpose_weight(
-            nhwc(weight), *self._up_padding(), _STRIDE2, _UNIT, 1, images
-        )
+        packed = _onednn.pack_transposed(nhwc(weight), 0 if self.transpose else 1, images)
         bias = layer.bias.detach().clone()
         return packed, bias, _reach(weight.transpose(0, 1), bias)
-
-    def _up_padding(self):
-        """Padding and output padding of the transposed convolution."""
-        return ([0, 0], [0, 0]) if self.transpose else ([1, 1], [1, 1])
 
     def _up(self, x, up, bound):
         """The upsampled map and the bound of its elements."""
         weight, bias, reach = up
         bound = _sum_bound(reach, bound)
         fused = not self.transpose and bound < _LARGEST
-        y = torch.ops.mkldnn._convolution_transpose_pointwise(
-            x, weight, bias, *self._up_padding(), _STRIDE2, _UNIT, 1, *(_RELU if fused else _NONE)
-        )
+        y = _onednn.transposed_convolution(x, weight, bias, 0 if self.transpose else 1, fused)
         return (y if self.transpose or fused else y.relu_()), bound
 
     def _block(self, block, x, bound, skip=None, skip_bound=0.0):
         """Two convolutions with ReLU, and the bound of their elements."""
-        padding = [self.pad, self.pad]
         for skip_weight, weight, bias, reach in block:
             bound = _sum_bound(reach, skip_bound if skip_bound > bound else bound)
             fused = bound < _LARGEST
             if skip_weight is None:
-                x = torch.ops.mkldnn._convolution_pointwise(
-                    x, weight, bias, padding, _UNIT, _UNIT, 1, *(_RELU if fused else _NONE)
-                )
+                x = _onednn.convolution(x, weight, bias, self.pad, fused)
             else:
                 crop = nhwc(centre_crop(skip, *x.shape[2:]))
-                y = torch.ops.mkldnn._convolution_pointwise(crop, skip_weight, bias, padding, _UNIT, _UNIT, 1, *_NONE)
-                x = torch.ops.mkldnn._convolution_pointwise_.binary(
-                    y, x, weight, None, padding, _UNIT, _UNIT, 1, "add", 1.0, "relu" if fused else None, [], ""
-                )
+                y = _onednn.convolution(crop, skip_weight, bias, self.pad, False)
+                x = _onednn.add_convolution(y, x, weight, self.pad, fused)
                 skip_bound = 0.0
             x = x if fused else x.relu_()
         return x, bound

@@ -6,7 +6,7 @@ import sys
 import time
 from typing import TextIO
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 _SECONDS_BETWEEN_LINES = 30.0
 
@@ -17,7 +17,8 @@ class Display:
     def __init__(self, *, quiet: bool = False, stream: TextIO | None = None) -> None:
         self._quiet = quiet
         self._stream = stream or sys.stderr
-        self._terminal = self._stream.isatty()
+        # a notebook is no terminal, but shows a bar all the same
+        self._terminal = self._stream.isatty() or "ipykernel" in sys.modules
         self._bar: tqdm | None = None
 
     def message(self, text: str) -> None:
