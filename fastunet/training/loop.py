@@ -106,7 +106,7 @@ class Trainer:
         self.config, self.run, self.processes, self.data, self.display = config, run, processes, data, display
         self.device = processes.device
         torch.manual_seed(config.seed)
-        self.model = build_model(config, data).to(self.device)
+        self.model = build_model(config, data).to(self.device, memory_format=torch.channels_last)
         self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate, fused=True)
         self.scaler = loss_scaler(self.device, config.precision)
