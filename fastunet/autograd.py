@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch._functorch.autograd_function import enable_single_level_autograd_function  # PyTorch 2.6 to 2.13
+from torch._functorch.autograd_function import enable_single_level_autograd_function  # private; proven on PyTorch 2.13
 from torch.autograd import forward_ad
 
 
