@@ -70,3 +70,17 @@ def test_what_is_no_u_net_is_refused(wrong, tmp_path):
     with pytest.raises(ValueError, match=r"to_onnx takes a fastunet\.UNet"):
         fastunet.to_onnx(wrong, tmp_path / "m.onnx")
     assert not (tmp_path / "m.onnx").exists()
+
+
+@pytest.mark.parametrize("change", [
+    lambda m: m.register_forward_hook(lambda module, x, y: 2 * y),
+    lambda m: m.register_forward_pre_hook(lambda module, x: (x[0] + 1,)),
+    lambda m: setattr(m, "forward", lambda x: x),
+    lambda m: setattr(m, "__class__", type("Mine", (UNet,), {"forward": lambda self, x: x})),
+], ids=["hook", "pre-hook", "patched", "subclass"])  # fmt: skip
+def test_what_hangs_on_the_whole_model_is_refused_not_lost(change, tmp_path):
+    model = UNet(**BRATS)
+    change(model)
+    with pytest.raises(ValueError, match="take off its own hooks"):
+        fastunet.to_onnx(model, tmp_path / "m.onnx")
+    assert not (tmp_path / "m.onnx").exists()

@@ -84,6 +84,8 @@ def prepare_data(
         f"({len(val)} slices) of {train.size[0]}×{train.size[1]}, {', '.join(modalities)}"
     )
     display.message(f"classes by label value: {cases[0].label_map}")
+    if cases[0].label_map.region_order:
+        display.message("regions of dataset.json are trained as these exclusive classes, not as overlapping outputs")
     return TrainingData(train, val, cases[0].label_map, tuple(modalities), config)
 
 
