@@ -22,8 +22,9 @@ from fastunet.training.checkpoint import Progress, load_model, load_state, save_
 from fastunet.training.config import TrainConfig
 from fastunet.training.dataset import centre_crop
 from fastunet.training.distributed import Processes
+from fastunet.training.learner import batch_seed
 from fastunet.training.loading import prefetched
-from fastunet.training.loop import batch_seed, train
+from fastunet.training.loop import train
 from fastunet.training.precision import loss_scaler
 from tests.cli_helpers import TINY, assert_user_error, files_below, phantoms, run, write_checkpoint  # noqa: F401
 from tests.data_files import nnunet_folder

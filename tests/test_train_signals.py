@@ -14,7 +14,7 @@ import torch
 
 from fastunet import signals
 from fastunet.signals import Interrupted
-from fastunet.training import checkpoint, loop
+from fastunet.training import checkpoint, learner, loop
 from tests.cli_helpers import TINY, assert_user_error, files_below, phantoms, run  # noqa: F401
 
 OPTIONS = [*TINY, "--epochs", "2", "--dropout", "0.3", "--seed", "11", "--threads", "1", "--batch-size", "4"]
@@ -37,8 +37,8 @@ def uninterrupted(phantoms, tmp_path_factory) -> Path:  # noqa: F811
 
 
 def stop_at(monkeypatch, place: str, count: int, number: int = signal.SIGTERM) -> None:
-    """Sends this process a signal in the ``count``-th call of ``Trainer``'s loss, in training or in validation."""
-    original, calls = loop._loss, 0
+    """Sends this process a signal in the ``count``-th call of ``Learner``'s loss, in training or in validation."""
+    original, calls = learner._loss, 0
 
     def signalling(*args):
         loss = original(*args)
@@ -53,7 +53,7 @@ def stop_at(monkeypatch, place: str, count: int, number: int = signal.SIGTERM) -
 
         return forward
 
-    monkeypatch.setattr(loop, "_loss", signalling)
+    monkeypatch.setattr(learner, "_loss", signalling)
 
 
 @pytest.mark.parametrize("place, count", [("training", 1), ("training", 5), ("training", 12), ("validation", 2)])
@@ -172,14 +172,14 @@ def test_the_last_good_weights_are_kept(phantoms, tmp_path, capsys, monkeypatch)
     assert run(*line, "--epochs", "1") == 0
     capsys.readouterr()
     before = {name: (tmp_path / name).read_bytes() for name in (*WEIGHTS, "state.safetensors")}
-    original = loop.build_model
+    original = learner.build_model
 
     def spoilt(*args):
         model = original(*args)
         model.register_forward_hook(lambda module, inputs, logits: logits * float("nan"))
         return model
 
-    monkeypatch.setattr(loop, "build_model", spoilt)
+    monkeypatch.setattr(learner, "build_model", spoilt)
     code = run(*line, "--resume", "--epochs", "2")
     assert_user_error(capsys, code, "the loss is nan in epoch 2, batch 1", "the weights saved before are kept")
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
@@ -187,7 +187,7 @@ def test_the_last_good_weights_are_kept(phantoms, tmp_path, capsys, monkeypatch)
 
 def test_the_scaler_gets_its_chance(phantoms, tmp_path, capsys, monkeypatch):  # noqa: F811
     """With fp16 a loss may be infinite as long as the scaler makes it finite within its steps."""
-    original, calls = loop._loss, 0
+    original, calls = learner._loss, 0
 
     def spoilt(first_good: int):
         def build(*args):
@@ -203,7 +203,7 @@ def test_the_scaler_gets_its_chance(phantoms, tmp_path, capsys, monkeypatch):  #
         return build
 
     line = ["train", phantoms, *OPTIONS, "--precision", "fp16", "--epochs", "1"]
-    monkeypatch.setattr(loop, "_loss", spoilt(6))
+    monkeypatch.setattr(learner, "_loss", spoilt(6))
     assert run(*line, "--out", tmp_path / "a") == 0
     monkeypatch.setattr(loop, "_MOST_SKIPPED_STEPS", 5)
     calls = 0

@@ -147,7 +147,7 @@ def save_state(
 ) -> None:
     """Writes everything from which training continues bit for bit: weights, optimiser, loss scale and progress.
 
-    Random numbers need no state: each batch seeds its own (see :func:`fastunet.training.loop.batch_seed`).
+    Random numbers need no state: each batch seeds its own (see :func:`fastunet.training.learner.batch_seed`).
 
     Raises:
         NotFinite: there is nothing to continue from.

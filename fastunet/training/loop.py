@@ -9,34 +9,30 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
-import fastunet
-from fastunet.data import IGNORED, SliceDataset
+from fastunet.data import SliceDataset
 from fastunet.data.sampling import Batch
 from fastunet.errors import UserError
 from fastunet.files import locked, make_output_folder
-from fastunet.losses import DiceCrossEntropyLoss, DiceLoss
 from fastunet.metrics import SegmentationMetrics
 from fastunet.signals import Interrupted, deferred
 from fastunet.training import checkpoint
-from fastunet.training.checkpoint import BEST, LAST, STATE, ModelCard, NotFinite, Progress
+from fastunet.training.checkpoint import BEST, LAST, STATE, NotFinite, Progress
 from fastunet.training.config import FILE_NAME, TrainConfig
-from fastunet.training.dataset import TrainingData, centre_crop, prepare_data
+from fastunet.training.dataset import TrainingData, prepare_data
 from fastunet.training.display import Display
 from fastunet.training.distributed import Processes
+from fastunet.training.learner import Learner, Step
 from fastunet.training.loading import prefetched
-from fastunet.training.precision import autocast, loss_scaler, prepare
+from fastunet.training.precision import prepare
 from fastunet.training.results import CURVES, LOG, metric_columns, write_curves, write_log
 
 FILES = (FILE_NAME, LOG, CURVES, BEST, LAST, STATE)
 """What a run folder holds beside its cache."""
 _SECONDS_BETWEEN_CURVES = 30.0
-_STREAM_DROPOUT = 1
 _MOST_SKIPPED_STEPS = 20
 """In a row, before a run in fp16 counts as diverged: each halves the loss scale, so it is then a millionth."""
 _MOST_NAMED_CASES = 8
@@ -85,42 +81,16 @@ def _train(config: TrainConfig, run: Path, processes: Processes, display: Displa
         trainer.fit(requested)
 
 
-@dataclass
-class Step:
-    """What one optimiser step left behind; on a CUDA device its numbers are not known until somebody waits for them.
-
-    ``report`` holds the loss of the whole batch and the number of processes that want to stop.
-    """
-
-    batch: Batch
-    report: torch.Tensor
-    skipped: bool
-
-
 class Trainer:
-    """Model, optimiser and progress of one run."""
+    """One run: its learner, how far it is, and the files that say so."""
 
     def __init__(
         self, config: TrainConfig, run: Path, processes: Processes, data: TrainingData, display: Display
     ) -> None:
         self.config, self.run, self.processes, self.data, self.display = config, run, processes, data, display
         self.device = processes.device
-        torch.manual_seed(config.seed)
-        self.model = build_model(config, data).to(self.device, memory_format=torch.channels_last)
-        self.parameters = list(self.model.parameters())
-        self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate, fused=True)
-        self.scaler = loss_scaler(self.device, config.precision)
-        ignored = IGNORED if data.labels.ignore is not None else None
-        self.loss = _loss(config, processes.world, ignored)
+        self.learner = Learner(config, processes, data)
         self.progress = Progress(fingerprint=data.fingerprint)
-        self.card = ModelCard(
-            model=self.model.config,
-            modalities=data.modalities,
-            labels=data.labels.to_dict(),
-            size=config.size,
-            axis=config.axis,
-            images=data.train.cases[0].is_image,
-        )
         self._saved_at = self._drawn_at = time.monotonic()
         self._requested: Callable[[], int] = lambda: 0
         self._failure: UserError | None = None
@@ -142,8 +112,8 @@ class Trainer:
 
     def restore(self) -> None:
         """Continues from the saved state."""
-        path = self.run / STATE
-        self.progress = checkpoint.load_state(path, self.model, self.optimizer, self.scaler)
+        path, learner = self.run / STATE, self.learner
+        self.progress = checkpoint.load_state(path, learner.model, learner.optimizer, learner.scaler)
         if self.progress.fingerprint != self.data.fingerprint:
             raise UserError(f"{path} was trained on other data than {self.config.data} holds now")
         steps = self.data.train.steps(self.config.batch_size, world=self.processes.world)
@@ -157,7 +127,7 @@ class Trainer:
         order = data.batches(config.batch_size, progress.epoch, rank=self.processes.rank, world=self.processes.world,
                              start_batch=progress.batch)  # fmt: skip
         batches = ((batch, *data.load(batch.indices)) for batch in order)
-        self.model.train()
+        self.learner.model.train()
         self.display.start(f"epoch {progress.epoch + 1}/{config.epochs}", steps, progress.batch)
         # Numbers are read one step late from a CUDA device, so that it never waits for the host; with several processes
         # at once, so that all of them end at the same step.
@@ -166,7 +136,8 @@ class Trainer:
         with closing(prefetched(batches)) as loader:
             clock = time.perf_counter()
             for (batch, images, labels), waited in loader:
-                waiting.append(self._step(batch, images, labels, steps))
+                wish = bool(self._requested()) or self._failure is not None
+                waiting.append(self.learner.step(batch, images, labels, progress, steps * config.epochs, wish))
                 progress.batch += 1
                 progress.step += 1
                 now = time.perf_counter()
@@ -181,31 +152,6 @@ class Trainer:
                     self._save_state_alone()
         self._settle(waiting, 0)
         self.display.stop()
-
-    def _step(self, batch: Batch, images: torch.Tensor, labels: torch.Tensor, steps: int) -> Step:
-        """One optimiser step; its loss is that of the whole batch, of all processes."""
-        config, progress = self.config, self.progress
-        images = images.to(self.device, non_blocking=True).to(memory_format=torch.channels_last)
-        labels = labels.to(self.device, non_blocking=True)
-        images, labels = self.data.augment(images, labels, progress.epoch, batch.positions)
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate_at(progress.step, steps * config.epochs)
-        # Dropout draws from a generator that each batch seeds anew, so no random state has to be saved.
-        torch.manual_seed(batch_seed(config.seed, progress.epoch, progress.batch, self.processes.rank))
-        with autocast(self.device, config.precision):
-            logits = self.model(images)
-        loss = self.loss(logits.float(), centre_crop(labels, *logits.shape[-2:]))
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        wants_to_stop = float(bool(self._requested()) or self._failure is not None)
-        stop = self.processes.sum_gradients(self.parameters, wants_to_stop)
-        scale = self.scaler.get_scale()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        skipped = self.scaler.is_enabled() and self.scaler.get_scale() < scale
-        report = torch.zeros(2, dtype=torch.float64, device=self.device)
-        report[0], report[1] = loss.detach(), stop
-        return Step(batch, report, skipped)
 
     def _settle(self, waiting: deque[Step], left: int) -> tuple[float | None, bool]:
         """Accounts for the steps that wait, but for the last ``left``; returns the last loss and whether to stop.
@@ -262,7 +208,7 @@ class Trainer:
         row |= self._validate()
         slices = steps * self.config.batch_size * self.processes.world
         row |= {
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": self.learner.learning_rate,
             "slices_per_second": slices / max(progress.seconds, 1e-9),
             "data_wait_share": progress.waited / max(progress.seconds, 1e-9),
             "seconds": progress.seconds,
@@ -280,15 +226,13 @@ class Trainer:
             self._publish()
         return row
 
-    @torch.no_grad()
     def _validate(self) -> dict:
-        config, data = self.config, self.data.val
+        config, data, learner = self.config, self.data.val, self.learner
         rank, world = self.processes.rank, self.processes.world
         names = self.data.labels.class_names
-        ignored = IGNORED if self.data.labels.ignore is not None else None
-        metrics = SegmentationMetrics(len(names), names, ignore_index=ignored)
+        metrics = SegmentationMetrics(len(names), names, ignore_index=learner.ignored)
         total = torch.zeros(2, dtype=torch.float64)
-        self.model.eval()
+        learner.model.eval()
         steps = data.steps(config.batch_size, world=world)
         order = data.batches(config.batch_size, shuffle=False, rank=rank, world=world)
         batches = ((batch, *data.load(batch.indices)) for batch in order)
@@ -297,18 +241,14 @@ class Trainer:
             for _ in range(steps):
                 # The last step can leave a process without slices; it still takes part in the sums of the loss.
                 (batch, images, labels), waited = next(loader, ((None, *data.load([])), 0.0))
-                images = images.to(self.device).to(memory_format=torch.channels_last)
-                with autocast(self.device, config.precision):
-                    logits = self.model(images).float()
-                labels = centre_crop(labels.to(self.device), *logits.shape[-2:])
                 here = [float(len(images)), float(bool(self._requested()))]
                 count, stop = self.processes.sum(torch.tensor(here, device=self.device)).tolist()
                 if stop:
                     self._stop()
-                loss = self.loss(logits, labels).item()
+                logits, labels, loss = learner.validate(images, labels)
                 if not math.isfinite(loss):
-                    raise self._diverged(f"the validation loss is {loss}", batch, data)
-                total += torch.tensor([loss * count, count], dtype=torch.float64)
+                    raise self._diverged(f"the validation loss is {loss.item()}", batch, data)
+                total += torch.tensor([loss.item() * count, count], dtype=torch.float64)
                 metrics.update(logits, labels)
                 self.display.step(len(images), waited)
         self.display.stop()
@@ -317,9 +257,10 @@ class Trainer:
         return {"val_loss": (total[0] / total[1]).item()} | metric_columns(metrics)
 
     def _save_state(self) -> None:
+        learner = self.learner
         if self.processes.leader:
             try:
-                checkpoint.save_state(self.run / STATE, self.model, self.optimizer, self.scaler, self.progress)
+                checkpoint.save_state(self.run / STATE, learner.model, learner.optimizer, learner.scaler, self.progress)
             except NotFinite as error:
                 raise self._diverged(str(error), self._last_batch) from error
         self._saved_at = time.monotonic()
@@ -336,7 +277,7 @@ class Trainer:
     def _save_weights(self, name: str) -> None:
         if self.processes.leader:
             try:
-                checkpoint.save_weights(self.run / name, self.model, self.card)
+                checkpoint.save_weights(self.run / name, self.learner.model, self.learner.card)
             except NotFinite as error:
                 raise self._diverged(str(error), self._last_batch) from error
 
@@ -349,31 +290,3 @@ class Trainer:
         if curves or time.monotonic() - self._drawn_at >= _SECONDS_BETWEEN_CURVES:
             write_curves(self.run, self.progress.history, self.data.labels.class_names)
             self._drawn_at = time.monotonic()
-
-
-def build_model(config: TrainConfig, data: TrainingData) -> torch.nn.Module:
-    """The untrained network that ``config`` asks for, checked against the size of the slices."""
-    overrides = {"in_channels": len(data.modalities), "num_classes": len(data.labels.class_names)}
-    for name in ("width", "depth", "dropout"):
-        if getattr(config, name) is not None:
-            overrides[name] = getattr(config, name)
-    try:
-        model = fastunet.UNet.from_preset(config.preset, **overrides)
-        model.output_size(*data.train.size)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    return model
-
-
-def batch_seed(seed: int, epoch: int, batch: int, rank: int) -> int:
-    """The seed of what a process draws for one batch, apart from all other batches, epochs and processes."""
-    entropy = np.random.SeedSequence([seed, epoch, batch, rank, _STREAM_DROPOUT])
-    return int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def _loss(config: TrainConfig, world: int, ignored: int | None) -> torch.nn.Module:
-    # Labels were checked against the label table when they were read; checking again would wait for the GPU.
-    options = dict(sync=world > 1, grad_reduction="sum", check_labels=False, ignore_index=ignored)
-    if config.loss == "dice":
-        return DiceLoss(**options)
-    return DiceCrossEntropyLoss(dice_weight=0.0 if config.loss == "ce" else 1.0, **options)

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from fastunet.cli import main
-from fastunet.training import loop
+from fastunet.training import learner
 from tests.data_files import msd_folder
 from tests.faults.trials import TINY, Deadline, Outcome
 
@@ -20,7 +20,7 @@ def campaign(work: Path, trials: int, seed: int, time: Deadline) -> Outcome:
     """``trials`` segmentations after thirty times as many training steps; the second half must hold no more."""
     outcome = Outcome("a long run in one process (30 training steps and one segmentation each)")
     data, seen, steps = msd_folder(work / "data", ("a", "b", "c"), (24, 20, 8)), [], 0
-    step = loop.Trainer._step
+    step = learner.Learner.step
 
     def counted(self, *args):
         nonlocal steps
@@ -29,13 +29,13 @@ def campaign(work: Path, trials: int, seed: int, time: Deadline) -> Outcome:
             seen.append(_state())
         return step(self, *args)
 
-    loop.Trainer._step = counted
+    learner.Learner.step = counted
     try:
         epochs = -(-30 * trials // 4)
         said = _run("train", data, "--out", work / "run", *TINY, "--epochs", epochs, "--checkpoint-every", "5",
                     "--seed", seed)  # fmt: skip
     finally:
-        loop.Trainer._step = step
+        learner.Learner.step = step
     _compare(outcome, seen, f"{steps} training steps", said)
     seen = []
     for index in range(trials):
