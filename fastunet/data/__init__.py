@@ -1,4 +1,4 @@
-"""Medical volumes: files, cases, slices for training and segmentation, augmentation, splits and synthetic cases."""
+"""Volumes and 2-D images: files, cases, slices for training and segmentation, augmentation, splits, synthetic cases."""
 
 from fastunet.data.augment import Augmentation, augment
 from fastunet.data.case import DEFAULT_MODALITIES, MODALITIES, Case, Source
@@ -11,6 +11,7 @@ from fastunet.data.sampling import Batch
 from fastunet.data.slice_dataset import SliceDataset
 from fastunet.data.slices import CaseSlices, fit_slice, unfit_slice
 from fastunet.data.splits import Split, split_cases
+from fastunet.data.tile_dataset import TileDataset
 from fastunet.data.volumes import Volume, read_geometry, read_labels, read_volume, write_labels, write_map
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "SliceDataset",
     "Source",
     "Split",
+    "TileDataset",
     "Volume",
     "augment",
     "cases_from_files",

@@ -64,7 +64,7 @@ def check_quickly(cases: Sequence[Case], modalities: Sequence[str], *, size: obj
     Args:
         cases: the cases; those without a label are left out, as in training.
         modalities: the channels.
-        size: of the slices; without one, all slices must have one size.
+        size: of the slices; without one, all slices of volumes must have one size.
         axis: the slicing axis.
     """
     problems: list[str] = []
@@ -78,7 +78,7 @@ def check_quickly(cases: Sequence[Case], modalities: Sequence[str], *, size: obj
             sizes.setdefault(_slice_size(geometry, axis), case.name)
         except UserError as error:
             problems.append(str(error))
-    if size is None and len(sizes) > 1:
+    if size is None and len(sizes) > 1 and not cases[0].is_image:
         shown = ", ".join(f"{height} × {width} ({name})" for (height, width), name in list(sizes.items())[:4])
         problems.append(f"slices have {len(sizes)} sizes, such as {shown}: training needs one size for all (--size)")
     return problems

@@ -16,11 +16,13 @@ class Batch(NamedTuple):
         step: counts the steps of the epoch, over all processes.
         positions: int64 (n,), places in the order of the epoch; unique, so that they can seed an augmentation.
         indices: int64 (n,), the samples of the data set at these places.
+        epoch: that the order belongs to.
     """
 
     step: int
     positions: np.ndarray
     indices: np.ndarray
+    epoch: int = 0
 
 
 def epoch_order(foreground: np.ndarray, seed: int, epoch: int, foreground_fraction: float | None) -> np.ndarray:
@@ -44,7 +46,14 @@ def epoch_order(foreground: np.ndarray, seed: int, epoch: int, foreground_fracti
 
 
 def split_into_batches(
-    order: np.ndarray, batch_size: int, *, rank: int = 0, world: int = 1, start: int = 0, wrap: bool = False
+    order: np.ndarray,
+    batch_size: int,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    start: int = 0,
+    wrap: bool = False,
+    epoch: int = 0,
 ) -> Iterator[Batch]:
     """The batches of process ``rank`` of ``world`` from step ``start`` on.
 
@@ -59,6 +68,7 @@ def split_into_batches(
         start: the first step wanted.
         wrap: begin the order again to fill the last step, as training needs it; otherwise the last batch is smaller,
             and a process left without samples skips it.
+        epoch: handed on to the batches.
     """
     if batch_size < 1 or not 0 <= rank < world:
         raise ValueError(f"batch_size {batch_size} or rank {rank} of {world} is out of range")
@@ -68,7 +78,7 @@ def split_into_batches(
         first = (step * world + rank) * batch_size
         positions = np.arange(first, min(first + batch_size, total))
         if positions.size:
-            yield Batch(step, positions, order[positions % len(order)])
+            yield Batch(step, positions, order[positions % len(order)], epoch)
 
 
 def count_steps(samples: int, batch_size: int, world: int = 1) -> int:

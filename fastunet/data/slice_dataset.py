@@ -122,6 +122,10 @@ class SliceDataset(torch.utils.data.Dataset):
                 label[into] = record["label"][window]
         return torch.from_numpy(images), torch.from_numpy(labels)
 
+    def read(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """What ``load`` gives for the samples of a batch; errors as there."""
+        return self.load(batch.indices)
+
     def steps(self, batch_size: int, *, world: int = 1) -> int:
         """The steps of an epoch of ``world`` processes with batches of ``batch_size`` each."""
         return count_steps(len(self), batch_size, world)
@@ -136,7 +140,7 @@ class SliceDataset(torch.utils.data.Dataset):
         world: int = 1,
         start_batch: int = 0,
     ) -> Iterator[Batch]:
-        """The batches of one process in one epoch, to be given to ``load``; see ``split_into_batches``.
+        """The batches of one process in one epoch, to be given to ``read``; see ``split_into_batches``.
 
         Shuffled epochs (training) follow from ``seed`` and ``epoch`` and have full batches only: the last one begins
         the order again. Otherwise every slice comes once, in order.
@@ -145,11 +149,16 @@ class SliceDataset(torch.utils.data.Dataset):
             order = epoch_order(self.foreground, self.seed, epoch, self.foreground_fraction)
         else:
             order = np.arange(len(self))
-        return split_into_batches(order, batch_size, rank=rank, world=world, start=start_batch, wrap=shuffle)
+        return split_into_batches(
+            order, batch_size, rank=rank, world=world, start=start_batch, wrap=shuffle, epoch=epoch
+        )
 
     def whole(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """One slice in its own size, whatever the size of the data set: image (modalities, H, W) and labels (H, W)."""
-        index = operator.index(index)
+        image, label = self._whole(operator.index(index))
+        return torch.from_numpy(image), torch.from_numpy(label)
+
+    def _whole(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         case, number = self.case_index[index], self.slice_index[index]
         record, cached = self._record(case, number), self._cached[case]
         image = np.zeros((len(self.modalities), *cached.shape[1:]), dtype=np.float32)
@@ -157,7 +166,7 @@ class SliceDataset(torch.utils.data.Dataset):
         if record is not None:
             window = tuple(slice(*interval) for interval in cached.box[1:])
             image[(..., *window)], label[window] = record["image"], record["label"]
-        return torch.from_numpy(image), torch.from_numpy(label)
+        return image, label
 
     def _prepare(self, case: Case) -> CachedCase:
         return cache_case(case, self.modalities, self._folder, **self._options)

@@ -58,6 +58,14 @@ def overlap(length: int, target: int) -> tuple[slice, slice]:
     return slice(into, into + common), slice(start, start + common)
 
 
+def mirror(index: np.ndarray, length: int) -> np.ndarray:
+    """Indices outside ``0 … length-1`` reflected back at the borders, the border pixel itself not repeated."""
+    if length == 1:
+        return np.zeros_like(index)
+    index = index % (2 * (length - 1))
+    return np.minimum(index, 2 * (length - 1) - index)
+
+
 def brain_statistics(volume: np.ndarray, *, everywhere: bool = False) -> tuple[float, float]:
     """Mean and standard deviation of the non-zero voxels, summed slab by slab in float64; (0, 1) where undefined.
 

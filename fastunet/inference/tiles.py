@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 
 from fastunet.architecture import Architecture
+from fastunet.data.slices import mirror
 from fastunet.errors import UserError
 
 
@@ -38,8 +40,8 @@ def segment_tiled(
     step_height, step_width = (_step(architecture, side, border, unit) for side in (side_height, side_width))
     for top in range(0, height, step_height):
         for left in range(0, width, step_width):
-            rows = mirror(torch.arange(top - border, top - border + side_height, device=images.device), height)
-            columns = mirror(torch.arange(left - border, left - border + side_width, device=images.device), width)
+            rows = _mirrored(top - border, side_height, height, images.device)
+            columns = _mirrored(left - border, side_width, width, images.device)
             result = forward(images[:, :, rows][..., columns])
             # Only "same" networks return their border; valid convolutions have consumed it.
             skip = border if architecture.padding == "same" else 0
@@ -63,12 +65,9 @@ def border_width(architecture: Architecture) -> int:
     return -(-reach // unit) * unit
 
 
-def mirror(index: torch.Tensor, length: int) -> torch.Tensor:
-    """Indices outside ``0 … length-1`` reflected back at the borders, the border pixel itself not repeated."""
-    if length == 1:
-        return torch.zeros_like(index)
-    index = index.remainder(2 * (length - 1))
-    return torch.minimum(index, 2 * (length - 1) - index)
+def _mirrored(start: int, side: int, length: int, device: torch.device) -> torch.Tensor:
+    """Where ``side`` pixels from ``start`` on lie in an image of ``length`` pixels that is mirrored at its borders."""
+    return torch.from_numpy(mirror(np.arange(start, start + side), length)).to(device)
 
 
 def _step(architecture: Architecture, side: int, border: int, unit: int) -> int:

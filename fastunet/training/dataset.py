@@ -6,11 +6,24 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from fastunet.data import DEFAULT_MODALITIES, Case, LabelMap, SliceDataset, augment, discover_cases, split_cases
+from fastunet.architecture import Architecture
+from fastunet.data import (
+    DEFAULT_MODALITIES,
+    IGNORED,
+    Case,
+    LabelMap,
+    SliceDataset,
+    TileDataset,
+    augment,
+    discover_cases,
+    read_geometry,
+    split_cases,
+)
 from fastunet.data.checks import check_quickly
 from fastunet.errors import UserError
 from fastunet.outputs import check_outputs
@@ -18,16 +31,28 @@ from fastunet.training.config import TrainConfig
 from fastunet.training.display import Display
 from fastunet.training.distributed import Processes
 
+_LARGEST_VALID, _LARGEST_SAME = 572, 512
+"""Sides of the tiles that images are trained in where nothing else is asked for."""
+
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Slices for training and validation, and the label table that they share."""
+    """Slices or tiles for training and validation, and the label table that they share.
+
+    ``tile`` is the side of the tiles in which images are trained, None for volumes.
+    """
 
     train: SliceDataset
     val: SliceDataset
     labels: LabelMap
     modalities: tuple[str, ...]
     config: TrainConfig
+    tile: int | None = None
+
+    @property
+    def ignored(self) -> int | None:
+        """The class index of pixels that count nowhere, if there can be any."""
+        return IGNORED if self.labels.ignore is not None or self.tile is not None else None
 
     @property
     def fingerprint(self) -> str:
@@ -63,12 +88,19 @@ def prepare_data(
     if not config.val_fraction:
         raise UserError("--val-fraction is 0, but validation needs at least one patient")
     split = split_cases(cases, validation=config.val_fraction, seed=config.seed)
-    options = dict(cache_dir=cache, modalities=modalities, size=config.size, axis=config.axis, on_nan=config.on_nan)
+    options = dict(cache_dir=cache, modalities=modalities, axis=config.axis, on_nan=config.on_nan)
+    drawn = dict(foreground_fraction=config.foreground_fraction, skip_empty=True, seed=config.seed)
+    tile = output = None
+    if cases[0].is_image:
+        smallest = min(min(read_geometry(case.files[0]).shape[:2]) for case in cases)
+        tile, output = tile_sides(architecture_of(config), config.size, smallest)
 
     def build() -> tuple[SliceDataset, SliceDataset]:
-        train = SliceDataset(split.train, **options, foreground_fraction=config.foreground_fraction, skip_empty=True,
-                             seed=config.seed)  # fmt: skip
-        return train, SliceDataset(split.validation, **options)
+        if tile is None:
+            train = SliceDataset(split.train, size=config.size, **options, **drawn)
+            return train, SliceDataset(split.validation, size=config.size, **options)
+        train = TileDataset(split.train, size=tile, output=output, random=True, **options, **drawn)
+        return train, TileDataset(split.validation, size=tile, output=output, **options)
 
     train = val = None
     for leaders_turn in (True, False):
@@ -77,16 +109,57 @@ def prepare_data(
                 train, val = build()
     if val.size != train.size:
         raise UserError(f"training slices are {train.size}, validation slices {val.size}: give one --size for all")
+    parts = "slices" if tile is None else "tiles"
     if config.batch_size > len(train):
-        raise UserError(f"--batch-size is {config.batch_size}, but there are only {len(train)} training slices")
+        raise UserError(f"--batch-size is {config.batch_size}, but there are only {len(train)} training {parts}")
+    predicted = "" if output == tile else f" (of which {output}×{output} are predicted)"
     display.message(
-        f"training cases: {len(split.train)} ({len(train)} slices), validation cases: {len(split.validation)} "
-        f"({len(val)} slices) of {train.size[0]}×{train.size[1]}, {', '.join(modalities)}"
+        f"training cases: {len(split.train)} ({len(train)} {parts}), validation cases: {len(split.validation)} "
+        f"({len(val)} {parts}) of {train.size[0]}×{train.size[1]}{predicted}, {', '.join(modalities)}"
     )
     display.message(f"classes by label value: {cases[0].label_map}")
     if cases[0].label_map.region_order:
         display.message("regions of dataset.json are trained as these exclusive classes, not as overlapping outputs")
-    return TrainingData(train, val, cases[0].label_map, tuple(modalities), config)
+    return TrainingData(train, val, cases[0].label_map, tuple(modalities), config, tile)
+
+
+def architecture_of(config: TrainConfig, **overrides: Any) -> Architecture:
+    """The network that ``config`` asks for, with ``overrides`` for what the data decide.
+
+    Raises:
+        UserError: an argument that no network takes.
+    """
+    given = {name: getattr(config, name) for name in ("width", "depth", "dropout")}
+    try:
+        return Architecture.from_preset(config.preset, **{k: v for k, v in given.items() if v is not None}, **overrides)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def tile_sides(architecture: Architecture, size: int | None, smallest: int) -> tuple[int, int]:
+    """The side of the tiles that a network takes from images, and of the middle that it predicts.
+
+    Args:
+        architecture: of the network.
+        size: the side asked for, of the input. None takes tiles that predict the smallest image whole, but inputs of no
+            more than 572 pixels, the source's, under "valid" convolutions and 512 under "same" ones.
+        smallest: the least side of all images.
+
+    Raises:
+        UserError: ``size`` does not fit the network; the message names the nearest that do.
+    """
+    if size is None and architecture.padding == "same":
+        unit = 2**architecture.depth
+        size = min(smallest, _LARGEST_SAME)
+        size = size // unit * unit or size
+    elif size is None:
+        least = architecture.nearest_inputs(0)[-1]
+        border = least - architecture.output_size(least, least)[0]
+        size = architecture.nearest_inputs(min(smallest + border, _LARGEST_VALID) - 1)[-1]
+    try:
+        return size, architecture.output_size(size, size)[0]
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def centre_crop(labels: torch.Tensor, height: int, width: int) -> torch.Tensor:

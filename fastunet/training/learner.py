@@ -8,13 +8,12 @@ import numpy as np
 import torch
 
 import fastunet
-from fastunet.data import IGNORED
 from fastunet.data.sampling import Batch
 from fastunet.errors import UserError
 from fastunet.losses import DiceCrossEntropyLoss, DiceLoss
 from fastunet.training.checkpoint import ModelCard, Progress
 from fastunet.training.config import TrainConfig
-from fastunet.training.dataset import TrainingData, centre_crop
+from fastunet.training.dataset import TrainingData, architecture_of, centre_crop
 from fastunet.training.distributed import Processes
 from fastunet.training.precision import autocast, loss_scaler
 
@@ -34,10 +33,7 @@ class Step:
 
 
 class Learner:
-    """Model, optimiser, loss scale and loss of one run; it reads and writes no files.
-
-    ``ignored`` is the label that counts nowhere, or None.
-    """
+    """Model, optimiser, loss scale and loss of one run; it reads and writes no files."""
 
     def __init__(self, config: TrainConfig, processes: Processes, data: TrainingData) -> None:
         self.config, self.processes, self.data = config, processes, data
@@ -47,13 +43,12 @@ class Learner:
         self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate, fused=True)
         self.scaler = loss_scaler(self.device, config.precision)
-        self.ignored = IGNORED if data.labels.ignore is not None else None
-        self.loss = _loss(config, processes.world, self.ignored)
+        self.loss = _loss(config, processes.world, data.ignored)
         self.card = ModelCard(
             model=self.model.config,
             modalities=data.modalities,
             labels=data.labels.to_dict(),
-            size=config.size,
+            size=data.tile or config.size,
             axis=config.axis,
             images=data.train.cases[0].is_image,
         )
@@ -101,12 +96,9 @@ class Learner:
 
 def build_model(config: TrainConfig, data: TrainingData) -> torch.nn.Module:
     """The untrained network that ``config`` asks for, checked against the size of the slices."""
-    overrides = {"in_channels": len(data.modalities), "num_classes": len(data.labels.class_names)}
-    for name in ("width", "depth", "dropout"):
-        if getattr(config, name) is not None:
-            overrides[name] = getattr(config, name)
+    channels, classes = len(data.modalities), len(data.labels.class_names)
+    model = fastunet.UNet(**architecture_of(config, in_channels=channels, num_classes=classes).as_dict())
     try:
-        model = fastunet.UNet.from_preset(config.preset, **overrides)
         model.output_size(*data.train.size)
     except ValueError as error:
         raise UserError(str(error)) from error

@@ -126,7 +126,7 @@ class Trainer:
         config, progress, data = self.config, self.progress, self.data.train
         order = data.batches(config.batch_size, progress.epoch, rank=self.processes.rank, world=self.processes.world,
                              start_batch=progress.batch)  # fmt: skip
-        batches = ((batch, *data.load(batch.indices)) for batch in order)
+        batches = ((batch, *data.read(batch)) for batch in order)
         self.learner.model.train()
         self.display.start(f"epoch {progress.epoch + 1}/{config.epochs}", steps, progress.batch)
         # Numbers are read one step late from a CUDA device, so that it never waits for the host; with several processes
@@ -230,12 +230,12 @@ class Trainer:
         config, data, learner = self.config, self.data.val, self.learner
         rank, world = self.processes.rank, self.processes.world
         names = self.data.labels.class_names
-        metrics = SegmentationMetrics(len(names), names, ignore_index=learner.ignored)
+        metrics = SegmentationMetrics(len(names), names, ignore_index=self.data.ignored)
         total = torch.zeros(2, dtype=torch.float64)
         learner.model.eval()
         steps = data.steps(config.batch_size, world=world)
         order = data.batches(config.batch_size, shuffle=False, rank=rank, world=world)
-        batches = ((batch, *data.load(batch.indices)) for batch in order)
+        batches = ((batch, *data.read(batch)) for batch in order)
         self.display.start("validation", steps)
         with closing(prefetched(batches)) as loader:
             for _ in range(steps):
