@@ -255,6 +255,7 @@ print(seconds)
 def test_operators_are_exactly_the_documented_ones():
     assert sorted(fastunet.functional.__all__) == [
         "confusion_matrix",
+        "conv_norm",
         "conv_relu",
         "conv_relu_pool",
         "conv_transpose2d",

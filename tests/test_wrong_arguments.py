@@ -11,6 +11,7 @@ from fastunet.metrics import SegmentationMetrics
 X, W, B = torch.zeros(1, 3, 4, 4), torch.zeros(4, 3, 3, 3), torch.zeros(4)
 LABELS = torch.zeros(1, 4, 4, dtype=torch.long)
 CALLS = {
+    "conv_norm": (X, W, B),
     "conv_relu": (X, W, B),
     "conv_relu_pool": (X, W, B),
     "max_pool2d": (X,),

@@ -1,6 +1,7 @@
 """The operators: logical NCHW tensors in and out, fastest in ``channels_last``, differentiable, with ``backend=``."""
 
 from fastunet.functional import relu as _relu  # noqa: F401  (registers relu_backward, which the others call)
+from fastunet.functional.conv_norm import conv_norm
 from fastunet.functional.conv_relu import conv_relu, conv_relu_pool
 from fastunet.functional.conv_transpose import conv_transpose2d
 from fastunet.functional.dice import dice_coefficient, dice_cross_entropy, dice_loss
@@ -11,6 +12,7 @@ from fastunet.functional.upsample_conv import upsample_conv_relu
 
 __all__ = [
     "confusion_matrix",
+    "conv_norm",
     "conv_relu",
     "conv_relu_pool",
     "conv_transpose2d",

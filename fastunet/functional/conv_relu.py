@@ -117,7 +117,7 @@ def _setup(ctx, inputs, y):
 def _differentiate(ctx, dy):
     x, skip, weight, y = ctx.saved_tensors
     dz = dy if y is None else _OPS.relu_backward(dy, y, ctx.options[-1])
-    return *_gradients(ctx, dz, x, skip, weight, *ctx.needs_input_grad[:4]), None, None, None
+    return *gradients(ctx, dz, x, skip, weight, *ctx.needs_input_grad[:4]), None, None, None
 
 
 def _setup_pool(ctx, inputs, outputs):
@@ -131,11 +131,11 @@ def _differentiate_pool(ctx, dy, d_pooled):
     x, weight, y = ctx.saved_tensors
     dz = _OPS.max_pool2d_backward(d_pooled, dy, y, ctx.relu, ctx.options[-1])
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-    dx, _, dw, db = _gradients(ctx, dz, x, None, weight, need_x, False, need_weight, need_bias)
+    dx, _, dw, db = gradients(ctx, dz, x, None, weight, need_x, False, need_weight, need_bias)
     return dx, dw, db, None, None, None
 
 
-def _gradients(ctx, dz, x, skip, weight, need_x, need_skip, need_weight, need_bias):
+def gradients(ctx, dz, x, skip, weight, need_x, need_skip, need_weight, need_bias):
     """(dx, dskip, dw, db) from dz, None where none is needed."""
     pad, has_bias, backend = ctx.options
     dx = dskip = dw = db = None

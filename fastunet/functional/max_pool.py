@@ -22,7 +22,8 @@ def _forward(x):
     return nhwc(F.max_pool2d(nhwc(x), 2))
 
 
-def _backward(d_pooled, d_skip, y, relu):
+def unpooled(d_pooled, d_skip, y, relu):
+    """The PyTorch implementation of ``fastunet::max_pool2d_backward``."""
     y = nhwc(y)
     _, indices = torch.ops.aten.max_pool2d_with_indices(y, [2, 2])
     dz = torch.ops.aten.max_pool2d_with_indices_backward(
@@ -53,7 +54,7 @@ define(
 )
 define(
     "max_pool2d_backward(Tensor d_pooled, Tensor? d_skip, Tensor y, bool relu, str backend) -> Tensor",
-    torch_impl=_backward,
+    torch_impl=unpooled,
     triton_impl="max_pool:backward",
     fake=lambda d_pooled, d_skip, y, relu: empty_nhwc(y, *y.shape[1:]),
 )

@@ -82,4 +82,5 @@ def test_results_are_as_declared(name, backend, layout, device):
 
 
 def test_every_operator_is_compared():
-    assert set(dispatch.OPERATORS) - set(calls()) == {"dice_sums", "dice_sums_grad", "dice_rule", "confusion_counts"}
+    losses = {"dice_sums", "dice_sums_grad", "dice_rule", "confusion_counts"}
+    assert set(dispatch.OPERATORS) - set(calls()) == losses | {"conv_norm", "norm_backward"}

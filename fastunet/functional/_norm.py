@@ -1,0 +1,163 @@
+"""What a norm, its activation and its pool compute, in PyTorch: statistics, forward and backward of the second pass.
+
+Statistics are (S, G): S = 1 row of the whole batch, or one of each sample; G groups of channels, one each but for
+"group". On a CPU they come from the vectorised sums of PyTorch's own batch norm, which reads NHWC memory once.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from fastunet.autograd import tracked
+from fastunet.functional._layout import nhwc
+from fastunet.functional.max_pool import unpooled
+
+_aten = torch.ops.aten
+_PIXELS = 4096
+_PROCESS_GROUPS: dict[str, dist.ProcessGroup] = {}
+"""By the names that operators know them by, whose arguments are numbers, strings and tensors."""
+
+
+def name_of(process_group: dist.ProcessGroup | None) -> str:
+    """What :func:`merged` finds ``process_group`` by; "" for None."""
+    if process_group is None:
+        return ""
+    _PROCESS_GROUPS[process_group.group_name] = process_group
+    return process_group.group_name
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """``x`` in the dtype of all sums: float32, or float64 for float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _pieces(x: torch.Tensor, per_sample: bool) -> list[list[torch.Tensor]]:
+    """NHWC ``x`` as images (1, C, 1, P) of at most so many pixels that float32 adds one by one, by samples."""
+    rows = x.permute(0, 2, 3, 1).flatten(1, 2) if per_sample else x.permute(0, 2, 3, 1).reshape(1, -1, x.shape[1])
+    return [[piece.t()[None, :, None] for piece in row.split(_PIXELS)] for row in rows]
+
+
+def statistics(z: torch.Tensor, groups: int, per_sample: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and biased variance (S, groups) of NHWC ``z``; zeros where there are no values."""
+    channels, z = z.shape[1], wide(z)
+    if z.numel() == 0:
+        mean = z.new_zeros(0 if per_sample else 1, groups)
+        return mean, mean.clone()
+    if z.device.type != "cpu":
+        var, mean = torch.var_mean(z.unsqueeze(1 if per_sample else 0), (1, 3, 4), correction=0)
+    else:
+        pieces = _pieces(z, per_sample)
+        pairs = [_aten.batch_norm_update_stats(piece, None, None, 0.0) for row in pieces for piece in row]
+        means, variances = (torch.stack(each).unflatten(0, (len(pieces), -1)) for each in zip(*pairs))
+        mean, var = _joined(means.new_tensor([piece.shape[3] for piece in pieces[0]]), means, variances)
+    if groups == channels:
+        return mean, var
+    between, mean = torch.var_mean(mean.unflatten(1, (groups, -1)), 2, correction=0)
+    return mean, var.unflatten(1, (groups, -1)).mean(2) + between
+
+
+def _joined(counts, means, variances):
+    """Mean and variance (S, G) of parts (S, P, G) of ``counts`` (P,) values each."""
+    shares = (counts / counts.sum())[:, None]
+    mean = (shares * means).sum(1)
+    return mean, (shares * (variances + (means - mean[:, None]).square())).sum(1)
+
+
+def merged(mean: torch.Tensor, var: torch.Tensor, count: int, group: str) -> tuple[torch.Tensor, ...]:
+    """The statistics of all processes of ``group`` and the number of values behind them, in the order of ranks."""
+    own = torch.cat([mean.new_full((1,), count), mean.flatten(), var.flatten()])
+    every = [torch.empty_like(own) for _ in range(dist.get_world_size(_PROCESS_GROUPS[group]))]
+    dist.all_gather(every, own, group=_PROCESS_GROUPS[group])
+    counts, means, variances = torch.stack(every).split([1, mean.numel(), var.numel()], 1)
+    return *_joined(counts[:, 0], means[None], variances[None]), counts.sum(0)
+
+
+def activation_(u: torch.Tensor, slope: float) -> torch.Tensor:
+    """``u`` where it is positive, else ``slope * u``, written over ``u``."""
+    if slope == 0:
+        return u.relu_()
+    return u if slope == 1 else F.leaky_relu_(u, slope)
+
+
+def _per_channel(value: torch.Tensor, channels: int) -> torch.Tensor:
+    """(S, G) as (S, channels)."""
+    return value if value.shape[1] == channels else value.repeat_interleave(channels // value.shape[1], 1)
+
+
+def _scale_and_shift(weight, bias, mean, rstd):
+    """(S, C, 1, 1) each: the norm as ``z * scale + shift``."""
+    scale = rstd if weight is None else rstd * weight
+    shift = -mean * scale if bias is None else bias - mean * scale
+    return scale[..., None, None], shift[..., None, None]
+
+
+def apply(z, weight, bias, mean, var, eps, slope):
+    """``activation((z - mean) / sqrt(var + eps) * weight + bias)`` in the dtype of ``z``."""
+    mean, rstd = (_per_channel(each, z.shape[1]) for each in (mean, (var + eps).rsqrt()))
+    scale, shift = _scale_and_shift(weight, bias, mean, rstd)
+    return nhwc(activation_(torch.addcmul(shift, wide(z), scale), slope).to(z.dtype))
+
+
+def _sums(g, z, mean, rstd):
+    """Sums (S, C) of g and of g (z - mean) rstd."""
+    if z.device.type != "cpu" or z.numel() == 0 or tracked(g, z, mean, rstd):
+        normal = (z - mean[..., None, None]) * rstd[..., None, None]
+        pairs = g.sum((2, 3)), (g * normal).sum((2, 3))
+        return [each if len(mean) == len(z) else each.sum(0, keepdim=True) for each in pairs]
+    per_sample = len(mean) > 1
+    ones, sums = torch.ones_like(mean[0]), []
+    for g_row, z_row, *row in zip(_pieces(g, per_sample), _pieces(z, per_sample), mean, rstd, strict=True):
+        options = ones, None, None, *row, True, 0.0, [False, True, True]
+        parts = [_aten.native_batch_norm_backward(*piece, *options) for piece in zip(g_row, z_row, strict=True)]
+        sums.append([torch.stack(each).sum(0) for each in list(zip(*parts))[:0:-1]])
+    return [torch.stack(each) for each in zip(*sums)]
+
+
+def backward(dy, d_pooled, z, weight, bias, mean, var, count, eps, slope, group):
+    """(dz, dweight, dbias) of :func:`apply` and its statistics; the gradients that are None are zero, not both.
+
+    With ``g`` the gradient before the activation, h = (z - mean) rstd and averages over what shares its statistics:
+    ``dz = rstd (weight g - average(weight g) - h average(weight g h))``.
+    """
+    n, channels, height, width = z.shape
+    again = tracked(dy, d_pooled, z, weight, bias, mean, var)
+    if again and group:
+        raise NotImplementedError("fastunet: no second derivatives of a norm over several processes")
+    rows, groups = mean.shape
+    mean, rstd = (_per_channel(each, channels) for each in (mean, (var + eps).rsqrt()))
+    scale, shift = _scale_and_shift(weight, bias, mean, rstd)
+    g, y, wide_z = dy, None, wide(z)
+    if slope != 1 or d_pooled is not None:
+        y = nhwc(activation_(torch.addcmul(shift, wide_z, scale), slope).to(z.dtype))
+    if d_pooled is not None:
+        g = unpooled(d_pooled, dy, y, False)
+    g = wide(nhwc(g))
+    if slope != 1:
+        y = wide(y)
+        gate = dict(grad_input=y) if not again else {}  # y is not needed any more
+        if slope == 0:
+            g = _aten.threshold_backward.grad_input(g, y, 0, **gate) if gate else _aten.threshold_backward(g, y, 0)
+        elif gate:
+            g = _aten.leaky_relu_backward.grad_input(g, y, slope, True, **gate)
+        else:
+            g = torch.where(y > 0, g, g * slope)
+    sum_g, sum_gh = _sums(g, wide_z, mean, rstd)
+    dweight, dbias = sum_gh.sum(0), sum_g.sum(0)
+    total = torch.stack([sum_g, sum_gh])
+    if group:
+        dist.all_reduce(total, group=_PROCESS_GROUPS[group])
+    else:
+        count = max(n * height * width // rows, 1) * (channels // groups) if n else 1
+    if weight is not None:
+        total = total * weight
+    total = total.unflatten(2, (groups, -1)).sum(3) / count
+    average_g, average_gh = (_per_channel(each, channels)[..., None, None] for each in total)
+    rstd, mean = rstd[..., None, None], mean[..., None, None]
+    factor = -rstd.square() * average_gh
+    constant = -rstd * average_g - factor * mean
+    dz = torch.addcmul(constant, g, scale)
+    dz = torch.addcmul(dz, wide_z, factor) if again else dz.addcmul_(wide_z, factor)
+    affine = [sums if of is not None else sums.new_empty(0) for of, sums in ((weight, dweight), (bias, dbias))]
+    return nhwc(dz.to(z.dtype)), *affine
