@@ -14,14 +14,14 @@ __version__ = "0.2.0"
 _LAZY = ("data", "interop", "losses", "metrics")
 """Submodules that are imported when first used, so that ``import fastunet`` stays quick."""
 
-__all__ = ["UNet", "__version__", "functional", "reference", "to_onnx", *_LAZY]
+__all__ = ["UNet", "__version__", "functional", "fuse", "reference", "to_onnx", *_LAZY]
 
 
 def __getattr__(name: str):
     if name in _LAZY:
         return importlib.import_module(f"fastunet.{name}")
-    if name == "to_onnx":
-        return importlib.import_module("fastunet.interop").to_onnx
+    if name in ("fuse", "to_onnx"):
+        return getattr(importlib.import_module("fastunet.interop"), name)
     raise AttributeError(f"module 'fastunet' has no attribute {name!r}")
 
 

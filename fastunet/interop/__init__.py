@@ -4,7 +4,8 @@ Imports the network and its operators; the other libraries are imported at the c
 """
 
 from fastunet.interop.checkpoints import load_torch_weights
+from fastunet.interop.fusion import fuse
 from fastunet.interop.keras import load_keras_weights, save_keras_weights
 from fastunet.interop.onnx import to_onnx
 
-__all__ = ["load_keras_weights", "load_torch_weights", "save_keras_weights", "to_onnx"]
+__all__ = ["fuse", "load_keras_weights", "load_torch_weights", "save_keras_weights", "to_onnx"]

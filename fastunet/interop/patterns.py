@@ -1,0 +1,290 @@
+"""Finds in the graph of a forward pass what operators compute in one go, and writes their calls in its place."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx import Graph, Node
+
+from fastunet.interop import steps
+from fastunet.interop.trace import layer_kind
+
+_CATS = torch.cat, torch.concat, torch.concatenate
+_RELUS: tuple = F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"
+_LEAKY: tuple = F.leaky_relu, F.leaky_relu_
+_NOTHING = nn.Dropout, nn.Dropout2d, nn.Identity
+_NORMS = nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm
+COUNTED = nn.Conv2d, nn.ConvTranspose2d, *_NORMS, nn.MaxPool2d, nn.Upsample
+"""The layers that a report names."""
+
+
+@dataclass
+class Found:
+    """What became of the layers of one graph, by their paths: (pattern, layers) of each step, and reasons."""
+
+    fused: list[tuple[str, list[str]]] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class _Chain:
+    """A convolution and what follows it: the nodes, those that are layers, and an activation that is a function."""
+
+    nodes: list[Node]
+    layers: list[str]
+    words: list[str]
+    slope: float | None = None
+    pool: Node | None = None
+
+
+def rewrite(root: nn.Module, graph: Graph) -> Found:
+    """Replaces in ``graph`` all that an operator takes over."""
+    return _Rewriter(root, graph).run()
+
+
+class _Rewriter:
+    def __init__(self, root: nn.Module, graph: Graph):
+        self.root, self.graph, self.found = root, graph, Found()
+        self.calls = Counter(self.layer(node) for node in graph.nodes if node.op == "call_module")
+
+    def run(self) -> Found:
+        for node in list(self.graph.nodes):
+            layer = self.layer(node)
+            kind = None if layer is None else layer_kind(layer)
+            if kind is nn.Conv2d:
+                self.convolution(node, layer)
+            elif kind is nn.ConvTranspose2d:
+                self.single(node, "transposed conv 2×2", steps.fits_transpose(layer), steps.transposed_convolution)
+        for node in list(self.graph.nodes):
+            if node.op == "call_module" and isinstance(layer := self.layer(node), COUNTED):
+                self.found.left.setdefault(str(node.target), _why_alone(layer))
+        if self.found.fused:
+            self.keep_formats()
+            self.graph.lint()
+        return self.found
+
+    def keep_formats(self) -> None:
+        """What comes from operators in NHWC memory reaches other code in the memory that layers would leave."""
+        placeholder = next(iter(self.graph.nodes))
+        fused = [(path, self.root.get_submodule(path)) for _, layers in self.found.fused for path in layers]
+        convs = [path for path, layer in fused if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)]
+        telling = [path for path, layer in fused if _tells(layer)]
+        nodes = list(self.graph.nodes)
+        first = next(node for node in nodes if node.op != "placeholder")
+        with self.graph.inserting_before(first):
+            witness = self.graph.get_attr((telling or convs)[0])
+            plain = self.graph.call_function(steps.is_plain, (placeholder, witness))
+        for node in nodes:
+            if node.op == "call_method" and node.target == "view" and not any(
+                    isinstance(a, torch.dtype) for a in node.args):
+                node.target = "reshape"
+            own = node.op == "call_module" and not layer_kind(self.layer(node)).__module__.startswith("torch.nn.")
+            if own or node.op == "output":
+                with self.graph.inserting_before(node):
+                    node.args = torch.fx.map_arg(node.args, lambda a: self.graph.call_function(
+                        steps.as_layers_leave_it, (a, plain)))
+                    node.kwargs = torch.fx.map_arg(node.kwargs, lambda a: self.graph.call_function(
+                        steps.as_layers_leave_it, (a, plain)))
+
+    def layer(self, node: Node) -> nn.Module | None:
+        return self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+    def convolution(self, node: Node, conv: nn.Module) -> None:
+        if conv.kernel_size == (1, 1):
+            return self.single(node, "conv 1×1", steps.fits_head(conv), steps.head)
+        up = self.upsampling(node)
+        if up is not None:
+            return self.upsampled(node, up)
+        reason = steps.fits_conv3(conv) or steps.touched(conv)
+        if reason is not None:
+            self.found.left[str(node.target)] = reason
+            return None
+        chain = self.chain(node)
+        cat = self.concatenation(node)
+        if len(chain.nodes) == 1 and cat is None:
+            self.found.left[str(node.target)] = "nothing follows it that an operator takes with it"
+            return None
+        skip, x = (None, node.args[0]) if cat is None else cat.args[0]  # type: ignore[misc]
+        with self.graph.inserting_before(node):
+            layers = [self.graph.get_attr(path) for path in chain.layers]
+            options: dict[str, Any] = {} if chain.slope is None else {"slope": chain.slope}
+            if chain.pool is not None and chain.pool.op != "call_module":
+                options["pool"] = True
+            fused = self.graph.call_function(steps.convolution, (x, skip, layers, str(node.target)), options)
+            y = fused
+            if chain.pool is not None:
+                y, pooled = (self.graph.call_function(operator.getitem, (fused, index)) for index in (0, 1))
+        if chain.pool is not None:
+            chain.pool.replace_all_uses_with(pooled)
+            self.graph.erase_node(chain.pool)
+        self.replace(chain.nodes, y)
+        if cat is not None:
+            self.graph.erase_node(cat)
+        self.found.fused.append((" + ".join((["cat"] if cat is not None else []) + chain.words), chain.layers))
+        return None
+
+    def chain(self, node: Node) -> _Chain:
+        """What follows a convolution and can be computed with it."""
+        chain = _Chain([node], [str(node.target)], ["conv 3×3"])
+        nodes, layers, last = [], [], node
+        while len(last.users) == 1:
+            (last,) = last.users
+            if not _alone(last):
+                break
+            layer, slope = self.layer(last), _slope(last)
+            nodes.append(last)
+            layers += [str(last.target)] if layer is not None else []
+            if isinstance(layer, _NOTHING) and not steps.touched(layer):
+                continue
+            relu = layer is not None and layer_kind(layer) is nn.ReLU and not steps.touched(layer)
+            if relu or slope == 0:
+                chain = _Chain(chain.nodes + nodes, chain.layers + layers, [*chain.words, "ReLU"], slope)
+            break
+        if len(chain.nodes) > 1:
+            self.pooling(chain)
+        return chain
+
+    def pooling(self, chain: _Chain) -> None:
+        for user in chain.nodes[-1].users:
+            layer = self.layer(user)
+            if layer is not None and layer_kind(layer) is nn.MaxPool2d:
+                fits = not steps.fits_pool(layer) and not steps.touched(layer)
+            else:
+                fits = user.target is F.max_pool2d and not steps.pool_arguments(*user.args[1:], **user.kwargs)
+            if fits:
+                chain.pool, chain.words = user, [*chain.words, "max-pool"]
+                chain.layers = [*chain.layers, str(user.target)] if layer is not None else chain.layers
+                return
+
+    def concatenation(self, node: Node) -> Node | None:
+        """The concatenation of two maps that is read by this convolution only, or None."""
+        cat = node.args[0]
+        if not isinstance(cat, Node) or cat.target not in _CATS or len(cat.users) != 1:
+            return None
+        parts = cat.args[0] if cat.args else None
+        dim = cat.args[1] if len(cat.args) > 1 else cat.kwargs.get("dim", cat.kwargs.get("axis", 0))
+        if dim not in (1, -3) or not isinstance(parts, list | tuple) or len(parts) != 2:
+            return None
+        return None if self.written_between(cat, node) else cat
+
+    def upsampling(self, node: Node) -> list[Node] | None:
+        """A nearest ×2 upsampling, and its padding, that are read by this 2×2 convolution only, or None."""
+        conv = self.layer(node)
+        found = [node.args[0]]
+        if steps.fits_up(conv) or conv.padding not in ("same", "valid", (0, 0)):
+            return None
+        if conv.padding != "same":
+            pad = found[0]
+            if not isinstance(pad, Node) or len(pad.users) != 1 or not self.pads_after(pad):
+                return None
+            found.append(pad.args[0])
+        up = found[-1]
+        if not isinstance(up, Node) or len(up.users) != 1 or not self.doubles(up) or self.written_between(up, node):
+            return None
+        return found  # type: ignore[return-value]
+
+    def pads_after(self, node: Node) -> bool:
+        layer = self.layer(node)
+        if layer is not None:
+            return type(layer) is nn.ZeroPad2d and tuple(layer.padding) == (0, 1, 0, 1) and not steps.touched(layer)
+        values = node.kwargs.get("value"), node.kwargs.get("mode", "constant")
+        return (node.target is F.pad and len(node.args) == 2 and node.args[1] in ([0, 1, 0, 1], (0, 1, 0, 1))
+                and values in ((None, "constant"), (0, "constant")))  # fmt: skip
+
+    def doubles(self, node: Node) -> bool:
+        layer = self.layer(node)
+        if layer is not None:
+            return (type(layer) in (nn.Upsample, nn.UpsamplingNearest2d) and layer.mode == "nearest"
+                    and layer.size is None and layer.scale_factor in (2, (2, 2)) and not steps.touched(layer))
+        options = node.kwargs
+        return (node.target is F.interpolate and len(node.args) == 1 and options.get("size") is None
+                and options.get("scale_factor") in (2, (2, 2), [2, 2]) and options.get("mode", "nearest") == "nearest")
+
+    def upsampled(self, node: Node, before: list[Node]) -> None:
+        chain = self.chain(node)
+        if len(chain.nodes) == 1 or chain.pool is not None:
+            self.found.left[str(node.target)] = "no ReLU follows it that the operator takes with it"
+            return
+        x = before[-1].args[0]
+        with self.graph.inserting_before(node):
+            layers = [self.graph.get_attr(path) for path in chain.layers]
+            options = {} if chain.slope is None else {"relu": True}
+            y = self.graph.call_function(steps.upsampled_convolution, (x, layers, str(node.target)), options)
+        self.replace(chain.nodes, y)
+        for each in before:
+            self.graph.erase_node(each)
+        names = [str(each.target) for each in before if each.op == "call_module"]
+        self.found.fused.append(("upsampling ×2 + conv 2×2 + ReLU", names + chain.layers))
+
+    def single(self, node: Node, words: str, reason: str | None, step: Any) -> None:
+        reason = reason or steps.touched(self.layer(node))
+        if reason is not None or not _alone(node):
+            self.found.left[str(node.target)] = reason or "it is called with more than its input"
+            return
+        with self.graph.inserting_before(node):
+            layer = self.graph.get_attr(str(node.target))
+            y = self.graph.call_function(step, (node.args[0], layer, str(node.target)))
+        self.replace([node], y)
+        self.found.fused.append((words, [str(node.target)]))
+
+    def replace(self, nodes: list[Node], y: Node) -> None:
+        nodes[-1].replace_all_uses_with(y)
+        for node in reversed(nodes):
+            self.graph.erase_node(node)
+
+    def written_between(self, first: Node, last: Node) -> bool:
+        """Whether something may write in place between two nodes, and so into what the first of them reads."""
+        return any(self.writes(node) for node in _between(first, last))
+
+    def writes(self, node: Node) -> bool:
+        layer = self.layer(node)
+        if layer is not None:
+            own = not layer_kind(layer).__module__.startswith("torch.nn.")
+            return bool(own or getattr(layer, "inplace", False) or steps.touched(layer))
+        if node.op == "call_method":
+            return str(node.target).endswith("_")
+        name = getattr(node.target, "__name__", "")
+        in_place = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+        return bool(node.kwargs.get("inplace") or node.target in in_place or name.endswith("_"))
+
+
+def _between(first: Node, last: Node) -> Iterator[Node]:
+    node = first.next
+    while node is not last:
+        yield node
+        node = node.next
+
+
+def _alone(node: Node) -> bool:
+    """Whether a node reads one result only, as its first argument."""
+    return len(node.all_input_nodes) == 1 and bool(node.args) and isinstance(node.args[0], Node)
+
+
+def _slope(node: Node) -> float | None:
+    """The slope for negative values if a node is ReLU or LeakyReLU as a function, else None."""
+    if node.target in _RELUS:
+        return 0.0
+    if node.target in _LEAKY:
+        slope = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope", 0.01)
+        return slope if isinstance(slope, float | int) else None
+    return None
+
+
+def _tells(layer: nn.Module) -> bool:
+    """Whether the memory format of a layer's weight can be told from its strides."""
+    return isinstance(layer, nn.Conv2d) and layer.in_channels > 1 and layer.kernel_size != (1, 1)
+
+
+def _why_alone(layer: nn.Module) -> str:
+    if isinstance(layer, _NORMS):
+        return "it does not follow a 3×3 convolution that an operator takes it with"
+    if isinstance(layer, nn.MaxPool2d):
+        return "it does not follow a fused convolution"
+    return "no operator takes it with what follows"

@@ -1,0 +1,192 @@
+"""What a fused forward pass calls: chains of a module's layers as operators, and the layers themselves where it must.
+
+The layers are looked at in each call, so that modes, settings, hooks and swapped parameters count as they do in the
+module itself. A chain whose layers are touched, or whose operands the operator refuses, runs through its layers.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastunet import functional
+from fastunet.interop.trace import hooked
+
+
+def fits_conv3(conv: nn.Module) -> str | None:
+    """Why no operator takes a convolution as a 3×3 one, or None."""
+    if conv.kernel_size != (3, 3):
+        return f"it is {conv.kernel_size[0]}×{conv.kernel_size[1]}, not 3×3"
+    if conv.padding not in ("same", "valid", (1, 1), (0, 0)):
+        return f"it is padded by {conv.padding}"
+    return _usual(conv, (1, 1))
+
+
+def _usual(conv: nn.Module, stride: tuple[int, int]) -> str | None:
+    if conv.stride != stride:
+        return f"its stride is {conv.stride}"
+    if conv.dilation != (1, 1):
+        return f"it is dilated by {conv.dilation}"
+    if conv.groups != 1:
+        return f"it has {conv.groups} groups"
+    if conv.padding_mode != "zeros":
+        return f"its borders are {conv.padding_mode!r}"
+    return None
+
+
+def fits_up(conv: nn.Module) -> str | None:
+    """Why no operator takes a 2×2 convolution behind an upsampling, or None."""
+    return f"it is {conv.kernel_size}, not 2×2" if conv.kernel_size != (2, 2) else _usual(conv, (1, 1))
+
+
+def fits_transpose(conv: nn.Module) -> str | None:
+    """Why no operator takes a transposed convolution, or None."""
+    if conv.kernel_size != (2, 2) or conv.padding != (0, 0) or conv.output_padding != (0, 0):
+        return f"its kernel is {conv.kernel_size}, its padding {conv.padding}; the operator takes 2×2 without"
+    return _usual(conv, (2, 2))
+
+
+def fits_head(conv: nn.Module) -> str | None:
+    """Why no operator takes a convolution as the 1×1 head, or None."""
+    if conv.kernel_size != (1, 1) or conv.padding not in ("same", "valid", (0, 0)):
+        return "it is no 1×1 convolution"
+    return f"it has {conv.out_channels} channels, a head at most 32" if conv.out_channels > 32 else _usual(conv, (1, 1))
+
+
+def fits_pool(pool: nn.Module) -> str | None:
+    """Why no operator takes a max-pool, or None."""
+    return pool_arguments(pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.return_indices,
+                          pool.ceil_mode)  # fmt: skip
+
+
+def pool_arguments(kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
+                   return_indices: bool = False, ceil_mode: bool = False) -> str | None:
+    """The same of the arguments of ``F.max_pool2d``."""
+    if kernel_size not in (2, (2, 2)) or stride not in (None, 2, (2, 2)) or padding not in (0, (0, 0)):
+        return f"its window is {kernel_size}, stride {stride}, padding {padding}; the operator takes 2×2, stride 2"
+    if dilation not in (1, (1, 1)) or return_indices or ceil_mode:
+        return "it is dilated, gives indices or rounds sizes up"
+    return None
+
+
+def touched(layer: nn.Module) -> str | None:
+    """Why the parameters and settings of a layer do not say all that calling it would do, or None."""
+    if hooked(layer):
+        return "has hooks or a forward of its own"
+    for name in ("weight", "bias"):
+        tensor = layer._parameters.get(name)
+        if tensor is not None and type(tensor) is not nn.Parameter:
+            return f"has a {name} of class {type(tensor).__name__}"
+        if tensor is None and name in layer.__dict__ and type(layer.__dict__[name]) is not torch.Tensor:
+            return f"has a {name} of class {type(layer.__dict__[name]).__name__}"
+    return None
+
+
+def convolution(x: torch.Tensor, skip: torch.Tensor | None, layers: list[nn.Module], name: str,
+                slope: float | None = None, pool: bool = False) -> Any:
+    """A 3×3 convolution of ``cat([skip, x], 1)`` and what ``layers`` has behind it; with a pooling (y, pooled).
+
+    ``slope`` and ``pool`` stand for an activation, or pooling, that is a function and no layer.
+    """
+    reason = _why_plain(layers)
+    if reason is None and skip is not None and skip.shape[2:] != x.shape[2:]:
+        reason = "its inputs differ in size"
+    if reason is None:
+        try:
+            return _convolution(x, skip, layers, slope, pool)
+        except ValueError as error:
+            reason = str(error)
+    say_plain(name, reason)
+    y = x if skip is None else torch.cat([skip, x], 1)
+    for layer in layers:
+        if isinstance(layer, nn.MaxPool2d):
+            return y, layer(y)
+        y = layer(y)
+    if slope is not None:
+        y = F.leaky_relu(y, slope) if slope else F.relu(y)
+    return (y, F.max_pool2d(y, 2)) if pool else y
+
+
+def is_plain(x: torch.Tensor, conv: nn.Module) -> bool:
+    """Whether a module's layers would leave their results in NCHW memory, as its image and weights say."""
+    return x.is_contiguous() and conv.weight.is_contiguous()
+
+
+def as_layers_leave_it(y: Any, plain: bool) -> Any:
+    """A result in the memory format that code may count on (``view``); what is no image stays."""
+    return y.contiguous() if plain and isinstance(y, torch.Tensor) and y.dim() == 4 else y
+
+
+def _why_plain(layers: list[nn.Module]) -> str | None:
+    conv = layers[0]
+    reason = fits_conv3(conv)
+    for layer in layers:
+        reason = reason or touched(layer)
+        if isinstance(layer, nn.MaxPool2d):
+            reason = reason or fits_pool(layer)
+    return reason
+
+
+def _convolution(x: torch.Tensor, skip: torch.Tensor | None, layers: list[nn.Module], slope: float | None,
+                 pool: bool) -> Any:
+    conv = layers[0]
+    relu = slope == 0 or any(isinstance(layer, nn.ReLU) for layer in layers)
+    padding = "same" if conv.padding in ("same", (1, 1)) else "valid"
+    weight, bias = conv.weight, conv.bias
+    if pool or isinstance(layers[-1], nn.MaxPool2d):
+        return functional.conv_relu_pool(x, weight, bias, padding=padding)
+    return functional.conv_relu(x, weight, bias, skip=skip, padding=padding, relu=relu)
+
+
+def upsampled_convolution(x: torch.Tensor, layers: list[nn.Module], name: str, relu: bool = False) -> torch.Tensor:
+    """Nearest ×2, a 2×2 convolution that sees zeros at the bottom and right, ReLU; ``layers``: the last two."""
+    conv = layers[0]
+    reason = fits_up(conv) or next(filter(None, map(touched, layers)), None)
+    if reason is None:
+        try:
+            return functional.upsample_conv_relu(x, conv.weight, conv.bias)
+        except ValueError as error:
+            reason = str(error)
+    say_plain(name, reason)
+    y = F.interpolate(x, scale_factor=2.0, mode="nearest")
+    y = conv(y if conv.padding == "same" else F.pad(y, (0, 1, 0, 1)))
+    for layer in layers[1:]:
+        y = layer(y)
+    return F.relu(y) if relu else y
+
+
+def transposed_convolution(x: torch.Tensor, conv: nn.Module, name: str) -> torch.Tensor:
+    """A 2×2 transposed convolution with stride 2."""
+    return _single(x, conv, name, fits_transpose, functional.conv_transpose2d)
+
+
+def head(x: torch.Tensor, conv: nn.Module, name: str) -> torch.Tensor:
+    """A 1×1 convolution to few channels."""
+    return _single(x, conv, name, fits_head, functional.segmentation_head)
+
+
+def _single(x: torch.Tensor, conv: nn.Module, name: str, fits: Any, operator: Any) -> torch.Tensor:
+    reason = fits(conv) or touched(conv)
+    if reason is None:
+        try:
+            return operator(x, conv.weight, conv.bias)
+        except ValueError as error:
+            reason = str(error)
+    say_plain(name, reason)
+    return conv(x)
+
+
+@functools.cache
+def _warn_once(name: str, reason: str) -> None:
+    warnings.warn(f"{name} runs through its modules, not fused: {reason}", stacklevel=4)
+
+
+def say_plain(name: str, reason: str) -> None:
+    """Warns once that a part of a fused module runs as it did before."""
+    if not torch.compiler.is_compiling():
+        _warn_once(name, reason)
