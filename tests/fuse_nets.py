@@ -109,6 +109,7 @@ NETS = {
     "MONAI BasicUNet, batch": (lambda: basic("batch"), (2, 1, 16, 18)),
     "MONAI BasicUNet, instance": (lambda: basic(("instance", {"affine": True})), (2, 1, 32, 18)),
     "MONAI BasicUNet, group": (lambda: basic(("group", {"num_groups": 2})), (2, 1, 16, 18)),
+    "MONAI UNet": (lambda: monai_unet(2), (2, 1, 16, 16)),
     "nnU-Net PlainConvUNet": (nnunet, (2, 1, 16, 24)),
     "nnU-Net PlainConvUNet, deep supervision": (lambda: nnunet(True), (2, 1, 16, 24)),
 }

@@ -19,9 +19,8 @@ from fastunet.interop.trace import layer_kind
 _CATS = torch.cat, torch.concat, torch.concatenate
 _RELUS: tuple = F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"
 _LEAKY: tuple = F.leaky_relu, F.leaky_relu_
-_NOTHING = nn.Dropout, nn.Dropout2d, nn.Identity
-_NORMS = nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm
-COUNTED = nn.Conv2d, nn.ConvTranspose2d, *_NORMS, nn.MaxPool2d, nn.Upsample
+_NOTHING = *steps.DROPOUTS, nn.Identity
+COUNTED = nn.Conv2d, nn.ConvTranspose2d, *steps.NORMS, nn.MaxPool2d, nn.Upsample
 """The layers that a report names."""
 
 
@@ -130,26 +129,43 @@ class _Rewriter:
         self.found.fused.append((" + ".join((["cat"] if cat is not None else []) + chain.words), chain.layers))
         return None
 
-    def chain(self, node: Node) -> _Chain:
+    def chain(self, node: Node, norms: bool = True) -> _Chain:
         """What follows a convolution and can be computed with it."""
         chain = _Chain([node], [str(node.target)], ["conv 3×3"])
-        nodes, layers, last = [], [], node
+        nodes, layers, last, norm = [node], [str(node.target)], node, False
         while len(last.users) == 1:
             (last,) = last.users
-            if not _alone(last):
-                break
             layer, slope = self.layer(last), _slope(last)
+            if not _alone(last) or (layer is not None and steps.touched(layer)):
+                break
             nodes.append(last)
             layers += [str(last.target)] if layer is not None else []
-            if isinstance(layer, _NOTHING) and not steps.touched(layer):
+            if isinstance(layer, _NOTHING):
                 continue
-            relu = layer is not None and layer_kind(layer) is nn.ReLU and not steps.touched(layer)
-            if relu or slope == 0:
-                chain = _Chain(chain.nodes + nodes, chain.layers + layers, [*chain.words, "ReLU"], slope)
+            kind = None if layer is None else layer_kind(layer)
+            if kind in steps.NORMS and norms and not norm and self.takes(layer, node, last):
+                norm = True
+                chain = _Chain([*nodes], [*layers], [*chain.words, _words(kind)])
+                continue
+            leaky = norm and (kind is nn.LeakyReLU or slope is not None)
+            if kind is nn.ReLU or slope == 0 or leaky:
+                word = "ReLU" if kind is nn.ReLU or slope == 0 else "LeakyReLU"
+                chain = _Chain(nodes, layers, [*chain.words, word], slope)
             break
         if len(chain.nodes) > 1:
             self.pooling(chain)
         return chain
+
+    def takes(self, norm: nn.Module, conv: Node, node: Node) -> bool:
+        """Whether the operator takes a norm; raises ValueError for one that cannot stand there."""
+        reason = steps.fits_norm(norm, self.layer(conv))
+        if reason is not None and "channels" in reason and not isinstance(norm, nn.InstanceNorm2d):
+            raise ValueError(f"{node.target} is in a wrong place behind {conv.target}: {reason}")
+        if self.calls[norm] > 1:
+            reason = "it is called more than once"
+        if reason is not None:
+            self.found.left[str(node.target)] = reason
+        return reason is None
 
     def pooling(self, chain: _Chain) -> None:
         for user in chain.nodes[-1].users:
@@ -208,7 +224,7 @@ class _Rewriter:
                 and options.get("scale_factor") in (2, (2, 2), [2, 2]) and options.get("mode", "nearest") == "nearest")
 
     def upsampled(self, node: Node, before: list[Node]) -> None:
-        chain = self.chain(node)
+        chain = self.chain(node, norms=False)
         if len(chain.nodes) == 1 or chain.pool is not None:
             self.found.left[str(node.target)] = "no ReLU follows it that the operator takes with it"
             return
@@ -282,8 +298,12 @@ def _tells(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Conv2d) and layer.in_channels > 1 and layer.kernel_size != (1, 1)
 
 
+def _words(kind: type[nn.Module]) -> str:
+    return {nn.InstanceNorm2d: "instance norm", nn.GroupNorm: "group norm"}.get(kind, "batch norm")
+
+
 def _why_alone(layer: nn.Module) -> str:
-    if isinstance(layer, _NORMS):
+    if isinstance(layer, steps.NORMS):
         return "it does not follow a 3×3 convolution that an operator takes it with"
     if isinstance(layer, nn.MaxPool2d):
         return "it does not follow a fused convolution"

@@ -11,11 +11,15 @@ import warnings
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 from fastunet import functional
 from fastunet.interop.trace import hooked
+
+DROPOUTS = nn.Dropout, nn.Dropout2d
+NORMS = nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d, nn.GroupNorm
 
 
 def fits_conv3(conv: nn.Module) -> str | None:
@@ -91,17 +95,19 @@ def convolution(x: torch.Tensor, skip: torch.Tensor | None, layers: list[nn.Modu
                 slope: float | None = None, pool: bool = False) -> Any:
     """A 3×3 convolution of ``cat([skip, x], 1)`` and what ``layers`` has behind it; with a pooling (y, pooled).
 
-    ``slope`` and ``pool`` stand for an activation, or pooling, that is a function and no layer.
+    Dropout among the layers makes them run one by one while it drops. ``slope`` and ``pool`` stand for an activation,
+    or pooling, that is a function and no layer.
     """
-    reason = _why_plain(layers)
-    if reason is None and skip is not None and skip.shape[2:] != x.shape[2:]:
-        reason = "its inputs differ in size"
-    if reason is None:
-        try:
-            return _convolution(x, skip, layers, slope, pool)
-        except ValueError as error:
-            reason = str(error)
-    say_plain(name, reason)
+    if not any(isinstance(layer, DROPOUTS) and layer.training and layer.p for layer in layers):
+        reason = _why_plain(layers)
+        if reason is None and skip is not None and skip.shape[2:] != x.shape[2:]:
+            reason = "its inputs differ in size"
+        if reason is None:
+            try:
+                return _convolution(x, skip, layers, slope, pool)
+            except ValueError as error:
+                reason = str(error)
+        say_plain(name, reason)
     y = x if skip is None else torch.cat([skip, x], 1)
     for layer in layers:
         if isinstance(layer, nn.MaxPool2d):
@@ -123,24 +129,77 @@ def as_layers_leave_it(y: Any, plain: bool) -> Any:
 
 
 def _why_plain(layers: list[nn.Module]) -> str | None:
-    conv = layers[0]
-    reason = fits_conv3(conv)
     for layer in layers:
-        reason = reason or touched(layer)
-        if isinstance(layer, nn.MaxPool2d):
-            reason = reason or fits_pool(layer)
-    return reason
+        if reason := touched(layer):
+            return reason
+    for layer in layers[1:]:
+        reason = None
+        if isinstance(layer, NORMS):
+            reason = fits_norm(layer, layers[0])
+        elif isinstance(layer, nn.MaxPool2d):
+            reason = fits_pool(layer)
+        if reason is not None:
+            return reason
+    return fits_conv3(layers[0])
 
 
 def _convolution(x: torch.Tensor, skip: torch.Tensor | None, layers: list[nn.Module], slope: float | None,
                  pool: bool) -> Any:
-    conv = layers[0]
-    relu = slope == 0 or any(isinstance(layer, nn.ReLU) for layer in layers)
+    conv, norm = layers[0], None
+    for layer in layers[1:]:
+        if isinstance(layer, NORMS):
+            norm = layer
+        elif isinstance(layer, nn.ReLU):
+            slope = 0.0
+        elif isinstance(layer, nn.LeakyReLU):
+            slope = layer.negative_slope
+        elif isinstance(layer, nn.MaxPool2d):
+            pool = True
+    operands = x, conv.weight, conv.bias
     padding = "same" if conv.padding in ("same", (1, 1)) else "valid"
-    weight, bias = conv.weight, conv.bias
-    if pool or isinstance(layers[-1], nn.MaxPool2d):
-        return functional.conv_relu_pool(x, weight, bias, padding=padding)
-    return functional.conv_relu(x, weight, bias, skip=skip, padding=padding, relu=relu)
+    if norm is not None:
+        return _with_norm(operands, norm, skip=skip, padding=padding, slope=1.0 if slope is None else slope, pool=pool)
+    if pool:
+        return functional.conv_relu_pool(*operands, padding=padding)
+    return functional.conv_relu(*operands, skip=skip, padding=padding, relu=slope == 0)
+
+
+def fits_norm(norm: nn.Module, conv: nn.Module) -> str | None:
+    """Why no operator takes a norm with the convolution before it, or None."""
+    channels = norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features
+    if channels != conv.out_channels:
+        return f"it is made for {channels} channels, and the convolution gives {conv.out_channels}"
+    if isinstance(norm, nn.InstanceNorm2d) and norm.running_mean is not None:
+        return "it keeps running statistics"
+    if isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm) and norm.momentum is None and norm.running_mean is not None:
+        return "its statistics are averages over all steps (momentum=None)"
+    return None
+
+
+def _with_norm(operands: tuple, norm: nn.Module, **options: Any) -> Any:
+    affine = dict(norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps)
+    if isinstance(norm, nn.GroupNorm):
+        return functional.conv_norm(*operands, norm="group", groups=norm.num_groups, **affine, **options)
+    if isinstance(norm, nn.InstanceNorm2d):
+        return functional.conv_norm(*operands, norm="instance", **affine, **options)
+    own = norm.running_mean is None  # no statistics but those of the images
+    running = not own and (norm.track_running_stats or not norm.training)
+    result = functional.conv_norm(
+        *operands, norm="batch", **affine, **options, training=norm.training or own, momentum=norm.momentum or 0.0,
+        running_mean=norm.running_mean if running else None, running_var=norm.running_var if running else None,
+        process_group=_process_group(norm),
+    )  # fmt: skip
+    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+    return result
+
+
+def _process_group(norm: nn.Module) -> Any:
+    """Whose statistics ``nn.SyncBatchNorm`` would take, or None."""
+    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training or not dist.is_initialized():
+        return None
+    group = norm.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
 
 
 def upsampled_convolution(x: torch.Tensor, layers: list[nn.Module], name: str, relu: bool = False) -> torch.Tensor:
