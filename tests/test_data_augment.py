@@ -6,7 +6,8 @@ import torch
 
 from fastunet.data import Augmentation, augment
 
-STILL = Augmentation(flip=False, turn=False, scale=0, shift=0, gamma=0, noise=0)
+STILL = Augmentation(flip=(), turn=False, rotate=0, zoom=0, translate=0, scale=0, shift=0, gamma=0, noise=0)
+BOTH = (-2, -1)
 
 
 def make_batch(n: int, height: int = 32, width: int = 32, modalities: int = 2):
@@ -63,7 +64,7 @@ def test_nothing_wanted_changes_nothing():
 
 
 @pytest.mark.parametrize(
-    ("options", "kinds"), [(only(flip=True), 4), (only(turn=True), 4), (only(flip=True, turn=True), 8)]
+    ("options", "kinds"), [(only(flip=BOTH), 4), (only(turn=True), 4), (only(flip=BOTH, turn=True), 8)]
 )
 def test_flips_and_turns_are_drawn_evenly(options, kinds):
     n = 400 * kinds
@@ -82,7 +83,7 @@ def test_flips_and_turns_are_drawn_evenly(options, kinds):
 
 def test_oblong_slices_are_flipped_but_not_turned():
     images, labels = make_batch(64, 5, 9)
-    _, moved = augment(images, labels, seed=0, epoch=0, positions=range(64), options=only(flip=True, turn=True))
+    _, moved = augment(images, labels, seed=0, epoch=0, positions=range(64), options=only(flip=BOTH, turn=True))
     for before, after in zip(labels, moved):
         assert any(torch.equal(after, before.flip(axes)) for axes in ((), (0,), (1,), (0, 1)))
 
@@ -91,7 +92,7 @@ def test_image_and_label_move_together():
     labels = make_batch(32)[1] + 1
     images = labels[:, None].float().repeat(1, 2, 1, 1)
     moved_images, moved = augment(
-        images, labels, seed=1, epoch=1, positions=range(32), options=only(flip=True, turn=True)
+        images, labels, seed=1, epoch=1, positions=range(32), options=only(flip=BOTH, turn=True)
     )
     torch.testing.assert_close(moved_images, moved[:, None].float().repeat(1, 2, 1, 1), rtol=0, atol=1e-6)
 
@@ -152,7 +153,7 @@ def test_noise_has_the_drawn_strength():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 def test_background_stays_and_dtypes_stay(dtype):
     images, labels = make_batch(16)
-    options = Augmentation(flip=False, turn=False)
+    options = Augmentation(flip=(), rotate=0, zoom=0, translate=0)
     changed, moved = augment(images.to(dtype), labels, seed=0, epoch=0, positions=range(16), options=options)
     assert changed.dtype == dtype
     assert moved.dtype == torch.uint8
@@ -182,6 +183,85 @@ def test_positions_must_match():
     images, labels = make_batch(4)
     with pytest.raises(ValueError, match="3 positions given for 4 images"):
         augment(images, labels, seed=0, epoch=0, positions=range(3))
+
+
+def disc(height: int, width: int, centre: tuple[float, float], radius: float) -> torch.Tensor:
+    y, x = torch.arange(height)[:, None] - centre[0], torch.arange(width) - centre[1]
+    return (y**2 + x**2 <= radius**2).to(torch.uint8)
+
+
+def outline(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Area and centre of each sample's foreground."""
+    weights = labels.double()
+    area = weights.sum((1, 2))
+    rows, columns = (weights.sum(axis) @ torch.arange(labels.shape[axis % 2 + 1]).double() for axis in (2, 1))
+    return area, torch.stack([rows / area, columns / area], 1)
+
+
+def test_rotations_zooms_and_moves_stay_in_their_ranges():
+    """Two small discs: their distance gives the zoom, their direction the angle, their middle the move."""
+    n, centre = 400, (30.0, 40.0)
+    ends = [disc(61, 81, (30, 25), 4), disc(61, 81, (30, 55), 4)]
+    labels = (ends[0] + 2 * ends[1]).expand(n, -1, -1)
+    options = only(rotate=15, zoom=0.15, translate=0.05, probability=1)
+    images, moved = augment(labels[:, None].float(), labels, seed=0, epoch=0, positions=range(n), options=options)
+    (area, first), (_, second) = (outline(moved == k) for k in (1, 2))
+    line = second - first
+    zoom = line.norm(dim=1) / 30
+    angle = torch.rad2deg(torch.atan2(line[:, 0], line[:, 1]))
+    move = ((first + second) / 2 - torch.tensor(centre, dtype=torch.float64)) / torch.tensor([61.0, 81.0])
+    moves = [(move[:, axis], 0.05, 0.01) for axis in (0, 1)]
+    for values, limit, slack in ((zoom - 1, 0.15, 0.02), (angle, 15, 1), *moves):
+        assert 0.9 * limit < values.max() < limit + slack
+        assert -limit - slack < values.min() < -0.9 * limit
+        assert abs(values.mean()) < 0.15 * limit
+    assert ((area / ends[0].sum()).sqrt() / zoom - 1).abs().max() < 0.12
+    # The image is interpolated between pixels, and moves with the labels.
+    assert (images[:, 0] - moved).abs().flatten(1).quantile(0.95, dim=1).max() <= 0.5
+    assert ((images > 0) & (images < 1)).any()
+
+
+def test_labels_are_never_mixed_and_bits_of_samples_not_chosen_stay():
+    images, labels = make_batch(64)
+    labels = torch.where(labels == 1, 255, labels).to(torch.uint8)
+    changed, moved = augment(images, labels, seed=0, epoch=0, positions=range(64), options=only(rotate=15, zoom=0.1))
+    assert set(moved.unique().tolist()) <= {0, 2, 3, 255}
+    same = (moved == labels).flatten(1).all(1)
+    assert 20 <= same.sum() <= 44
+    torch.testing.assert_close(changed[same], images[same], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_what_comes_in_from_outside(mirror):
+    images, labels = torch.ones(50, 1, 24, 40), torch.ones(50, 24, 40, dtype=torch.uint8)
+    options = only(rotate=15, zoom=0.15, translate=0.1, mirror=mirror, probability=1)
+    changed, moved = augment(images, labels, seed=0, epoch=0, positions=range(50), options=options)
+    assert bool((moved == 1).all()) == mirror
+    assert bool(((changed - 1).abs() < 1e-5).all()) == mirror
+    assert ((changed[:, 0] >= 0.5 - 1e-5) == (moved == 1)).float().mean() > 0.99
+
+
+def test_defaults_respect_anatomy():
+    """Left and right are exchanged where slices show them; top and bottom, and quarters of a turn, when asked."""
+    assert Augmentation.for_slices() == Augmentation()
+    assert Augmentation.for_slices(axis=1).flip == (-2,)
+    assert Augmentation.for_slices(axis=0).flip == ()
+    for options in (Augmentation.for_slices(images=True), Augmentation.for_slices(turns=True)):
+        assert options.flip == BOTH
+        assert options.turn
+    assert Augmentation.for_slices(images=True).mirror
+    assert not Augmentation.for_slices(images=True, turns=False).turn
+    labels = disc(32, 32, (8, 4), 3).expand(200, -1, -1)  # at the front, on one side
+    _, moved = augment(labels[:, None].float(), labels, seed=0, epoch=0, positions=range(200))
+    _, centres = outline(moved)
+    assert (centres[:, 1] < 12).all()
+    assert 70 < (centres[:, 0] > 16).sum() < 130
+
+
+def test_wrong_options_are_refused():
+    for options in (dict(flip=(0,)), dict(zoom=1.0)):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} is"):
+            Augmentation(**options)
 
 
 @pytest.mark.gpu

@@ -13,11 +13,14 @@ import safetensors.torch
 from tests.cli_helpers import phantoms, run  # noqa: F401
 
 
-@pytest.mark.parametrize("loss", ["dice_ce", "dice"])
-def test_two_processes_equal_one(loss, phantoms, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("more", [
+    ["--loss", "dice_ce", "--class-weights", "0.2,1,2,1"],
+    ["--loss", "dice", "--clip-norm", "0.1", "--ema", "0.9"],
+], ids=["dice_ce", "dice"])  # fmt: skip
+def test_two_processes_equal_one(more, phantoms, tmp_path):  # noqa: F811
     # 17 validation slices in batches of 8 leave one process of the last step without any.
     options = ["--width", "4", "--depth", "2", "--epochs", "2", "--dropout", "0", "--device", "cpu", "--threads", "1",
-               "--loss", loss, "--augment"]  # fmt: skip
+               "--augment", *more]  # fmt: skip
     one, two = tmp_path / "one", tmp_path / "two"
     assert run("train", phantoms, "--out", one, *options, "--batch-size", "8") == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

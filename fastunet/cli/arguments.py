@@ -30,6 +30,19 @@ def fraction(text: str) -> float:
     return value
 
 
+def decay(text: str) -> float:
+    """A number between 0 and 1, neither of them."""
+    value = _number(float, text, "a number")
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def class_weights(text: str) -> list[float] | str:
+    """Comma-separated numbers of at least zero, or "balanced"."""
+    return text if text == "balanced" else [non_negative_float(part) for part in text.split(",")]
+
+
 def non_negative_float(text: str) -> float:
     """A finite number of at least zero."""
     value = _number(float, text, "a number")

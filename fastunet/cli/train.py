@@ -8,6 +8,8 @@ from pathlib import Path
 from fastunet.architecture import PRESETS
 from fastunet.cli.arguments import (
     add_nan_option,
+    class_weights,
+    decay,
     fraction,
     names,
     non_negative_float,
@@ -38,14 +40,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--val-fraction", type=fraction, help="share of the patients kept for validation (default: 0.2)")
     data.add_argument("--foreground-fraction", type=fraction,
                       help="least share of training slices with foreground (default: 0.5)")  # fmt: skip
-    data.add_argument("--augment", action=argparse.BooleanOptionalAction, help="random flips, turns, contrast, noise")
+    data.add_argument("--augment", action=argparse.BooleanOptionalAction,
+                      help="random flips, small rotations, zooms and moves, contrast, noise (default)")  # fmt: skip
+    data.add_argument("--turns", action=argparse.BooleanOptionalAction,
+                      help="augment with quarter turns and flips of both axes (default: of images alone)")  # fmt: skip
     add_nan_option(data, default=argparse.SUPPRESS)
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=positive_int, help="default: 20")
     training.add_argument("--batch-size", type=positive_int, help="slices per step and process (default: 8)")
     training.add_argument("--loss", choices=LOSSES, help="default: dice_ce")
-    training.add_argument("--learning-rate", type=positive_float, help="of Adam (default: 0.001)")
+    training.add_argument("--class-weights", type=class_weights, metavar="A,B,…|balanced",
+                          help="factors of the classes, or inverse to their pixels (default: all 1)")  # fmt: skip
+    training.add_argument("--learning-rate", type=positive_float, help="of AdamW (default: 0.001)")
     training.add_argument("--schedule", choices=SCHEDULES, help="of the learning rate (default: constant)")
+    training.add_argument("--warm-up", type=non_negative_float, metavar="EPOCHS",
+                          help="in which the learning rate rises, such as 0.5 (default: 0)")  # fmt: skip
+    training.add_argument("--weight-decay", type=non_negative_float, help="of AdamW (default: 0)")
+    training.add_argument("--clip-norm", type=positive_float, metavar="NORM", help="the gradient's greatest norm")
+    training.add_argument("--ema", type=decay, metavar="DECAY", help="validate and save averaged weights, such as 0.99")
+    training.add_argument("--patience", type=positive_int, metavar="EPOCHS",
+                          help="stop after so many without a better validation Dice")  # fmt: skip
     training.add_argument("--precision", choices=PRECISIONS, help="default: fp32")
     training.add_argument("--seed", type=seed, help="default: 0")
     training.add_argument("--deterministic", action="store_true", help="only algorithms that repeat exactly on a GPU")

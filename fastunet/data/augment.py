@@ -2,34 +2,63 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What may happen to a sample; intensities are in standard deviations of the brain.
+    """What may happen to a sample; the defaults suit axial and coronal slices, whose rows run from side to side.
+
+    Intensities are in standard deviations of the brain.
 
     Attributes:
-        flip: mirror along each image axis, each with probability 1/2.
+        flip: image axes along which to mirror, each with probability 1/2: -2 exchanges left and right, -1 columns.
         turn: turn by 0, 90, 180 or 270 degrees, if the slices are square.
+        rotate: rotation about the centre within ± ``rotate`` degrees.
+        zoom: enlargement by a factor within 1 ± ``zoom``.
+        translate: move along each axis within ± ``translate`` of its length.
+        mirror: what comes in from outside is the slice mirrored at its border; False: 0, and class 0.
         scale: each modality is multiplied by a factor within 1 ± ``scale``.
         shift: each modality is moved within ± ``shift``.
         gamma: contrast curve exponents from 1/(1 + ``gamma``) to 1 + ``gamma``, between a modality's extremes.
         noise: standard deviation of Gaussian noise, from 0 to ``noise``.
-        probability: that a sample gets its contrast curve, and independently its noise.
+        probability: that a sample is rotated, zoomed and moved, and independently gets its contrast curve, its noise.
     """
 
-    flip: bool = True
-    turn: bool = True
+    flip: tuple[int, ...] = (-2,)
+    turn: bool = False
+    rotate: float = 15.0
+    zoom: float = 0.15
+    translate: float = 0.05
+    mirror: bool = False
     scale: float = 0.1
     shift: float = 0.1
     gamma: float = 0.3
     noise: float = 0.1
     probability: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.flip, tuple) or not set(self.flip) <= {-2, -1}:
+            raise ValueError(f"flip is {self.flip}; image axes are -2 and -1")
+        if not 0 <= self.zoom < 1:
+            raise ValueError(f"zoom is {self.zoom}; expected at least 0 and less than 1")
+
+    @classmethod
+    def for_slices(cls, *, axis: int = 2, images: bool = False, turns: bool | None = None) -> Augmentation:
+        """What suits slices along ``axis`` of volumes, or 2-D ``images``, which have no side that is up.
+
+        ``turns``: mirror both axes and turn by 90 degrees; None for images only. Otherwise left and right are
+        exchanged, which sagittal slices (axis 0) do not show.
+        """
+        if turns or (turns is None and images):
+            return cls(flip=(-2, -1), turn=True, mirror=images)
+        return cls(flip=() if axis == 0 and not images else (-2,), mirror=images)
 
 
 def augment(
@@ -41,8 +70,9 @@ def augment(
     positions: Sequence[int] | np.ndarray,
     options: Augmentation | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """New images (N, M, H, W) and labels (N, H, W), changed at random; background voxels (0) stay 0.
+    """New images (N, M, H, W) and labels (N, H, W), changed at random; intensities of background (0) stay 0.
 
+    Both move together; between pixels images are interpolated linearly, labels take the nearest.
     What happens to a sample follows from (seed, epoch, its position in the epoch's order) alone: ``Batch.positions``.
 
     Args:
@@ -58,6 +88,7 @@ def augment(
         raise ValueError(f"{len(positions)} positions given for {len(images)} images")
     draw = _Draws(seed, epoch, positions, images.device)
     images, labels = _flip_and_turn(images, labels, draw, options)
+    images, labels = _rotate_and_zoom(images, labels, draw, options)
     return _change_intensities(images, draw, options), labels
 
 
@@ -68,10 +99,10 @@ def _flip_and_turn(
     quarter = (draw.uniform(1) * 4).long()[:, 0]
     if not options.turn or images.shape[-1] != images.shape[-2]:
         quarter = torch.zeros_like(quarter)
-    flips = (draw.uniform(2) < 0.5) & options.flip
+    flips = draw.uniform(2) < 0.5
     transpose = quarter % 2 == 1
-    mirror_rows = flips[:, 0] ^ ((quarter == 1) | (quarter == 2))
-    mirror_columns = flips[:, 1] ^ ((quarter == 2) | (quarter == 3))
+    mirror_rows = (flips[:, 0] & (-2 in options.flip)) ^ ((quarter == 1) | (quarter == 2))
+    mirror_columns = (flips[:, 1] & (-1 in options.flip)) ^ ((quarter == 2) | (quarter == 3))
 
     def move(batch: torch.Tensor) -> torch.Tensor:
         ones = (1,) * (batch.ndim - 1)
@@ -81,6 +112,35 @@ def _flip_and_turn(
         return torch.where(mirror_columns.view(-1, *ones), batch.flip(-1), batch)
 
     return move(images), move(labels)
+
+
+def _rotate_and_zoom(
+    images: torch.Tensor, labels: torch.Tensor, draw: _Draws, options: Augmentation
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Samples that are not chosen keep their bits. Products and sums of the grid are elementwise: a matrix product
+    could round differently in another batch."""
+    (n, _, height, width), dtype = images.shape, torch.promote_types(images.dtype, torch.float32)
+    drawn = draw.numbers(5)
+    if not (n and height and width and (options.rotate or options.zoom or options.translate)):
+        return images, labels
+    placed = []
+    for choice, *parts in drawn.tolist():
+        angle, zoom, down, right = (2 * part - 1 for part in parts)
+        angle, zoom = math.radians(options.rotate * angle), 1 + options.zoom * zoom
+        move = options.translate * height * down, options.translate * width * right
+        placed.append([choice < options.probability, math.cos(angle) / zoom, math.sin(angle) / zoom, *move])
+    chosen, cosine, sine, down, right = draw.to_device(np.array(placed)).to(dtype).T[..., None, None]
+    y = torch.arange(height, dtype=dtype, device=images.device)[:, None] - (height - 1) / 2 - down
+    x = torch.arange(width, dtype=dtype, device=images.device) - (width - 1) / 2 - right
+    # where each pixel comes from, in the unit of grid_sample: -1 and 1 are the outer borders
+    grid = torch.stack([(cosine * x - sine * y) * (2 / width), (cosine * y + sine * x) * (2 / height)], -1)
+    padding = "reflection" if options.mirror else "zeros"
+
+    def move(batch: torch.Tensor, mode: str) -> torch.Tensor:
+        moved = F.grid_sample(batch.to(dtype), grid, mode=mode, padding_mode=padding, align_corners=False)
+        return torch.where(chosen[:, None] > 0, moved.to(batch.dtype), batch)
+
+    return move(images, "bilinear"), move(labels[:, None], "nearest")[:, 0]
 
 
 def _change_intensities(images: torch.Tensor, draw: _Draws, options: Augmentation) -> torch.Tensor:
@@ -111,10 +171,18 @@ class _Draws:
         run = _mix(np.uint64(seed % 2**64) ^ _mix(np.uint64(epoch)))
         self._states = _mix(np.asarray(positions, dtype=np.uint64) ^ run)
 
-    def uniform(self, columns: int) -> torch.Tensor:
-        """Uniform in [0, 1), float32 (N, columns)."""
+    def numbers(self, columns: int) -> np.ndarray:
+        """Uniform in [0, 1), float32 (N, columns), on the host."""
         values = np.stack([self._next() >> np.uint64(40) for _ in range(columns)], axis=1)
-        return torch.from_numpy(values.astype(np.float32) * np.float32(2**-24)).to(self._device, non_blocking=True)
+        return values.astype(np.float32) * np.float32(2**-24)
+
+    def uniform(self, columns: int) -> torch.Tensor:
+        """:meth:`numbers` on the device."""
+        return self.to_device(self.numbers(columns))
+
+    def to_device(self, values: np.ndarray) -> torch.Tensor:
+        """``values``, without waiting for the device."""
+        return torch.from_numpy(values).to(self._device, non_blocking=True)
 
     def normal_like(self, images: torch.Tensor) -> torch.Tensor:
         """Standard normal in the shape of ``images``."""

@@ -83,6 +83,11 @@ class Progress:
         if len(self.history) != self.epoch:
             raise ValueError(f"{self.epoch} epochs are done, but the log has {len(self.history)}")
 
+    @property
+    def best_epoch(self) -> int:
+        """The first epoch (from 1) with the best validation Dice; 0 before there is any."""
+        return next((row["epoch"] for row in self.history if row["dice_foreground"] == self.best), 0)
+
 
 @dataclass(frozen=True)
 class State:
@@ -144,8 +149,10 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     progress: Progress,
+    average: torch.nn.Module | None = None,
 ) -> None:
-    """Writes everything from which training continues bit for bit: weights, optimiser, loss scale and progress.
+    """Writes everything from which training continues bit for bit: weights, their average if there is one, optimiser,
+    loss scale and progress.
 
     Random numbers need no state: each batch seeds its own (see :func:`fastunet.training.learner.batch_seed`).
 
@@ -153,6 +160,8 @@ def save_state(
         NotFinite: there is nothing to continue from.
     """
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    if average is not None:
+        tensors |= {f"average.{name}": tensor for name, tensor in average.state_dict().items()}
     for name, parameter in model.named_parameters():
         for slot, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{slot}.{name}"] = value
@@ -160,7 +169,11 @@ def save_state(
 
 
 def load_state(
-    path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    path: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    average: torch.nn.Module | None = None,
 ) -> Progress:
     """Restores what :func:`save_state` wrote into the given objects and returns the progress.
 
@@ -171,13 +184,18 @@ def load_state(
     if _STATE_KEY not in metadata:
         raise UserError(f"{path} holds no training state")
     state = parse_json(metadata[_STATE_KEY], State, path)
-    weights, moments = {}, {}
+    found: dict[str, dict[str, torch.Tensor]] = {"model": {}, "average": {}, "optimizer": {}}
     for key, value in tensors.items():
         kind, _, name = key.partition(".")
-        (weights if kind == "model" else moments)[name] = value
+        found.setdefault(kind, {})[name] = value
+    weights, averaged, moments = found["model"], found["average"], found["optimizer"]
+    if found.keys() - {"model", "average", "optimizer"} or bool(averaged) != (average is not None):
+        raise UserError(f"{path} belongs to a run of other options: it holds {', '.join(k for k in found if found[k])}")
     parameters = dict(model.named_parameters())
     _check_weights(model, weights, path)
     _check_moments(parameters, moments, path)
+    if average is not None:
+        load_weights(average, averaged, path)
     if state.scaler.keys() != scaler.state_dict().keys():
         raise UserError(f"{path} belongs to a run of another --precision")
     model.load_state_dict(weights)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,10 +18,10 @@ from fastunet.schema import read_json
 FILE_NAME = "config.json"
 LOSSES = ("ce", "dice", "dice_ce")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
-SCHEDULES = ("constant", "cosine")
+SCHEDULES = ("constant", "cosine", "poly")
 MOST_SEED = 2**63 - 1
-FREE_ON_RESUME = frozenset({"data", "device", "threads", "checkpoint_every"})
-"""Options that may differ when a run is resumed: they do not change which numbers are computed.
+FREE_ON_RESUME = frozenset({"data", "device", "threads", "checkpoint_every", "patience"})
+"""Options that may differ when a run is resumed: they do not change which numbers are computed, only where they end.
 
 ``threads`` can, in the last bits, because sums are split differently; keep it for a bit-identical continuation.
 """
@@ -28,13 +29,22 @@ FREE_ON_RESUME = frozenset({"data", "device", "threads", "checkpoint_every"})
 
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
 Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
+AtLeastZero = Annotated[float, msgspec.Meta(ge=0)]
+AboveZero = Annotated[float, msgspec.Meta(gt=0)]
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Options of ``fastunet train``. Network options left at None take the preset's value.
 
-    ``size`` is the side of the square slices (None: as large as they are). ``checkpoint_every`` is in seconds.
+    ``size`` is the side of the square slices (None: as large as they are). ``turns`` lets augmentation mirror both axes
+    and turn by 90 degrees (None: of 2-D images, not of volumes). ``class_weights`` has a factor per class, or
+    "balanced", for the inverse of each class's share of the training pixels. ``warm_up`` is in epochs, fractions too.
+    ``weight_decay`` is AdamW's. ``clip_norm`` bounds the norm of the whole gradient. ``ema`` is the decay of averaged
+    weights. ``patience`` is in epochs without a better validation Dice. ``checkpoint_every`` is in seconds.
+
+    Raises:
+        UserError: options that contradict each other.
     """
 
     data: str
@@ -49,18 +59,29 @@ class TrainConfig:
     epochs: Positive = 20
     batch_size: Positive = 8
     loss: Literal[LOSSES] = "dice_ce"
-    learning_rate: Annotated[float, msgspec.Meta(gt=0)] = 1e-3
+    class_weights: list[AtLeastZero] | Literal["balanced"] | None = None
+    learning_rate: AboveZero = 1e-3
     schedule: Literal[SCHEDULES] = "constant"
+    warm_up: AtLeastZero = 0.0
+    weight_decay: AtLeastZero = 0.0
+    clip_norm: AboveZero | None = None
+    ema: Annotated[float, msgspec.Meta(gt=0, lt=1)] | None = None
+    patience: Positive | None = None
     precision: Literal[PRECISIONS] = "fp32"
     foreground_fraction: Fraction = 0.5
     augment: bool = True
+    turns: bool | None = None
     val_fraction: Fraction = 0.2
     on_nan: Literal["error", "zero"] = "error"
     seed: Annotated[int, msgspec.Meta(ge=0, le=MOST_SEED)] = 0
     deterministic: bool = False
     device: str = "auto"
     threads: Positive | None = None
-    checkpoint_every: Annotated[float, msgspec.Meta(ge=0)] = 300.0
+    checkpoint_every: AtLeastZero = 300.0
+
+    def __post_init__(self) -> None:
+        if self.warm_up >= self.epochs:
+            raise UserError(f"--warm-up is {self.warm_up:g} epochs of {self.epochs}; it must end before the run does")
 
     def write(self, run: Path) -> None:
         """Writes ``config.json`` into the run folder."""
@@ -88,11 +109,19 @@ class TrainConfig:
                 raise UserError(f"the run was started with {option} {stored}; it cannot resume with {value}")
         return dataclasses.replace(self, **{name: value for name, value in given.items() if name in free})
 
-    def learning_rate_at(self, step: int, total_steps: int) -> float:
-        """The learning rate of optimiser step ``step`` (from 0): constant, or half a cosine down to 1 % of it."""
-        if self.schedule == "constant":
-            return self.learning_rate
-        import math
+    def learning_rate_at(self, step: int, steps: int) -> float:
+        """The learning rate of optimiser step ``step`` (from 0) of a run with ``steps`` in an epoch.
 
-        share = 0.5 * (1 + math.cos(math.pi * step / max(total_steps, 1)))
-        return self.learning_rate * (0.01 + 0.99 * share)
+        It rises linearly through the w steps of the warm-up, ``rate · (step + 1) / w``, and then, with x from 0 to 1
+        over the rest of the run, stays ("constant"), falls to 1 % along half a cosine, or is ``rate · (1 - x)^0.9``
+        ("poly", Chen et al. 2017, DeepLab).
+        """
+        warm_up = round(self.warm_up * steps)
+        if step < warm_up:
+            return self.learning_rate * (step + 1) / warm_up
+        done = (step - warm_up) / max(self.epochs * steps - warm_up, 1)
+        if self.schedule == "poly":
+            return self.learning_rate * (1 - done) ** 0.9
+        if self.schedule == "cosine":
+            return self.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+        return self.learning_rate

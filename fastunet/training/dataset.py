@@ -15,6 +15,7 @@ from fastunet.architecture import Architecture
 from fastunet.data import (
     DEFAULT_MODALITIES,
     IGNORED,
+    Augmentation,
     Case,
     LabelMap,
     SliceDataset,
@@ -65,7 +66,9 @@ class TrainingData:
         """A batch changed at random, if the run asks for it; a function of seed, epoch and positions alone."""
         if not self.config.augment:
             return images, labels
-        return augment(images, labels, seed=self.config.seed, epoch=epoch, positions=positions)
+        images_alone = self.train.cases[0].is_image
+        options = Augmentation.for_slices(axis=self.config.axis, images=images_alone, turns=self.config.turns)
+        return augment(images, labels, seed=self.config.seed, epoch=epoch, positions=positions, options=options)
 
 
 def prepare_data(

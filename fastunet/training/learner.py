@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +34,12 @@ class Step:
 
 
 class Learner:
-    """Model, optimiser, loss scale and loss of one run; it reads and writes no files."""
+    """Model, optimiser, loss scale and loss of one run; it reads and writes no files.
+
+    Attributes:
+        model: the network that learns.
+        average: its averaged weights, or None.
+    """
 
     def __init__(self, config: TrainConfig, processes: Processes, data: TrainingData) -> None:
         self.config, self.processes, self.data = config, processes, data
@@ -41,9 +47,12 @@ class Learner:
         torch.manual_seed(config.seed)
         self.model = build_model(config, data).to(self.device, memory_format=torch.channels_last)
         self.parameters = list(self.model.parameters())
-        self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate, fused=True)
+        self.average = copy.deepcopy(self.model).requires_grad_(False) if config.ema else None
+        # Without decay AdamW computes what Adam does.
+        options = dict(lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(self.parameters, **options)
         self.scaler = loss_scaler(self.device, config.precision)
-        self.loss = _loss(config, processes.world, data.ignored)
+        self.loss = _loss(config, processes, data.ignored, class_weights(config, data))
         self.card = ModelCard(
             model=self.model.config,
             modalities=data.modalities,
@@ -58,16 +67,24 @@ class Learner:
         """That of the last step."""
         return self.optimizer.param_groups[0]["lr"]
 
+    @property
+    def result(self) -> torch.nn.Module:
+        """The network that is validated and saved: with averaged weights, if the run has them."""
+        return self.model if self.average is None else self.average
+
     def step(
-        self, batch: Batch, images: torch.Tensor, labels: torch.Tensor, progress: Progress, total_steps: int, wish: bool
+        self, batch: Batch, images: torch.Tensor, labels: torch.Tensor, progress: Progress, steps: int, wish: bool
     ) -> Step:
-        """One optimiser step; its loss is that of the whole batch, of all processes; ``wish`` is this one's to stop."""
+        """One optimiser step; its loss is that of the whole batch, of all processes.
+
+        ``steps`` is the number in an epoch, ``wish`` whether this process wants to stop.
+        """
         config = self.config
         images = images.to(self.device, non_blocking=True).to(memory_format=torch.channels_last)
         labels = labels.to(self.device, non_blocking=True)
         images, labels = self.data.augment(images, labels, progress.epoch, batch.positions)
         for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate_at(progress.step, total_steps)
+            group["lr"] = config.learning_rate_at(progress.step, steps)
         # Dropout draws from a generator that each batch seeds anew, so no random state has to be saved.
         torch.manual_seed(batch_seed(config.seed, progress.epoch, progress.batch, self.processes.rank))
         with autocast(self.device, config.precision):
@@ -76,9 +93,14 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         stop = self.processes.sum_gradients(self.parameters, float(wish))
+        if config.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.parameters, config.clip_norm)
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.average is not None:
+            update_average(self.average, self.model, config.ema, progress.step)
         skipped = self.scaler.is_enabled() and self.scaler.get_scale() < scale
         report = torch.zeros(2, dtype=torch.float64, device=self.device)
         report[0], report[1] = loss.detach(), stop
@@ -89,7 +111,7 @@ class Learner:
         """The logits of a batch, its labels where the network predicts, and the loss of the batch of all processes."""
         images = images.to(self.device).to(memory_format=torch.channels_last)
         with autocast(self.device, self.config.precision):
-            logits = self.model(images).float()
+            logits = self.result(images).float()
         labels = centre_crop(labels.to(self.device), *logits.shape[-2:])
         return logits, labels, self.loss(logits, labels)
 
@@ -111,9 +133,49 @@ def batch_seed(seed: int, epoch: int, batch: int, rank: int) -> int:
     return int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def _loss(config: TrainConfig, world: int, ignored: int | None) -> torch.nn.Module:
+@torch.no_grad()
+def update_average(average: torch.nn.Module, model: torch.nn.Module, decay: float, step: int) -> None:
+    """``average = d · average + (1 - d) · model`` for all parameters, with d = min(decay, (1 + step) / (10 + step)).
+
+    The second bound lets the average of a young run forget the random weights it began with. Buffers are copied.
+    """
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+    for kept, buffer in zip(average.buffers(), model.buffers(), strict=True):
+        kept.copy_(buffer)
+
+
+def class_weights(config: TrainConfig, data: TrainingData) -> list[float] | None:
+    """The factors of ``--class-weights``; "balanced" ones are inverse to the pixels of each class, with mean 1.
+
+    Raises:
+        UserError: another number of factors than classes, all of them 0, or a class without pixels to balance.
+    """
+    names, weights = data.labels.class_names, config.class_weights
+    if weights == "balanced":
+        counts = np.zeros(256, dtype=np.int64)
+        # Of an image cut into tiles each is an entry: count it once.
+        slices = np.stack([data.train.case_index, data.train.slice_index])
+        for index in np.unique(slices, axis=1, return_index=True)[1]:
+            counts += np.bincount(data.train.whole(index)[1].flatten().numpy(), minlength=256)
+        counts = counts[: len(names)]
+        if not counts.all():
+            missing = names[int(np.argmin(counts))]
+            raise UserError(f"--class-weights balanced: no training slice holds {missing}; give the weights as numbers")
+        return (1 / counts / np.mean(1 / counts)).tolist()
+    if weights is not None and (len(weights) != len(names) or not any(weights)):
+        raise UserError(
+            f"--class-weights has {len(weights)} numbers ({weights}); {len(names)} classes need one each, not all 0"
+        )
+    return weights
+
+
+def _loss(
+    config: TrainConfig, processes: Processes, ignored: int | None, weights: list[float] | None
+) -> torch.nn.Module:
     # Labels were checked against the label table when they were read; checking again would wait for the GPU.
-    options = dict(sync=world > 1, grad_reduction="sum", check_labels=False, ignore_index=ignored)
+    options = dict(sync=processes.world > 1, grad_reduction="sum", check_labels=False, ignore_index=ignored,
+                   class_weights=weights)  # fmt: skip
     if config.loss == "dice":
-        return DiceLoss(**options)
-    return DiceCrossEntropyLoss(dice_weight=0.0 if config.loss == "ce" else 1.0, **options)
+        return DiceLoss(**options).to(processes.device)
+    return DiceCrossEntropyLoss(dice_weight=0.0 if config.loss == "ce" else 1.0, **options).to(processes.device)

@@ -100,7 +100,7 @@ class Trainer:
         """Runs the epochs that are left; when ``requested()`` returns a signal, saves the state and raises it."""
         config, progress, self._requested = self.config, self.progress, requested
         steps = self.data.train.steps(config.batch_size, world=self.processes.world)
-        while progress.epoch < config.epochs:
+        while progress.epoch < config.epochs and not self._patience_ended():
             self._train_epoch(steps)
             row = self._finish_epoch(steps)
             self.display.message(
@@ -110,10 +110,19 @@ class Trainer:
             )
         self._publish(curves=True)
 
+    def _patience_ended(self) -> bool:
+        """Whether ``patience`` epochs in a row brought no better validation Dice; says so."""
+        epochs = self.progress.epoch - self.progress.best_epoch
+        ended = self.config.patience is not None and epochs >= self.config.patience
+        if ended:
+            best = f"{self.progress.best:.3f} in epoch {self.progress.best_epoch}"
+            self.display.message(f"stopped: no validation Dice above {best} in {epochs} epochs (--patience)")
+        return ended
+
     def restore(self) -> None:
         """Continues from the saved state."""
         path, learner = self.run / STATE, self.learner
-        self.progress = checkpoint.load_state(path, learner.model, learner.optimizer, learner.scaler)
+        self.progress = checkpoint.load_state(path, learner.model, learner.optimizer, learner.scaler, learner.average)
         if self.progress.fingerprint != self.data.fingerprint:
             raise UserError(f"{path} was trained on other data than {self.config.data} holds now")
         steps = self.data.train.steps(self.config.batch_size, world=self.processes.world)
@@ -137,7 +146,7 @@ class Trainer:
             clock = time.perf_counter()
             for (batch, images, labels), waited in loader:
                 wish = bool(self._requested()) or self._failure is not None
-                waiting.append(self.learner.step(batch, images, labels, progress, steps * config.epochs, wish))
+                waiting.append(self.learner.step(batch, images, labels, progress, steps, wish))
                 progress.batch += 1
                 progress.step += 1
                 now = time.perf_counter()
@@ -232,7 +241,7 @@ class Trainer:
         names = self.data.labels.class_names
         metrics = SegmentationMetrics(len(names), names, ignore_index=self.data.ignored)
         total = torch.zeros(2, dtype=torch.float64)
-        learner.model.eval()
+        learner.result.eval()
         steps = data.steps(config.batch_size, world=world)
         order = data.batches(config.batch_size, shuffle=False, rank=rank, world=world)
         batches = ((batch, *data.read(batch)) for batch in order)
@@ -260,7 +269,9 @@ class Trainer:
         learner = self.learner
         if self.processes.leader:
             try:
-                checkpoint.save_state(self.run / STATE, learner.model, learner.optimizer, learner.scaler, self.progress)
+                checkpoint.save_state(
+                    self.run / STATE, learner.model, learner.optimizer, learner.scaler, self.progress, learner.average
+                )
             except NotFinite as error:
                 raise self._diverged(str(error), self._last_batch) from error
         self._saved_at = time.monotonic()
@@ -277,7 +288,7 @@ class Trainer:
     def _save_weights(self, name: str) -> None:
         if self.processes.leader:
             try:
-                checkpoint.save_weights(self.run / name, self.learner.model, self.learner.card)
+                checkpoint.save_weights(self.run / name, self.learner.result, self.learner.card)
             except NotFinite as error:
                 raise self._diverged(str(error), self._last_batch) from error
 

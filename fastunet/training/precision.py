@@ -26,9 +26,13 @@ def prepare(device: torch.device, precision: str, *, deterministic: bool = False
     """
     if precision == "tf32" and device.type != "cuda":
         raise UserError(f"--precision tf32 needs a CUDA device, this run uses {device}")
-    tf32 = precision == "tf32"
-    torch.backends.cuda.matmul.allow_tf32 = tf32
-    torch.backends.cudnn.allow_tf32 = tf32
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    matmul.allow_tf32 = cudnn.allow_tf32 = precision == "tf32"
+    if hasattr(matmul, "fp32_precision"):
+        # Since PyTorch 2.9 these decide, and inherit where the older switches alone were written. Both are written:
+        # while they contradict each other, reading the older ones raises.
+        for settings in (matmul, cudnn.conv, cudnn.rnn):
+            settings.fp32_precision = "tf32" if precision == "tf32" else "ieee"
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
 
