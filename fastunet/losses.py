@@ -12,7 +12,7 @@ from fastunet.functional.dice_rule import check_rule
 
 
 class DiceCrossEntropyLoss(nn.Module):
-    """``dice_weight · Dice loss + ce_weight · cross-entropy`` of logits and integer (or soft) labels.
+    """``dice_weight · Dice loss + ce_weight · cross-entropy`` of logits and labels.
 
     The options are those of :func:`fastunet.functional.dice.dice_cross_entropy`. ``class_weights``, a sequence or
     tensor of one weight per class, becomes a buffer that moves with the module and is not saved with its state.
@@ -27,6 +27,7 @@ class DiceCrossEntropyLoss(nn.Module):
         include_background: bool = True,
         ignore_index: int | None = None,
         class_weights: Any = None,
+        label_smoothing: float = 0.0,
         reduction: str = "batch",
         empty: str = "smooth",
         check_labels: bool = True,
@@ -47,6 +48,7 @@ class DiceCrossEntropyLoss(nn.Module):
             smooth=smooth,
             include_background=include_background,
             ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
             reduction=reduction,
             empty=empty,
             check_labels=check_labels,
@@ -57,7 +59,7 @@ class DiceCrossEntropyLoss(nn.Module):
         )
 
     def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The loss, a scalar, of (N, C, H, W) ``logits`` and (N, H, W) ``labels``."""
+        """The loss, a scalar, of (N, C, H, W) ``logits`` and ``labels``, (N, H, W) or in another form."""
         return dice.dice_cross_entropy(logits, labels, class_weights=self.class_weights, **self.options)
 
     def extra_repr(self) -> str:
@@ -67,11 +69,11 @@ class DiceCrossEntropyLoss(nn.Module):
 class DiceLoss(DiceCrossEntropyLoss):
     """The soft Dice loss alone: ``1 - mean over classes of (2 I + s) / (P + T + s)``.
 
-    Takes the options of :class:`DiceCrossEntropyLoss` except ``ce_weight`` and ``dice_weight``.
+    Takes the options of :class:`DiceCrossEntropyLoss` except those of the cross-entropy and ``dice_weight``.
     """
 
     def __init__(self, **options: Any):
-        for name in ("ce_weight", "dice_weight"):
+        for name in ("ce_weight", "dice_weight", "label_smoothing"):
             if name in options:
                 raise TypeError(f"DiceLoss has no cross-entropy term and takes no {name}")
         super().__init__(ce_weight=0.0, **options)

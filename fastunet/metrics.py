@@ -9,7 +9,7 @@ import torch
 
 from fastunet.functional import dice_confusion
 from fastunet.functional._checks import check_classes
-from fastunet.functional.dice_arguments import MOST_CLASSES, raise_for_wrong
+from fastunet.functional.dice_arguments import MOST_CLASSES, raise_for_wrong, validated
 from fastunet.functional.dice_rule import check_rule, dice_score, iou_score
 
 KERAS_EPSILON = 1e-7
@@ -78,7 +78,8 @@ class SegmentationMetrics:
 
         Args:
             logits_or_labels: (N, K, H, W) logits or probabilities, or (N, H, W) predicted labels.
-            labels: (N, H, W) true labels.
+            labels: (N, H, W) true labels, in any form that
+                :func:`~fastunet.functional.dice_confusion.confusion_matrix` takes.
             case: the case that the whole batch belongs to, or a list or tuple of the N samples' cases; slices of one
                 case may come in any number of batches.
 
@@ -204,7 +205,7 @@ def dice_of_class(y_pred: torch.Tensor, y_true: torch.Tensor, index: int, *, eps
 
     Args:
         y_pred: (N, C, H, W) probabilities.
-        y_true: one-hot (N, C, H, W), or integer labels (N, H, W).
+        y_true: one-hot (N, C, H, W), or class indices (N, H, W) or (N, 1, H, W).
         index: the class; in BraTS 1 is necrotic, 2 oedema, 3 enhancing.
     """
     t, p = _one_hot(y_pred, y_true)[:, index].double(), y_pred[:, index].double()
@@ -218,7 +219,7 @@ def precision(y_pred: torch.Tensor, y_true: torch.Tensor) -> torch.Tensor:
 
     Args:
         y_pred: (N, C, H, W) probabilities.
-        y_true: one-hot (N, C, H, W), or integer labels (N, H, W).
+        y_true: one-hot (N, C, H, W), or class indices (N, H, W) or (N, 1, H, W).
     """
     return _positives(_one_hot(y_pred, y_true) * y_pred) / (_positives(y_pred) + KERAS_EPSILON)
 
@@ -240,7 +241,8 @@ def _positives(x: torch.Tensor) -> torch.Tensor:
 
 
 def _one_hot(y_pred: torch.Tensor, y_true: torch.Tensor) -> torch.Tensor:
-    if y_true.shape == y_pred.shape:
-        return y_true.to(y_pred.dtype)
-    classes = torch.arange(y_pred.shape[1], device=y_pred.device).reshape(-1, *[1] * (y_pred.ndim - 2))
-    return (y_true[:, None] == classes).to(y_pred.dtype)
+    targets, *_ = validated(y_pred, y_true)
+    if targets.ndim == 2:
+        classes = torch.arange(max(y_pred.shape[1], 2), device=y_pred.device)[-y_pred.shape[1] :]
+        targets = targets[:, None] == classes[:, None]
+    return targets.to(y_pred.dtype).reshape(y_pred.shape)

@@ -13,7 +13,7 @@ def batch(c, size=(7, 9), n=3, dtype=torch.float64, seed=0, labels=torch.uint8):
 
 
 def literal(logits, labels, *, weights=None, ignore=None, smooth=1.0, include_background=True, reduction="batch",
-            ce_weight=1.0, dice_weight=1.0, empty="smooth"):  # fmt: skip
+            ce_weight=1.0, dice_weight=1.0, empty="smooth", label_smoothing=0.0):  # fmt: skip
     """The eager one-hot loss, option by option, as one would write it without a library."""
     one_logit = logits.shape[1] == 1
     z = torch.cat([torch.zeros_like(logits), logits], 1) if one_logit else logits
@@ -32,7 +32,8 @@ def literal(logits, labels, *, weights=None, ignore=None, smooth=1.0, include_ba
     scores, per_class = scores[..., first:], per_class[..., first:]
     dice_term = (per_class * (1 - scores)).sum() / per_class.sum()
     target = torch.where(valid, labels.long(), -100)
-    ce = F.cross_entropy(z, target, None if weights is None else weights.to(z.dtype), ignore_index=-100)
+    weights = None if weights is None else weights.to(z.dtype)
+    ce = F.cross_entropy(z, target, weights, ignore_index=-100, label_smoothing=label_smoothing)
     return dice_weight * dice_term + ce_weight * ce
 
 
@@ -42,6 +43,8 @@ OPTIONS = {
     "ignore": dict(ignore=1),
     "everything": dict(weights=True, ignore=255, smooth=0.5, reduction="sample", ce_weight=0.3, dice_weight=2.0),
     "foreground": dict(include_background=False, weights=True),
+    "smoothing": dict(weights=True, ignore=255, label_smoothing=0.15),
+    "smoothing alone": dict(label_smoothing=0.3, dice_weight=0.0),
     "skip": dict(empty="skip", reduction="sample"),
     "one": dict(empty="one", smooth=0.0, reduction="sample"),
 }

@@ -56,7 +56,7 @@ def test_a_perfect_prediction_costs_nothing(image, empty):
 def test_sums_equal_the_pixel_count(image):
     c, size, n, seed = image
     logits, labels = batch(c, (size, size), n, seed=seed, dtype=torch.float32)
-    sums = torch.ops.fastunet.dice_sums(logits.flatten(2), labels.flatten(1), None, None, True, True, "torch")
+    sums = torch.ops.fastunet.dice_sums(logits.flatten(2), labels.flatten(1), None, None, True, True, 0.0, "torch")
     pixels = torch.full((n,), float(size * size))
     torch.testing.assert_close(sums[:, c : 2 * c].sum(1), pixels)
     assert torch.equal(sums[:, 2 * c : 3 * c].sum(1), pixels)

@@ -13,20 +13,20 @@ from fastunet.functional.dice_arguments import cannot_raise, pixels_of, raise_ou
 from fastunet.functional.dice_rule import check_rule, dice_score, mean_over_counted
 
 
-def _sums_like(logits, targets, class_weights, ignore_index, cross_entropy, per_sample):
+def _sums_like(logits, targets, class_weights, ignore_index, cross_entropy, per_sample, label_smoothing):
     rows = logits.shape[0] if per_sample else 1
     return logits.new_empty((rows, 3 * logits.shape[1] + 3), dtype=dice_cpu.sum_dtype(logits))
 
 
 def _setup_sums(ctx, inputs, output):
-    logits, targets, class_weights, *options, _, backend = inputs
+    logits, targets, class_weights, *options, _, label_smoothing, backend = inputs
     ctx.save_for_backward(logits, targets, class_weights)
-    ctx.options = *options, backend
+    ctx.options = *options, label_smoothing, backend
 
 
 def _differentiate_sums(ctx, grad):
     dlogits = torch.ops.fastunet.dice_sums_grad(grad.new_ones(()), grad, *ctx.saved_tensors, *ctx.options)
-    return dlogits, *[None] * 6
+    return dlogits, *[None] * 7
 
 
 def _setup_rule(ctx, inputs, outputs):
@@ -48,7 +48,7 @@ def _differentiate_rule(ctx, grad, _, d_slopes):
 
 dispatch.define(
     "dice_sums(Tensor logits, Tensor targets, Tensor? class_weights, int? ignore_index, bool cross_entropy,"
-    " bool per_sample, str backend) -> Tensor",
+    " bool per_sample, float label_smoothing, str backend) -> Tensor",
     torch_impl=dice_cpu.sums,
     triton_impl="dice.sums:sums",
     fake=_sums_like,
@@ -57,7 +57,7 @@ dispatch.define(
 )
 dispatch.define(
     "dice_sums_grad(Tensor grad, Tensor slopes, Tensor logits, Tensor targets, Tensor? class_weights,"
-    " int? ignore_index, bool cross_entropy, str backend) -> Tensor",
+    " int? ignore_index, bool cross_entropy, float label_smoothing, str backend) -> Tensor",
     torch_impl=dice_cpu.sums_grad,
     triton_impl="dice.sums:sums_grad",
     fake=lambda grad, slopes, logits, *arguments: torch.empty_like(logits),
@@ -73,11 +73,11 @@ dispatch.define(
 )
 
 
-def _loss(logits, targets, class_weights, ignore_index, cross_entropy, per_sample, rule, shared, backend):
+def _loss(logits, targets, class_weights, ignore_index, cross_entropy, per_sample, smoothing, rule, shared, backend):
     """:class:`_DiceLoss` as two operators, each with its own derivative."""
     if shared is not None:
         raise NotImplementedError("fastunet: with sync=True the Dice loss has no second derivative and no torch.func")
-    arguments = logits, targets, class_weights, ignore_index, cross_entropy, per_sample
+    arguments = logits, targets, class_weights, ignore_index, cross_entropy, per_sample, smoothing
     sums = torch.ops.fastunet.dice_sums(*arguments, backend)
     dice_weights = None if logits.shape[1] == 1 else class_weights
     return torch.ops.fastunet.dice_rule(sums, dice_weights, *rule, backend)[:2]
@@ -91,13 +91,14 @@ class _DiceLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits, targets, class_weights, ignore_index, cross_entropy, per_sample, rule, shared, backend):
+    def forward(ctx, logits, targets, class_weights, ignore_index, cross_entropy, per_sample, smoothing, rule, shared,
+                backend):  # fmt: skip
         ctx.options, ctx.shared, ctx.backend, ctx.kept = (ignore_index, cross_entropy), shared, backend, None
-        ctx.rest = per_sample, rule, shared, backend
+        ctx.smoothing, ctx.rest = smoothing, (per_sample, smoothing, rule, shared, backend)
         # Not under torch.compile, fake tensors and the like, which see the operators below as single nodes.
         if ctx.needs_input_grad[0] and type(logits) is torch.Tensor and not torch.compiler.is_compiling():
             ctx.kept = dice_cpu.room_for_probabilities(logits) if backend == "torch" else None
-        arguments = logits, targets, class_weights, ignore_index, cross_entropy, per_sample
+        arguments = logits, targets, class_weights, ignore_index, cross_entropy, per_sample, smoothing
         if ctx.kept is None:
             sums = torch.ops.fastunet.dice_sums(*arguments, backend)
         else:
@@ -114,7 +115,7 @@ class _DiceLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         if grad is None:
-            return (None,) * 9
+            return (None,) * 10
         if autograd.differentiated_again():
             inputs = [*ctx.saved_tensors[1:], *ctx.options, *ctx.rest]
             return tuple(autograd.vjp(_loss, inputs, ctx.needs_input_grad, [grad, None]))
@@ -122,12 +123,13 @@ class _DiceLoss(torch.autograd.Function):
             grad = grad * ctx.shared[1]
             torch.distributed.all_reduce(grad, group=ctx.shared[0])
         if ctx.kept is None:
-            dlogits = torch.ops.fastunet.dice_sums_grad(grad, *ctx.saved_tensors, *ctx.options, ctx.backend)
+            options = *ctx.options, ctx.smoothing, ctx.backend
+            dlogits = torch.ops.fastunet.dice_sums_grad(grad, *ctx.saved_tensors, *options)
         else:
             # A second backward pass through a retained graph computes the probabilities again.
             kept, ctx.kept = ctx.kept, None
-            dlogits = dice_cpu.sums_grad(grad, *ctx.saved_tensors, *ctx.options, kept)
-        return dlogits, *[None] * 8
+            dlogits = dice_cpu.sums_grad(grad, *ctx.saved_tensors, *ctx.options, ctx.smoothing, kept)
+        return dlogits, *[None] * 9
 
 
 def dice_loss(logits: torch.Tensor, labels: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -151,6 +153,7 @@ def dice_cross_entropy(
     include_background: bool = True,
     ignore_index: int | None = None,
     class_weights: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
     reduction: str = "batch",
     empty: str = "smooth",
     check_labels: bool = True,
@@ -164,20 +167,24 @@ def dice_cross_entropy(
     Args:
         logits: (N, C, H, W), or any number of pixel axes; NCHW or channels_last; C from 2 to 128, or 1 for two classes
             with p = sigmoid(logit) of the second, of which alone the Dice loss then is.
-        labels: (N, H, W) or (N, 1, H, W) class indices in uint8, int16, int32 or int64; or one-hot or soft targets of
-            the logits' shape, with values in [0, 1].
+        labels: (N, H, W) or (N, 1, H, W) class indices in any integer dtype, bool (two classes), or floating point as
+            whole numbers; or one-hot or soft targets of the logits' shape, with values in [0, 1]. With one logit
+            (N, 1, H, W) in floating point is soft, unless ``ignore_index`` is given.
         ce_weight, dice_weight: factors of the two terms.
         smooth: the constant s.
         include_background: whether class 0 takes part in the Dice loss; it always does in the cross-entropy.
         ignore_index: pixels with this label count nowhere.
         class_weights: (C,) ((2,) for one logit) weights of the cross-entropy, as in ``torch.nn.CrossEntropyLoss``, and
             of the mean of the Dice loss over classes.
+        label_smoothing: e from 0 to 1: the cross-entropy is of ``(1 - e) t + e / C`` in place of t (of two classes for
+            one logit), as in ``torch.nn.functional.cross_entropy``; the Dice loss is of t itself.
         reduction: "batch" sums I, P, T over the batch before the ratio; "sample" takes the mean of each sample's loss.
         empty: what a class without truth scores: "smooth", "skip" or "one"; the rule of
             :func:`fastunet.functional.dice_rule.dice_score`, under "skip" left out of the mean.
-        check_labels: raise for a label out of range. On a GPU this waits for the kernel; under ``torch.compile`` and
-            while a CUDA graph is captured, where nothing can be raised, the loss becomes NaN instead. With False,
-            labels are trusted: a pixel whose label is out of range counts nowhere.
+        check_labels: raise for a label out of range or not whole, and for a one-hot or soft target beyond [0, 1]. On a
+            GPU this waits. Under ``torch.compile`` and while a CUDA graph is captured, where nothing can be raised, a
+            wrong label makes the loss NaN instead. With False, labels are trusted: a pixel whose label is out of range
+            counts nowhere.
         sync: sum I, P, T and the cross-entropy over the processes of ``process_group`` (None: all) before the ratio.
         grad_reduction: how the caller then combines the parameter gradients of the processes: "mean", as
             DistributedDataParallel does, or "sum". Either way they end equal to one process with the whole batch.
@@ -196,10 +203,14 @@ def dice_cross_entropy(
         raise ValueError(f"grad_reduction is {grad_reduction!r}; expected 'mean' or 'sum'")
     if sync and reduction == "sample":
         raise ValueError("sync=True sums over the whole batch and needs reduction='batch'")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing is {label_smoothing}; expected 0 to 1")
+    if label_smoothing and not ce_weight:
+        raise ValueError(f"label_smoothing={label_smoothing} acts on the cross-entropy, which has no weight here")
     check_tensors("dice", logits=logits, labels=labels, class_weights=class_weights)
     if not include_background and logits.ndim > 1 and logits.shape[1] == 1:
         raise ValueError("include_background=False leaves no class: one logit already stands for the foreground alone")
-    targets, class_weights = validated(logits, labels, class_weights, ignore_index)
+    targets, class_weights, ignore_index = validated(logits, labels, class_weights, ignore_index, check_labels)
     if autograd.tracked(labels, class_weights):
         raise ValueError("labels or class_weights require a gradient, which the Dice losses do not give; detach() them")
     backend = dispatch.select_backend(backend, "dice_cross_entropy", logits)
@@ -209,8 +220,8 @@ def dice_cross_entropy(
         processes = torch.distributed.get_world_size(process_group)
         shared = process_group, 1 / processes if grad_reduction == "sum" else 1.0
     loss, wrong = (_loss if autograd.transformed() else _DiceLoss.apply)(
-        pixels_of(logits), targets, class_weights, ignore_index, bool(ce_weight), reduction == "sample", rule,
-        shared if sync else None, backend,
+        pixels_of(logits), targets, class_weights, ignore_index, bool(ce_weight), reduction == "sample",
+        float(label_smoothing), rule, shared if sync else None, backend,
     )  # fmt: skip
     if may_raise and wrong.item() > 0:
         raise_out_of_range(targets, max(logits.shape[1], 2), ignore_index)
@@ -227,7 +238,7 @@ def dice_coefficient(
 
     Args:
         y_pred: (N, C, H, W) probabilities.
-        y_true: one-hot (N, C, H, W), or integer labels (N, H, W) or (N, 1, H, W).
+        y_true: labels in any form that :func:`dice_cross_entropy` takes.
         smooth: the constant s.
         empty: the rule for a class without truth, as in :func:`dice_cross_entropy`.
 
@@ -248,14 +259,16 @@ def probability_sums(y_pred: torch.Tensor, y_true: torch.Tensor) -> tuple[torch.
 
     The arguments are those of :func:`dice_coefficient`. No one-hot tensor is made of integer labels.
     """
-    targets, _ = validated(y_pred, y_true, None, None)
+    targets, *_ = validated(y_pred, y_true)
     p = y_pred.flatten(2).to(dice_cpu.sum_dtype(y_pred))
     c = p.shape[1]
+    classes = max(c, 2)
+    may_check = targets.ndim == 2 and targets.numel() and not cannot_raise(p)
+    if may_check and (targets.min() < 0 or targets.max() >= classes):
+        raise_out_of_range(targets, classes, None)
     if targets.ndim == 3 or c == 1:
         t = targets.to(p.dtype) if targets.ndim == 3 else (targets == 1).to(p.dtype)[:, None]
         return (p * t).sum((0, 2)), p.sum((0, 2)), t.sum((0, 2))
-    if targets.numel() and not cannot_raise(p) and (targets.min() < 0 or targets.max() >= c):
-        raise_out_of_range(targets, c, None)
     index = targets.long()
     true = p.gather(1, index[:, None]).flatten().double()
     index, zeros = index.flatten(), torch.zeros(c, dtype=torch.float64, device=p.device)

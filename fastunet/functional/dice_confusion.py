@@ -7,7 +7,14 @@ import torch
 from fastunet import dispatch
 from fastunet.functional import dice_cpu
 from fastunet.functional._checks import check_classes, check_tensors
-from fastunet.functional.dice_arguments import MOST_CLASSES, cannot_raise, integer_labels, pixels_of, raise_for_wrong
+from fastunet.functional.dice_arguments import (
+    MOST_CLASSES,
+    cannot_raise,
+    class_indices,
+    indices_of_one_hot,
+    pixels_of,
+    raise_for_wrong,
+)
 
 dispatch.define(
     "confusion_counts(Tensor predictions, Tensor labels, int classes, int? ignore_index, str backend) -> Tensor",
@@ -33,7 +40,8 @@ def confusion_matrix(
     Args:
         logits_or_labels: (N, C, H, W) logits, whose first greatest channel is the prediction (of one logit: class 1
             where it is positive), or (N, H, W) predicted labels.
-        labels: (N, H, W) or (N, 1, H, W) true labels in uint8, int16, int32 or int64.
+        labels: (N, H, W) or (N, 1, H, W) true labels in any integer dtype, bool, or floating point as whole numbers;
+            or one-hot of the logits' shape.
         num_classes: K, at most 128.
         ignore_index: pixels with this true label are not counted.
         check_labels: raise for a true or predicted label out of range, which on a GPU waits for the kernel. With
@@ -74,10 +82,12 @@ def confusion_counts(
         if len(shape) < 3 or max(shape[1], 2) != num_classes:
             raise ValueError(f"logits have shape {shape}; {num_classes} classes need (N, {num_classes}, H, W)")
         predictions, pixels = pixels_of(predictions.detach()), (shape[0], *shape[2:])
+        if shape[1] > 1 and tuple(labels.shape) == shape:
+            labels = indices_of_one_hot(labels)
     else:
-        predictions = integer_labels(predictions, labels.ndim, "predicted labels")
+        predictions, _ = class_indices(predictions, labels.ndim)
         predictions, pixels = predictions.flatten(1), tuple(predictions.shape)
-    labels = integer_labels(labels, len(pixels), "labels")
+    labels, ignore_index = class_indices(labels, len(pixels), ignore_index)
     if tuple(labels.shape) != pixels:
         raise ValueError(f"labels have shape {tuple(labels.shape)}; the predictions need {pixels}")
     # Which backend can run depends on the dtype of logits only; the kernel takes labels of any integer dtype.

@@ -31,6 +31,7 @@ def sums(
     ignore_index: int | None,
     cross_entropy: bool,
     per_sample: bool,
+    label_smoothing: float = 0.0,
     keep: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Every sum that the Dice and cross-entropy losses need.
@@ -42,6 +43,7 @@ def sums(
         ignore_index: the label that counts nowhere, or None.
         cross_entropy: whether its sum is wanted; it is 0 otherwise.
         per_sample: a row of sums for each sample; or one row for the batch.
+        label_smoothing: e, which makes t of the cross-entropy (1 - e) t + e / K; its sum of weights stays that of t.
         keep: from :func:`room_for_probabilities`, filled here for :func:`sums_grad`; or None.
 
     Returns:
@@ -65,7 +67,9 @@ def sums(
         totals[2, samples] += t.sum(-1)
         totals[0, samples] += torch.mul(p, t, out=product).sum(-1)
         if cross_entropy:
-            totals[3, samples] += _log_likelihood(product, t, z, labels=targets.ndim == 2)
+            if label_smoothing:
+                _smooth(t, targets, label_smoothing)
+            totals[3, samples] += _log_likelihood(product, t, z, labels=targets.ndim == 2 and not label_smoothing)
     weights = totals.new_ones(k) if class_weights is None else class_weights.double()
     wrong = pixel_count - totals[2].sum(1) - ignored if targets.ndim == 2 else torch.zeros_like(ignored)
     scalars = torch.stack([-(totals[3] * weights).sum(1), (totals[2] * weights).sum(1), wrong], 1)
@@ -81,6 +85,7 @@ def sums_grad(
     class_weights: torch.Tensor | None,
     ignore_index: int | None,
     cross_entropy: bool,
+    label_smoothing: float = 0.0,
     kept: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The gradient of a loss of :func:`sums` with respect to the logits.
@@ -99,7 +104,8 @@ def sums_grad(
         dz, of the shape, dtype and strides of ``logits``.
     """
     if tracked(grad, slopes, logits):
-        return _sums_grad_plainly(grad, slopes, logits, targets, class_weights, ignore_index, cross_entropy)
+        options = class_weights, ignore_index, cross_entropy, label_smoothing
+        return _sums_grad_plainly(grad, slopes, logits, targets, *options)
     c = logits.shape[1]
     k = max(c, 2)
     grad = (grad * slopes).expand(len(logits), -1)
@@ -121,12 +127,14 @@ def sums_grad(
             p *= t.sum(1, keepdim=True)
         torch.mul(t, grad_i[samples], out=h).add_(grad_p[samples]).mul_(p)
         if cross_entropy:
+            if label_smoothing:
+                _smooth(t, targets, label_smoothing)
             h.addcmul_(t, grad_nll[samples], value=-1)
         torch.addcmul(h[:, k - c :], p[:, k - c :], h.sum(1, keepdim=True), value=-1, out=dz)
     return result
 
 
-def _sums_grad_plainly(grad, slopes, logits, targets, class_weights, ignore_index, cross_entropy):
+def _sums_grad_plainly(grad, slopes, logits, targets, class_weights, ignore_index, cross_entropy, label_smoothing):
     """:func:`sums_grad` in ordinary PyTorch, which autograd can follow."""
     c = logits.shape[1]
     z = logits.to(sum_dtype(logits))
@@ -141,6 +149,9 @@ def _sums_grad_plainly(grad, slopes, logits, targets, class_weights, ignore_inde
     grad_i, grad_p = (torch.nn.functional.pad(grad[:, j * c : (j + 1) * c], (z.shape[1] - c, 0)) for j in (0, 1))
     h = p * (grad_i[..., None] * t + grad_p[..., None])
     if cross_entropy:
+        if label_smoothing:
+            t = t.clone()  # autograd keeps the other
+            _smooth(t, targets, label_smoothing)
         weights = t.new_ones(z.shape[1]) if class_weights is None else class_weights.to(t.dtype)
         h = h - grad[:, 3 * c, None, None] * weights[:, None] * t
     return (h - p * h.sum(1, keepdim=True))[:, z.shape[1] - c :].to(logits.dtype)
@@ -253,6 +264,12 @@ def _fill_memberships(
     # Comparing floats into floats is vectorised; comparing integers into booleans takes five times as long.
     torch.eq(labels[:, None], numbers, out=t)
     return ignored
+
+
+def _smooth(t: torch.Tensor, targets: torch.Tensor, label_smoothing: float) -> None:
+    """Makes t (N, K, chunk) ``(1 - e) t + e / K`` where a pixel counts."""
+    counts = t.sum(1, keepdim=True) if targets.ndim == 2 else 1
+    t.mul_(1 - label_smoothing).add_(counts, alpha=label_smoothing / t.shape[1])
 
 
 def _log_likelihood(product: torch.Tensor, t: torch.Tensor, logits: torch.Tensor, labels: bool) -> torch.Tensor:

@@ -97,11 +97,21 @@ def _folded_pair(x, KEEP: tl.constexpr, LAYOUT: tl.constexpr):
 
 
 @triton.jit
+def _nll_of_all(shifted, peak, log_total, w, w_background, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Per pixel sum(-w log p) over all classes, true or not."""
+    inside = (tl.arange(0, BLOCK_C) < C)[:, None]
+    nll = tl.sum(tl.where(inside, w[:, None] * (log_total[None, :] - shifted), 0.0), axis=0)
+    if C == 1:
+        nll += w_background * (log_total + peak)
+    return nll
+
+
+@triton.jit
 def dice_forward_kernel(
     logits_ptr, targets_ptr, weights_ptr, partial_ptr, S,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, KEEP: tl.constexpr, STAGES: tl.constexpr,
     LAYOUT: tl.constexpr, VECTOR: tl.constexpr, SOFT: tl.constexpr, IGNORE: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
-    CROSS_ENTROPY: tl.constexpr,
+    CROSS_ENTROPY: tl.constexpr, SMOOTHING: tl.constexpr,
 ):  # fmt: skip
     """partial[program, sample] = (I, P, T of each channel, sum(-w t log p), sum(w t), wrong labels) of its tiles."""
     sample, programs = tl.program_id(1), tl.num_programs(0)
@@ -149,6 +159,10 @@ def dice_forward_kernel(
                 loss = log_total - true_logit
                 if HAS_WEIGHTS:
                     loss *= tl.load(weights_ptr + label, mask=valid, other=0.0)
+            if SMOOTHING > 0:
+                loss *= 1 - SMOOTHING
+                share: tl.constexpr = SMOOTHING / (C + (C == 1))
+                loss += share * _nll_of_all(shifted, peak, log_total, w, w_background, C, BLOCK_C)
             nll += tl.where(valid, loss, 0.0)
     intersection, truth = tl.split(hits)
     intersection, predicted, truth = tl.sum(intersection, axis=1), tl.sum(predicted, axis=1), tl.sum(truth, axis=1)
@@ -173,7 +187,7 @@ def dice_backward_kernel(
     grad_ptr, slopes_ptr, logits_ptr, targets_ptr, weights_ptr, dlogits_ptr, S,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, LAYOUT: tl.constexpr, VECTOR: tl.constexpr,
     SOFT: tl.constexpr, IGNORE: tl.constexpr, HAS_WEIGHTS: tl.constexpr, CROSS_ENTROPY: tl.constexpr,
-    PER_SAMPLE: tl.constexpr,
+    SMOOTHING: tl.constexpr, PER_SAMPLE: tl.constexpr,
 ):  # fmt: skip
     """dz_c = p_c (g_c - sum_k p_k g_k) + n (p_c sum(w t) - w_c t_c), with g = dL/dI t + dL/dP and n = dL/d(nll)."""
     sample, first = tl.program_id(1), tl.program_id(0) * BLOCK_S
@@ -204,6 +218,14 @@ def dice_backward_kernel(
         if HAS_WEIGHTS:
             push = grad_nll * tl.load(weights_ptr + label, mask=valid, other=0.0)
         pull = tl.where(true, push[None, :], 0.0)
+    if SMOOTHING > 0:
+        w, w_background = _class_weights(weights_ptr, C, BLOCK_C, HAS_WEIGHTS)
+        share = tl.where(valid, SMOOTHING / (C + (C == 1)) * grad_nll, 0.0)
+        pull = (1 - SMOOTHING) * pull + w[:, None] * share[None, :]
+        w_total = tl.sum(tl.where(offs_c < C, w, 0.0))
+        if C == 1:
+            w_total += w_background
+        push = (1 - SMOOTHING) * push + w_total * share
     _, p, _, _ = _softmax(z, valid, C, BLOCK_C)
     g = grad_i[:, None] * t + grad_p[:, None]
     common = tl.sum(p * g, axis=0)
@@ -221,6 +243,7 @@ def sums(
     ignore_index: int | None,
     cross_entropy: bool,
     per_sample: bool,
+    label_smoothing: float = 0.0,
     config: DiceConfig | None = None,
 ) -> torch.Tensor:
     """(R, 3 C + 3) float32: I, P, T of each channel, sum(-w t log p), sum(w t), labels out of range.
@@ -232,13 +255,14 @@ def sums(
         ignore_index: the label that counts nowhere, or None.
         cross_entropy: whether its sum is wanted; it is 0 otherwise.
         per_sample: R = N rows; or one row for the whole batch.
+        label_smoothing: e, which makes t of the cross-entropy (1 - e) t + e / max(C, 2).
     """
     n, c, s = logits.shape
     if n > MOST_SAMPLES:
-        options = class_weights, ignore_index, cross_entropy, per_sample, config
+        options = class_weights, ignore_index, cross_entropy, per_sample, label_smoothing, config
         parts = torch.cat([sums(*piece, *options) for piece in pieces(logits, targets)])
         return parts if per_sample else parts.sum(0, keepdim=True)
-    arguments = _Arguments(logits, targets, class_weights, ignore_index, cross_entropy, config)
+    arguments = _Arguments(logits, targets, class_weights, ignore_index, cross_entropy, label_smoothing, config)
     programs = min(_launch.cdiv(s, arguments.config.block_s), _launch.cdiv(_PROGRAMS, max(n, 1)))
     partial = _launch.empty((programs, n, 3 * c + 3), torch.float32, logits.device)
     _launch.launch(
@@ -259,6 +283,7 @@ def sums_grad(
     class_weights: torch.Tensor | None,
     ignore_index: int | None,
     cross_entropy: bool,
+    label_smoothing: float = 0.0,
     config: DiceConfig | None = None,
 ) -> torch.Tensor:
     """The gradient of the loss with respect to the logits, in their dtype and memory order.
@@ -269,10 +294,10 @@ def sums_grad(
     """
     n, c, s = logits.shape
     if n > MOST_SAMPLES:
-        options = class_weights, ignore_index, cross_entropy, config
+        options = class_weights, ignore_index, cross_entropy, label_smoothing, config
         rows = pieces(slopes.expand(n, -1), logits, targets)
         return torch.cat([sums_grad(grad, *piece, *options) for piece in rows])
-    arguments = _Arguments(logits, targets, class_weights, ignore_index, cross_entropy, config)
+    arguments = _Arguments(logits, targets, class_weights, ignore_index, cross_entropy, label_smoothing, config)
     if arguments.constants["LAYOUT"] == "planes":
         dlogits = _launch.empty((n, c, s), logits.dtype, logits.device)
     else:
@@ -288,7 +313,7 @@ def sums_grad(
 class _Arguments:
     """What both kernels are launched with: targets in the logits' memory order, the tile, compile-time constants."""
 
-    def __init__(self, logits, targets, class_weights, ignore_index, cross_entropy, config):
+    def __init__(self, logits, targets, class_weights, ignore_index, cross_entropy, label_smoothing, config):
         c, layout = logits.shape[1], layout_of(logits)
         soft = targets.ndim == 3
         if soft and layout != "planes":
@@ -306,4 +331,5 @@ class _Arguments:
             IGNORE=ignore_index,
             HAS_WEIGHTS=class_weights is not None,
             CROSS_ENTROPY=cross_entropy,
+            SMOOTHING=label_smoothing if cross_entropy else 0.0,
         )

@@ -15,7 +15,7 @@ from tests.tolerance import assert_within_budget
 CLASSES = [1, 2, 3, 4, 5, 8, 33, 100]
 
 
-def eager(logits, targets, weights, ignore_index):
+def eager(logits, targets, weights, ignore_index, smoothing=0.0):
     """The sums by a one-hot tensor, in the dtype of ``logits``."""
     c = logits.shape[1]
     k = max(c, 2)
@@ -31,32 +31,32 @@ def eager(logits, targets, weights, ignore_index):
     p = z.softmax(1) * valid[:, None]
     weighted = t if weights is None else t * weights.to(z.dtype)[:, None]
     sums = [(p * t).sum(2), p.sum(2), t.sum(2)]
-    nll = -(weighted * z.log_softmax(1)).sum((1, 2))
+    smooth = ((1 - smoothing) * t + smoothing / k * valid[:, None]) * (1 if weights is None else weights.to(z)[:, None])
+    nll = -(smooth * z.log_softmax(1)).sum((1, 2))
     return torch.cat([*(x[:, k - c :] for x in sums), torch.stack([nll, weighted.sum((1, 2)), wrong], 1)], 1)
 
 
-def check_sums(actual, logits, targets, weights, ignore_index):
+def check_sums(actual, logits, targets, *options):
     c = logits.shape[1]
-    same = eager(logits.float(), targets, weights, ignore_index)
-    exact = eager(logits.double(), targets, weights, ignore_index)
+    same, exact = eager(logits.float(), targets, *options), eager(logits.double(), targets, *options)
     edges = [0, c, 2 * c, 3 * c, 3 * c + 1, 3 * c + 2, 3 * c + 3]
     for name, a, b in zip(["I", "P", "T", "cross-entropy", "weight", "wrong"], edges, edges[1:]):
         assert_within_budget(actual[:, a:b], same[:, a:b], exact[:, a:b], name)
 
 
-def gradient(slopes, *arguments):
+def gradient(slopes, *arguments, **options):
     """With doubled slopes and a factor of one half, which is exact."""
-    return dice.sums_grad(torch.full((), 0.5, device=slopes.device), 2 * slopes, *arguments)
+    return dice.sums_grad(torch.full((), 0.5, device=slopes.device), 2 * slopes, *arguments, **options)
 
 
-def check_gradient(actual, grad, logits, targets, weights, ignore_index):
+def check_gradient(actual, grad, logits, targets, *options):
     found = []
     for dtype in (torch.float32, torch.float64):
         leaf = logits.detach().clone().requires_grad_()
-        eager(leaf.to(dtype), targets, weights, ignore_index).backward(grad.to(dtype))
+        eager(leaf.to(dtype), targets, *options).backward(grad.to(dtype))
         found.append(leaf.grad)
     wide = logits.detach().double().requires_grad_()
-    eager(wide, targets, weights, ignore_index).backward(grad.double())
+    eager(wide, targets, *options).backward(grad.double())
     assert_within_budget(actual, found[0], wide.grad, "dlogits")
 
 
@@ -85,6 +85,21 @@ def test_soft_targets(c, layout, device):
     check_gradient(gradient(grad, logits, targets, weights, None, True), grad, logits, targets, weights, None)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("soft", [False, True], ids=["labels", "soft"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("c", [1, 3, 4, 33])
+def test_label_smoothing(c, layout, soft, weighted, device):
+    logits, labels = inputs(2, c, 70, torch.float32, device, layout)
+    ignore = None if soft else 200
+    if soft:
+        labels = torch.rand(2, c, 70, device=device) if c == 1 else torch.randn(2, c, 70, device=device).softmax(1)
+    options = torch.rand(max(c, 2), device=device) if weighted else None, ignore
+    grad = torch.randn(2, 3 * c + 3, device=device)
+    check_sums(dice.sums(logits, labels, *options, True, True, 0.2), logits, labels, *options, 0.2)
+    check_gradient(gradient(grad, logits, labels, *options, True, 0.2), grad, logits, labels, *options, 0.2)
+
+
 @pytest.mark.parametrize("label_dtype", LABEL_DTYPES, ids=str)
 def test_label_dtypes(label_dtype, device):
     logits, labels = inputs(1, 4, 40, torch.float32, device, label_dtype=label_dtype)
@@ -102,15 +117,16 @@ def test_sizes_around_a_tile(c, layout, s, device):
     config = dice.DiceConfig(block_s=16, keep=4)
     logits, labels = inputs(3, c, s, torch.float16, device, layout)
     grad = torch.randn(3, 3 * c + 3, device=device)
-    check_sums(dice.sums(logits, labels, None, 200, True, True, config), logits, labels, None, 200)
-    check_gradient(gradient(grad, logits, labels, None, 200, True, config), grad, logits, labels, None, 200)
+    check_sums(dice.sums(logits, labels, None, 200, True, True, config=config), logits, labels, None, 200)
+    check_gradient(gradient(grad, logits, labels, None, 200, True, config=config), grad, logits, labels, None, 200)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_program_walks_several_tiles(layout, device, monkeypatch):
     monkeypatch.setattr(dice, "_PROGRAMS", 4)
     logits, labels = inputs(2, 4, 150, torch.float32, device, layout)
-    check_sums(dice.sums(logits, labels, None, 200, True, True, dice.DiceConfig(16, 4)), logits, labels, None, 200)
+    sums = dice.sums(logits, labels, None, 200, True, True, config=dice.DiceConfig(16, 4))
+    check_sums(sums, logits, labels, None, 200)
 
 
 def test_without_cross_entropy(device):
@@ -159,7 +175,7 @@ def test_fp16_sums_beyond_its_range(device):
     logits = torch.zeros(1, 2, 70_000, dtype=torch.float16, device=device)
     labels = torch.zeros(1, 70_000, dtype=torch.uint8, device=device)
     config = dice.DiceConfig(block_s=8192, keep=1024)
-    sums = dice.sums(logits, labels, None, None, True, True, config)
+    sums = dice.sums(logits, labels, None, None, True, True, config=config)
     assert sums[0, :6].tolist() == [35_000, 0, 35_000, 35_000, 70_000, 0]
 
 
@@ -169,7 +185,8 @@ def test_the_function_runs_on_the_kernels(memory_format, device):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 3, 9, 11, generator=generator).to(device).contiguous(memory_format=memory_format)
     labels = torch.randint(0, 3, (2, 9, 11), generator=generator).to(device)
-    options = dict(class_weights=torch.tensor([0.5, 1.0, 2.0], device=device), empty="skip", reduction="sample")
+    options = dict(class_weights=torch.tensor([0.5, 1.0, 2.0], device=device), empty="skip", reduction="sample",
+                   label_smoothing=0.1)  # fmt: skip
     found = {}
     runs = [("kernel", "triton", torch.float32), ("torch", "torch", torch.float32), ("exact", "torch", torch.float64)]
     for name, backend, dtype in runs:
@@ -274,7 +291,8 @@ def test_more_samples_than_a_grid_holds(layout, device, monkeypatch):
 def test_many_rows_of_partial_sums(device, monkeypatch):
     """More rows than one tall tile of the second pass has."""
     logits, labels = inputs(1, 2, 16 * 600, torch.float32, device)
-    check_sums(dice.sums(logits, labels, None, 200, True, True, dice.DiceConfig(16, 4)), logits, labels, None, 200)
+    sums = dice.sums(logits, labels, None, 200, True, True, config=dice.DiceConfig(16, 4))
+    check_sums(sums, logits, labels, None, 200)
 
 
 def test_heuristic_is_pinned():
