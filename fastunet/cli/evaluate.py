@@ -12,9 +12,9 @@ from fastunet.errors import UserError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("subject", type=Path, metavar="MODEL|PREDICTIONS",
-                        help="a run folder or checkpoint; or a folder of <case>.nii.gz, or a label file")  # fmt: skip
+                        help="a run folder or checkpoint; or a folder of label files, or one of them")  # fmt: skip
     parser.add_argument("truth", type=Path, metavar="DATA|TRUTH",
-                        help="a data folder with labels, a folder of <case>.nii.gz, or one label file")  # fmt: skip
+                        help="a data folder with labels, a folder of label files, or one of them")  # fmt: skip
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write every score as CSV")
     parser.add_argument("--empty", choices=("one", "skip"), default="one",
                         help="Dice of what the truth lacks: as in BraTS, or not scored (default: one)")  # fmt: skip
@@ -67,13 +67,14 @@ def evaluate_case(segmenter, case, *, empty: str = "one", on_nan: str = "error",
     """Segments a labelled case and scores the result; also for other callers, such as the demo."""
     from fastunet.data import check_geometry, read_labels
 
-    if case.label_map.class_names != tuple(segmenter.card.class_names):
+    table = segmenter.truth_table(case)
+    if table is None:
         names, known = ", ".join(case.label_map.class_names), ", ".join(segmenter.card.class_names)
         raise UserError(f"{case.label}: its classes are {names}; the model knows {known}")
     check_geometry(case, segmenter.card.modalities)
     slices = segmenter.open(case, on_nan=on_nan)
-    truth = read_labels(case.label, case.label_map)
-    return _scored(case.name, segmenter.labels(slices, progress), truth, case.label_map, empty)
+    truth = read_labels(case.label, table)
+    return _scored(case.name, segmenter.labels(slices, progress), truth, table, empty)
 
 
 def _is_model(path: Path) -> bool:
@@ -126,8 +127,11 @@ def _pairs(args: argparse.Namespace) -> list[tuple]:
 
 def _prediction(folder: Path, name: str) -> Path:
     from fastunet.data.formats import is_listed, stem_of
+    from fastunet.data.image_folders import image_name
 
-    found = sorted(path for path in folder.iterdir() if is_listed(path) and stem_of(path) == name)
+    files = sorted(path for path in folder.iterdir() if is_listed(path))
+    named = image_name(name, [stem_of(path) for path in files])
+    found = [path for path in files if stem_of(path) == named]
     if len(found) != 1:
         several = f"{len(found)} predictions" if found else "no prediction"
         raise UserError(f"{folder} holds {several} of the name {name}; one label file is wanted")

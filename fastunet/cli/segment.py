@@ -8,13 +8,13 @@ from pathlib import Path
 from fastunet.cli.arguments import add_machine_options, add_nan_option, positive_int, set_threads
 from fastunet.errors import UserError
 
-IMAGE_SUFFIXES = (".png", ".npy")
+ARRAY_SUFFIX = ".npy"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="a run folder, or a checkpoint in it")
     parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT",
-                        help="a data folder, a case folder, NIfTI volumes, or 2-D images (.png, .npy)")  # fmt: skip
+                        help="a data folder, a case folder, volumes, or 2-D images (.png, .tif, .npy, …)")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the label files go")
     parser.add_argument("--probabilities", action="store_true", help="also write a probability map per class")
     parser.add_argument("--overlay", action="store_true", help="also write a picture of the most telling slice")
@@ -34,28 +34,30 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from fastunet.cli.images import segment_images
+    from fastunet.cli.arrays import segment_arrays
     from fastunet.files import make_output_folder
     from fastunet.outputs import check_outputs
 
     segmenter = make_segmenter(args, args.model)
-    images = [path for path in args.inputs if path.suffix.lower() in IMAGE_SUFFIXES]
-    cases = find_cases([path for path in args.inputs if path not in images], segmenter)
-    check_outputs(_outputs(cases, images, segmenter, args), _inputs(cases, args), overwrite=args.overwrite)
+    arrays = [path for path in args.inputs if path.suffix.lower() == ARRAY_SUFFIX]
+    cases = find_cases([path for path in args.inputs if path not in arrays], segmenter)
+    check_outputs(_outputs(cases, arrays, segmenter, args), _inputs(cases, args), overwrite=args.overwrite)
     make_output_folder(args.out)
     for case in cases:
-        _segment_case(segmenter, case, label_path(args.out, case.name), args)
-    segment_images(segmenter, images, args)
+        _segment_case(segmenter, case, label_path(args.out, case, segmenter.label_map), args)
+    segment_arrays(segmenter, arrays, args)
 
 
-def label_path(folder: Path, case_name: str) -> Path:
-    """Where the labels of a case go."""
-    return folder / f"{case_name}.nii.gz"
+def label_path(folder: Path, case, labels) -> Path:
+    """Where the labels of a case go, in the values of the table ``labels``."""
+    from fastunet.data.image_files import mask_suffix
+
+    return folder / f"{case.name}{mask_suffix(case, labels) if case.is_image else '.nii.gz'}"
 
 
-def picture_path(folder: Path, case_name: str) -> Path:
+def picture_path(folder: Path, case) -> Path:
     """Where the picture of a case goes."""
-    return folder / f"{case_name}.png"
+    return folder / (f"{case.name}_overlay.png" if case.is_image else f"{case.name}.png")
 
 
 def _inputs(cases: list, args: argparse.Namespace) -> list[Path]:
@@ -65,17 +67,17 @@ def _inputs(cases: list, args: argparse.Namespace) -> list[Path]:
     return [checkpoint_file(args.model), *args.inputs, *folders, *(path for case in cases for path in case.files)]
 
 
-def _outputs(cases: list, images: list[Path], segmenter, args: argparse.Namespace) -> list[Path]:
-    from fastunet.cli.images import overlay_path
+def _outputs(cases: list, arrays: list[Path], segmenter, args: argparse.Namespace) -> list[Path]:
+    from fastunet.cli.arrays import overlay_path
     from fastunet.inference.segmenter import probability_path
 
-    labels = [label_path(args.out, case.name) for case in cases]
-    outputs = labels + [args.out / path.name for path in images]
+    labels = [label_path(args.out, case, segmenter.label_map) for case in cases]
+    outputs = labels + [args.out / path.name for path in arrays]
     if args.probabilities:
         outputs += [probability_path(path, name) for path in labels for name in segmenter.card.class_names]
     if args.overlay:
-        outputs += [picture_path(args.out, case.name) for case in cases]
-        outputs += [overlay_path(args.out, path) for path in images]
+        outputs += [picture_path(args.out, case) for case in cases]
+        outputs += [overlay_path(args.out, path) for path in arrays]
     return outputs
 
 
@@ -94,19 +96,24 @@ def make_segmenter(args: argparse.Namespace, source: Path):
 
 
 def find_cases(inputs: list[Path], segmenter) -> list:
-    """The cases of folders and volume files, in order, with names that occur once."""
+    """The cases of folders, volumes and images, in order, with names that occur once; bare folders of images count."""
     from fastunet.data import cases_from_files, discover_cases
-    from fastunet.data.formats import SUFFIXES, suffix_of
+    from fastunet.data.formats import IMAGE_SUFFIXES, SUFFIXES, is_listed, suffix_of
+    from fastunet.data.image_folders import image_folder_cases
 
     modalities = segmenter.card.modalities
     cases, files = [], []
     for path in inputs:
         if path.is_dir():
-            cases += discover_cases(path, modalities=modalities)
+            images = sorted(child for child in path.iterdir() if is_listed(child, IMAGE_SUFFIXES))
+            if segmenter.card.images and images and not image_folder_cases(path):
+                files += images
+            else:
+                cases += discover_cases(path, modalities=modalities)
         elif suffix_of(path):
             files.append(path)
         elif path.exists():
-            raise UserError(f"{path} is neither a folder nor a file of {', '.join((*SUFFIXES, *IMAGE_SUFFIXES[1:]))}")
+            raise UserError(f"{path} is neither a folder nor a file of {', '.join((*SUFFIXES, ARRAY_SUFFIX))}")
         else:
             raise UserError(f"{path}: there is no such file or folder")
     return cases + (cases_from_files(files, modalities) if files else [])
@@ -140,7 +147,7 @@ def _segment_case(segmenter, case, target: Path, args: argparse.Namespace) -> No
     if args.overlay:
         from fastunet.files import write_bytes
 
-        picture = picture_path(args.out, case.name)
+        picture = picture_path(args.out, case)
         write_bytes(picture, case_picture(segmenter, slices, labels))
         print(picture)
 
@@ -154,12 +161,15 @@ def case_picture(segmenter, slices, labels) -> bytes:
 
     case, axis = slices.case, segmenter.card.axis
     panels = [("prediction", slices.stack(labels))]
-    if case.label is not None:
-        panels.insert(0, ("truth", slices.stack(read_labels(case.label, case.label_map))))
+    if case.label is not None and (table := segmenter.truth_table(case)) is not None:
+        panels.insert(0, ("truth", slices.stack(read_labels(case.label, table))))
     index = best_slice(panels[0][1])
-    image = slices.read(index, index + 1)[0, 0]
+    image, name = slices.read(index, index + 1)[0], segmenter.card.modalities[0]
+    page = f"{case.name if case.is_image else name}, slice {index + 1} of {len(slices)}"
+    if case.is_image:
+        drawn = [(case.name if len(slices) == 1 else page, None), *((title, stack[index]) for title, stack in panels)]
+        return overlay(image.mean(0), drawn, segmenter.card.class_names)
     # Outside the head slices are exactly 0, the mean of the inside: show it black.
-    image = upright(np.where(image == 0, image.min(), image), axis)
-    drawn = [(f"{segmenter.card.modalities[0]}, slice {index + 1} of {len(slices)}", None)]
-    drawn += [(title, upright(stack[index], axis)) for title, stack in panels]
-    return overlay(image, drawn, segmenter.card.class_names)
+    shown = upright(np.where(image[0] == 0, image[0].min(), image[0]), axis)
+    drawn = [(page, None), *((title, upright(stack[index], axis)) for title, stack in panels)]
+    return overlay(shown, drawn, segmenter.card.class_names)

@@ -32,7 +32,8 @@ def check_geometry(case: Case, modalities: Iterable[str], *, label: bool = True)
         shape = grids[path].shape
         if channel is None and len(shape) > 3:
             raise UserError(f"{path}: expected one volume of 3 axes, got shape {shape}")
-        if channel is not None and channel >= (*shape[3:], 1)[0] and not (case.is_image and len(shape) == 3):
+        grey_as_colour = case.is_image and len(shape) == 3 and len(sources) == 3
+        if channel is not None and channel >= (*shape[3:], 1)[0] and not grey_as_colour:
             raise UserError(f"{path}: has no channel {channel}, its shape is {shape}")
     if expect_flag(label, "label") and case.label is not None:
         grids[case.label] = read_geometry(case.label)

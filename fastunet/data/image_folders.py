@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from fastunet.data.case import Case, Source
@@ -69,7 +69,7 @@ def _pairs(images: Path, masks: Path | None, refused: Refusal) -> dict[str, tupl
         named.setdefault(stem_of(path), path)
     pairs: dict[str, tuple[Path, Path | None]] = {name: (path, None) for name, path in named.items()}
     for mask in _listing(masks):
-        name = _image_name(stem_of(mask), named)
+        name = image_name(stem_of(mask), named)
         if name is None:
             refused(f"{mask} has no image of that name in {images}")
         elif pairs[name][1] is not None:
@@ -79,7 +79,7 @@ def _pairs(images: Path, masks: Path | None, refused: Refusal) -> dict[str, tupl
     return pairs
 
 
-def _image_name(mask: str, images: dict[str, Path]) -> str | None:
+def image_name(mask: str, images: Collection[str]) -> str | None:
     """The image that a mask belongs to, by names without endings: the same, or one that differs by marks only."""
     if mask in images:
         return mask

@@ -1,4 +1,4 @@
-"""2-D images and stacks of them: PNG, JPEG and BMP by Pillow, TIFF by tifffile, as volumes whose slices are the pages.
+"""Reading 2-D images and stacks: PNG, JPEG and BMP by Pillow, TIFF by tifffile, as volumes whose slices are the pages.
 
 Rows and columns stay as they are: slice k of the default axis is page k, (H, W), by an affine that leaves it unturned.
 """

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastunet.data.arguments import expect
-from fastunet.data.formats import IMAGE_SUFFIXES, META_SUFFIXES, NIFTI_SUFFIXES, SUFFIXES, suffix_of
+from fastunet.data.formats import IMAGE_SUFFIXES, META_SUFFIXES, NIFTI_SUFFIXES, SUFFIXES, is_image, suffix_of
+from fastunet.data.image_files import mask_pixels, save_image
 from fastunet.data.images import describe_image, load_image, load_mask
 from fastunet.data.labels import LabelMap
 from fastunet.data.meta_image import describe_meta_image, load_meta_image
@@ -122,18 +123,23 @@ def read_label_values(path: str | Path) -> np.ndarray:
 def write_labels(path: str | Path, classes: np.ndarray, like: Volume, label_map: LabelMap) -> None:
     """Writes class indices (X, Y, Z) as file values of ``label_map``, in the smallest of uint8, int16 and int32.
 
-    Affine, sform and qform, voxel sizes, units and description come from ``like``. The file is whole or absent.
+    Affine, sform and qform, voxel sizes, units and description come from ``like``. The file is whole or absent. A path
+    that ends as an image does takes classes (H, W, pages), and becomes a mask: see ``image_files.mask_pixels``.
 
     Raises:
         UserError: the file cannot be written.
         ValueError: ``classes`` has not the shape of ``like``, or holds an index that is no class.
     """
     expect(label_map, LabelMap, "label_map")
-    _write(Path(path), label_map.decode(classes), like)
+    path = Path(path)
+    _write(path, (mask_pixels(classes, label_map) if is_image(path) else label_map.decode(classes)), like)
 
 
 def write_map(path: str | Path, values: np.ndarray, like: Volume) -> None:
-    """Writes ``values`` (X, Y, Z) or (X, Y, Z, C), such as probabilities, as float32; otherwise as ``write_labels``."""
+    """Writes ``values`` (X, Y, Z) or (X, Y, Z, C), such as probabilities, as float32; otherwise as ``write_labels``.
+
+    Of images it takes TIFF files only.
+    """
     _write(Path(path), np.asarray(values).astype(np.float32, copy=False), like)
 
 
@@ -157,6 +163,8 @@ def _write(path: Path, values: np.ndarray, like: Volume) -> None:
     expect(like, Volume, "like")
     if values.shape[:3] != like.data.shape[:3]:
         raise ValueError(f"an array of shape {values.shape} does not fit {like.path} of shape {like.data.shape}")
+    if is_image(path):
+        return save_image(path, values)
     header = like.header.copy()
     if len(header.get_data_shape()) == 2 and values.ndim == 3:
         values = values[..., 0]  # a plane stays a plane

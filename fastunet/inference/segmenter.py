@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastunet.data import CaseSlices, LabelMap, write_labels, write_map
+from fastunet.data import Case, CaseSlices, LabelMap, write_labels, write_map
+from fastunet.data.formats import is_image, stem_of
+from fastunet.data.image_files import MAP_SUFFIX
 from fastunet.errors import DataWarning, UserError
 from fastunet.inference.tiles import segment_tiled
 from fastunet.outputs import name_for_file
@@ -33,7 +35,8 @@ class Segmenter:
         device: where it runs.
         batch_size: slices at a time.
         precision: "fp32", "tf32", "bf16" or "fp16".
-        tile: side of the overlap-tile input; None runs whole slices (with mirrored borders under "valid" padding).
+        tile: side of the overlap-tile input. None runs whole slices under "same" padding; under "valid" padding, with
+            mirrored borders, in tiles no larger than those of the training on images, which changes no result.
     """
 
     model: torch.nn.Module
@@ -50,6 +53,17 @@ class Segmenter:
     def label_map(self) -> LabelMap:
         """The label table of the training data."""
         return LabelMap.from_dict(self.card.labels)
+
+    def truth_table(self, case: Case) -> LabelMap | None:
+        """The table by which the label file of ``case`` is read in the model's classes; None if its classes are others.
+
+        Masks have no table of their own but the values found in a folder, which may lack some: for images it is the
+        model's, if that has all of them.
+        """
+        table = self.label_map
+        if case.is_image and set(case.label_map.values) <= set(table.values):
+            return table
+        return case.label_map if case.label_map.class_names == table.class_names else None
 
     def open(self, case, *, on_nan: str = "error") -> CaseSlices:
         """The slices of ``case`` as this network wants them, uncropped."""
@@ -114,7 +128,8 @@ class Segmenter:
             if self.tile is None and self.model.architecture.padding == "same":
                 yield slice(None), slice(None), forward(batch)
             else:
-                yield from segment_tiled(forward, self.model.architecture, batch, self.tile)
+                largest = self.card.size if self.card.images else None
+                yield from segment_tiled(forward, self.model.architecture, batch, self.tile, largest)
 
 
 def write_case(
@@ -122,7 +137,8 @@ def write_case(
 ) -> np.ndarray:
     """Segments a case into the label file ``target`` and returns the classes.
 
-    With ``probabilities`` a float32 map per class goes beside it, ``<name>_prob_<class>.nii.gz``. Maps are kept on
+    With ``probabilities`` a float32 map per class goes beside it, ``<name>_prob_<class>.nii.gz``, or ``.tif`` for
+    images. Maps are kept on
     disk until a class is complete, so that memory holds one class at a time.
     """
     if not probabilities:
@@ -152,8 +168,8 @@ def write_case(
 
 def probability_path(target: Path, class_name: str) -> Path:
     """Where the probabilities of a class go, beside the label file ``target``."""
-    stem = target.name.removesuffix(".nii.gz")
-    return target.with_name(f"{stem}_prob_{name_for_file(class_name)}.nii.gz")
+    suffix = MAP_SUFFIX if is_image(target) else ".nii.gz"
+    return target.with_name(f"{stem_of(target)}_prob_{name_for_file(class_name)}{suffix}")
 
 
 def _gather(slices: CaseSlices, spool, batch_size: int) -> np.ndarray:

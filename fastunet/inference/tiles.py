@@ -21,6 +21,7 @@ def segment_tiled(
     architecture: Architecture,
     images: torch.Tensor,
     tile: int | None = None,
+    largest: int | None = None,
 ) -> Iterator[tuple[slice, slice, torch.Tensor]]:
     """Yields (rows, columns, result) for each tile of ``images``; together they cover them once.
 
@@ -29,6 +30,8 @@ def segment_tiled(
         architecture: of the network, for its border and its pooling grid.
         images: (N, C, H, W).
         tile: side of the network's input; None takes the whole image, with its mirrored border, in one tile.
+        largest: without ``tile``, the side of the tiles of images that do not fit one such tile; too small a side for a
+            step of the pooling grid is passed over.
 
     Raises:
         UserError: ``tile`` does not fit the network, or is no larger than its border.
@@ -36,7 +39,9 @@ def segment_tiled(
     height, width = images.shape[-2:]
     border = border_width(architecture)
     unit = 2**architecture.depth
-    side_height, side_width = (tile, tile) if tile else (_fitting(architecture, s, border) for s in (height, width))
+    side_height, side_width = (tile, tile) if tile else [_fitting(architecture, s, border) for s in (height, width)]
+    if not tile and largest and max(side_height, side_width) > largest >= 2 * border + unit:
+        side_height = side_width = largest
     step_height, step_width = (_step(architecture, side, border, unit) for side in (side_height, side_width))
     for top in range(0, height, step_height):
         for left in range(0, width, step_width):

@@ -1,4 +1,4 @@
-"""2-D images in and out for ``fastunet segment``: ``.png`` and ``.npy``."""
+"""NumPy files in and out for ``fastunet segment``: 2-D images as ``.npy``."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 from fastunet.errors import UserError
 
 
-def segment_images(segmenter, paths: list[Path], args: argparse.Namespace) -> None:
-    """Writes the labels of each image to the output folder under the image's name, in the image's own format.
+def segment_arrays(segmenter, paths: list[Path], args: argparse.Namespace) -> None:
+    """Writes the labels of each image to the output folder under the image's name.
 
     Pixels of the results are label values of the training data. Images are normalised like the slices of a volume.
     """
     for path in paths:
-        image = read_image(path, segmenter.model.architecture.in_channels)
+        image = read_array(path, segmenter.model.architecture.in_channels)
         values = segmenter.label_map.decode(segmenter.predict(_normalised(image, segmenter.card.images)[None])[0])
         target = args.out / path.name
         _write(target, values)
@@ -37,17 +37,17 @@ def overlay_path(folder: Path, image: Path) -> Path:
     return folder / f"{image.stem}_overlay.png"
 
 
-def read_image(path: Path, channels: int) -> np.ndarray:
-    """An image as float32 (channels, H, W); a ``.npy`` may be (H, W) or (channels, H, W).
+def read_array(path: Path, channels: int) -> np.ndarray:
+    """An image as float32 (channels, H, W), stored as that or as (H, W).
 
     Raises:
         UserError: the file cannot be read, has another number of channels, or holds NaN or infinity.
     """
     try:
-        image = np.load(path, allow_pickle=False) if path.suffix.lower() == ".npy" else _read_png(path, channels)
+        image = np.load(path, allow_pickle=False)
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no such file") from error
-    except (OSError, ValueError, EOFError, SyntaxError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} cannot be read as an image: {error}") from error
     if image.ndim == 2:
         image = image[None]
@@ -57,16 +57,6 @@ def read_image(path: Path, channels: int) -> np.ndarray:
     if not np.isfinite(image).all():
         raise UserError(f"{path} holds NaN or infinity")
     return image
-
-
-def _read_png(path: Path, channels: int) -> np.ndarray:
-    from PIL import Image
-
-    with Image.open(path) as image:
-        if channels == 3:
-            return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
-        # Sixteen-bit images keep their depth; everything else becomes eight-bit grey.
-        return np.asarray(image if image.mode.startswith(("I", "F")) else image.convert("L"))
 
 
 def _normalised(image: np.ndarray, everywhere: bool) -> np.ndarray:
@@ -82,10 +72,5 @@ def _write(target: Path, values: np.ndarray) -> None:
     from fastunet.files import write_bytes
 
     stream = io.BytesIO()
-    if target.suffix.lower() == ".npy":
-        np.save(stream, values)
-    else:
-        from PIL import Image
-
-        Image.fromarray(values).save(stream, format="png")
+    np.save(stream, values)
     write_bytes(target, stream.getvalue())
