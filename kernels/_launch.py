@@ -227,6 +227,20 @@ def mma(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def relu(x):
-    """max(x, 0) that keeps NaN, as PyTorch's does."""
-    return tl.where(x < 0, 0.0, x)
+def activation(x, SLOPE: tl.constexpr):
+    """x where it is positive, else SLOPE times x: 0 is ReLU, 1 nothing; keeps NaN, as PyTorch's do."""
+    if SLOPE == 0:
+        x = tl.where(x < 0, 0.0, x)
+    elif SLOPE != 1:
+        x = tl.where(x > 0, x, x * SLOPE)
+    return x
+
+
+@triton.jit
+def activation_gradient(dy, y, SLOPE: tl.constexpr):
+    """dy times the derivative of :func:`activation` at its result y, which has the sign of what it was applied to."""
+    if SLOPE == 0:
+        dy = tl.where(y <= 0, 0.0, dy)
+    elif SLOPE != 1:
+        dy = tl.where(y > 0, dy, dy.to(tl.float32) * SLOPE)
+    return dy

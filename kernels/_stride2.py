@@ -91,7 +91,7 @@ def load_rows(matrix, row, c, rows_end, C, BLOCK_M: tl.constexpr, BLOCK_C: tl.co
 @triton.jit
 def stride2_forward_kernel(
     x, k, bias_ptr, y, H, W, C_in, C_out, tiles_h, tiles_w, blocks_m,
-    SIDE: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr,
+    SIDE: tl.constexpr, HAS_BIAS: tl.constexpr, SLOPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
     """Both row phases of BLOCK_M of the 2 C_out (column phase, channel) rows, for a tile of low-resolution pixels.
@@ -135,9 +135,8 @@ def stride2_forward_kernel(
         bias = tl.load(bias_ptr + offs_m % C_out, mask=offs_m < 2 * C_out, other=0.0).to(tl.float32)
         even += bias[:, None]
         odd += bias[:, None]
-    if RELU:
-        even = _launch.relu(even)
-        odd = _launch.relu(odd)
+    even = _launch.activation(even, SLOPE)
+    odd = _launch.activation(odd, SLOPE)
     dtype = y.dtype if BULK else y.dtype.element_ty
     store_tile(y, even.to(dtype).T, n, h0, 0, w0, m0, H, W, 2 * C_out, 2, BLOCK_H, BLOCK_W, BLOCK_M, BULK)
     store_tile(y, odd.to(dtype).T, n, h0, 1, w0, m0, H, W, 2 * C_out, 2, BLOCK_H, BLOCK_W, BLOCK_M, BULK)
@@ -266,7 +265,7 @@ def _data_grad_heuristic(x: torch.Tensor, c_out: int, side: int, fits: bool) -> 
 
 
 def forward(
-    x: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None, relu: bool, side: int, config: Stride2Config
+    x: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None, slope: float, side: int, config: Stride2Config
 ) -> torch.Tensor:
     """y (N, C_out, 2H, 2W) of NHWC ``x`` and ``k`` (SIDE, SLOTS, C_out, C_in) packed as the kernel states."""
     n, c_in, h, w = x.shape
@@ -280,7 +279,7 @@ def forward(
         stride2_forward_kernel, (n * tiles_h * tiles_w * blocks_m,),
         phase_view(x, 1, config, config.block_c), row_view(k.view(-1, c_in), config), bias,
         phase_view(target, 2, config, config.block_m), h, w, c_in, c_out, tiles_h, tiles_w, blocks_m,
-        SIDE=side, HAS_BIAS=bias is not None, RELU=relu, PRECISION=_launch.dot_precision(x.dtype),
+        SIDE=side, HAS_BIAS=bias is not None, SLOPE=slope, PRECISION=_launch.dot_precision(x.dtype),
         BLOCK_H=config.block_h, BLOCK_W=config.block_w, BLOCK_M=config.block_m, BLOCK_C=config.block_c,
         BULK=config.bulk, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

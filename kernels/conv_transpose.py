@@ -20,7 +20,7 @@ def forward(
     x = _launch.channels_last(x)
     config = config or _stride2.choose_forward_config(x, weight.shape[1], side=2)
     k = stride2_taps(weight, out_first=True)
-    return _stride2.forward(x, k, bias, relu=False, side=2, config=config)
+    return _stride2.forward(x, k, bias, slope=1.0, side=2, config=config)
 
 
 def data_grad(

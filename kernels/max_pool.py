@@ -60,20 +60,18 @@ def max_pool_forward_kernel(
 
 
 @triton.jit
-def _gradient(at, skip_at, taken, d_pool, y, mask, HAS_SKIP: tl.constexpr, RELU: tl.constexpr):
-    """Writes (d_skip + d_pool where taken), masked by ReLU, at one corner of the windows."""
+def _gradient(at, skip_at, taken, d_pool, y, mask, HAS_SKIP: tl.constexpr, SLOPE: tl.constexpr):
+    """Writes (d_skip + d_pool where taken), times the derivative of the activation, at one corner of the windows."""
     d = tl.where(taken, d_pool, 0.0)
     if HAS_SKIP:
         d += tl.load(skip_at, mask=mask, other=0.0).to(tl.float32)
-    if RELU:
-        d = tl.where(y <= 0, 0.0, d)
-    tl.store(at, d.to(at.dtype.element_ty), mask=mask)
+    tl.store(at, _launch.activation_gradient(d, y, SLOPE).to(at.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def max_pool_backward_kernel(
     d_pool_ptr, d_skip_ptr, y_ptr, dz_ptr, H, W, groups, tiles,
-    BLOCK: tl.constexpr, VECTOR: tl.constexpr, HAS_SKIP: tl.constexpr, RELU: tl.constexpr,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr, HAS_SKIP: tl.constexpr, SLOPE: tl.constexpr,
 ):  # fmt: skip
     """One row of windows, the incomplete ones of odd sizes included; y is the pool's input, C = groups * VECTOR."""
     row = tl.program_id(0) // tiles
@@ -105,10 +103,10 @@ def max_pool_backward_kernel(
     take10 = take10 & (take11 == 0)
     take01 = take01 & ((take10 | take11) == 0)
     take00 = (take01 | take10 | take11) == 0
-    _gradient(dz_ptr + at00, d_skip_ptr + at00, take00, d_pool, y00, m00, HAS_SKIP, RELU)
-    _gradient(dz_ptr + at00 + C, d_skip_ptr + at00 + C, take01, d_pool, y01, m01, HAS_SKIP, RELU)
-    _gradient(dz_ptr + at10, d_skip_ptr + at10, take10, d_pool, y10, m10, HAS_SKIP, RELU)
-    _gradient(dz_ptr + at10 + C, d_skip_ptr + at10 + C, take11, d_pool, y11, m11, HAS_SKIP, RELU)
+    _gradient(dz_ptr + at00, d_skip_ptr + at00, take00, d_pool, y00, m00, HAS_SKIP, SLOPE)
+    _gradient(dz_ptr + at00 + C, d_skip_ptr + at00 + C, take01, d_pool, y01, m01, HAS_SKIP, SLOPE)
+    _gradient(dz_ptr + at10, d_skip_ptr + at10, take10, d_pool, y10, m10, HAS_SKIP, SLOPE)
+    _gradient(dz_ptr + at10 + C, d_skip_ptr + at10 + C, take11, d_pool, y11, m11, HAS_SKIP, SLOPE)
 
 
 def forward(x: torch.Tensor, config: MaxPoolConfig | None = None) -> torch.Tensor:
@@ -143,10 +141,10 @@ def backward(
     d_pool: torch.Tensor,
     d_skip: torch.Tensor | None,
     y: torch.Tensor,
-    relu: bool,
+    slope: float,
     config: MaxPoolConfig | None = None,
 ) -> torch.Tensor:
-    """dz = (d_skip + unpool(d_pool, y)) * (y > 0 if ``relu``) in one pass.
+    """dz = (d_skip + unpool(d_pool, y)) times the derivative of the activation that gave y, in one pass.
 
     ``y`` (N, C, H, W) is the pool's input, which is where the first maximum of each window is found again; ``d_pool``
     is (N, C, H // 2, W // 2); ``d_skip`` like ``y``, or None for zero. An odd last row or column gets d_skip alone.
@@ -167,6 +165,6 @@ def backward(
     tiles = _launch.cdiv(windows_w * groups, config.block)
     _launch.launch(
         max_pool_backward_kernel, (n * windows_h * tiles,), d_pool, d_skip_or_y, y, dz, h, w, groups, tiles,
-        BLOCK=config.block, VECTOR=vector, HAS_SKIP=d_skip is not None, RELU=relu, num_warps=config.num_warps,
+        BLOCK=config.block, VECTOR=vector, HAS_SKIP=d_skip is not None, SLOPE=slope, num_warps=config.num_warps,
     )  # fmt: skip
     return dz

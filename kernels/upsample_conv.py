@@ -108,13 +108,13 @@ def sub_pixel_weights(weight: torch.Tensor, slots: int, out_first: bool) -> torc
 
 
 def forward(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, relu: bool, config: Stride2Config | None = None
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, slope: float, config: Stride2Config | None = None
 ) -> torch.Tensor:
     """y (N, C_out, 2H, 2W), channels_last, of ``x`` (N, C_in, H, W) and ``weight`` (C_out, C_in, 2, 2)."""
     x = _launch.channels_last(x)
     config = config or _stride2.choose_forward_config(x, weight.shape[0], side=3)
     k = sub_pixel_weights(weight, slots=4, out_first=True)
-    return _stride2.forward(x, k, bias, relu, side=3, config=config)
+    return _stride2.forward(x, k, bias, slope, side=3, config=config)
 
 
 def data_grad(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,15 +15,15 @@ from tests import operators
 OPS = torch.ops.fastunet
 
 
-def literal(x, skip, weight, bias, padding="same", relu=True):
+def literal(x, skip, weight, bias, padding="same", relu=True, slope=0.0):
     if skip is not None:
         x = torch.cat([centre_crop(skip, *x.shape[2:]), x], 1)
     y = F.conv2d(x, weight, bias, padding=padding)
-    return F.relu(y) if relu else y
+    return (F.leaky_relu(y, slope) if slope else F.relu(y)) if relu else y
 
 
-def fast(x, skip, weight, bias, padding="same", relu=True):
-    return conv_relu(x, weight, bias, skip=skip, padding=padding, relu=relu)
+def fast(x, skip, weight, bias, padding="same", relu=True, slope=0.0):
+    return conv_relu(x, weight, bias, skip=skip, padding=padding, relu=relu, slope=slope)
 
 
 CASES = [
@@ -54,8 +56,30 @@ def test_gradients_layouts_and_compilation(shapes):
     operators.check_compiles(fast, *shapes)
 
 
+def test_leaky_relu():
+    ours, theirs = (functools.partial(f, slope=0.1) for f in (fast, literal))
+    operators.check_against_literal(ours, theirs, *CASES[3])
+    operators.check_gradients(ours, *CASES[3])
+
+    def pooled(x, w, b):
+        y = literal(x, None, w, b, slope=0.1)
+        return y, F.max_pool2d(y, 2)
+
+    operators.check_against_literal(functools.partial(conv_relu_pool, slope=0.1), pooled, *POOL_CASES[0])
+    operators.check_gradients(functools.partial(conv_relu_pool, slope=0.1), *POOL_CASES[1])
+    x, weight = torch.randn(1, 1, 4, 4), torch.randn(1, 1, 3, 3)
+    assert torch.equal(conv_relu(x, weight, slope=1.0), conv_relu(x, weight, relu=False))
+    with pytest.raises(ValueError, match=r"slope is -0\.1; expected at least 0"):
+        conv_relu(x, weight, slope=-0.1)
+    with pytest.raises(TypeError, match="slope must be a number, got True"):
+        conv_relu_pool(x, weight, slope=True)
+
+
+POOL_CASES = [((2, 3, 7, 6), (5, 3, 3, 3), (5,)), ((1, 1, 2, 3), (2, 1, 3, 3), None)]
+
+
 def test_pool():
-    for shapes in (((2, 3, 7, 6), (5, 3, 3, 3), (5,)), ((1, 1, 2, 3), (2, 1, 3, 3), None)):
+    for shapes in POOL_CASES:
 
         def plain(x, w, b):
             y = F.relu(F.conv2d(x, w, b, padding=1))
@@ -71,14 +95,14 @@ def test_registration():
     x, skip = torch.randn(2, 3, 6, 5), torch.randn(2, 2, 8, 8)
     weight, bias, both = torch.randn(4, 3, 3, 3), torch.randn(4), torch.randn(4, 5, 3, 3)
     dz = torch.randn(2, 4, 6, 5)
-    operators.check_registration(OPS.conv_relu.default, x, None, weight, bias, 1, True, "torch")
-    operators.check_registration(OPS.conv_relu.default, x, skip, both, None, 0, True, "torch")
-    operators.check_registration(OPS.conv_relu_pool.default, x, weight, bias, 1, True, "torch")
+    operators.check_registration(OPS.conv_relu.default, x, None, weight, bias, 1, 0.0, "torch")
+    operators.check_registration(OPS.conv_relu.default, x, skip, both, None, 0, 0.3, "torch")
+    operators.check_registration(OPS.conv_relu_pool.default, x, weight, bias, 1, 0.0, "torch")
     operators.check_registration(OPS.conv_relu_data_grad.default, dz, weight, x, None, 1, True, False, "torch")
     operators.check_registration(OPS.conv_relu_data_grad.default, dz, both, x, skip, 1, True, True, "torch")
     operators.check_registration(OPS.conv_relu_weight_grad.default, dz, x, skip, 1, True, "torch")
     operators.check_registration(OPS.conv_relu_weight_grad.default, dz, x, None, 1, False, "torch")
-    operators.check_registration(OPS.relu_backward.default, dz, torch.randn_like(dz), "torch")
+    operators.check_registration(OPS.relu_backward.default, dz, torch.randn_like(dz), 0.0, "torch")
 
 
 def test_data_grad_masks():

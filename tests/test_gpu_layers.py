@@ -103,10 +103,10 @@ def test_tensors_beyond_two_to_the_31_elements(operator):
     def run(x):
         ops = torch.ops.fastunet
         if operator == "conv_relu":
-            return ops.conv_relu(x, None, weight, None, 1, True, "triton")
+            return ops.conv_relu(x, None, weight, None, 1, 0.0, "triton")
         if operator == "conv_relu_data_grad":
             return ops.conv_relu_data_grad(x, weight, x, None, 1, True, False, "triton")[0]
-        return ops.max_pool2d(x, "triton") if operator == "max_pool2d" else ops.relu_backward(x, x, "triton")
+        return ops.max_pool2d(x, "triton") if operator == "max_pool2d" else ops.relu_backward(x, x, 0.0, "triton")
 
     alone = run(x[-1:].clone(memory_format=torch.channels_last))
     # another batch may choose another tile, whose sums round otherwise

@@ -79,7 +79,7 @@ def test_arithmetic_of_the_isbi_network():
 
 def test_floor_counts_every_tensor_once():
     x, weight = Tensor((2, 8, 5, 4)), Tensor((16, 8, 3, 3))
-    call = Call("a", "conv_relu", dict(x=x, skip=None, weight=weight, bias=Tensor((16,)), pad=0, relu=True), 0)
+    call = Call("a", "conv_relu", dict(x=x, skip=None, weight=weight, bias=Tensor((16,)), pad=0, slope=0.0), 0)
     assert call.floor_bytes(torch.float16) == 2 * (2 * 8 * 5 * 4 + 16 * 8 * 9 + 16 + 2 * 16 * 3 * 2)
     unread = dict(dz=Tensor((2, 16, 3, 2)), weight=weight, x=Tensor(x.shape, is_read=False), skip=None, pad=0,
                   mask_x=False, mask_skip=False)

@@ -24,15 +24,15 @@ def test_registration():
     y = torch.randn(2, 3, 7, 6)
     operators.check_registration(OPS.max_pool2d.default, y, "torch")
     d_pooled = torch.randn(2, 3, 3, 3)
-    operators.check_registration(OPS.max_pool2d_backward.default, d_pooled, torch.randn_like(y), y, True, "torch")
-    operators.check_registration(OPS.max_pool2d_backward.default, d_pooled, None, y, False, "torch")
+    operators.check_registration(OPS.max_pool2d_backward.default, d_pooled, torch.randn_like(y), y, 0.0, "torch")
+    operators.check_registration(OPS.max_pool2d_backward.default, d_pooled, None, y, 1.0, "torch")
 
 
 def test_ties_skip_and_mask():
     """The first maximum gets the gradient; the skip's gradient is added; where y is 0 nothing passes the ReLU."""
     y = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 2.0]]).view(1, 1, 2, 3)
     d_pooled, d_skip = torch.full((1, 1, 1, 1), 10.0), torch.ones(1, 1, 2, 3)
-    got = OPS.max_pool2d_backward(d_pooled, d_skip, y, True, "torch")
+    got = OPS.max_pool2d_backward(d_pooled, d_skip, y, 0.0, "torch")
     assert got.flatten().tolist() == [11, 1, 0, 1, 0, 1]
 
 

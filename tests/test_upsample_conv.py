@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,9 +14,9 @@ from tests import operators
 OPS = torch.ops.fastunet
 
 
-def literal(x, weight, bias):
+def literal(x, weight, bias, slope=0.0):
     up = F.pad(F.interpolate(x, scale_factor=2, mode="nearest"), (0, 1, 0, 1))
-    return F.relu(F.conv2d(up, weight, bias))
+    return F.leaky_relu(F.conv2d(up, weight, bias), slope)
 
 
 @pytest.mark.parametrize(
@@ -37,11 +39,18 @@ def test_float32_error_is_pytorch_s():
 
 def test_registration():
     x, weight, bias, dz = torch.randn(2, 3, 5, 4), torch.randn(4, 3, 2, 2), torch.randn(4), torch.randn(2, 4, 10, 8)
-    operators.check_registration(OPS.upsample_conv_relu.default, x, weight, bias, True, "torch")
-    operators.check_registration(OPS.upsample_conv_relu.default, x, weight, None, False, "torch")
+    operators.check_registration(OPS.upsample_conv_relu.default, x, weight, bias, 0.0, "torch")
+    operators.check_registration(OPS.upsample_conv_relu.default, x, weight, None, 1.0, "torch")
     operators.check_registration(OPS.upsample_conv_relu_data_grad.default, dz, weight, x, True, "torch")
     operators.check_registration(OPS.upsample_conv_relu_weight_grad.default, dz, x, True, "torch")
     operators.check_registration(OPS.upsample_conv_relu_weight_grad.default, dz, x, False, "torch")
+
+
+def test_leaky_relu():
+    shapes = (2, 3, 3, 4), (4, 3, 2, 2), (4,)
+    ours = functools.partial(upsample_conv_relu, slope=0.1)
+    operators.check_against_literal(ours, functools.partial(literal, slope=0.1), *shapes)
+    operators.check_gradients(ours, *shapes)
 
 
 def test_mask_of_the_input():

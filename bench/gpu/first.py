@@ -35,7 +35,7 @@ def operands(channels: tuple[int, int], device: str) -> tuple[torch.Tensor, torc
 def check(config: ConvConfig, device: str = "cuda") -> bool:
     """Prints one line about a tiling, and says whether it is within the error budget."""
     x, weight, bias = operands(CASES[config], device)
-    got = forward.forward(x, None, weight, bias, 1, True, config=config)
+    got = forward.forward(x, None, weight, bias, 1, 0.0, config=config)
     same = torch.nn.functional.conv2d(x, weight, bias, padding=1).relu()
     exact = torch.nn.functional.conv2d(x.double(), weight.double(), bias.double(), padding=1).relu()
     error, other = ((t.double() - exact).abs().max().item() for t in (got, same))

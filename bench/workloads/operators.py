@@ -25,23 +25,23 @@ _MARGIN = {"fp32": 1e-5, "tf32": 4e-3, "fp16": 2e-3, "bf16": 1.6e-2}
 """Share of the largest pre-activation that rounding may amount to."""
 
 
-def _plain_conv_relu(x, skip, weight, bias, pad, relu):
+def _plain_conv_relu(x, skip, weight, bias, pad, slope):
     if skip is not None:
         x = torch.cat([centre_crop(skip, *x.shape[2:]), x], dim=1)
     y = F.conv2d(x, weight, bias, padding=pad)
-    return (F.relu(y) if relu else y,)
+    return (y if slope == 1 else F.relu(y),)
 
 
-def _plain_conv_relu_pool(x, weight, bias, pad, relu):
+def _plain_conv_relu_pool(x, weight, bias, pad, slope):
     y = F.conv2d(x, weight, bias, padding=pad)
-    y = F.relu(y) if relu else y
+    y = y if slope == 1 else F.relu(y)
     return y, F.max_pool2d(y, 2)
 
 
-def _plain_upsample_conv_relu(x, weight, bias, relu):
+def _plain_upsample_conv_relu(x, weight, bias, slope):
     upsampled = F.interpolate(x, scale_factor=2, mode="nearest")
     y = F.conv2d(F.pad(upsampled, (0, 1, 0, 1)), weight, bias)
-    return (F.relu(y) if relu else y,)
+    return (y if slope == 1 else F.relu(y),)
 
 
 def _padding(pad: int) -> str:
@@ -59,14 +59,14 @@ PLAIN = {
 """What a plain network does in place of each operator; the arguments are those of the operator's schema."""
 
 FUSED = {
-    "conv_relu": lambda x, skip, weight, bias, pad, relu: (
+    "conv_relu": lambda x, skip, weight, bias, pad, slope: (
         functional.conv_relu(x, weight, bias, skip=skip, padding=_padding(pad)),
     ),
-    "conv_relu_pool": lambda x, weight, bias, pad, relu: functional.conv_relu_pool(
+    "conv_relu_pool": lambda x, weight, bias, pad, slope: functional.conv_relu_pool(
         x, weight, bias, padding=_padding(pad)
     ),
     "max_pool2d": lambda x: (functional.max_pool2d(x),),
-    "upsample_conv_relu": lambda x, weight, bias, relu: (functional.upsample_conv_relu(x, weight, bias),),
+    "upsample_conv_relu": lambda x, weight, bias, slope: (functional.upsample_conv_relu(x, weight, bias),),
     "conv_transpose2d": lambda x, weight, bias: (functional.conv_transpose2d(x, weight, bias),),
     "segmentation_head": lambda x, weight, bias, output: (functional.segmentation_head(x, weight, bias),),
 }
@@ -107,9 +107,9 @@ def _workload(call: Call, backward: list[Call], step: str, precision: str, witho
         drawn = [_draw(name, shape, dtype, device, generator, call.layer) for name, shape in zip(names, shapes)]
         if step == BOTH:
             cotangents = [random_like_activations(s, dtype, device, generator, relu=False) for s in outputs]
-            if options.get("relu"):
+            if options.get("slope") == 0:
                 with torch.no_grad():
-                    linear = PLAIN[call.operator](**options | dict(relu=False), **dict(zip(names, drawn)))
+                    linear = PLAIN[call.operator](**options | dict(slope=1.0), **dict(zip(names, drawn)))
                 _forget_undecided(cotangents, linear[0].float(), _MARGIN[precision])
             drawn += cotangents
         return drawn

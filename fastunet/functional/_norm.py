@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from fastunet.autograd import tracked
 from fastunet.functional._layout import nhwc
 from fastunet.functional.max_pool import unpooled
+from fastunet.functional.relu import activation_, activation_gradient
 
 _aten = torch.ops.aten
 _PIXELS = 4096
@@ -74,13 +74,6 @@ def merged(mean: torch.Tensor, var: torch.Tensor, count: int, group: str) -> tup
     return *_joined(counts[:, 0], means[None], variances[None]), counts.sum(0)
 
 
-def activation_(u: torch.Tensor, slope: float) -> torch.Tensor:
-    """``u`` where it is positive, else ``slope * u``, written over ``u``."""
-    if slope == 0:
-        return u.relu_()
-    return u if slope == 1 else F.leaky_relu_(u, slope)
-
-
 def _per_channel(value: torch.Tensor, channels: int) -> torch.Tensor:
     """(S, G) as (S, channels)."""
     return value if value.shape[1] == channels else value.repeat_interleave(channels // value.shape[1], 1)
@@ -128,21 +121,11 @@ def backward(dy, d_pooled, z, weight, bias, mean, var, count, eps, slope, group)
     rows, groups = mean.shape
     mean, rstd = (_per_channel(each, channels) for each in (mean, (var + eps).rsqrt()))
     scale, shift = _scale_and_shift(weight, bias, mean, rstd)
-    g, y, wide_z = dy, None, wide(z)
+    g, wide_z = dy, wide(z)
     if slope != 1 or d_pooled is not None:
         y = nhwc(activation_(torch.addcmul(shift, wide_z, scale), slope).to(z.dtype))
-    if d_pooled is not None:
-        g = unpooled(d_pooled, dy, y, False)
+        g = activation_gradient(dy, y, slope) if d_pooled is None else unpooled(d_pooled, dy, y, slope)
     g = wide(nhwc(g))
-    if slope != 1:
-        y = wide(y)
-        gate = dict(grad_input=y) if not again else {}  # y is not needed any more
-        if slope == 0:
-            g = _aten.threshold_backward.grad_input(g, y, 0, **gate) if gate else _aten.threshold_backward(g, y, 0)
-        elif gate:
-            g = _aten.leaky_relu_backward.grad_input(g, y, slope, True, **gate)
-        else:
-            g = torch.where(y > 0, g, g * slope)
     sum_g, sum_gh = _sums(g, wide_z, mean, rstd)
     dweight, dbias = sum_gh.sum(0), sum_g.sum(0)
     total = torch.stack([sum_g, sum_gh])

@@ -27,22 +27,22 @@ _OPS = torch.ops.fastunet
 
 
 def _encoder(x, w1, b1, w2, b2, pad, backend):
-    return _OPS.conv_relu_pool(_OPS.conv_relu(x, None, w1, b1, pad, True, backend), w2, b2, pad, True, backend)
+    return _OPS.conv_relu_pool(_OPS.conv_relu(x, None, w1, b1, pad, 0.0, backend), w2, b2, pad, 0.0, backend)
 
 
 def _conv(x, w1, b1, w2, b2, pad, grad_masked, backend):
-    return _OPS.conv_relu(_OPS.conv_relu(x, None, w1, b1, pad, True, backend), None, w2, b2, pad, True, backend)
+    return _OPS.conv_relu(_OPS.conv_relu(x, None, w1, b1, pad, 0.0, backend), None, w2, b2, pad, 0.0, backend)
 
 
 def _up(x, wu, bu, transpose, backend):
     if transpose:
         return _OPS.conv_transpose2d(x, wu, bu, backend)
-    return _OPS.upsample_conv_relu(x, wu, bu, True, backend)
+    return _OPS.upsample_conv_relu(x, wu, bu, 0.0, backend)
 
 
 def _decoder(x, skip, wu, bu, w1, b1, w2, b2, pad, transpose, mask_input, grad_masked, backend):
-    y1 = _OPS.conv_relu(_up(x, wu, bu, transpose, backend), skip, w1, b1, pad, True, backend)
-    return _OPS.conv_relu(y1, None, w2, b2, pad, True, backend)
+    y1 = _OPS.conv_relu(_up(x, wu, bu, transpose, backend), skip, w1, b1, pad, 0.0, backend)
+    return _OPS.conv_relu(y1, None, w2, b2, pad, 0.0, backend)
 
 
 def _again(operators, ctx, tensors, grads):
@@ -71,8 +71,8 @@ def _two_conv_gradients(needed, dz2, x, skip, y1, w1, w2, pad, mask_x, backend):
 class _EncoderBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w1, b1, w2, b2, pad, backend):
-        y1 = _OPS.conv_relu(x, None, w1, b1, pad, True, backend)
-        y2, pooled = _OPS.conv_relu_pool(y1, w2, b2, pad, True, backend)
+        y1 = _OPS.conv_relu(x, None, w1, b1, pad, 0.0, backend)
+        y2, pooled = _OPS.conv_relu_pool(y1, w2, b2, pad, 0.0, backend)
         ctx.save_for_backward(x, w1, b1, w2, b2, y1, y2)
         ctx.options = pad, backend
         return y2, pooled
@@ -83,7 +83,7 @@ class _EncoderBlock(torch.autograd.Function):
         if autograd.differentiated_again():
             return _again(_encoder, ctx, operands, [d_skip, d_pooled])
         (x, w1, _, w2, _), (pad, backend), (need_x, *needed) = operands, ctx.options, ctx.needs_input_grad[:5]
-        dz2 = _OPS.max_pool2d_backward(d_pooled, d_skip, y2, True, backend)
+        dz2 = _OPS.max_pool2d_backward(d_pooled, d_skip, y2, 0.0, backend)
         needed = need_x, False, *needed
         dx, _, *d_parameters = _two_conv_gradients(needed, dz2, x, None, y1, w1, w2, pad, False, backend)
         return dx, *d_parameters, None, None
@@ -92,8 +92,8 @@ class _EncoderBlock(torch.autograd.Function):
 class _ConvBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w1, b1, w2, b2, pad, grad_masked, backend):
-        y1 = _OPS.conv_relu(x, None, w1, b1, pad, True, backend)
-        y2 = _OPS.conv_relu(y1, None, w2, b2, pad, True, backend)
+        y1 = _OPS.conv_relu(x, None, w1, b1, pad, 0.0, backend)
+        y2 = _OPS.conv_relu(y1, None, w2, b2, pad, 0.0, backend)
         ctx.save_for_backward(x, w1, b1, w2, b2, y1, None if grad_masked else y2)
         ctx.options = pad, grad_masked, backend
         return y2
@@ -104,7 +104,7 @@ class _ConvBlock(torch.autograd.Function):
         if autograd.differentiated_again():
             return _again(_conv, ctx, operands, [dy])
         (x, w1, _, w2, _), (pad, _, backend), (need_x, *needed) = operands, ctx.options, ctx.needs_input_grad[:5]
-        dz2 = dy if y2 is None else _OPS.relu_backward(dy, y2, backend)
+        dz2 = dy if y2 is None else _OPS.relu_backward(dy, y2, 0.0, backend)
         needed = need_x, False, *needed
         dx, _, *d_parameters = _two_conv_gradients(needed, dz2, x, None, y1, w1, w2, pad, False, backend)
         return dx, *d_parameters, None, None, None
@@ -114,8 +114,8 @@ class _DecoderBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, skip, wu, bu, w1, b1, w2, b2, pad, transpose, mask_input, grad_masked, backend):
         u = _up(x, wu, bu, transpose, backend)
-        y1 = _OPS.conv_relu(u, skip, w1, b1, pad, True, backend)
-        y2 = _OPS.conv_relu(y1, None, w2, b2, pad, True, backend)
+        y1 = _OPS.conv_relu(u, skip, w1, b1, pad, 0.0, backend)
+        y2 = _OPS.conv_relu(y1, None, w2, b2, pad, 0.0, backend)
         ctx.save_for_backward(x, skip, wu, bu, w1, b1, w2, b2, u, y1, None if grad_masked else y2)
         ctx.options = pad, transpose, mask_input, grad_masked, backend
         return y2
@@ -128,7 +128,7 @@ class _DecoderBlock(torch.autograd.Function):
         x, skip, wu, _, w1, _, w2, _ = operands
         pad, transpose, mask_input, _, backend = ctx.options
         need_x, need_skip, need_wu, need_bu, *needed = ctx.needs_input_grad[:8]
-        dz2 = dy if y2 is None else _OPS.relu_backward(dy, y2, backend)
+        dz2 = dy if y2 is None else _OPS.relu_backward(dy, y2, 0.0, backend)
         needed = need_x or need_wu or need_bu, need_skip, *needed
         du, dskip, *d_parameters = _two_conv_gradients(needed, dz2, u, skip, y1, w1, w2, pad, not transpose, backend)
         dx = dwu = dbu = None

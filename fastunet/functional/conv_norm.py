@@ -17,16 +17,24 @@ from fastunet.dispatch import autocast_operands, define, select_backend
 from fastunet.functional import _norm
 from fastunet.functional._checks import check_tensors
 from fastunet.functional._layout import empty_nhwc, nhwc
-from fastunet.functional.conv_relu import check_conv, check_conv_dtypes, conv_relu, fake_forward, gradients
+from fastunet.functional.conv_relu import (
+    check_conv,
+    check_conv_dtypes,
+    conv_relu,
+    conv_relu_pool,
+    fake_forward,
+    gradients,
+)
 from fastunet.functional.conv_relu import torch_forward as convolution
 from fastunet.functional.max_pool import max_pool2d, pooled_shape
+from fastunet.functional.relu import check_slope
 
 _OPS = torch.ops.fastunet
 NORMS = ("batch", "instance", "group")
 
 
 def _forward(x, skip, weight, bias, norm_weight, norm_bias, pad, groups, per_sample, eps, slope, pool, group):
-    z = convolution(x, skip, weight, bias, pad, False)
+    z = convolution(x, skip, weight, bias, pad, 1.0)
     mean, var = _norm.statistics(z, groups, per_sample)
     count = mean.new_empty(0)
     if group:
@@ -36,7 +44,7 @@ def _forward(x, skip, weight, bias, norm_weight, norm_bias, pad, groups, per_sam
 
 
 def _fake_forward(x, skip, weight, bias, norm_weight, norm_bias, pad, groups, per_sample, eps, slope, pool, group):
-    z = fake_forward(x, skip, weight, bias, pad, False)
+    z = fake_forward(x, skip, weight, bias, pad, 1.0)
     dtype = torch.promote_types(x.dtype, torch.float32)
     mean = z.new_empty((z.shape[0] if per_sample else 1, groups), dtype=dtype)
     pooled = empty_nhwc(z, z.shape[1], *pooled_shape(*z.shape[2:])) if pool else z.new_empty(0)
@@ -174,7 +182,8 @@ def conv_norm(
         norm_weight=norm_weight, norm_bias=norm_bias, running_mean=running_mean, running_var=running_var
     )
     _check_norm(norm, groups, parameters, x, weight.shape[0], training, process_group)
-    _check_numbers(momentum, eps, slope, stride)
+    slope = check_slope("conv_norm", slope)
+    _check_numbers(momentum, eps, stride)
     if pool and min(size[2:]) < 2:
         raise ValueError(f"conv_norm: x has shape {tuple(x.shape)}; its convolution is too small to pool")
     if norm == "batch" and not training:
@@ -186,7 +195,7 @@ def conv_norm(
     backend = select_backend(backend, "conv_norm", x, "there is no kernel of conv_norm yet")
     count = {"batch": size[1], "instance": size[1], "group": groups}[norm]
     y, pooled, _, mean, var, total = _OPS.conv_norm(
-        x, skip, weight, bias, norm_weight, norm_bias, pad, count, norm != "batch", float(eps), float(slope), pool,
+        x, skip, weight, bias, norm_weight, norm_bias, pad, count, norm != "batch", float(eps), slope, pool,
         _norm.name_of(process_group), backend,
     )  # fmt: skip
     if running_mean is not None and y.numel() > 0:
@@ -203,9 +212,10 @@ def _folded(operands, scale, running_mean, norm_weight, norm_bias, slope, paddin
     if norm_bias is not None:
         shift = shift + norm_bias
     weight, shift = (weight * scale[:, None, None, None]).to(weight.dtype), shift.to(weight.dtype)
-    y = conv_relu(x, weight, shift, skip=skip, padding=padding, relu=slope == 0, backend=backend)
-    if slope not in (0, 1):
-        y = F.leaky_relu(y, slope)
+    options = dict(padding=padding, slope=slope, backend=backend)
+    if pool and skip is None:
+        return conv_relu_pool(x, weight, shift, **options)
+    y = conv_relu(x, weight, shift, skip=skip, **options)
     return (y, max_pool2d(y, backend=backend)) if pool else y
 
 
@@ -241,8 +251,8 @@ def _check_norm(norm, groups, parameters, x, channels, training, process_group):
         raise ValueError(f"conv_norm: a process group sums the statistics of norm='batch', not of {norm!r}")
 
 
-def _check_numbers(momentum, eps, slope, stride):
-    for name, value, most in (("momentum", momentum, 1.0), ("eps", eps, math.inf), ("slope", slope, math.inf)):
+def _check_numbers(momentum, eps, stride):
+    for name, value, most in (("momentum", momentum, 1.0), ("eps", eps, math.inf)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"conv_norm: {name} must be a number, got {value!r}")
         if not (0 <= value <= most and math.isfinite(value)):

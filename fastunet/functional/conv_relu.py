@@ -15,7 +15,7 @@ from fastunet.functional._checks import check_alike, check_image, check_tensors
 from fastunet.functional._layout import empty_nhwc, nhwc
 from fastunet.functional._onednn import accumulates, add_convolution
 from fastunet.functional.max_pool import pooled_shape
-from fastunet.functional.relu import masked
+from fastunet.functional.relu import activation_, check_slope, masked
 from fastunet.reference import centre_crop
 
 _OPS = torch.ops.fastunet
@@ -28,7 +28,7 @@ def _slices(weight, skip):
     return weight[:, :split], weight[:, split:]
 
 
-def torch_forward(x, skip, weight, bias, pad, relu):
+def torch_forward(x, skip, weight, bias, pad, slope):
     """The PyTorch implementation of ``fastunet::conv_relu``."""
     if skip is not None and accumulates(x) and not tracked(x, skip, weight, bias):
         skip_weight, x_weight = _slices(weight, skip)
@@ -36,7 +36,7 @@ def torch_forward(x, skip, weight, bias, pad, relu):
         y = add_convolution(y, nhwc(x), x_weight, pad)
     else:
         y = nhwc(F.conv2d(_joined(x, skip), weight, bias, padding=pad))
-    return y.relu_() if relu else y
+    return activation_(y, slope)
 
 
 def _joined(x, skip):
@@ -50,8 +50,8 @@ def _joined(x, skip):
     return torch.cat([centre_crop(skip, height, width), x], dim=1, out=joined)
 
 
-def _forward_pool(x, weight, bias, pad, relu):
-    y = torch_forward(x, None, weight, bias, pad, relu)
+def _forward_pool(x, weight, bias, pad, slope):
+    y = torch_forward(x, None, weight, bias, pad, slope)
     return y, nhwc(F.max_pool2d(y, 2))
 
 
@@ -88,13 +88,13 @@ def _weight_grad(dz, x, skip, pad, has_bias):
     return nhwc(dw), db if has_bias else dw.new_empty(0)
 
 
-def fake_forward(x, skip, weight, bias, pad, relu):
+def fake_forward(x, skip, weight, bias, pad, slope):
     """The shape and strides of ``fastunet::conv_relu``."""
     return empty_nhwc(x, weight.shape[0], x.shape[2] + 2 * pad - 2, x.shape[3] + 2 * pad - 2)
 
 
-def _fake_forward_pool(x, weight, bias, pad, relu):
-    y = fake_forward(x, None, weight, bias, pad, relu)
+def _fake_forward_pool(x, weight, bias, pad, slope):
+    y = fake_forward(x, None, weight, bias, pad, slope)
     return y, empty_nhwc(x, weight.shape[0], *pooled_shape(*y.shape[2:]))
 
 
@@ -109,27 +109,28 @@ def _fake_weight_grad(dz, x, skip, pad, has_bias):
 
 
 def _setup(ctx, inputs, y):
-    x, skip, weight, bias, pad, relu, backend = inputs
-    ctx.save_for_backward(x, skip, weight, y if relu else None)
+    x, skip, weight, bias, pad, slope, backend = inputs
+    ctx.save_for_backward(x, skip, weight, None if slope == 1 else y)
+    ctx.slope = slope
     ctx.options = pad, bias is not None, backend
 
 
 def _differentiate(ctx, dy):
     x, skip, weight, y = ctx.saved_tensors
-    dz = dy if y is None else _OPS.relu_backward(dy, y, ctx.options[-1])
+    dz = dy if y is None else _OPS.relu_backward(dy, y, ctx.slope, ctx.options[-1])
     return *gradients(ctx, dz, x, skip, weight, *ctx.needs_input_grad[:4]), None, None, None
 
 
 def _setup_pool(ctx, inputs, outputs):
-    x, weight, bias, pad, relu, backend = inputs
+    x, weight, bias, pad, slope, backend = inputs
     ctx.save_for_backward(x, weight, outputs[0])
     ctx.options = pad, bias is not None, backend
-    ctx.relu = relu
+    ctx.slope = slope
 
 
 def _differentiate_pool(ctx, dy, d_pooled):
     x, weight, y = ctx.saved_tensors
-    dz = _OPS.max_pool2d_backward(d_pooled, dy, y, ctx.relu, ctx.options[-1])
+    dz = _OPS.max_pool2d_backward(d_pooled, dy, y, ctx.slope, ctx.options[-1])
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
     dx, _, dw, db = gradients(ctx, dz, x, None, weight, need_x, False, need_weight, need_bias)
     return dx, dw, db, None, None, None
@@ -147,7 +148,7 @@ def gradients(ctx, dz, x, skip, weight, need_x, need_skip, need_weight, need_bia
 
 
 define(
-    "conv_relu(Tensor x, Tensor? skip, Tensor weight, Tensor? bias, int pad, bool relu, str backend) -> Tensor",
+    "conv_relu(Tensor x, Tensor? skip, Tensor weight, Tensor? bias, int pad, float slope, str backend) -> Tensor",
     torch_impl=torch_forward,
     triton_impl="conv.forward:forward",
     fake=fake_forward,
@@ -155,7 +156,7 @@ define(
     backward=_differentiate,
 )
 define(
-    "conv_relu_pool(Tensor x, Tensor weight, Tensor? bias, int pad, bool relu, str backend) -> (Tensor, Tensor)",
+    "conv_relu_pool(Tensor x, Tensor weight, Tensor? bias, int pad, float slope, str backend) -> (Tensor, Tensor)",
     torch_impl=_forward_pool,
     triton_impl="conv.forward:forward_pool",
     fake=_fake_forward_pool,
@@ -185,6 +186,7 @@ def conv_relu(
     skip: torch.Tensor | None = None,
     padding: str = "same",
     relu: bool = True,
+    slope: float = 0.0,
     backend: str = "auto",
 ) -> torch.Tensor:
     """ReLU of the 3×3 convolution of ``concat([centre_crop(skip), x], 1)``, which is never built on a GPU.
@@ -195,7 +197,8 @@ def conv_relu(
         bias: (C_out,) or None.
         skip: (N, C_skip, H_s, W_s) with H_s ≥ H and W_s ≥ W, or None.
         padding: "same" (zeros around the image) or "valid".
-        relu: False leaves the convolution as it is.
+        relu: False leaves the convolution as it is, like a slope of 1.
+        slope: what negative results are multiplied by: 0 is ReLU, more LeakyReLU.
         backend: "auto", "triton" or "torch".
 
     Returns:
@@ -208,7 +211,8 @@ def conv_relu(
     pad = check_conv("conv_relu", *operands, padding)
     x, skip, weight, bias = autocast_operands(*operands)
     check_conv_dtypes("conv_relu", x, skip, weight, bias)
-    return _OPS.conv_relu(x, skip, weight, bias, pad, relu, select_backend(backend, "conv_relu", x))
+    slope = check_slope("conv_relu", slope) if relu else 1.0
+    return _OPS.conv_relu(x, skip, weight, bias, pad, slope, select_backend(backend, "conv_relu", x))
 
 
 def conv_relu_pool(
@@ -217,6 +221,7 @@ def conv_relu_pool(
     bias: torch.Tensor | None = None,
     *,
     padding: str = "same",
+    slope: float = 0.0,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`conv_relu` and its 2×2 max-pool (stride 2, odd sides floor), in one pass on a GPU.
@@ -229,7 +234,8 @@ def conv_relu_pool(
         raise ValueError(f"conv_relu_pool: x has shape {tuple(x.shape)}; its convolution is too small to pool")
     x, weight, bias = autocast_operands(x, weight, bias)
     check_conv_dtypes("conv_relu_pool", x, None, weight, bias)
-    return _OPS.conv_relu_pool(x, weight, bias, pad, True, select_backend(backend, "conv_relu_pool", x))
+    slope = check_slope("conv_relu_pool", slope)
+    return _OPS.conv_relu_pool(x, weight, bias, pad, slope, select_backend(backend, "conv_relu_pool", x))
 
 
 def check_conv(operator, x, skip, weight, bias, padding) -> int:

@@ -22,7 +22,7 @@ def _forward(x):
     return nhwc(F.max_pool2d(nhwc(x), 2))
 
 
-def unpooled(d_pooled, d_skip, y, relu):
+def unpooled(d_pooled, d_skip, y, slope):
     """The PyTorch implementation of ``fastunet::max_pool2d_backward``."""
     y = nhwc(y)
     _, indices = torch.ops.aten.max_pool2d_with_indices(y, [2, 2])
@@ -32,7 +32,7 @@ def unpooled(d_pooled, d_skip, y, relu):
     dz = nhwc(dz)
     if d_skip is not None:
         dz += d_skip
-    return masked(dz, y) if relu else dz
+    return masked(dz, y, slope)
 
 
 def _setup(ctx, inputs, output):
@@ -41,7 +41,7 @@ def _setup(ctx, inputs, output):
 
 
 def _differentiate(ctx, d_pooled):
-    return _OPS.max_pool2d_backward(d_pooled, None, *ctx.saved_tensors, False, ctx.backend), None
+    return _OPS.max_pool2d_backward(d_pooled, None, *ctx.saved_tensors, 1.0, ctx.backend), None
 
 
 define(
@@ -53,10 +53,10 @@ define(
     backward=_differentiate,
 )
 define(
-    "max_pool2d_backward(Tensor d_pooled, Tensor? d_skip, Tensor y, bool relu, str backend) -> Tensor",
+    "max_pool2d_backward(Tensor d_pooled, Tensor? d_skip, Tensor y, float slope, str backend) -> Tensor",
     torch_impl=unpooled,
     triton_impl="max_pool:backward",
-    fake=lambda d_pooled, d_skip, y, relu: empty_nhwc(y, *y.shape[1:]),
+    fake=lambda d_pooled, d_skip, y, slope: empty_nhwc(y, *y.shape[1:]),
 )
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from fastunet.dispatch import autocast_operands, define, select_backend
 from fastunet.functional._checks import check_bias, check_image, check_tensors, check_weight
 from fastunet.functional._layout import empty_nhwc, nhwc
-from fastunet.functional.relu import masked
+from fastunet.functional.relu import activation_, check_slope, masked
 
 _OPS = torch.ops.fastunet
 _GEOMETRY = [2, 2], [1, 1], [1, 1], True, [1, 1], 1
@@ -27,10 +27,9 @@ def transposed_kernel(weight):
     return torch.stack((left, left + right, right), 2).to(weight.dtype).permute(0, 3, 1, 2)
 
 
-def _forward(x, weight, bias, relu):
+def _forward(x, weight, bias, slope):
     y = F.conv_transpose2d(nhwc(x), transposed_kernel(weight), bias, stride=2, padding=1, output_padding=1)
-    y = nhwc(y)
-    return y.relu_() if relu else y
+    return activation_(nhwc(y), slope)
 
 
 def _data_grad(dz, weight, x, mask_x):
@@ -52,15 +51,15 @@ def _weight_grad(dz, x, has_bias):
 
 
 def _setup(ctx, inputs, y):
-    x, weight, bias, relu, backend = inputs
-    ctx.save_for_backward(x, weight, y if relu else None)
-    ctx.options = bias is not None, backend
+    x, weight, bias, slope, backend = inputs
+    ctx.save_for_backward(x, weight, None if slope == 1 else y)
+    ctx.options = slope, bias is not None, backend
 
 
 def _differentiate(ctx, dy):
     x, weight, y = ctx.saved_tensors
-    has_bias, backend = ctx.options
-    dz = dy if y is None else _OPS.relu_backward(dy, y, backend)
+    slope, has_bias, backend = ctx.options
+    dz = dy if y is None else _OPS.relu_backward(dy, y, slope, backend)
     dx = dw = db = None
     if ctx.needs_input_grad[0]:
         dx = _OPS.upsample_conv_relu_data_grad(dz, weight, x, False, backend)
@@ -70,10 +69,10 @@ def _differentiate(ctx, dy):
 
 
 define(
-    "upsample_conv_relu(Tensor x, Tensor weight, Tensor? bias, bool relu, str backend) -> Tensor",
+    "upsample_conv_relu(Tensor x, Tensor weight, Tensor? bias, float slope, str backend) -> Tensor",
     torch_impl=_forward,
     triton_impl="upsample_conv:forward",
-    fake=lambda x, weight, bias, relu: empty_nhwc(x, weight.shape[0], 2 * x.shape[2], 2 * x.shape[3]),
+    fake=lambda x, weight, bias, slope: empty_nhwc(x, weight.shape[0], 2 * x.shape[2], 2 * x.shape[3]),
     setup=_setup,
     backward=_differentiate,
 )
@@ -95,7 +94,12 @@ define(
 
 
 def upsample_conv_relu(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, backend: str = "auto"
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    slope: float = 0.0,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """``relu(conv2d(pad(interpolate(x, scale_factor=2, mode="nearest"), (0, 1, 0, 1)), weight, bias))``.
 
@@ -103,6 +107,7 @@ def upsample_conv_relu(
         x: (N, C_in, H, W).
         weight: (C_out, C_in, 2, 2).
         bias: (C_out,) or None.
+        slope: what negative results are multiplied by: 0 is ReLU, more LeakyReLU, 1 none.
         backend: "auto", "triton" or "torch".
 
     Returns:
@@ -116,4 +121,5 @@ def upsample_conv_relu(
     x, weight, bias = autocast_operands(x, weight, bias)
     check_weight("upsample_conv_relu", weight, (None, x.shape[1], 2, 2), x)
     check_bias("upsample_conv_relu", bias, weight.shape[0], x)
-    return _OPS.upsample_conv_relu(x, weight, bias, True, select_backend(backend, "upsample_conv_relu", x))
+    slope = check_slope("upsample_conv_relu", slope)
+    return _OPS.upsample_conv_relu(x, weight, bias, slope, select_backend(backend, "upsample_conv_relu", x))

@@ -143,9 +143,9 @@ def standalone_calls(architecture: Architecture, batch: int, height: int, width:
             y = Tensor(_convolved(arguments["x"].shape, arguments["weight"].shape, arguments["pad"]))
             pooled = Tensor((*y.shape[:2], y.shape[2] // 2, y.shape[3] // 2))
             variants = [
-                ("relu_backward", dict(dy=y, y=y)),
+                ("relu_backward", dict(dy=y, y=y, slope=0.0)),
                 ("max_pool2d", dict(x=y)),
-                ("max_pool2d_backward", dict(d_pooled=pooled, d_skip=None, y=y, relu=False)),
+                ("max_pool2d_backward", dict(d_pooled=pooled, d_skip=None, y=y, slope=1.0)),
             ]
         elif "mask_x" in arguments:
             x = arguments["x"]
@@ -207,9 +207,9 @@ class _Walk:
         bias = Tensor((channels,))
         crop = skip and Tensor(skip)
         if pool:
-            self.add(layer, "conv_relu_pool", macs, x=Tensor(x), weight=weight, bias=bias, pad=pad, relu=True)
+            self.add(layer, "conv_relu_pool", macs, x=Tensor(x), weight=weight, bias=bias, pad=pad, slope=0.0)
         else:
-            self.add(layer, "conv_relu", macs, x=Tensor(x), skip=crop, weight=weight, bias=bias, pad=pad, relu=True)
+            self.add(layer, "conv_relu", macs, x=Tensor(x), skip=crop, weight=weight, bias=bias, pad=pad, slope=0.0)
 
         def step():
             dz = Tensor(y)
@@ -222,7 +222,7 @@ class _Walk:
 
     def pool_step(self, layer, y, pooled):
         return lambda: self.add(layer, "max_pool2d_backward", 0, d_pooled=Tensor(pooled), d_skip=Tensor(y),
-                                y=Tensor(y), relu=True)
+                                y=Tensor(y), slope=0.0)
 
     def up(self, layer, x, channels):
         n, c_in, height, width = x
@@ -231,7 +231,7 @@ class _Walk:
         operator = "conv_transpose2d" if transpose else "upsample_conv_relu"
         weight = Tensor((c_in, channels, 2, 2) if transpose else (channels, c_in, 2, 2))
         macs = (4 if transpose else 9) * channels * math.prod(x)
-        options = {} if transpose else dict(relu=True)
+        options = {} if transpose else dict(slope=0.0)
         self.add(layer, operator, macs, x=Tensor(x), weight=weight, bias=Tensor((channels,)), **options)
 
         def step():

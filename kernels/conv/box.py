@@ -13,7 +13,7 @@ from .. import _launch
 from .._launch import mma
 from .convolution import ConvConfig, Convolution, Head
 from .descriptors import image_boxes, tap_sources
-from .epilogue import bias_relu, head_store, max_of_pairs
+from .epilogue import bias_activation, head_store, max_of_pairs
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def accumulate_boxes(x_desc, x_weight_desc, x_channels, skip_desc, skip_weight_d
 
 @triton.jit(do_not_specialize=["x_channels", "skip_channels", "offset", "C_out", "tiles"])
 def conv_relu_box_kernel(x_desc, x_weight_desc, x_channels, skip_desc, skip_weight_desc, skip_channels,
-                         offset, bias_ptr, mask_desc, y_desc, pooled_desc, C_out, tiles, RELU: tl.constexpr,
+                         offset, bias_ptr, mask_desc, y_desc, pooled_desc, C_out, tiles, SLOPE: tl.constexpr,
                          BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
                          BLOCK_C: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):
     """``y = relu(conv(skip) + conv(x) + bias) * (mask > 0)`` and its 2×2 max-pool, each part optional.
@@ -64,7 +64,7 @@ def conv_relu_box_kernel(x_desc, x_weight_desc, x_channels, skip_desc, skip_weig
     n0 = tile // (tiles_w * tiles_h) * BLOCK_N
     acc = accumulate_boxes(x_desc, x_weight_desc, x_channels, skip_desc, skip_weight_desc, skip_channels,
                            offset, n0, h0, w0, k0, BLOCK_K, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_C, STAGES, PRECISION)
-    y = bias_relu(acc, bias_ptr, k0 + tl.arange(0, BLOCK_K), C_out, RELU)
+    y = bias_activation(acc, bias_ptr, k0 + tl.arange(0, BLOCK_K), C_out, SLOPE)
     if mask_desc is not None:
         mask = tl.reshape(mask_desc.load([n0, h0, w0, k0]), (BLOCK_N * BLOCK_H * BLOCK_W, BLOCK_K)).T
         y = tl.where(mask > 0, y, 0.0)
@@ -81,7 +81,7 @@ def conv_relu_box_kernel(x_desc, x_weight_desc, x_channels, skip_desc, skip_weig
 @triton.jit(do_not_specialize=["x_channels", "skip_channels", "offset", "y_shape", "tiles"])
 def conv_relu_box_head_kernel(x_desc, x_weight_desc, x_channels, skip_desc, skip_weight_desc, skip_channels,
                               offset, bias_ptr, head_weight_ptr, head_bias_ptr, out_ptr, y_shape, tiles,
-                              RELU: tl.constexpr, NUM_CLASSES: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
+                              SLOPE: tl.constexpr, NUM_CLASSES: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
                               OUTPUT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
                               BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
                               STAGES: tl.constexpr, PRECISION: tl.constexpr):
@@ -97,7 +97,7 @@ def conv_relu_box_head_kernel(x_desc, x_weight_desc, x_channels, skip_desc, skip
     acc = accumulate_boxes(x_desc, x_weight_desc, x_channels, skip_desc, skip_weight_desc, skip_channels,
                            offset, n0, h0, w0, 0, BLOCK_K, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_C, STAGES, PRECISION)
     offs_k, offs_p = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_N * BLOCK_H * BLOCK_W)
-    y = bias_relu(acc, bias_ptr, offs_k, C_out, RELU)
+    y = bias_activation(acc, bias_ptr, offs_k, C_out, SLOPE)
     n, h, w = n0 + offs_p // (BLOCK_H * BLOCK_W), h0 + offs_p // BLOCK_W % BLOCK_H, w0 + offs_p % BLOCK_W
     head_store(y, head_weight_ptr, head_bias_ptr, out_ptr, (n.to(tl.int64) * H + h) * W + w,
                (n < N) & (h < H) & (w < W), offs_k, C_out, NUM_CLASSES, BLOCK_CLASSES, OUTPUT, PRECISION)
@@ -118,7 +118,7 @@ def launch_box(conv: Convolution, y, pooled, config: ConvConfig) -> None:
     _launch.launch(conv_relu_box_kernel, (programs,), *tap_sources(conv, (n, h, w, config.block_c), config.block_k),
                    conv.offset, conv.bias, None if conv.mask is None else image_boxes(conv.mask, box),
                    image_boxes(y, box), None if pooled is None else image_boxes(pooled, half), conv.c_out, tiles,
-                   RELU=conv.relu, BLOCK_K=config.block_k, BLOCK_N=n, BLOCK_H=h, BLOCK_W=w, BLOCK_C=config.block_c,
+                   SLOPE=conv.slope, BLOCK_K=config.block_k, BLOCK_N=n, BLOCK_H=h, BLOCK_W=w, BLOCK_C=config.block_c,
                    STAGES=config.num_stages, PRECISION=_launch.dot_precision(y.dtype), num_warps=config.num_warps,
                    num_stages=config.num_stages)
 
@@ -129,7 +129,7 @@ def launch_box_head(conv: Convolution, head: Head, out, config: ConvConfig) -> N
     programs, tiles = box_tiles(conv, config)
     _launch.launch(conv_relu_box_head_kernel, (programs,),
                    *tap_sources(conv, (n, h, w, config.block_c), config.block_k), conv.offset, conv.bias, head.weight,
-                   head.bias, out, (conv.batch, *conv.out_size, conv.c_out), tiles, RELU=conv.relu,
+                   head.bias, out, (conv.batch, *conv.out_size, conv.c_out), tiles, SLOPE=conv.slope,
                    NUM_CLASSES=head.classes, BLOCK_CLASSES=head.block, OUTPUT=head.output, BLOCK_K=config.block_k,
                    BLOCK_N=n, BLOCK_H=h, BLOCK_W=w, BLOCK_C=config.block_c, STAGES=config.num_stages,
                    PRECISION=_launch.dot_precision(conv.x.dtype), num_warps=config.num_warps,

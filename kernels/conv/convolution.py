@@ -25,7 +25,7 @@ class Convolution:
     out_size: tuple[int, int]
     bias: torch.Tensor | None = None
     mask: torch.Tensor | None = None
-    relu: bool = False
+    slope: float = 1.0
 
     @property
     def images(self) -> tuple[torch.Tensor, ...]:

@@ -13,13 +13,11 @@ from .._launch import mma
 
 
 @triton.jit
-def bias_relu(acc, bias_ptr, offs_k, C_out, RELU: tl.constexpr):
-    """``relu(acc + bias)``; ``bias_ptr`` may be None and ``RELU`` off."""
+def bias_activation(acc, bias_ptr, offs_k, C_out, SLOPE: tl.constexpr):
+    """``activation(acc + bias)``; ``bias_ptr`` may be None."""
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_k, mask=offs_k < C_out, other=0.0).to(tl.float32)[:, None]
-    if RELU:
-        acc = _launch.relu(acc)
-    return acc
+    return _launch.activation(acc, SLOPE)
 
 
 @triton.jit

@@ -12,13 +12,13 @@ import triton.language as tl
 from .. import _launch
 from .._launch import mma
 from .convolution import ConvConfig, Convolution
-from .epilogue import bias_relu
+from .epilogue import bias_activation
 from .pointer import store_tile, unflatten
 
 
 @triton.jit(do_not_specialize=["x_shape", "offset", "y_shape"])
 def conv_relu_first_kernel(x_ptr, weight_ptr, x_shape, offset, bias_ptr, y_ptr, pooled_ptr, y_shape,
-                           C_IN: tl.constexpr, RELU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+                           C_IN: tl.constexpr, SLOPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
                            BLOCK_P: tl.constexpr, VECTOR_OUT: tl.constexpr, PRECISION: tl.constexpr):
     """``y = relu(conv(x) + bias)`` and, unless ``pooled_ptr`` is None, its 2×2 max-pool.
 
@@ -42,7 +42,7 @@ def conv_relu_first_kernel(x_ptr, weight_ptr, x_shape, offset, bias_ptr, y_ptr, 
     weight = tl.load(weight_ptr + offs_k[:, None] * (9 * C_IN) + offs_r[None, :],
                      mask=(offs_k < C_out)[:, None] & r_mask[None, :], other=0.0)
     acc = mma(weight, x, tl.zeros((BLOCK_K, BLOCK_P), tl.float32), PRECISION)
-    y = bias_relu(acc, bias_ptr, offs_k, C_out, RELU)
+    y = bias_activation(acc, bias_ptr, offs_k, C_out, SLOPE)
     first = unflatten(tile * BLOCK_P, y_shape, pooled_ptr is not None)
     store_tile(y, None, y_ptr, pooled_ptr, y_shape, first, n, h, w, p_mask, offs_k, VECTOR_OUT)
 
@@ -54,7 +54,7 @@ def launch_first(conv: Convolution, y, pooled, config: ConvConfig) -> None:
     pixels = n * h * w if pooled is None else n * _launch.cdiv(h, 2) * _launch.cdiv(w, 2) * 4
     grid = (_launch.cdiv(pixels, config.pixels) * _launch.cdiv(c_out, config.block_k),)
     _launch.launch(conv_relu_first_kernel, grid, conv.x, conv.taps()[0], tuple(conv.x.shape[2:]), conv.offset,
-                   conv.bias, y, pooled, (n, h, w, c_out), C_IN=c_in, RELU=conv.relu,
+                   conv.bias, y, pooled, (n, h, w, c_out), C_IN=c_in, SLOPE=conv.slope,
                    BLOCK_R=max(16, _launch.next_power_of_2(9 * c_in)), BLOCK_K=config.block_k, BLOCK_P=config.pixels,
                    VECTOR_OUT=_launch.vector_width(y), PRECISION=_launch.dot_precision(y.dtype),
                    num_warps=config.num_warps, num_stages=config.num_stages)

@@ -29,21 +29,21 @@ _LAUNCH_HEAD = {"pointer": launch_pointer_head, "box": launch_box_head, "rows": 
 
 
 def forward(x: torch.Tensor, skip: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None, pad: int,
-            relu: bool, config: ConvConfig | None = None) -> torch.Tensor:
+            slope: float, config: ConvConfig | None = None) -> torch.Tensor:
     """``relu(conv3x3(concat([centre_crop(skip), x], 1), weight) + bias)`` without building the concatenation.
 
     x (N, C_x, H, W), skip (N, C_skip, ≥ H, ≥ W) or None, weight (C_out, C_skip + C_x, 3, 3), bias (C_out,) or None;
     ``pad`` 1 gives (N, C_out, H, W), 0 gives (N, C_out, H - 2, W - 2).
     """
-    conv = _forward_convolution(x, skip, weight, bias, pad, relu)
+    conv = _forward_convolution(x, skip, weight, bias, pad, slope)
     y = _launch.empty_image((conv.batch, conv.c_out, *conv.out_size), x.dtype, x.device)
     return _run(conv, y, None, config)
 
 
-def forward_pool(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pad: int, relu: bool,
+def forward_pool(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pad: int, slope: float,
                  config: ConvConfig | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`forward` of one source and its 2×2, stride-2 max-pool (odd sizes floor), both written by one kernel."""
-    conv = _forward_convolution(x, None, weight, bias, pad, relu)
+    conv = _forward_convolution(x, None, weight, bias, pad, slope)
     h, w = conv.out_size
     y = _launch.empty_image((conv.batch, conv.c_out, h, w), x.dtype, x.device)
     pooled = _launch.empty_image((conv.batch, conv.c_out, h // 2, w // 2), x.dtype, x.device)
@@ -58,7 +58,7 @@ def forward_head(x: torch.Tensor, skip: torch.Tensor | None, weight: torch.Tenso
     head_weight (classes, C_out, 1, 1) with at most 32 classes and C_out <= 128; ``output`` "logits" or
     "probabilities" gives (N, classes, H, W) in x's dtype, "labels" uint8 (N, H, W), the first maximum.
     """
-    conv = _forward_convolution(x, skip, weight, bias, pad, True)
+    conv = _forward_convolution(x, skip, weight, bias, pad, 0.0)
     head = Head(head_weight.reshape(head_weight.shape[:2]).contiguous(), head_bias, output)
     if conv.c_out > 128:
         raise ValueError(f"the fused head takes at most 128 features, not {conv.c_out}")
@@ -92,14 +92,14 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     return weight.permute(0, 2, 3, 1).contiguous().view(weight.shape[0], 9, weight.shape[1])
 
 
-def _forward_convolution(x, skip, weight, bias, pad: int, relu: bool) -> Convolution:
+def _forward_convolution(x, skip, weight, bias, pad: int, slope: float) -> Convolution:
     x = _launch.channels_last(x)
     h, w = x.shape[2:]
     if skip is not None:
         top, left = (skip.shape[2] - h) // 2, (skip.shape[3] - w) // 2
         skip = _launch.channels_last(skip)[:, :, top : top + h, left : left + w]
     return Convolution(x, skip, weight.permute(0, 2, 3, 1), (pad, pad), (h + 2 * pad - 2, w + 2 * pad - 2), bias, None,
-                       relu)
+                       slope)
 
 
 def _run(conv: Convolution, y: torch.Tensor, pooled: torch.Tensor | None, config: ConvConfig | None) -> torch.Tensor:

@@ -8,7 +8,7 @@ import triton.language as tl
 from .. import _launch
 from .._launch import mma
 from .convolution import ConvConfig, Convolution, Head
-from .epilogue import bias_relu, head_store, max_of_pairs
+from .epilogue import bias_activation, head_store, max_of_pairs
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def add_source(acc, x_ptr, weight_ptr, x_shape, offset, n, h, w, p_mask, offs_k,
 
 @triton.jit(do_not_specialize=["x_shape", "skip_shape", "offset", "y_shape", "WEIGHT_TAP"])
 def conv_relu_pointer_kernel(x_ptr, x_weight_ptr, x_shape, skip_ptr, skip_weight_ptr, skip_shape, offset,
-                             bias_ptr, mask_ptr, y_ptr, pooled_ptr, y_shape, WEIGHT_TAP, RELU: tl.constexpr,
+                             bias_ptr, mask_ptr, y_ptr, pooled_ptr, y_shape, WEIGHT_TAP, SLOPE: tl.constexpr,
                              BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
                              VECTOR: tl.constexpr, VECTOR_OUT: tl.constexpr, STAGES: tl.constexpr,
                              PRECISION: tl.constexpr):
@@ -81,7 +81,7 @@ def conv_relu_pointer_kernel(x_ptr, x_weight_ptr, x_shape, skip_ptr, skip_weight
                          WEIGHT_TAP, BLOCK_C, VECTOR, STAGES, PRECISION)
     acc = add_source(acc, x_ptr, x_weight_ptr, x_shape, offset, n, h, w, p_mask, offs_k, k_mask,
                      WEIGHT_TAP, BLOCK_C, VECTOR, STAGES, PRECISION)
-    y = bias_relu(acc, bias_ptr, offs_k, C_out, RELU)
+    y = bias_activation(acc, bias_ptr, offs_k, C_out, SLOPE)
     first = unflatten(tile * BLOCK_P, y_shape, pooled_ptr is not None)
     store_tile(y, mask_ptr, y_ptr, pooled_ptr, y_shape, first, n, h, w, p_mask, offs_k, VECTOR_OUT)
 
@@ -117,7 +117,7 @@ def store_tile(y, mask_ptr, y_ptr, pooled_ptr, y_shape, first, n, h, w, p_mask, 
 @triton.jit(do_not_specialize=["x_shape", "skip_shape", "offset", "y_shape", "WEIGHT_TAP"])
 def conv_relu_pointer_head_kernel(x_ptr, x_weight_ptr, x_shape, skip_ptr, skip_weight_ptr, skip_shape,
                                   offset, bias_ptr, head_weight_ptr, head_bias_ptr, out_ptr, y_shape, WEIGHT_TAP,
-                                  RELU: tl.constexpr, NUM_CLASSES: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
+                                  SLOPE: tl.constexpr, NUM_CLASSES: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
                                   OUTPUT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
                                   BLOCK_C: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
                                   PRECISION: tl.constexpr):
@@ -133,7 +133,7 @@ def conv_relu_pointer_head_kernel(x_ptr, x_weight_ptr, x_shape, skip_ptr, skip_w
                          WEIGHT_TAP, BLOCK_C, VECTOR, STAGES, PRECISION)
     acc = add_source(acc, x_ptr, x_weight_ptr, x_shape, offset, n, h, w, p_mask, offs_k, k_mask,
                      WEIGHT_TAP, BLOCK_C, VECTOR, STAGES, PRECISION)
-    y = bias_relu(acc, bias_ptr, offs_k, C_out, RELU)
+    y = bias_activation(acc, bias_ptr, offs_k, C_out, SLOPE)
     pixel = (n.to(tl.int64) * H + h) * W + w
     head_store(y, head_weight_ptr, head_bias_ptr, out_ptr, pixel, p_mask, offs_k, C_out,
                NUM_CLASSES, BLOCK_CLASSES, OUTPUT, PRECISION)
@@ -156,7 +156,7 @@ def launch_pointer(conv: Convolution, y, pooled, config: ConvConfig) -> None:
     pixels = n * h * w if pooled is None else n * _launch.cdiv(h, 2) * _launch.cdiv(w, 2) * 4
     grid = (_launch.cdiv(pixels, config.pixels) * _launch.cdiv(c_out, config.block_k),)
     _launch.launch(conv_relu_pointer_kernel, grid, *_sources(conv), conv.offset, conv.bias,
-                   conv.mask, y, pooled, (n, h, w, c_out), sum(conv.channels), RELU=conv.relu, BLOCK_K=config.block_k,
+                   conv.mask, y, pooled, (n, h, w, c_out), sum(conv.channels), SLOPE=conv.slope, BLOCK_K=config.block_k,
                    BLOCK_P=config.pixels, BLOCK_C=config.block_c, VECTOR=min(map(_launch.vector_width, conv.images)),
                    VECTOR_OUT=_launch.vector_width(y), STAGES=config.num_stages,
                    PRECISION=_launch.dot_precision(y.dtype), num_warps=config.num_warps, num_stages=config.num_stages)
@@ -168,7 +168,7 @@ def launch_pointer_head(conv: Convolution, head: Head, out, config: ConvConfig) 
     dtype = conv.x.dtype
     grid = (_launch.cdiv(n * h * w, config.pixels),)
     _launch.launch(conv_relu_pointer_head_kernel, grid, *_sources(conv), conv.offset, conv.bias,
-                   head.weight, head.bias, out, (n, h, w, conv.c_out), sum(conv.channels), RELU=conv.relu,
+                   head.weight, head.bias, out, (n, h, w, conv.c_out), sum(conv.channels), SLOPE=conv.slope,
                    NUM_CLASSES=head.classes, BLOCK_CLASSES=head.block, OUTPUT=head.output, BLOCK_K=config.block_k,
                    BLOCK_P=config.pixels, BLOCK_C=config.block_c, VECTOR=min(map(_launch.vector_width, conv.images)),
                    STAGES=config.num_stages, PRECISION=_launch.dot_precision(dtype), num_warps=config.num_warps,

@@ -13,7 +13,7 @@ from .. import _launch
 from .._launch import mma
 from .convolution import ConvConfig, Convolution, Head
 from .descriptors import image_boxes, tap_sources
-from .epilogue import bias_relu, head_store, max_of_pairs
+from .epilogue import bias_activation, head_store, max_of_pairs
 
 ROWS = 4
 
@@ -66,11 +66,11 @@ def accumulate_rows(x_desc, x_weight_desc, x_channels, skip_desc, skip_weight_de
 
 
 @triton.jit
-def finish_row(acc, bias_ptr, mask_desc, y_desc, n, h, w0, k0, C_out, RELU: tl.constexpr):
+def finish_row(acc, bias_ptr, mask_desc, y_desc, n, h, w0, k0, C_out, SLOPE: tl.constexpr):
     """Stores one output row and returns it in fp32."""
     BLOCK_K: tl.constexpr = acc.shape[0]
     BLOCK_W: tl.constexpr = acc.shape[1]
-    y = bias_relu(acc, bias_ptr, k0 + tl.arange(0, BLOCK_K), C_out, RELU)
+    y = bias_activation(acc, bias_ptr, k0 + tl.arange(0, BLOCK_K), C_out, SLOPE)
     if mask_desc is not None:
         y = tl.where(tl.reshape(mask_desc.load([n, h, w0, k0]), (BLOCK_W, BLOCK_K)).T > 0, y, 0.0)
     y_desc.store([n, h, w0, k0], tl.reshape(y.to(y_desc.dtype).T, (1, 1, BLOCK_W, BLOCK_K)))
@@ -89,7 +89,7 @@ def pool_rows(upper, lower, pooled_desc, n, h, w, k0):
 
 @triton.jit(do_not_specialize=["x_channels", "skip_channels", "offset", "C_out", "tiles"])
 def conv_relu_rows_kernel(x_desc, x_weight_desc, x_channels, skip_desc, skip_weight_desc, skip_channels, offset,
-                          bias_ptr, mask_desc, y_desc, pooled_desc, C_out, tiles, RELU: tl.constexpr,
+                          bias_ptr, mask_desc, y_desc, pooled_desc, C_out, tiles, SLOPE: tl.constexpr,
                           BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
                           PRECISION: tl.constexpr):
     """``y = relu(conv(skip) + conv(x) + bias) * (mask > 0)`` and its 2×2 max-pool, each part optional.
@@ -102,30 +102,30 @@ def conv_relu_rows_kernel(x_desc, x_weight_desc, x_channels, skip_desc, skip_wei
     w0, h0, n = tile % tiles_w * BLOCK_W, tile // tiles_w % tiles_h * 4, tile // (tiles_w * tiles_h)
     y0, y1, y2, y3 = accumulate_rows(x_desc, x_weight_desc, x_channels, skip_desc, skip_weight_desc, skip_channels,
                                      offset, n, h0, w0, k0, BLOCK_K, BLOCK_W, BLOCK_C, STAGES, PRECISION)
-    y0 = finish_row(y0, bias_ptr, mask_desc, y_desc, n, h0, w0, k0, C_out, RELU)
-    y1 = finish_row(y1, bias_ptr, mask_desc, y_desc, n, h0 + 1, w0, k0, C_out, RELU)
+    y0 = finish_row(y0, bias_ptr, mask_desc, y_desc, n, h0, w0, k0, C_out, SLOPE)
+    y1 = finish_row(y1, bias_ptr, mask_desc, y_desc, n, h0 + 1, w0, k0, C_out, SLOPE)
     if pooled_desc is not None:
         pool_rows(y0, y1, pooled_desc, n, h0 // 2, w0 // 2, k0)
-    y2 = finish_row(y2, bias_ptr, mask_desc, y_desc, n, h0 + 2, w0, k0, C_out, RELU)
-    y3 = finish_row(y3, bias_ptr, mask_desc, y_desc, n, h0 + 3, w0, k0, C_out, RELU)
+    y2 = finish_row(y2, bias_ptr, mask_desc, y_desc, n, h0 + 2, w0, k0, C_out, SLOPE)
+    y3 = finish_row(y3, bias_ptr, mask_desc, y_desc, n, h0 + 3, w0, k0, C_out, SLOPE)
     if pooled_desc is not None:
         pool_rows(y2, y3, pooled_desc, n, h0 // 2 + 1, w0 // 2, k0)
 
 
 @triton.jit
-def head_row(acc, bias_ptr, head_weight_ptr, head_bias_ptr, out_ptr, n, h, w0, y_shape, RELU: tl.constexpr,
+def head_row(acc, bias_ptr, head_weight_ptr, head_bias_ptr, out_ptr, n, h, w0, y_shape, SLOPE: tl.constexpr,
              NUM_CLASSES: tl.constexpr, BLOCK_CLASSES: tl.constexpr, OUTPUT: tl.constexpr, PRECISION: tl.constexpr):
     """The 1×1 head of one output row."""
     _, H, W, C_out = y_shape
     offs_k, w = tl.arange(0, acc.shape[0]), w0 + tl.arange(0, acc.shape[1])
-    y = bias_relu(acc, bias_ptr, offs_k, C_out, RELU)
+    y = bias_activation(acc, bias_ptr, offs_k, C_out, SLOPE)
     head_store(y, head_weight_ptr, head_bias_ptr, out_ptr, (n.to(tl.int64) * H + h) * W + w,
                w < tl.where(h < H, W, 0), offs_k, C_out, NUM_CLASSES, BLOCK_CLASSES, OUTPUT, PRECISION)
 
 
 @triton.jit(do_not_specialize=["x_channels", "skip_channels", "offset", "y_shape", "tiles"])
 def conv_relu_rows_head_kernel(x_desc, x_weight_desc, x_channels, skip_desc, skip_weight_desc, skip_channels, offset,
-                               bias_ptr, head_weight_ptr, head_bias_ptr, out_ptr, y_shape, tiles, RELU: tl.constexpr,
+                               bias_ptr, head_weight_ptr, head_bias_ptr, out_ptr, y_shape, tiles, SLOPE: tl.constexpr,
                                NUM_CLASSES: tl.constexpr, BLOCK_CLASSES: tl.constexpr, OUTPUT: tl.constexpr,
                                BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
                                STAGES: tl.constexpr, PRECISION: tl.constexpr):
@@ -135,13 +135,13 @@ def conv_relu_rows_head_kernel(x_desc, x_weight_desc, x_channels, skip_desc, ski
     w0, h0, n = tile % tiles_w * BLOCK_W, tile // tiles_w % tiles_h * 4, tile // (tiles_w * tiles_h)
     y0, y1, y2, y3 = accumulate_rows(x_desc, x_weight_desc, x_channels, skip_desc, skip_weight_desc, skip_channels,
                                      offset, n, h0, w0, 0, BLOCK_K, BLOCK_W, BLOCK_C, STAGES, PRECISION)
-    head_row(y0, bias_ptr, head_weight_ptr, head_bias_ptr, out_ptr, n, h0, w0, y_shape, RELU, NUM_CLASSES,
+    head_row(y0, bias_ptr, head_weight_ptr, head_bias_ptr, out_ptr, n, h0, w0, y_shape, SLOPE, NUM_CLASSES,
              BLOCK_CLASSES, OUTPUT, PRECISION)
-    head_row(y1, bias_ptr, head_weight_ptr, head_bias_ptr, out_ptr, n, h0 + 1, w0, y_shape, RELU, NUM_CLASSES,
+    head_row(y1, bias_ptr, head_weight_ptr, head_bias_ptr, out_ptr, n, h0 + 1, w0, y_shape, SLOPE, NUM_CLASSES,
              BLOCK_CLASSES, OUTPUT, PRECISION)
-    head_row(y2, bias_ptr, head_weight_ptr, head_bias_ptr, out_ptr, n, h0 + 2, w0, y_shape, RELU, NUM_CLASSES,
+    head_row(y2, bias_ptr, head_weight_ptr, head_bias_ptr, out_ptr, n, h0 + 2, w0, y_shape, SLOPE, NUM_CLASSES,
              BLOCK_CLASSES, OUTPUT, PRECISION)
-    head_row(y3, bias_ptr, head_weight_ptr, head_bias_ptr, out_ptr, n, h0 + 3, w0, y_shape, RELU, NUM_CLASSES,
+    head_row(y3, bias_ptr, head_weight_ptr, head_bias_ptr, out_ptr, n, h0 + 3, w0, y_shape, SLOPE, NUM_CLASSES,
              BLOCK_CLASSES, OUTPUT, PRECISION)
 
 
@@ -159,7 +159,7 @@ def launch_rows(conv: Convolution, y, pooled, config: ConvConfig) -> None:
     _launch.launch(conv_relu_rows_kernel, (programs,),
                    *tap_sources(conv, (1, 1, config.block_w, config.block_c), config.block_k), conv.offset, conv.bias,
                    None if conv.mask is None else image_boxes(conv.mask, row), image_boxes(y, row),
-                   None if pooled is None else image_boxes(pooled, half), conv.c_out, tiles, RELU=conv.relu,
+                   None if pooled is None else image_boxes(pooled, half), conv.c_out, tiles, SLOPE=conv.slope,
                    BLOCK_K=config.block_k, BLOCK_W=config.block_w, BLOCK_C=config.block_c, STAGES=config.num_stages,
                    PRECISION=_launch.dot_precision(y.dtype), num_warps=config.num_warps, num_stages=config.num_stages)
 
@@ -169,7 +169,7 @@ def launch_rows_head(conv: Convolution, head: Head, out, config: ConvConfig) -> 
     programs, tiles = _tiles(conv, config)
     _launch.launch(conv_relu_rows_head_kernel, (programs,),
                    *tap_sources(conv, (1, 1, config.block_w, config.block_c), config.block_k), conv.offset, conv.bias,
-                   head.weight, head.bias, out, (conv.batch, *conv.out_size, conv.c_out), tiles, RELU=conv.relu,
+                   head.weight, head.bias, out, (conv.batch, *conv.out_size, conv.c_out), tiles, SLOPE=conv.slope,
                    NUM_CLASSES=head.classes, BLOCK_CLASSES=head.block, OUTPUT=head.output, BLOCK_K=config.block_k,
                    BLOCK_W=config.block_w, BLOCK_C=config.block_c, STAGES=config.num_stages,
                    PRECISION=_launch.dot_precision(conv.x.dtype), num_warps=config.num_warps,

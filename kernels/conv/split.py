@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import _launch, max_pool
-from .._launch import relu
+from .._launch import activation
 from .box import add_box_source, box_tiles
 from .convolution import ConvConfig, Convolution
 from .descriptors import tap_sources
@@ -48,7 +48,7 @@ def conv_relu_box_split_kernel(x_desc, x_weight_desc, x_channels, skip_desc, ski
 
 @triton.jit(do_not_specialize=["splits", "count", "H", "W"])
 def conv_relu_join_kernel(partial_ptr, bias_ptr, mask_ptr, mask_strides, y_ptr, splits, count, H, W, C_out,
-                          RELU: tl.constexpr, BLOCK: tl.constexpr):
+                          SLOPE: tl.constexpr, BLOCK: tl.constexpr):
     """``y = relu(sum of partial (splits, count) + bias) * (mask > 0)`` of ``count`` NHWC elements, each part optional.
 
     ``mask_strides`` are those of the mask's images, rows and pixels. All of partial has fewer than 2³¹ elements.
@@ -61,8 +61,7 @@ def conv_relu_join_kernel(partial_ptr, bias_ptr, mask_ptr, mask_strides, y_ptr, 
     k, pixel = offs % C_out, offs // C_out
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + k, mask=inside, other=0.0).to(tl.float32)
-    if RELU:
-        acc = relu(acc)
+    acc = activation(acc, SLOPE)
     if mask_ptr is not None:
         n, h, w = pixel // (H * W), pixel // W % H, pixel % W
         stride_n, stride_h, stride_w = mask_strides
@@ -85,6 +84,6 @@ def launch_box_split(conv: Convolution, y: torch.Tensor, pooled: torch.Tensor | 
                    PRECISION=_launch.dot_precision(y.dtype), num_warps=config.num_warps, num_stages=config.num_stages)
     mask, strides = conv.mask, None if conv.mask is None else (*conv.mask.stride()[::2], conv.mask.stride(3))
     _launch.launch(conv_relu_join_kernel, (_launch.cdiv(y.numel(), _TILE),), partial, conv.bias, mask, strides, y,
-                   config.splits, y.numel(), h, w, k, RELU=conv.relu, BLOCK=_TILE)
+                   config.splits, y.numel(), h, w, k, SLOPE=conv.slope, BLOCK=_TILE)
     if pooled is not None:
         max_pool.pool_into(y, pooled)

@@ -16,7 +16,7 @@ from .._launch import mma
 from .._weights import stacked_rows
 from .convolution import ConvConfig, Convolution, Head
 from .descriptors import image_boxes, matrix_boxes, row_pair_boxes
-from .epilogue import bias_relu, head_store, max_of_pairs
+from .epilogue import bias_activation, head_store, max_of_pairs
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def accumulate_row_pairs(x_desc, x_weight_desc, x_channels, skip_desc, skip_weig
 
 @triton.jit(do_not_specialize=["x_channels", "skip_channels", "offset", "y_shape", "tiles"])
 def conv_relu_two_rows_kernel(x_desc, x_weight_desc, x_channels, skip_desc, skip_weight_desc, skip_channels, offset,
-                              bias_ptr, mask_ptr, y_ptr, pooled_desc, y_shape, tiles, RELU: tl.constexpr,
+                              bias_ptr, mask_ptr, y_ptr, pooled_desc, y_shape, tiles, SLOPE: tl.constexpr,
                               BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
                               BLOCK_C: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
                               PRECISION: tl.constexpr):
@@ -67,7 +67,7 @@ def conv_relu_two_rows_kernel(x_desc, x_weight_desc, x_channels, skip_desc, skip
                                n, i0, w0, BLOCK_K, BLOCK_H, BLOCK_W, BLOCK_C, STAGES, PRECISION)
     offs_m, offs_p = tl.arange(0, 2 * BLOCK_K), tl.arange(0, BLOCK_H * BLOCK_W)
     offs_k, odd = offs_m % BLOCK_K, 1 - offs_m // BLOCK_K
-    y = bias_relu(acc, bias_ptr, offs_k, C_out, RELU)
+    y = bias_activation(acc, bias_ptr, offs_k, C_out, SLOPE)
     h = 2 * (i0 + offs_p // BLOCK_W)[None, :] + odd[:, None]
     w = w0 + offs_p % BLOCK_W
     y_mask = (offs_k < C_out)[:, None] & (h < H) & (w < W)[None, :]
@@ -86,7 +86,7 @@ def conv_relu_two_rows_kernel(x_desc, x_weight_desc, x_channels, skip_desc, skip
 @triton.jit(do_not_specialize=["x_channels", "skip_channels", "offset", "y_shape", "tiles"])
 def conv_relu_two_rows_head_kernel(x_desc, x_weight_desc, x_channels, skip_desc, skip_weight_desc, skip_channels,
                                    offset, bias_ptr, head_weight_ptr, head_bias_ptr, out_ptr, y_shape, tiles,
-                                   RELU: tl.constexpr, NUM_CLASSES: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
+                                   SLOPE: tl.constexpr, NUM_CLASSES: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
                                    OUTPUT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
                                    BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
                                    PRECISION: tl.constexpr):
@@ -98,7 +98,8 @@ def conv_relu_two_rows_head_kernel(x_desc, x_weight_desc, x_channels, skip_desc,
     w0, i0, n = tile % tiles_w * BLOCK_W, tile // tiles_w % tiles_h * BLOCK_H, tile // (tiles_w * tiles_h)
     acc = accumulate_row_pairs(x_desc, x_weight_desc, x_channels, skip_desc, skip_weight_desc, skip_channels, offset,
                                n, i0, w0, BLOCK_K, BLOCK_H, BLOCK_W, BLOCK_C, STAGES, PRECISION)
-    y = bias_relu(acc, bias_ptr, tl.arange(0, 2 * BLOCK_K) % BLOCK_K, C_out, RELU).to(head_weight_ptr.dtype.element_ty)
+    y = bias_activation(acc, bias_ptr, tl.arange(0, 2 * BLOCK_K) % BLOCK_K, C_out, SLOPE)
+    y = y.to(head_weight_ptr.dtype.element_ty)
     y = tl.reshape(tl.permute(tl.reshape(y, (2, BLOCK_K, PIXELS)), (1, 0, 2)), (BLOCK_K, 2 * PIXELS))
     offs_p = tl.arange(0, 2 * PIXELS)
     h = 2 * (i0 + offs_p % PIXELS // BLOCK_W) + 1 - offs_p // PIXELS
@@ -133,7 +134,7 @@ def launch_two_rows(conv: Convolution, y, pooled, config: ConvConfig) -> None:
     half = (1, config.block_h, config.block_w // 2, config.block_k)
     _launch.launch(conv_relu_two_rows_kernel, (programs,), *_sources(conv, config), conv.offset, conv.bias, conv.mask,
                    y, None if pooled is None else image_boxes(pooled, half), (conv.batch, *conv.out_size, conv.c_out),
-                   tiles, RELU=conv.relu, BLOCK_K=config.block_k, BLOCK_H=config.block_h, BLOCK_W=config.block_w,
+                   tiles, SLOPE=conv.slope, BLOCK_K=config.block_k, BLOCK_H=config.block_h, BLOCK_W=config.block_w,
                    BLOCK_C=config.block_c, VECTOR=_launch.vector_width(y), STAGES=config.num_stages,
                    PRECISION=_launch.dot_precision(y.dtype), num_warps=config.num_warps, num_stages=config.num_stages)
 
@@ -142,7 +143,7 @@ def launch_two_rows_head(conv: Convolution, head: Head, out, config: ConvConfig)
     """Writes the head's logits, probabilities or labels of the convolution to ``out``."""
     programs, tiles = _tiles(conv, config)
     _launch.launch(conv_relu_two_rows_head_kernel, (programs,), *_sources(conv, config), conv.offset, conv.bias,
-                   head.weight, head.bias, out, (conv.batch, *conv.out_size, conv.c_out), tiles, RELU=conv.relu,
+                   head.weight, head.bias, out, (conv.batch, *conv.out_size, conv.c_out), tiles, SLOPE=conv.slope,
                    NUM_CLASSES=head.classes, BLOCK_CLASSES=head.block, OUTPUT=head.output, BLOCK_K=config.block_k,
                    BLOCK_H=config.block_h, BLOCK_W=config.block_w, BLOCK_C=config.block_c, STAGES=config.num_stages,
                    PRECISION=_launch.dot_precision(conv.x.dtype), num_warps=config.num_warps,

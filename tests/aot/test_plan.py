@@ -98,7 +98,7 @@ def test_every_call_of_a_network_repeats_its_launches(started, dtype, monkeypatc
 
 def test_a_repeated_launch_costs_few_python_calls(started):
     x, weight, bias = (torch.randn(s).bfloat16() for s in ((1, 64, 32, 32), (64, 64, 3, 3), (64,)))
-    operands = x.contiguous(memory_format=torch.channels_last), None, weight, bias, 1, True
+    operands = x.contiguous(memory_format=torch.channels_last), None, weight, bias, 1, 0.0
     launcher = _plan.planned(conv_relu.forward)
     launcher(*operands)
     repeated, first = (len(functions_called(f, *operands)) for f in (launcher, launcher.__wrapped__))
@@ -110,7 +110,7 @@ def test_what_is_kept_holds_no_tensor(started):
     x = x.contiguous(memory_format=torch.channels_last)
     launcher = _plan.planned(conv_relu.forward)
     for _ in range(2):
-        kept = [weakref.ref(t) for t in (x, weight, bias, launcher(x, None, weight, bias, 1, True))]
+        kept = [weakref.ref(t) for t in (x, weight, bias, launcher(x, None, weight, bias, 1, 0.0))]
         started.clear()  # holds what was launched
         assert [ref() is None for ref in kept] == [False, False, False, True]
     del x, weight, bias
@@ -123,8 +123,8 @@ def test_what_is_kept_depends_on_all_that_a_launcher_may_look_at(started):
     y = torch.randn(2, 8, 16, 16).contiguous(memory_format=torch.channels_last)
     for other in (y, y[:1], y[:, :, 1:], y.half(), y.contiguous(), y.expand(2, 8, 16, 16)):
         for _ in range(2):
-            expected = relu.backward(other, other)
-            actual = launcher(other, other)
+            expected = relu.backward(other, other, 0.0)
+            actual = launcher(other, other, 0.0)
             assert (actual.shape, actual.stride(), actual.dtype) == (expected.shape, expected.stride(), expected.dtype)
 
 
@@ -133,11 +133,11 @@ def test_operands_of_one_storage_are_not_mixed_up(started):
     launcher = _plan.planned(relu.backward)
     flat = torch.randn(2 * 8 * 16 * 16)
     dy, y = (part.view(8, 16, 16, 1).permute(0, 3, 1, 2) for part in flat.view(2, -1))
-    for operands in ((dy, y), (y, dy)):
+    for operands in ((dy, y, 0.0), (y, dy, 0.0)):
         started.clear()
         launcher(*operands)
         passed = [int(byte) for byte in re.findall(r"'address', 0, (\d+)", repr(addressless(started[0], [flat])))]
-        assert passed == [operand.data_ptr() - flat.data_ptr() for operand in operands]
+        assert passed == [operand.data_ptr() - flat.data_ptr() for operand in operands[:2]]
 
 
 def launched_python(launcher, *operands):
@@ -148,18 +148,18 @@ def launched_python(launcher, *operands):
 def test_debugging_instrumentation_and_hooks_see_every_launch(started, monkeypatch):
     launcher = _plan.planned(relu.backward)
     dy, y = (torch.randn(1, 8, 4, 4).contiguous(memory_format=torch.channels_last) for _ in range(2))
-    launcher(dy, y)
-    assert not launched_python(launcher, dy, y)
+    launcher(dy, y, 0.0)
+    assert not launched_python(launcher, dy, y, 0.0)
     for knobs, name, value in ((triton.knobs.runtime, "debug", True),
                                (triton.knobs.compilation, "instrumentation_mode", "gsan")):  # fmt: skip
         with monkeypatch.context() as patch:
             patch.setattr(knobs, name, value)
             patch.setattr(_launch, "launch", lambda *args, **kwargs: None)
-            assert launched_python(launcher, dy, y), name
-    assert not launched_python(launcher, dy, y)
+            assert launched_python(launcher, dy, y, 0.0), name
+    assert not launched_python(launcher, dy, y, 0.0)
     seen = []
     monkeypatch.setattr(relu.relu_backward_kernel, "pre_run_hooks", [lambda *args, **kwargs: seen.append(args)])
-    launcher(dy, y)
+    launcher(dy, y, 0.0)
     assert len(seen) == 1, "a hook that was added after the first call"
 
 

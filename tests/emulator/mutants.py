@@ -55,7 +55,7 @@ def weight_gradient() -> Callable:
 
 def upsampling() -> Callable:
     x, weight = image(1, 32, 8, 8), image(16, 32, 2, 2) / 11
-    return lambda: upsample_conv.forward(x, weight, None, True, config=Stride2Config(4, 8, 64, 16, 4, 2, True))
+    return lambda: upsample_conv.forward(x, weight, None, 0.0, config=Stride2Config(4, 8, 64, 16, 4, 2, True))
 
 
 LAUNCHES = {

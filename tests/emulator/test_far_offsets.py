@@ -66,7 +66,7 @@ def test_convolution(variant, emulator):
     x = image(channels, size, size)
     assert x.numel() > FAR
     weight = (torch.randn(8, channels, 3, 3) / channels**0.5).to(BF16).contiguous(memory_format=torch.channels_last)
-    y = conv_relu.forward(x, None, weight, None, 1, True, config)
+    y = conv_relu.forward(x, None, weight, None, 1, 0.0, config)
     exact = F.conv2d(x[:, :, -2:, -12:].double(), weight.double(), padding=1).relu()
     close(y[0, :, -1, -8:], exact[0, :, -1, -8:])
 
@@ -82,7 +82,7 @@ def test_stride2(kernels, bulk, emulator):
         y = kernels.forward(x, weight, None, config)
         exact = F.conv_transpose2d(near, weight.double(), stride=2)
     else:
-        y = kernels.forward(x, weight, None, False, config)
+        y = kernels.forward(x, weight, None, 1.0, config)
         exact = F.conv2d(F.pad(F.interpolate(near, scale_factor=2), (0, 1, 0, 1)), weight.double())
     close(y[0, :, -2:, -8:], exact[0, :, -2:, -8:].detach())
     dx = kernels.data_grad(dy, weight, x, False, config)
@@ -97,14 +97,14 @@ def test_max_pool_and_its_gradient(emulator):
     exact = F.max_pool2d(near, 2)
     assert torch.equal(pooled[0, :, -1, -2:].double(), exact[0, :, -1, -2:])
     d_pool = image(8, 8256, 8256)
-    d = max_pool.backward(d_pool, None, x, False)
+    d = max_pool.backward(d_pool, None, x, 1.0)
     (exact,) = torch.autograd.grad(exact, near, d_pool[:, :, -2:, -4:].double())
     assert torch.equal(d[0, :, -2:, -4:].double(), exact[0, :, -2:, -4:])
 
 
 def test_relu(emulator):
     emulator.only, y = last, image(8, 16512, 16512)
-    d = relu.backward(y, y)
+    d = relu.backward(y, y, 0.0)
     assert torch.equal(d[0, :, -1, -16:], y[0, :, -1, -16:].relu())
 
 
@@ -165,7 +165,7 @@ def test_sums_and_confusion(emulator, monkeypatch):
 def test_beyond_the_limits_is_refused(shape, strides):
     x = torch.empty_strided(shape, strides, dtype=BF16, device="meta")
     with _launch.recording(90), pytest.raises(ValueError, match=r"an image of shape .* is too large"):
-        max_pool.forward(x) if shape[2] > 1 else relu.backward(x, x)
+        max_pool.forward(x) if shape[2] > 1 else relu.backward(x, x, 0.0)
 
 
 def test_a_side_of_2_to_the_31_is_refused():

@@ -38,17 +38,17 @@ def calls():
     )  # fmt: skip
     pooled = dz[..., :3, :2]
     return {
-        "conv_relu": (x, skip, wide, b, 1, True),
-        "conv_relu_pool": (x, w, b, 1, True),
+        "conv_relu": (x, skip, wide, b, 1, 0.1),
+        "conv_relu_pool": (x, w, b, 1, 0.0),
         "conv_relu_data_grad": (dz, wide, x, skip, 1, True, True),
         "conv_relu_weight_grad": (dz, x, skip, 1, True),
         "max_pool2d": (x,),
-        "max_pool2d_backward": (pooled, dz, dz, True),
-        "relu_backward": (dz, dz),
+        "max_pool2d_backward": (pooled, dz, dz, 0.0),
+        "relu_backward": (dz, dz, 0.1),
         "conv_transpose2d": (x, wt, b),
         "conv_transpose2d_data_grad": (up, wt, x, True),
         "conv_transpose2d_weight_grad": (up, x, True),
-        "upsample_conv_relu": (x, wu, b, True),
+        "upsample_conv_relu": (x, wu, b, 0.0),
         "upsample_conv_relu_data_grad": (up, wu, x, True),
         "upsample_conv_relu_weight_grad": (up, x, True),
         "segmentation_head": (x, head, b, "probabilities"),

@@ -126,7 +126,7 @@ def reference(x, skip, weight, bias, pad, relu, dtype, convolve=F.conv2d):
 @pytest.mark.parametrize("case, dtype", dtypes_of(ONE_SOURCE) + dtypes_of(TWO_SOURCES))
 def test_forward(case, dtype, device):
     x, skip, weight, bias = operands(case, dtype, device)
-    y = conv_relu.forward(x, skip, weight, bias, case.pad, True, case.config)
+    y = conv_relu.forward(x, skip, weight, bias, case.pad, 0.0, case.config)
     same, exact = (reference(x, skip, weight, bias, case.pad, True, d) for d in (dtype, torch.float64))
     if dtype == torch.float32:
         ordered = reference(x, skip, weight, bias, case.pad, True, dtype, in_order.conv2d)
@@ -136,10 +136,12 @@ def test_forward(case, dtype, device):
 
 
 @pytest.mark.parametrize("case", [c for c in ONE_SOURCE if c.config and c.pad == 0], ids=str)
-def test_forward_without_bias_and_relu(case, device):
+@pytest.mark.parametrize("slope", [0.2, 1.0])
+def test_forward_without_bias_and_relu(case, slope, device):
     x, skip, weight, _ = operands(case, torch.float32, device, bias=False)
-    y = conv_relu.forward(x, skip, weight, None, case.pad, False, case.config)
-    same, exact = (reference(x, skip, weight, None, case.pad, False, d) for d in (torch.float32, torch.float64))
+    y = conv_relu.forward(x, skip, weight, None, case.pad, slope, case.config)
+    linear = (reference(x, skip, weight, None, case.pad, False, d) for d in (torch.float32, torch.float64))
+    same, exact = (F.leaky_relu(z, slope) for z in linear)
     assert_within_budget(y, same, exact, "y")
     assert (y < 0).any()
 
@@ -147,7 +149,7 @@ def test_forward_without_bias_and_relu(case, device):
 @pytest.mark.parametrize("case, dtype", dtypes_of(ONE_SOURCE))
 def test_forward_pool(case, dtype, device):
     x, _, weight, bias = operands(case, dtype, device)
-    y, pooled = conv_relu.forward_pool(x, weight, bias, case.pad, True, case.config)
+    y, pooled = conv_relu.forward_pool(x, weight, bias, case.pad, 0.0, case.config)
     same, exact = (reference(x, None, weight, bias, case.pad, True, d) for d in (dtype, torch.float64))
     assert_within_budget(y, same, exact, "y")
     if min(y.shape[2:]) < 2:
@@ -193,7 +195,7 @@ def test_head_reads_features_rounded_to_the_activations_dtype(device):
     case = Case(BOX, 1, 0, 24, 64, 6, 17)
     x, _, weight, bias = operands(case, torch.float16, device)
     head_weight = torch.full((2, 64, 1, 1), 1.0, device=device, dtype=torch.float16)
-    features = conv_relu.forward(x, None, weight, bias, 1, True, BOX)
+    features = conv_relu.forward(x, None, weight, bias, 1, 0.0, BOX)
     out = conv_relu.forward_head(x, None, weight, bias, 1, head_weight, None, "logits", BOX)
     assert torch.equal(out, features.double().sum(1, keepdim=True).expand(-1, 2, -1, -1).to(torch.float16))
 
@@ -248,7 +250,7 @@ def test_any_strides(config, layout, device):
     elif layout == "expanded":
         x = x[:1].expand(2, -1, -1, -1)
         weight = weight.to(memory_format=torch.channels_last)
-    y = conv_relu.forward(x, x, torch.cat([weight, weight], 1), None, 1, True, config)
+    y = conv_relu.forward(x, x, torch.cat([weight, weight], 1), None, 1, 0.0, config)
     same, exact = (reference(x, x, torch.cat([weight, weight], 1), None, 1, True, d) for d in (x.dtype, torch.float64))
     assert_within_budget(y, same, exact, layout)
 
@@ -256,8 +258,8 @@ def test_any_strides(config, layout, device):
 def test_batch_0(device):
     x, weight, head = torch.empty(0, 8, 6, 6, device=device), torch.randn(16, 8, 3, 3), torch.randn(4, 16, 1, 1)
     weight, head = weight.to(device), head.to(device)
-    assert conv_relu.forward(x, None, weight, None, 0, True).shape == (0, 16, 4, 4)
-    assert [t.shape for t in conv_relu.forward_pool(x, weight, None, 1, True)] == [(0, 16, 6, 6), (0, 16, 3, 3)]
+    assert conv_relu.forward(x, None, weight, None, 0, 0.0).shape == (0, 16, 4, 4)
+    assert [t.shape for t in conv_relu.forward_pool(x, weight, None, 1, 0.0)] == [(0, 16, 6, 6), (0, 16, 3, 3)]
     assert conv_relu.forward_head(x, None, weight, None, 1, head, None, "labels").shape == (0, 6, 6)
 
 
@@ -265,7 +267,7 @@ def test_batch_0(device):
 def test_repeats_are_bit_identical(case, device):
     x, skip, weight, bias = operands(case, torch.float32, device)
     repeats = 2 if device.type == "cpu" else 10
-    first, *others = [conv_relu.forward(x, skip, weight, bias, case.pad, True, case.config) for _ in range(repeats)]
+    first, *others = [conv_relu.forward(x, skip, weight, bias, case.pad, 0.0, case.config) for _ in range(repeats)]
     assert all(torch.equal(first, other) for other in others)
 
 
@@ -279,7 +281,7 @@ def test_nan_spreads_as_in_pytorch(config, device):
     x = torch.randn(1, 4 if config is FIRST else 8, 8, 10, device=device)
     x[0, 3, 4, 5] = float("nan")
     weight = torch.randn(16, x.shape[1], 3, 3, device=device)
-    y, pooled = conv_relu.forward_pool(x, weight, None, 1, True, config)
+    y, pooled = conv_relu.forward_pool(x, weight, None, 1, 0.0, config)
     expected = F.relu(F.conv2d(x, weight, padding=1))
     if config is TWO_ROWS:
         in_pair = expected.isnan().view(1, 16, 4, 2, 10).any(3).repeat_interleave(2, 2)
@@ -293,7 +295,7 @@ def test_weights_off_the_alignment_of_bulk_copies(device):
     """A channels_last weight that starts anywhere in a flat parameter, as optimizers and FSDP make them."""
     x = torch.randn(1, 8, 4, 16, device=device)
     weight = torch.randn(16 * 9 * 8 + 1, device=device)[1:].view(16, 3, 3, 8).permute(0, 3, 1, 2)
-    y = conv_relu.forward(x, None, weight, None, 1, True, BOX)
+    y = conv_relu.forward(x, None, weight, None, 1, 0.0, BOX)
     same, exact = (reference(x, None, weight, None, 1, True, d) for d in (torch.float32, torch.float64))
     assert_within_budget(y, same, exact, "y")
 
@@ -309,7 +311,7 @@ def test_a_configuration_that_cannot_run_says_why(config, message, device):
     channels = 33 if config.variant == "box" else 16
     x, weight = torch.randn(1, channels, 5, 8, device=device), torch.randn(48, channels, 3, 3, device=device)
     with pytest.raises(ValueError, match=message):
-        conv_relu.forward(x, None, weight, None, 1, True, config)
+        conv_relu.forward(x, None, weight, None, 1, 0.0, config)
 
 
 def test_head_of_too_many_features_is_an_error(device):

@@ -30,19 +30,19 @@ def test_forward_equals_pytorch(shape, dtype, device):
     assert torch.equal(max_pool.forward(x), F.max_pool2d(x, 2))
 
 
-@pytest.mark.parametrize("relu", [False, True], ids=["plain", "relu"])
+@pytest.mark.parametrize("slope", [1.0, 0.0, 0.25], ids=["plain", "relu", "leaky"])
 @pytest.mark.parametrize("with_skip", [False, True], ids=["pool", "pool+skip"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_backward_equals_autograd(shape, with_skip, relu, device):
+def test_backward_equals_autograd(shape, with_skip, slope, device):
     dtype = torch.float16 if shape[1] % 2 else torch.float32
     z = coarse(shape, device, dtype).requires_grad_()
-    y = torch.relu(z) if relu else z * 1
+    y = torch.relu(z) if slope == 0 else F.leaky_relu(z, slope)
     pooled = F.max_pool2d(y, 2)
     d_pool = torch.randn(pooled.shape, device=device).to(dtype)
     d_skip = torch.randn(shape, device=device).to(dtype) if with_skip else None
     outputs, gradients = ([pooled, y], [d_pool, d_skip]) if with_skip else ([pooled], [d_pool])
     (expected,) = torch.autograd.grad(outputs, z, gradients)
-    assert torch.equal(max_pool.backward(d_pool, d_skip, y.detach(), relu), expected)
+    assert torch.equal(max_pool.backward(d_pool, d_skip, y.detach(), slope), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -56,7 +56,7 @@ def test_nan_is_the_maximum(dtype, device):
     torch.testing.assert_close(max_pool.forward(x.detach()), expected, rtol=0, atol=0, equal_nan=True)
     d_pool = torch.full_like(expected, 3.0)
     (gradient,) = torch.autograd.grad(expected, x, d_pool)
-    assert torch.equal(max_pool.backward(d_pool, None, x.detach(), relu=False), gradient)
+    assert torch.equal(max_pool.backward(d_pool, None, x.detach(), slope=1.0), gradient)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 6), (7, 1)], ids=str)
@@ -65,8 +65,8 @@ def test_backward_of_images_without_a_window(size, device):
     y = torch.randn(2, 5, *size, device=device)
     d_pool = torch.empty(2, 5, size[0] // 2, size[1] // 2, device=device)
     d_skip = torch.randn_like(y)
-    assert torch.equal(max_pool.backward(d_pool, d_skip, y, relu=True), torch.where(y > 0, d_skip, 0))
-    assert torch.equal(max_pool.backward(d_pool, None, y, relu=False), torch.zeros_like(y))
+    assert torch.equal(max_pool.backward(d_pool, d_skip, y, slope=0.0), torch.where(y > 0, d_skip, 0))
+    assert torch.equal(max_pool.backward(d_pool, None, y, slope=1.0), torch.zeros_like(y))
 
 
 def test_strided_and_channels_last_inputs(device):
@@ -82,4 +82,4 @@ def test_errors_name_the_shapes(device):
         max_pool.forward(torch.zeros(1, 1, 1, 6, device=device))
     y = torch.zeros(1, 2, 4, 4, device=device)
     with pytest.raises(ValueError, match=r"\(1, 2, 3, 2\)"):
-        max_pool.backward(torch.zeros(1, 2, 3, 2, device=device), None, y, relu=True)
+        max_pool.backward(torch.zeros(1, 2, 3, 2, device=device), None, y, slope=0.0)

@@ -22,7 +22,7 @@ def weight_shape(case: Case):
 
 
 def no_relu(x, weight, bias, **kwargs):
-    return upsample_conv.forward(x, weight, bias, False, **kwargs)
+    return upsample_conv.forward(x, weight, bias, 1.0, **kwargs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -35,7 +35,7 @@ def test_forward_and_gradients(case, dtype, device):
 def test_relu_without_bias(bulk, device):
     case = Case(2, 32, 16, 3, 7, bulk)
     x, weight, _, _ = operands(case, weight_shape(case), torch.float32, device)
-    y = upsample_conv.forward(x, weight, None, True, **case.product())
+    y = upsample_conv.forward(x, weight, None, 0.0, **case.product())
     exact = plain(x.double(), weight.double(), None).relu()
     assert (exact == 0).any()
     assert_within_budget(y, plain(x, weight, None).relu(), exact, "relu")
@@ -46,7 +46,7 @@ def test_relu_keeps_nan(device):
     case = Case(1, 32, 64, 3, 3)
     x, weight, bias, _ = operands(case, weight_shape(case), torch.float32, device)
     x[0, 5, 1, 1] = float("nan")
-    y = upsample_conv.forward(x, weight, bias, True)
+    y = upsample_conv.forward(x, weight, bias, 0.0)
     assert torch.equal(y.isnan(), plain(x, weight, bias).relu().isnan())
     assert y[0, 0].isnan().sum() == 9  # an input pixel reaches 3x3 output pixels
 
@@ -83,8 +83,8 @@ def test_strided_operands(device):
     x, weight, bias, dz = operands(case, weight_shape(case), torch.float32, device)
     strided = torch.stack([x, x], dim=-1)[..., 0]
     weight_view = weight.transpose(2, 3).contiguous().transpose(2, 3)
-    expected = upsample_conv.forward(x, weight, bias, True, **case.product())
-    assert torch.equal(upsample_conv.forward(strided, weight_view, bias, True, **case.product()), expected)
+    expected = upsample_conv.forward(x, weight, bias, 0.0, **case.product())
+    assert torch.equal(upsample_conv.forward(strided, weight_view, bias, 0.0, **case.product()), expected)
     flat = dz[:, :, :1, :1].expand_as(dz)
     dw, db = upsample_conv.weight_grad(flat, strided, True, **case.weight_grad())
     dw_copy, db_copy = upsample_conv.weight_grad(flat.contiguous(), x, True, **case.weight_grad())
@@ -99,7 +99,7 @@ def test_repeats_are_bit_identical(bulk, device):
 
     def run():
         return (
-            upsample_conv.forward(x, weight, bias, True, **case.product()),
+            upsample_conv.forward(x, weight, bias, 0.0, **case.product()),
             upsample_conv.data_grad(dz, weight, x, True, **case.product()),
             *upsample_conv.weight_grad(dz, x, True, **case.weight_grad()),
         )
