@@ -1,6 +1,6 @@
-"""Every test that this machine can run, ``python -m tests``: part after part, whatever fails, and one summary.
+"""Every test that this machine can run, ``python -m tests``: two parts at a time, whatever fails, and one summary.
 
-Each part is a run of pytest with a worker for each core. ``-k EXPRESSION`` and the like are passed on.
+Each part is a run of pytest, which shares the cores with the other one. ``-k EXPRESSION`` and the like are passed on.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from xml.etree import ElementTree
 
 OLDEST_TRITON = Path(sys.prefix) / "triton-3.6.0"
-WORKERS = str(min(os.cpu_count() or 1, 8))
+LANES = min(os.cpu_count() or 1, 2)
+WORKERS = min((os.cpu_count() or 1) // LANES, 4)
 SECONDS_BETWEEN_LINES = 20
 
 
@@ -43,18 +45,18 @@ class Outcome:
 
 
 def parts() -> list[Part]:
-    """What can be run here."""
+    """What can be run here, the longest first, so that both lanes end at about the same time."""
     rooms = ("tests/kernels", "tests/aot", "tests/emulator", "tests/faults")
     found = [
         Part("library", ("tests", *(f"--ignore={room}" for room in rooms))),
         Part("kernels, interpreted", ("tests/kernels",), (("TRITON_INTERPRET", "1"),)),
-        Part("kernels, their machine code executed", ("tests/emulator",)),
-        Part("faults", ("tests/faults",)),
         Part("machine code, newest Triton", ("tests/aot",)),
+        Part("kernels, their machine code executed", ("tests/emulator",)),
     ]
     if OLDEST_TRITON.exists():
         path = os.pathsep.join(filter(None, [str(OLDEST_TRITON), os.environ.get("PYTHONPATH")]))
         found.append(Part("machine code, oldest Triton", ("tests/aot",), (("PYTHONPATH", path),)))
+    found.append(Part("faults", ("tests/faults",)))
     cuda = "import sys, torch; sys.exit(not torch.cuda.is_available())"
     if subprocess.run([sys.executable, "-c", cuda], check=False).returncode == 0:
         found.append(Part("kernels, on the GPU", ("tests/kernels",)))
@@ -64,11 +66,11 @@ def parts() -> list[Part]:
 def run(part: Part, arguments: list[str]) -> Outcome:
     """Runs a part to its end, with a line now and then."""
     started, percent = time.monotonic(), "0 %"
-    threads = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}  # a worker for each core already
+    threads = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}  # a test for each core already
+    workers = ["-n", str(WORKERS), "--dist", "worksteal"] if WORKERS > 1 else ["-n", "0"]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", *part.paths, "-q", "-n", WORKERS, "--dist", "worksteal",
-                   f"--junitxml={report}", *arguments]  # fmt: skip
+        command = [sys.executable, "-m", "pytest", *part.paths, "-q", *workers, f"--junitxml={report}", *arguments]  # fmt: skip
         process = subprocess.Popen(command, env={**os.environ, **threads, **dict(part.environment)}, text=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
         ended = threading.Event()
@@ -132,7 +134,8 @@ def summary(outcomes: list[Outcome]) -> str:
 
 def main(arguments: list[str]) -> int:
     """Runs all parts; exit status 1 if a test of any of them failed."""
-    outcomes = [run(part, arguments) for part in parts()]
+    with ThreadPoolExecutor(LANES) as lanes:
+        outcomes = list(lanes.map(lambda part: run(part, arguments), parts()))
     print(summary(outcomes), flush=True)
     return 1 if any(outcome.failed for outcome in outcomes) else 0
 

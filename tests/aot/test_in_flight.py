@@ -10,17 +10,15 @@ import re
 
 import pytest
 import torch
-import triton
 
 from fastunet.inspection.in_flight import parse_ptx, touched
 from fastunet.inspection.machine_code import _sass, compile_launch, failures, inspect
 from fastunet.kernels import _launch
 from fastunet.kernels.conv.weight_grad import weight_grad
 from fastunet.kernels.conv.weight_grad_config import WeightGradConfig
+from tests.aot.selection import BEFORE_3_8
 
 pytestmark = pytest.mark.skipif(_launch.INTERPRETED, reason="the interpreter has no machine code")
-
-LOADS_A_IN_FLIGHT = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
 
 PTX = """
 .visible .entry kernel()
@@ -120,5 +118,5 @@ def test_tf32_weight_gradients(c_in, c_out, config, tf32):
         assert not inspect(compile_launch(launch, 90), 90).touched
         staged = dataclasses.replace(launch, args=launch.args | {"STAGES": 3}, num_stages=3)
         report = inspect(compile_launch(staged, 90), 90)
-        assert bool(report.touched) == LOADS_A_IN_FLIGHT
-        assert any("product in flight" in failure for failure in failures(report, staged)) == LOADS_A_IN_FLIGHT
+        assert bool(report.touched) == BEFORE_3_8
+        assert any("product in flight" in failure for failure in failures(report, staged)) == BEFORE_3_8

@@ -1,7 +1,7 @@
 """Every kernel that the reference networks launch, compiled for several GPUs, holds what an expert wants to see.
 
-By default every distinct kernel of batch 16 in bfloat16 for sm_90, with those functions that only batch 1 uses, and one
-of each kernel function for some other dtypes and architectures; ``--full`` compiles all of them, for batch 1 too.
+By default every distinct kernel of the larger networks in bfloat16 for sm_90 at batch 16, with those functions that
+only batch 1 uses, and one of each kernel function for some other dtypes and architectures; ``--full`` compiles all.
 """
 
 from __future__ import annotations
@@ -25,14 +25,18 @@ from fastunet.inspection.kernel_table import (
 from fastunet.inspection.layers import CASES, network_calls
 from fastunet.inspection.machine_code import GFX942
 from fastunet.kernels import _launch, _tuned
+from tests.aot.selection import BEFORE_3_8
 
 pytestmark = pytest.mark.skipif(_launch.INTERPRETED, reason="the interpreter has no machine code")
 
 THREADS = min(2, os.cpu_count())
 MODES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "ieee": torch.float32}
 ALL = [(architecture, mode) for architecture in (80, 90, 100) for mode in MODES] + [(GFX942, "bf16")]
-REDUCED = {(90, "bf16"), (90, "tf32"), (80, "bf16"), (80, "ieee"), (100, "bf16"), (GFX942, "bf16")}
+REDUCED = {(90, "bf16"), (90, "tf32")}
+if not BEFORE_3_8:
+    REDUCED |= {(80, "bf16"), (80, "ieee"), (100, "bf16"), (GFX942, "bf16")}
 """What is compiled without ``--full``."""
+REDUCED_CASES = ("brats 240", "isbi 572")
 
 
 @contextlib.contextmanager
@@ -69,7 +73,8 @@ def test_kernels(architecture, mode, show_table, request):
     if not full and (architecture, mode) not in REDUCED:
         pytest.skip("compiled with --full")
     with products(mode):
-        chosen, single = uses(architecture, MODES[mode]), uses(architecture, MODES[mode], batch=1)
+        names = None if full else REDUCED_CASES
+        chosen, single = (uses(architecture, MODES[mode], batch=batch, names=names) for batch in (16, 1))
         names = {use.launch.kernel.__name__ for use in chosen}
         chosen += single if full else [use for use in single if use.launch.kernel.__name__ not in names]
         if not full and (architecture, mode) != (90, "bf16"):

@@ -90,7 +90,7 @@ def test_training_follows_the_plain_build(name, device):
     for model in (plain, fast):
         optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
         curve = []
-        for _ in range(3):
+        for _ in range(2):
             optimiser.zero_grad()
             loss = torch.nn.functional.cross_entropy(model(x), labels)
             loss.backward()
@@ -102,8 +102,8 @@ def test_training_follows_the_plain_build(name, device):
 
 
 def test_repeats_are_bit_identical(device):
-    _, _, fast, x = builds("brats", torch.float32, device)
-    cotangent = torch.randn(1, 4, 8, 12, device=device)
+    _, _, fast, x = builds("brats, odd", torch.float32, device)
+    cotangent = torch.randn(2, 4, 5, 7, device=device)
     first = gradients(copy.deepcopy(fast), x, cotangent)
     second = gradients(copy.deepcopy(fast), x, cotangent)
     for key, gradient in first.items():
