@@ -36,7 +36,8 @@ def kernel(operator: torch._ops.OpOverload, setup: Callable, backward: Callable)
 
     members = dict(forward=forward, setup_context=setup, backward=backward, jvp=jvp)
     function = type(operator.__name__, (torch.autograd.Function,), {k: staticmethod(v) for k, v in members.items()})
-    apply = super(torch.autograd.Function, function).apply  # torch.func has already peeled off its outer levels
+    # torch.func has already peeled off its outer levels
+    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def run(*arguments):
         if forward_ad._current_level < 0 and not tracked(*arguments):

@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -79,7 +80,7 @@ def define(
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastunet::{name}", lambda *args: fake(*args[:-1]), lib=_LIBRARY)
-    if backward is None:
+    if setup is None or backward is None:
         setup, backward = autograd.through(torch_impl)
     operator = getattr(torch.ops.fastunet, name).default
     _LIBRARY.impl(name, autograd.kernel(operator, setup, backward), "Autograd")
@@ -156,7 +157,7 @@ def settings() -> tuple:
     return os.environ.get("FASTUNET_BACKEND"), tf32, cudnn.enabled, cudnn.deterministic
 
 
-def autocast_operands(x: torch.Tensor, *others: torch.Tensor | None) -> list[torch.Tensor | None]:
+def autocast_operands(x: torch.Tensor, *others: torch.Tensor | None) -> list[Any]:
     """The tensors in the autocast dtype if autocast is on for ``x``'s device, else as they are, like ``nn.Conv2d``."""
     operands = [x, *others]
     kind = x.device.type

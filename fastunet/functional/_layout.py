@@ -19,7 +19,8 @@ def nhwc(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
 
 
-def empty_nhwc(like: torch.Tensor, channels: int, height: int, width: int, dtype: torch.dtype | None = None):
+def empty_nhwc(like: torch.Tensor, channels: int, height: int, width: int,
+               dtype: torch.dtype | None = None) -> torch.Tensor:
     """An uninitialised (N, channels, height, width) tensor with the batch, dtype and device of ``like``."""
     shape = like.shape[0], channels, height, width
     return torch.empty_strided(shape, nhwc_strides(shape), dtype=dtype or like.dtype, device=like.device)

@@ -8,9 +8,13 @@ With ``relu`` oneDNN applies it while it writes the result, but its ReLU turns N
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-_UNIT, _STRIDE2, _NONE, _RELU = [1, 1], [2, 2], ("none", [], ""), ("relu", [], "")
+_UNIT, _STRIDE2 = [1, 1], [2, 2]
+_NONE: tuple[Any, ...] = "none", [], ""
+_RELU: tuple[Any, ...] = "relu", [], ""
 _OPS = torch.ops.mkldnn
 
 

@@ -15,6 +15,7 @@ again where a backward pass is itself to be differentiated.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from fastunet import autograd
 from fastunet.dispatch import autocast_operands, select_backend
@@ -140,7 +141,9 @@ class _DecoderBlock(torch.autograd.Function):
         return dx, dskip, dwu, dbu, *d_parameters, None, None, None, None, None
 
 
-def encoder_block(x, w1, b1, w2, b2, *, padding="same", backend="auto") -> tuple[torch.Tensor, torch.Tensor]:
+def encoder_block(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *, padding: str = "same", backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
     """``(y2, max_pool(y2))`` with ``y2 = conv_relu(conv_relu(x, w1, b1), w2, b2)``; biases are required.
 
     Raises:
@@ -153,16 +156,20 @@ def encoder_block(x, w1, b1, w2, b2, *, padding="same", backend="auto") -> tuple
     return run(x, w1, b1, w2, b2, pad, select_backend(backend, "encoder_block", x))
 
 
-def conv_block(x, w1, b1, w2, b2, *, padding="same", grad_masked=False, backend="auto") -> torch.Tensor:
+def conv_block(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *, padding: str = "same", grad_masked: bool = False,
+    backend: str = "auto",
+) -> Tensor:
     """``conv_relu(conv_relu(x, w1, b1), w2, b2)``; biases are required. ``grad_masked``: see this module's text."""
-    pad, operands = _prepare("conv_block", x, None, [w1, b1, w2, b2], padding)
+    pad, (x, w1, b1, w2, b2) = _prepare("conv_block", x, None, [w1, b1, w2, b2], padding)
     run = _conv if autograd.transformed() else _ConvBlock.apply
-    return run(*operands, pad, grad_masked, select_backend(backend, "conv_block", x))
+    return run(x, w1, b1, w2, b2, pad, grad_masked, select_backend(backend, "conv_block", x))
 
 
 def decoder_block(
-    x, skip, wu, bu, w1, b1, w2, b2, *, up, padding="same", mask_input=False, grad_masked=False, backend="auto"
-) -> torch.Tensor:
+    x: Tensor, skip: Tensor, wu: Tensor, bu: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *, up: str,
+    padding: str = "same", mask_input: bool = False, grad_masked: bool = False, backend: str = "auto",
+) -> Tensor:
     """``conv_relu(conv_relu(up(x), w1, b1, skip=skip), w2, b2)``; biases are required.
 
     ``up`` is "upsample" (:func:`upsample_conv_relu` with wu (C_out, C_in, 2, 2)) or "transpose"
@@ -181,8 +188,9 @@ def decoder_block(
 
 
 def decoder_block_head(
-    x, skip, wu, bu, w1, b1, w2, b2, head_weight, head_bias, *, up, output, padding="same", backend="auto"
-) -> torch.Tensor:
+    x: Tensor, skip: Tensor, wu: Tensor, bu: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor,
+    head_weight: Tensor, head_bias: Tensor, *, up: str, output: str, padding: str = "same", backend: str = "auto",
+) -> Tensor:
     """The head of :func:`decoder_block` for inference: its last feature map goes into ``output`` and is never written.
 
     The fused kernel holds all features of a pixel: above 128 of them, or 32 classes, the head is a pass of its own.

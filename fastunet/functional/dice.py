@@ -128,7 +128,8 @@ class _DiceLoss(torch.autograd.Function):
         else:
             # A second backward pass through a retained graph computes the probabilities again.
             kept, ctx.kept = ctx.kept, None
-            dlogits = dice_cpu.sums_grad(grad, *ctx.saved_tensors, *ctx.options, ctx.smoothing, kept)
+            options = *ctx.options, ctx.smoothing, kept
+            dlogits = dice_cpu.sums_grad(grad, *ctx.saved_tensors, *options)
         return dlogits, *[None] * 9
 
 

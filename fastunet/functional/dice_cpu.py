@@ -256,7 +256,8 @@ def _fill_memberships(
         if targets.shape[1] < t.shape[1]:
             torch.sub(1, t[:, 1], out=t[:, 0])
         return 0
-    labels, ignored = targets.to(t.dtype), 0
+    labels = targets.to(t.dtype)
+    ignored: torch.Tensor | int = 0
     if ignore_index is not None:
         at = targets == ignore_index
         ignored = at.sum(1)

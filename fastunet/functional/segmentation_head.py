@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,17 +24,18 @@ def _forward(x, weight, bias, output):
     return finish(F.conv2d(nhwc(x), weight, bias), output)
 
 
-def finish(logits, output):
+def finish(logits: torch.Tensor, output: str) -> torch.Tensor:
     """Logits turned into ``output``; the softmax is computed in at least float32, where the kernels compute it."""
     if output == "labels":
         return logits.argmax(dim=1).to(torch.uint8)
     return nhwc(logits if output == "logits" else logits.softmax(dim=1))
 
 
-def fake_finish(x, classes, height, width, output):
+def fake_finish(x: torch.Tensor, classes: int, size: Sequence[int], output: str) -> torch.Tensor:
     """The shape, dtype and strides of :func:`finish`."""
     if output == "labels":
-        return x.new_empty((x.shape[0], height, width), dtype=torch.uint8)
+        return x.new_empty((x.shape[0], *size), dtype=torch.uint8)
+    height, width = size
     return empty_nhwc(x, classes, height, width)
 
 
@@ -66,7 +68,7 @@ define(
     "segmentation_head(Tensor x, Tensor weight, Tensor? bias, str output, str backend) -> Tensor",
     torch_impl=_forward,
     triton_impl="segmentation_head:forward",
-    fake=lambda x, weight, bias, output: fake_finish(x, weight.shape[0], *x.shape[2:], output),
+    fake=lambda x, weight, bias, output: fake_finish(x, weight.shape[0], x.shape[2:], output),
     setup=_setup,
     backward=_differentiate,
 )
@@ -78,7 +80,7 @@ define(
     ),
     triton_impl="conv.forward:forward_head",
     fake=lambda x, skip, weight, bias, pad, head_weight, head_bias, output: fake_finish(
-        x, head_weight.shape[0], *fake_conv_relu(x, skip, weight, bias, pad, True).shape[2:], output
+        x, head_weight.shape[0], fake_conv_relu(x, skip, weight, bias, pad, True).shape[2:], output
     ),
 )
 define(

@@ -19,7 +19,7 @@ _OPS = torch.ops.fastunet
 _GEOMETRY = [2, 2], [1, 1], [1, 1], True, [1, 1], 1
 
 
-def transposed_kernel(weight):
+def transposed_kernel(weight: torch.Tensor) -> torch.Tensor:
     """k as (C_in, C_out, 3, 3) in NHWC memory; half-precision weights are summed in float32 and rounded once."""
     wide = weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
     bottom, top = wide.permute(1, 2, 3, 0).unbind(1)
