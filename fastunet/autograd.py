@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch._functorch.autograd_function import enable_single_level_autograd_function  # private; proven on PyTorch 2.13
+from torch._functorch import autograd_function  # private; proven on PyTorch 2.13
 from torch.autograd import forward_ad
 
 
@@ -42,7 +42,7 @@ def kernel(operator: torch._ops.OpOverload, setup: Callable, backward: Callable)
     def run(*arguments):
         if forward_ad._current_level < 0 and not tracked(*arguments):
             return below(*arguments)
-        with enable_single_level_autograd_function():
+        with autograd_function.enable_single_level_autograd_function():  # type: ignore[attr-defined]
             return apply(*arguments)
 
     return run

@@ -70,7 +70,7 @@ def run(part: Part, arguments: list[str]) -> Outcome:
     workers = ["-n", str(WORKERS), "--dist", "worksteal"] if WORKERS > 1 else ["-n", "0"]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", *part.paths, "-q", *workers, f"--junitxml={report}", *arguments]  # fmt: skip
+        command = [sys.executable, "-m", "pytest", *part.paths, "-q", *workers, f"--junitxml={report}", *arguments]
         process = subprocess.Popen(command, env={**os.environ, **threads, **dict(part.environment)}, text=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
         ended = threading.Event()

@@ -10,7 +10,6 @@ import torch
 from fastunet import dispatch
 from tests import differentiation
 
-
 NETWORKS = ["brats, shallow", "isbi"]
 
 
