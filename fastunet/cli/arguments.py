@@ -43,6 +43,11 @@ def class_weights(text: str) -> list[float] | str:
     return text if text == "balanced" else [non_negative_float(part) for part in text.split(",")]
 
 
+def spacing(text: str) -> float | str:
+    """A number above zero, or "median"."""
+    return text if text == "median" else positive_float(text)
+
+
 def non_negative_float(text: str) -> float:
     """A finite number of at least zero."""
     value = _number(float, text, "a number")

@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """How to run a network, shared with ``fastunet evaluate``."""
+    parser.add_argument("--tta", action="store_true", help="average the probabilities of mirrored slices")
     parser.add_argument("--batch-size", type=positive_int, default=4, help="slices at a time (default: 4)")
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16", "fp16"), default="fp32")
     parser.add_argument("--backend", choices=("auto", "triton", "torch"), default="auto")
@@ -92,7 +93,8 @@ def make_segmenter(args: argparse.Namespace, source: Path):
     device = pick_device(args.device)
     prepare(device, args.precision)
     model, card = load_model(source, backend=args.backend)
-    return Segmenter(model.to(device), card, device, args.batch_size, args.precision, getattr(args, "tile", None))
+    options = dict(tile=getattr(args, "tile", None), tta=args.tta)
+    return Segmenter(model.to(device), card, device, args.batch_size, args.precision, **options)
 
 
 def find_cases(inputs: list[Path], segmenter) -> list:
@@ -164,7 +166,7 @@ def case_picture(segmenter, slices, labels) -> bytes:
     if case.label is not None and (table := segmenter.truth_table(case)) is not None:
         panels.insert(0, ("truth", slices.stack(read_labels(case.label, table))))
     index = best_slice(panels[0][1])
-    image, name = slices.read(index, index + 1)[0], segmenter.card.modalities[0]
+    image, name = slices.restore(slices.read(index, index + 1))[0], segmenter.card.modalities[0]
     page = f"{case.name if case.is_image else name}, slice {index + 1} of {len(slices)}"
     if case.is_image:
         drawn = [(case.name if len(slices) == 1 else page, None), *((title, stack[index]) for title, stack in panels)]

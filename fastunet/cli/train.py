@@ -16,6 +16,7 @@ from fastunet.cli.arguments import (
     positive_float,
     positive_int,
     seed,
+    spacing,
 )
 from fastunet.data.label_tables import LABEL_MAPS
 from fastunet.training.config import LOSSES, PRECISIONS, SCHEDULES
@@ -37,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--edition", choices=tuple(LABEL_MAPS), help="of the data, where its folders do not tell")
     data.add_argument("--size", type=positive_int, help="crop or pad slices to this side (default: as they are)")
     data.add_argument("--axis", type=int, choices=(0, 1, 2), help="slice along this axis (default: 2, axial)")
+    data.add_argument("--spacing", type=spacing, metavar="MM|median",
+                      help="resample slices to this pixel size (default: as they are)")  # fmt: skip
     data.add_argument("--val-fraction", type=fraction, help="share of the patients kept for validation (default: 0.2)")
     data.add_argument("--foreground-fraction", type=fraction,
                       help="least share of training slices with foreground (default: 0.5)")  # fmt: skip

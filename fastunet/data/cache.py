@@ -25,6 +25,7 @@ import numpy as np
 from fastunet.data.case import Case
 from fastunet.data.grids import check_geometry
 from fastunet.data.labels import IGNORED
+from fastunet.data.resampling import resample_labels
 from fastunet.data.slices import CaseSlices
 from fastunet.data.volumes import read_labels
 from fastunet.errors import UserError
@@ -110,7 +111,14 @@ class CachedCase:
 
 
 def cache_case(
-    case: Case, modalities: Sequence[str], folder: Path, *, axis: int = 2, normalise: bool = True, on_nan: str = "error"
+    case: Case,
+    modalities: Sequence[str],
+    folder: Path,
+    *,
+    axis: int = 2,
+    normalise: bool = True,
+    on_nan: str = "error",
+    spacing: tuple[float, float] | None = None,
 ) -> CachedCase:
     """The records of ``case`` in ``folder``, made if they are not there, or not whole.
 
@@ -126,10 +134,12 @@ def cache_case(
     before = _states(case)
     table = [list(case.label_map.values), case.label_map.ignore, sorted(case.label_map.aliases.items())]
     options = [_VERSION, list(modalities), axis, normalise, on_nan, table, case.pages, case.is_image]
+    if spacing is not None:
+        options.append(spacing)
     path = folder / f"{_content_key(case, modalities, options)}.npy"
     cached = _described(path, len(modalities))
     if cached is None:
-        _write_records(case, modalities, path, axis, normalise, on_nan, before)
+        _write_records(case, modalities, path, axis, normalise, on_nan, spacing, before)
         cached = _described(path, len(modalities))
     if cached is None:
         raise UserError(f"{path} vanished right after it was written; is something else clearing {folder}?")
@@ -184,11 +194,20 @@ def _file_digest(path: Path) -> bytes:
 
 
 def _write_records(
-    case: Case, modalities: Sequence[str], path: Path, axis: int, normalise: bool, on_nan: str, states: list
+    case: Case,
+    modalities: Sequence[str],
+    path: Path,
+    axis: int,
+    normalise: bool,
+    on_nan: str,
+    spacing: tuple[float, float] | None,
+    states: list,
 ) -> None:
     check_geometry(case, modalities)
-    slices = CaseSlices(case, modalities, axis=axis, normalise=normalise, on_nan=on_nan)
+    slices = CaseSlices(case, modalities, axis=axis, normalise=normalise, on_nan=on_nan, spacing=spacing)
     labels = slices.stack(read_labels(case.label, case.label_map))
+    if slices.grid != slices.slice_shape:
+        labels = resample_labels(labels, slices.grid)
     if _states(case) != states:  # the records would not be those that their name promises
         raise UserError(
             f"files of case {case.name} in {case.files[0].parent} changed while they were read; start again"

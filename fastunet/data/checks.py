@@ -11,7 +11,8 @@ import numpy as np
 from fastunet.data.case import Case, check_modalities
 from fastunet.data.grids import check_geometry
 from fastunet.data.masks import value_counts
-from fastunet.data.slices import orient
+from fastunet.data.resampling import resampled_shape
+from fastunet.data.slices import orient, slice_spacing
 from fastunet.data.volumes import Geometry, read_label_values, read_volume
 from fastunet.errors import UserError
 
@@ -58,7 +59,14 @@ class CaseReport:
         return "".join(code or "?" for code in codes)
 
 
-def check_quickly(cases: Sequence[Case], modalities: Sequence[str], *, size: object = None, axis: int = 2) -> list[str]:
+def check_quickly(
+    cases: Sequence[Case],
+    modalities: Sequence[str],
+    *,
+    size: object = None,
+    axis: int = 2,
+    spacing: tuple[float, float] | None = None,
+) -> list[str]:
     """Every problem of labelled cases that headers show: what is missing, unreadable, or not on one grid.
 
     Args:
@@ -66,6 +74,7 @@ def check_quickly(cases: Sequence[Case], modalities: Sequence[str], *, size: obj
         modalities: the channels.
         size: of the slices; without one, all slices of volumes must have one size.
         axis: the slicing axis.
+        spacing: what slices are resampled to, see ``CaseSlices``.
     """
     problems: list[str] = []
     sizes: dict[tuple[int, ...], str] = {}
@@ -75,7 +84,7 @@ def check_quickly(cases: Sequence[Case], modalities: Sequence[str], *, size: obj
         try:
             check_modalities(case, modalities)
             geometry = check_geometry(case, modalities)
-            sizes.setdefault(_slice_size(geometry, axis), case.name)
+            sizes.setdefault(_slice_size(geometry, axis, spacing), case.name)
         except UserError as error:
             problems.append(str(error))
     if size is None and len(sizes) > 1 and not cases[0].is_image:
@@ -129,8 +138,8 @@ def _intensities(data: np.ndarray) -> Intensities:
     return Intensities(float(inside.min()), float(inside.mean(dtype=np.float64)), float(inside.max()), zeros)
 
 
-def _slice_size(geometry: Geometry, axis: int) -> tuple[int, int]:
-    """Height and width of the slices along ``axis`` in the common orientation."""
+def _slice_size(geometry: Geometry, axis: int, spacing: tuple[float, float] | None) -> tuple[int, int]:
+    """Height and width of the slices along ``axis`` in the common orientation, resampled to ``spacing``."""
     voxels = np.broadcast_to(np.uint8(0), geometry.shape[:3])
-    height, width = np.moveaxis(orient(voxels, geometry.affine, geometry.path), axis, 0).shape[1:]
-    return height, width
+    shape = np.moveaxis(orient(voxels, geometry.affine, geometry.path), axis, 0).shape[1:]
+    return resampled_shape(shape, slice_spacing(geometry.affine, axis, geometry.path), spacing, geometry.path)

@@ -42,6 +42,7 @@ class SliceDataset(torch.utils.data.Dataset):
         foreground_fraction: the least share of slices with foreground in a shuffled epoch.
         skip_empty: leave out slices that are 0 everywhere.
         seed: of the order of the slices.
+        spacing: see ``CaseSlices``.
         on_progress: called with (cases done, all cases) while preprocessing.
 
     Raises:
@@ -61,6 +62,7 @@ class SliceDataset(torch.utils.data.Dataset):
         foreground_fraction: float | None = None,
         skip_empty: bool = False,
         seed: int = 0,
+        spacing: tuple[float, float] | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.cases = expect_all(cases, Case, "cases")
@@ -74,7 +76,7 @@ class SliceDataset(torch.utils.data.Dataset):
         for case in self.cases:
             check_modalities(case, self.modalities)
         self._folder = make_output_folder(cache_dir)
-        self._options = dict(axis=axis, normalise=normalise, on_nan=on_nan)
+        self._options = dict(axis=axis, normalise=normalise, on_nan=on_nan, spacing=spacing)
         self._cached: list[CachedCase] = []
         with ThreadPoolExecutor(min(_MOST_WORKERS, os.cpu_count() or 1)) as pool:
             for cached in pool.map(self._prepare, self.cases):

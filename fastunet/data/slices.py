@@ -9,6 +9,7 @@ import numpy as np
 from fastunet.data.arguments import expect, expect_flag, slice_size
 from fastunet.data.case import DEFAULT_MODALITIES, Case, check_modalities
 from fastunet.data.grids import check_geometry
+from fastunet.data.resampling import resample, resampled_shape
 from fastunet.data.volumes import Volume, read_volume
 from fastunet.errors import UserError
 
@@ -21,16 +22,29 @@ def orient(array: np.ndarray, affine: np.ndarray, file: object = "the volume") -
     Raises:
         UserError: an affine without three independent finite axes, named by ``file``.
     """
+    source, directions = _axes(affine, file)
+    view = array.transpose(source)
+    # Nibabel counts towards the right, the front and the top of the head; the first two are turned round.
+    steps = directions * (-1, -1, 1)
+    return view[tuple(slice(None, None, int(step)) for step in steps)]
+
+
+def slice_spacing(affine: np.ndarray, axis: int, file: object = "the volume") -> tuple[float, float]:
+    """Millimetres per pixel, (rows, columns), of the slices along ``axis`` of a volume as ``orient`` turns it."""
+    source, _ = _axes(affine, file)
+    height, width = np.delete(np.linalg.norm(affine[:3, :3], axis=0)[source], axis)
+    return float(height), float(width)
+
+
+def _axes(affine: np.ndarray, file: object) -> tuple[np.ndarray, np.ndarray]:
+    """The voxel axis that runs most nearly to the right, to the front and to the top, and with which sign each does."""
     import nibabel
 
     directions = nibabel.io_orientation(affine) if np.isfinite(affine).all() else np.full((3, 2), np.nan)
     if np.isnan(directions).any():
         raise UserError(f"{file}: the affine has no three independent axes")
     source = np.argsort(directions[:, 0])
-    view = array.transpose(source)
-    # Nibabel counts towards the right, the front and the top of the head; the first two are turned round.
-    steps = directions[source, 1] * (-1, -1, 1)
-    return view[tuple(slice(None, None, int(step)) for step in steps)]
+    return source, directions[source, 1]
 
 
 def fit_slice(array: np.ndarray, size: int | Sequence[int]) -> np.ndarray:
@@ -111,6 +125,12 @@ class CaseSlices:
             image, over all pixels.
         on_nan: see ``read_volume``.
         everywhere: normalise over all pixels, zeros too; None does so for images.
+        spacing: resample slices to these millimetres per pixel (rows, columns), after they are normalised; ``size``
+            then crops what results, and ``restore`` brings results back to the pixels of the files.
+
+    Attributes:
+        slice_shape: (H, W) of the slices in the files.
+        grid: (H, W) after resampling, before ``size``.
 
     Raises:
         UserError: a missing modality, files on different grids, or a file that cannot be read.
@@ -126,6 +146,7 @@ class CaseSlices:
         normalise: bool = True,
         on_nan: str = "error",
         everywhere: bool | None = None,
+        spacing: tuple[float, float] | None = None,
     ) -> None:
         expect(case, Case, "case")
         expect_flag(normalise, "normalise")
@@ -146,7 +167,9 @@ class CaseSlices:
             brain_statistics(volume.data, everywhere=self._everywhere) if normalise else None for volume in volumes
         ]
         self.slice_shape: tuple[int, int] = self._stacks[0].shape[1:]
-        self.size = self.slice_shape if size is None else slice_size(size)
+        own = slice_spacing(self.like.affine, axis, self.like.path)
+        self.grid = resampled_shape(self.slice_shape, own, spacing, self.like.path)
+        self.size = self.grid if size is None else slice_size(size)
 
     def __len__(self) -> int:
         return len(self._stacks[0])
@@ -154,31 +177,45 @@ class CaseSlices:
     def read(self, start: int, stop: int) -> np.ndarray:
         """Slices ``start`` to ``stop`` as float32 (n, modalities, H, W)."""
         n = len(range(*slice(start, stop).indices(len(self))))
-        images = np.empty((n, len(self._stacks), *self.size), dtype=np.float32)
+        images = np.empty((n, len(self._stacks), *self.slice_shape), dtype=np.float32)
         for channel, (stack, statistics) in enumerate(zip(self._stacks, self._statistics)):
             slab = stack[start:stop]
             if statistics is not None:
                 slab = normalise(slab, *statistics, everywhere=self._everywhere)
-            images[:, channel] = fit_slice(slab, self.size)
-        return images
+            images[:, channel] = slab
+        images = resample(images, self.grid)
+        return images if self.size == self.grid else fit_slice(images, self.size)
 
     def occupied(self) -> np.ndarray:
         """Where any modality is not 0, bool (slices, H, W) before cropping or padding; of an image, everywhere."""
         if self.case.is_image:
             return np.ones(self._stacks[0].shape, bool)
-        return np.logical_or.reduce([stack != 0 for stack in self._stacks])
+        found = np.logical_or.reduce([stack != 0 for stack in self._stacks])
+        if self.grid == self.slice_shape:
+            return found
+        return resample(found[None].astype(np.float32), self.grid)[0] > 0
 
     def batches(self, batch_size: int) -> Iterator[tuple[int, np.ndarray]]:
         """Yields (index of the first slice, slices as ``read`` gives them) over the whole case."""
         for start in range(0, len(self), batch_size):
             yield start, self.read(start, start + batch_size)
 
+    def restore(self, maps: np.ndarray) -> np.ndarray:
+        """Float32 results (n, C, H, W) for slices as ``read`` gives them, on the pixels of the files, linearly."""
+        return resample(maps if self.size == self.grid else unfit_slice(maps, self.grid), self.slice_shape)
+
     def new_volume(self, dtype: np.typing.DTypeLike) -> np.ndarray:
         """Zeros in the shape and orientation of the case's files, for ``place`` to fill."""
         return np.zeros(self.like.data.shape, dtype=dtype, order="F")
 
     def place(self, volume: np.ndarray, start: int, batch: np.ndarray) -> None:
-        """Writes a batch (n, H, W) of per-pixel results for the slices from ``start`` on into ``volume`` (X, Y, Z)."""
+        """Writes a batch (n, H, W) of per-pixel results for the slices from ``start`` on into ``volume`` (X, Y, Z).
+
+        Raises:
+            ValueError: slices were resampled, and results were not brought back by ``restore``.
+        """
+        if self.grid != self.slice_shape and batch.shape[1:] != self.slice_shape:
+            raise ValueError(f"results of shape {batch.shape[1:]} do not fit {self.slice_shape}: restore them")
         self.stack(volume)[start : start + len(batch)] = unfit_slice(batch, self.slice_shape)
 
     def stack(self, volume: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -37,6 +38,11 @@ class Segmenter:
         precision: "fp32", "tf32", "bf16" or "fp16".
         tile: side of the overlap-tile input. None runs whole slices under "same" padding; under "valid" padding, with
             mirrored borders, in tiles no larger than those of the training on images, which changes no result.
+        tta: average the probabilities of each slice over its mirror images along the axes that training mirrored
+            (none, each of them, both): every copy is predicted, tile by tile if need be, and mirrored back.
+
+    Raises:
+        UserError: ``tta`` for a network that was trained without mirrored slices.
     """
 
     model: torch.nn.Module
@@ -45,8 +51,11 @@ class Segmenter:
     batch_size: int = 4
     precision: str = "fp32"
     tile: int | None = None
+    tta: bool = False
 
     def __post_init__(self):
+        if self.tta and not self.card.flips:
+            raise UserError("--tta: this network was trained without mirrored slices, which it would take for others")
         self._network = self.model.freeze() if isinstance(self.model, UNet) else self.model
 
     @property
@@ -68,13 +77,17 @@ class Segmenter:
     def open(self, case, *, on_nan: str = "error") -> CaseSlices:
         """The slices of ``case`` as this network wants them, uncropped."""
         card = self.card
-        return CaseSlices(case, card.modalities, axis=card.axis, on_nan=on_nan, everywhere=card.images)
+        return CaseSlices(case, card.modalities, axis=card.axis, on_nan=on_nan, everywhere=card.images,
+                          spacing=card.spacing)  # fmt: skip
 
     def labels(self, slices: CaseSlices, progress: Progress | None = None) -> np.ndarray:
         """The predicted classes of a case, uint8 in the shape and orientation of its files."""
         volume = slices.new_volume(np.uint8)
         for start, images in slices.batches(self.batch_size):
-            slices.place(volume, start, self.predict(images))
+            if slices.grid == slices.slice_shape:
+                slices.place(volume, start, self.predict(images))
+            else:
+                slices.place(volume, start, self.restored(slices, images)[0])
             if progress:
                 progress(start + len(images), len(slices))
         return volume
@@ -86,6 +99,17 @@ class Segmenter:
     def probabilities(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Classes, uint8 (N, H, W), and probabilities, float32 (N, classes, H, W)."""
         return self._in_parts(self._probabilities, images)
+
+    def restored(self, slices: CaseSlices, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """:meth:`probabilities` of slices that were read from ``slices``, on the pixels of the files.
+
+        Where slices were resampled, probabilities are brought back linearly, and classes are the greatest of them.
+        """
+        labels, maps = self.probabilities(images)
+        if slices.grid == slices.slice_shape:
+            return labels, maps
+        maps = slices.restore(maps)
+        return maps.argmax(1).astype(np.uint8), maps
 
     def _in_parts(self, compute: Callable, images: np.ndarray) -> tuple[np.ndarray, ...]:
         """``compute`` of as many images at a time as the device's memory takes, which is found out."""
@@ -107,6 +131,8 @@ class Segmenter:
 
     @torch.inference_mode()
     def _predict(self, images: np.ndarray) -> tuple[np.ndarray]:
+        if self.tta:
+            return self._averaged(images)[:1]
         out = np.empty((len(images), *images.shape[2:]), dtype=np.uint8)
         for rows, columns, result in self._run(self._network.predict, images):
             out[:, rows, columns] = result.cpu().numpy()
@@ -114,6 +140,8 @@ class Segmenter:
 
     @torch.inference_mode()
     def _probabilities(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if self.tta:
+            return self._averaged(images)
         labels = np.empty((len(images), *images.shape[2:]), dtype=np.uint8)
         maps = np.empty((len(images), len(self.card.class_names), *images.shape[2:]), dtype=np.float32)
         for rows, columns, logits in self._run(self._network, images):
@@ -121,6 +149,20 @@ class Segmenter:
             labels[:, rows, columns] = logits.argmax(1).cpu().numpy()
             maps[:, :, rows, columns] = logits.float().softmax(1).cpu().numpy()
         return labels, maps
+
+    @torch.inference_mode()
+    def _averaged(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        axes = self.card.flips
+        copies = [subset for n in range(len(axes) + 1) for subset in itertools.combinations(axes, n)]
+        maps = np.empty((len(images), len(self.card.class_names), *images.shape[2:]), dtype=np.float32)
+        total = np.zeros_like(maps)
+        for copy in copies:
+            mirrored = np.ascontiguousarray(np.flip(images, copy))
+            for rows, columns, probabilities in self._run(self._network.predict_proba, mirrored):
+                maps[:, :, rows, columns] = probabilities.float().cpu().numpy()
+            total += np.flip(maps, copy)
+        total /= len(copies)
+        return total.argmax(1).astype(np.uint8), total
 
     def _run(self, forward: Callable, images: np.ndarray) -> Iterator[tuple[slice, slice, torch.Tensor]]:
         batch = torch.from_numpy(images).to(self.device).to(memory_format=torch.channels_last)
@@ -152,7 +194,7 @@ def write_case(
             # Nameless files: gone when this process is, however it ends.
             spools = [stack.enter_context(tempfile.TemporaryFile(dir=target.parent)) for _ in names]
             for start, images in slices.batches(segmenter.batch_size):
-                classes, maps = segmenter.probabilities(images)
+                classes, maps = segmenter.restored(slices, images)
                 slices.place(labels, start, classes)
                 for index, spool in enumerate(spools):
                     spool.write(maps[:, index].tobytes())

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import safetensors
@@ -30,6 +30,7 @@ _SLOTS = frozenset({"step", "exp_avg", "exp_avg_sq"})  # what Adam keeps for eac
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
+Millimetres = Annotated[float, msgspec.Meta(gt=0)]
 
 
 class NotFinite(UserError):
@@ -42,6 +43,8 @@ class ModelCard:
 
     ``labels`` holds the label table: ``values`` (the file value of each class), ``class_names`` and ``regions``
     (name → class indices). ``images``: trained on 2-D images, which are normalised over all pixels, zeros too.
+    ``spacing``: the millimetres per pixel (rows, columns) to which slices are resampled, None if they are not.
+    ``flips``: the image axes, -2 or -1, along which training mirrored slices.
     """
 
     model: dict[str, Any]
@@ -51,6 +54,8 @@ class ModelCard:
     axis: Annotated[int, msgspec.Meta(ge=0, le=2)] = 2
     training: dict[str, Any] = field(default_factory=dict)
     images: bool = False
+    spacing: tuple[Millimetres, Millimetres] | None = None
+    flips: tuple[Literal[-2, -1], ...] = ()
 
     @property
     def class_names(self) -> list[str]:

@@ -37,7 +37,8 @@ AboveZero = Annotated[float, msgspec.Meta(gt=0)]
 class TrainConfig:
     """Options of ``fastunet train``. Network options left at None take the preset's value.
 
-    ``size`` is the side of the square slices (None: as large as they are). ``turns`` lets augmentation mirror both axes
+    ``size`` is the side of the square slices (None: as large as they are). ``spacing`` is in millimetres per pixel, or
+    "median", to which slices are resampled. ``turns`` lets augmentation mirror both axes
     and turn by 90 degrees (None: of 2-D images, not of volumes). ``class_weights`` has a factor per class, or
     "balanced", for the inverse of each class's share of the training pixels. ``warm_up`` is in epochs, fractions too.
     ``weight_decay`` is AdamW's. ``clip_norm`` bounds the norm of the whole gradient. ``ema`` is the decay of averaged
@@ -56,6 +57,7 @@ class TrainConfig:
     edition: str | None = None
     size: Positive | None = None
     axis: Literal[0, 1, 2] = 2
+    spacing: AboveZero | Literal["median"] | None = None
     epochs: Positive = 20
     batch_size: Positive = 8
     loss: Literal[LOSSES] = "dice_ce"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,12 +27,14 @@ from fastunet.data import (
     split_cases,
 )
 from fastunet.data.checks import check_quickly
+from fastunet.data.slices import slice_spacing
 from fastunet.errors import UserError
 from fastunet.outputs import check_outputs
 from fastunet.training.config import TrainConfig
 from fastunet.training.display import Display
 from fastunet.training.distributed import Processes
 
+_SPACING_THAT_MATTERS = 1.1
 _LARGEST_VALID, _LARGEST_SAME = 572, 512
 """Sides of the tiles that images are trained in where nothing else is asked for."""
 
@@ -40,7 +43,8 @@ _LARGEST_VALID, _LARGEST_SAME = 572, 512
 class TrainingData:
     """Slices or tiles for training and validation, and the label table that they share.
 
-    ``tile`` is the side of the tiles in which images are trained, None for volumes.
+    ``tile`` is the side of the tiles in which images are trained, None for volumes. ``spacing`` is what slices were
+    resampled to, (rows, columns) in millimetres, None if they are as they were.
     """
 
     train: SliceDataset
@@ -49,6 +53,15 @@ class TrainingData:
     modalities: tuple[str, ...]
     config: TrainConfig
     tile: int | None = None
+    spacing: tuple[float, float] | None = None
+
+    @property
+    def augmentation(self) -> Augmentation | None:
+        """What may happen to a sample, None if nothing does."""
+        if not self.config.augment:
+            return None
+        images = self.train.cases[0].is_image
+        return Augmentation.for_slices(axis=self.config.axis, images=images, turns=self.config.turns)
 
     @property
     def ignored(self) -> int | None:
@@ -64,10 +77,9 @@ class TrainingData:
         self, images: torch.Tensor, labels: torch.Tensor, epoch: int, positions: np.ndarray
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A batch changed at random, if the run asks for it; a function of seed, epoch and positions alone."""
-        if not self.config.augment:
+        options = self.augmentation
+        if options is None:
             return images, labels
-        images_alone = self.train.cases[0].is_image
-        options = Augmentation.for_slices(axis=self.config.axis, images=images_alone, turns=self.config.turns)
         return augment(images, labels, seed=self.config.seed, epoch=epoch, positions=positions, options=options)
 
 
@@ -83,7 +95,8 @@ def prepare_data(
     cases = _labelled_cases(config, display)
     check_outputs(outputs, [Path(config.data, "dataset.json"), *(path for case in cases for path in case.files)])
     modalities = config.modalities or training_modalities(cases)
-    problems = check_quickly(cases, modalities, size=config.size, axis=config.axis)
+    spacing = _target_spacing(config, cases, display)
+    problems = check_quickly(cases, modalities, size=config.size, axis=config.axis, spacing=spacing)
     if len(problems) > 1:
         raise UserError(f"{problems[0]}; fastunet check {config.data} lists {len(problems) - 1} more")
     if problems:
@@ -91,7 +104,7 @@ def prepare_data(
     if not config.val_fraction:
         raise UserError("--val-fraction is 0, but validation needs at least one patient")
     split = split_cases(cases, validation=config.val_fraction, seed=config.seed)
-    options = dict(cache_dir=cache, modalities=modalities, axis=config.axis, on_nan=config.on_nan)
+    options = dict(cache_dir=cache, modalities=modalities, axis=config.axis, on_nan=config.on_nan, spacing=spacing)
     drawn = dict(foreground_fraction=config.foreground_fraction, skip_empty=True, seed=config.seed)
     tile = output = None
     if cases[0].is_image:
@@ -123,7 +136,7 @@ def prepare_data(
     display.message(f"classes by label value: {cases[0].label_map}")
     if cases[0].label_map.region_order:
         display.message("regions of dataset.json are trained as these exclusive classes, not as overlapping outputs")
-    return TrainingData(train, val, cases[0].label_map, tuple(modalities), config, tile)
+    return TrainingData(train, val, cases[0].label_map, tuple(modalities), config, tile, spacing)
 
 
 def architecture_of(config: TrainConfig, **overrides: Any) -> Architecture:
@@ -163,6 +176,32 @@ def tile_sides(architecture: Architecture, size: int | None, smallest: int) -> t
         return size, architecture.output_size(size, size)[0]
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def _target_spacing(config: TrainConfig, cases: Sequence[Case], display: Display) -> tuple[float, float] | None:
+    """The millimetres per pixel (rows, columns) that ``--spacing`` asks for; without it, advice if it would matter."""
+    if cases[0].is_image:
+        if config.spacing is not None:
+            raise UserError("--spacing is for volumes: images do not say how large their pixels are")
+        return None
+    found = []
+    for case in cases:
+        with contextlib.suppress(UserError):  # said by check_quickly, with every other problem
+            geometry = read_geometry(case.files[0])
+            found.append(slice_spacing(geometry.affine, config.axis, geometry.path))
+    if not found:
+        return None
+    least, middle, most = (f(found, axis=0) for f in (np.min, np.median, np.max))
+    if config.spacing is None:
+        if (most > _SPACING_THAT_MATTERS * least).any():
+            display.message(
+                f"pixels of slices are from {least[0]:.3g} × {least[1]:.3g} to {most[0]:.3g} × {most[1]:.3g} mm: "
+                "--spacing median would resample all to one size"
+            )
+        return None
+    height, width = middle.tolist() if config.spacing == "median" else (config.spacing,) * 2
+    display.message(f"slices are resampled to pixels of {height:.4g} × {width:.4g} mm")
+    return height, width
 
 
 def centre_crop(labels: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -60,6 +60,8 @@ class Learner:
             size=data.tile or config.size,
             axis=config.axis,
             images=data.train.cases[0].is_image,
+            spacing=data.spacing,
+            flips=data.augmentation.flip if data.augmentation else (),
         )
 
     @property
