@@ -46,13 +46,19 @@ def sum_columns(y_ptr, out_ptr, q0, row, rows_end, Q, BLOCK_R: tl.constexpr, BLO
 
 @triton.jit
 def sum_products(
-    x, dy, partial_ptr, r, first, tiles_end, ci0, co0, H, W, C_in, C_out, tiles_h, tiles_w,
-    stride_in, stride_out, stride_tap,
+    x, dy, partial_ptr, r, first, tiles_end, ci0, co0, shape, tiles, strides,
     SIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr, BULK: tl.constexpr,
     X_BULK: tl.constexpr,
 ):  # fmt: skip
-    """partial[ci, co, (r, s)] = sum of x[n, i, j, ci] dy[n, 2i - 1 + r, 2j - 1 + s, co], for one tap row r."""
+    """partial[ci, co, (r, s)] = sum of x[n, i, j, ci] dy[n, 2i - 1 + r, 2j - 1 + s, co], for one tap row r.
+
+    ``shape`` is (H, W, C_in, C_out), ``tiles`` their number along (h, w), ``strides`` those of partial along ci, co and
+    the tap.
+    """
+    H, W, C_in, C_out = shape
+    tiles_h, tiles_w = tiles
+    stride_in, stride_out, stride_tap = strides
     left = tl.zeros((BLOCK_IN, BLOCK_OUT), tl.float32)
     even = tl.zeros((BLOCK_IN, BLOCK_OUT), tl.float32)
     odd = tl.zeros((BLOCK_IN, BLOCK_OUT), tl.float32)
@@ -83,8 +89,7 @@ def sum_products(
 
 @triton.jit
 def stride2_weight_grad_kernel(
-    x, dy, dy_ptr, partial_ptr, partial_bias_ptr, H, W, C_in, C_out, tiles_h, tiles_w, tiles, tiles_a_split,
-    rows, rows_a_split, blocks_in, blocks_out, stride_in, stride_out, stride_tap,
+    x, dy, dy_ptr, partial_ptr, partial_bias_ptr, shape, tiles, all_tiles, rows, blocks, strides,
     SIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
     BLOCK_Q: tl.constexpr, BULK: tl.constexpr, X_BULK: tl.constexpr,
@@ -92,24 +97,27 @@ def stride2_weight_grad_kernel(
     """Partial sums of one split. Those of axis 0 hold a tap row and a block of channels each, the last ones the bias.
 
     The bias sums have programs of their own because a branch inside the product's loop makes it wait for each product.
-    They read dy (``dy_ptr``) as a matrix of ``rows`` and 2 C_out columns, while the products bring it to the L2 cache.
+    They read dy (``dy_ptr``) as a matrix of 2 C_out columns, while the products bring it to the L2 cache. ``all_tiles``
+    and ``rows`` of that matrix are (their number, those of a split), ``blocks`` of channels (in, out); for the others
+    see :func:`sum_products`.
     """
+    _, _, C_in, C_out = shape
+    blocks_in, blocks_out = blocks
     pid, split = tl.program_id(0), tl.program_id(1)
     block = pid // SIDE
     if block < blocks_in * blocks_out:
-        first = split * tiles_a_split
+        first = split * all_tiles[1]
         sum_products(
             x, dy, partial_ptr + split.to(tl.int64) * SIDE * SIDE * C_in * C_out, pid % SIDE + 3 - SIDE,
-            first, tl.minimum(first + tiles_a_split, tiles),
-            (block % blocks_in) * BLOCK_IN, (block // blocks_in) * BLOCK_OUT,
-            H, W, C_in, C_out, tiles_h, tiles_w, stride_in, stride_out, stride_tap,
+            first, tl.minimum(first + all_tiles[1], all_tiles[0]),
+            (block % blocks_in) * BLOCK_IN, (block // blocks_in) * BLOCK_OUT, shape, tiles, strides,
             SIDE, PRECISION, BLOCK_H, BLOCK_W, BLOCK_IN, BLOCK_OUT, BULK, X_BULK,
         )  # fmt: skip
     else:
-        row = split * rows_a_split
+        row = split * rows[1]
         q0 = (pid - SIDE * blocks_in * blocks_out) * BLOCK_Q
         out_ptr = partial_bias_ptr + split * 2 * C_out
-        sum_columns(dy_ptr, out_ptr, q0, row, tl.minimum(row + rows_a_split, rows), 2 * C_out, 64, BLOCK_Q)
+        sum_columns(dy_ptr, out_ptr, q0, row, tl.minimum(row + rows[1], rows[0]), 2 * C_out, 64, BLOCK_Q)
 
 
 def choose_config(dy: torch.Tensor, x: torch.Tensor, side: int) -> WeightGradConfig:
@@ -163,8 +171,8 @@ def partial_sums(
     _launch.launch(
         stride2_weight_grad_kernel, (programs + bias_programs, splits),
         phase_view(x, 1, config, config.block_in) if x_bulk else x, phase_view(dy, 2, config, config.block_out), dy,
-        partial, partial_bias if has_bias else partial, h, w, c_in, c_out, tiles_h, tiles_w, tiles, tiles_a_split,
-        rows, _launch.cdiv(rows, max(1, splits)), blocks_in, blocks_out, stride_in, stride_out, last,
+        partial, partial_bias if has_bias else partial, (h, w, c_in, c_out), (tiles_h, tiles_w), (tiles, tiles_a_split),
+        (rows, _launch.cdiv(rows, max(1, splits))), (blocks_in, blocks_out), (stride_in, stride_out, last),
         SIDE=side, PRECISION=_launch.dot_precision(dy.dtype),
         BLOCK_H=config.block_h, BLOCK_W=config.block_w, BLOCK_IN=config.block_in, BLOCK_OUT=config.block_out,
         BLOCK_Q=_BLOCK_Q, BULK=config.bulk, X_BULK=x_bulk, num_warps=config.num_warps, num_stages=config.num_stages,
