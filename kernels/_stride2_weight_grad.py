@@ -10,8 +10,9 @@ import triton.language as tl
 
 from . import _launch, _tuned
 from ._stride2 import bulk_copies_fit, key_of, load_tile, phase_view, stack_images
+from .conv.cost import device
 
-_PROGRAMS = 264  # two programs for each of an H100's 132 multiprocessors
+_PROGRAMS = 2  # for each multiprocessor
 _BLOCK_Q = 64  # columns of one program that sums the bias
 
 
@@ -159,7 +160,7 @@ def partial_sums(
     tiles = n * tiles_h * tiles_w
     blocks_in, blocks_out = _launch.cdiv(c_in, config.block_in), _launch.cdiv(c_out, config.block_out)
     programs = side * blocks_in * blocks_out
-    tiles_a_split = max(1, _launch.cdiv(tiles, max(1, _PROGRAMS // programs)))
+    tiles_a_split = max(1, _launch.cdiv(tiles, max(1, _PROGRAMS * device().multiprocessors // programs)))
     splits = _launch.cdiv(tiles, tiles_a_split)
     rows = 2 * n * h * w
     taps, (first, last) = side * side, (c_in, c_out) if in_first else (c_out, c_in)

@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 
 from . import _launch, _reduce, _tuned
+from .conv.cost import device
 
 _OUTPUTS = ("logits", "probabilities", "labels")
-_PROGRAMS = 660  # that share the pixels in the backward: five for each of an H100's 132 multiprocessors
+_PROGRAMS = 5  # that share the pixels in the backward, for each multiprocessor
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def backward(
     config = config or choose_config("segmentation_head_backward", x, weight.shape[0])
     n, c, h, w = x.shape
     classes, tiles = weight.shape[0], _launch.cdiv(n * h * w, config.block_p)
-    tiles_a_program = max(1, _launch.cdiv(tiles, _PROGRAMS))
+    tiles_a_program = max(1, _launch.cdiv(tiles, _PROGRAMS * device().multiprocessors))
     splits = _launch.cdiv(tiles, tiles_a_program)
     dx = _launch.empty_image(tuple(x.shape), x.dtype, x.device)
     partial = _launch.empty((splits, *weight.shape), torch.float32, x.device)

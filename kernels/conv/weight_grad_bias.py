@@ -12,9 +12,10 @@ import triton.language as tl
 
 from .. import _launch
 from .._reduce import sum_splits
+from .cost import device
 
 _TILE = 4096  # elements a step: four 16-byte loads of 16-bit elements in flight for each of 128 threads
-_PROGRAMS = 1056  # eight for each of an H100's 132 multiprocessors
+_PROGRAMS = 8  # for each multiprocessor
 
 
 @triton.jit(do_not_specialize=["pixels", "C_out", "pixels_a_split"])
@@ -44,7 +45,7 @@ def bias_grad(dz: torch.Tensor) -> torch.Tensor:
     pixels, block_k = n * h * w, min(128, _launch.next_power_of_2(c_out))
     block_p, tiles_k = _TILE // block_k, _launch.cdiv(c_out, block_k)
     steps = _launch.cdiv(pixels, block_p)
-    pixels_a_split = _launch.cdiv(steps, max(1, min(steps, _PROGRAMS // tiles_k))) * block_p
+    pixels_a_split = _launch.cdiv(steps, max(1, min(steps, _PROGRAMS * device().multiprocessors // tiles_k))) * block_p
     splits = _launch.cdiv(pixels, pixels_a_split)
     partial = _launch.empty((splits, c_out), torch.float32, dz.device)
     _launch.launch(conv_relu_bias_grad_kernel, (tiles_k, splits), dz, partial, pixels, c_out, pixels_a_split,

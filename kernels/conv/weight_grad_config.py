@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from .. import _launch, _tuned
+from .cost import device
 
-_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 _WORKSPACE = 64 << 20
 
 
@@ -123,7 +123,7 @@ def choose_splits(dz: torch.Tensor, c_in: int, channels: int, config: WeightGrad
     """
     programs, tiles = config.programs(dz.shape[1], c_in), config.tiles(dz)
     resident = (1 if config.block_k >= 128 else 2) if config.variant == "bulk" else 3  # programs on a multiprocessor
-    multiprocessors = resident * _MULTIPROCESSORS.get(_launch.architecture(), 132)
+    multiprocessors = resident * device().multiprocessors
     fewest = _launch.cdiv(2 * multiprocessors, programs)
     most = max(1, min(tiles, _WORKSPACE // (4 * 9 * channels * dz.shape[1])))
     candidates = range(min(fewest, most), min(2 * fewest, most) + 1)
