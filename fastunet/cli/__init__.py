@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from fastunet.cli import check, demo, evaluate, info, segment, summary, train
+from fastunet.cli import check, demo, evaluate, info, segment, summary, train, warm_up
 from fastunet.errors import DataWarning, UserError
 from fastunet.files import reason
 from fastunet.signals import Interrupted, handled
@@ -24,6 +24,7 @@ COMMANDS = {
     "evaluate": (evaluate, "score a model, or predictions, against the truth", "RUN DATA"),
     "segment": (segment, "segment cases, volumes or images", "RUN DATA --out LABELS --overlay"),
     "summary": (summary, "list the layers of a network and draw it", "--preset brats --size 240"),
+    "warm-up": (warm_up, "compile a network's GPU kernels ahead of their first use", "--preset brats --size 240"),
     "info": (info, "versions, device, and which backend each operator would use", ""),
 }
 """Each subcommand's module, what it does, and the arguments of its example."""

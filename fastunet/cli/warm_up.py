@@ -1,0 +1,57 @@
+"""``fastunet warm-up``: a network's GPU kernels compiled ahead of their first use."""
+
+from __future__ import annotations
+
+import argparse
+
+from fastunet.architecture import PRESETS
+from fastunet.cli.arguments import positive_int
+
+SIZES = {"isbi": 572}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="brats", help="default: brats")
+    parser.add_argument("--size", type=positive_int, help="side of the images (default: 240; isbi: 572)")
+    parser.add_argument("--batch", type=positive_int, default=8, help="images of a step (default: 8)")
+    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16", "fp16"), default="fp32", help="default: fp32")
+    parser.add_argument("--architecture", type=positive_int, metavar="SM",
+                        help="as 80 or 90 (default: the GPU's, or 90 without one)")  # fmt: skip
+    parser.add_argument("--processes", type=positive_int, help="that compile (default: one for each core)")
+
+
+def run(args: argparse.Namespace) -> None:
+    import os
+    import sys
+
+    import torch
+    from tqdm import tqdm
+
+    from fastunet.architecture import Architecture
+    from fastunet.dispatch import triton_installed, triton_interpreted
+    from fastunet.errors import UserError
+
+    if not triton_installed() or triton_interpreted():
+        reason = "TRITON_INTERPRET is set" if triton_installed() else "Triton is not installed"
+        raise UserError(f"there is nothing to compile: {reason}")
+    from fastunet.inspection.warm_up import Work, warm_up
+    from fastunet.kernels import _launch
+
+    architecture = args.architecture or (_launch.architecture() if torch.cuda.is_available() else 90)
+    if architecture not in (80, 86, 89, 90, 100, 120):
+        raise UserError(f"--architecture is {architecture}; the kernels are for 80, 86, 89, 90, 100 and 120")
+    size = args.size or SIZES.get(args.preset, 240)
+    work = Work(Architecture.from_preset(args.preset), (size, size), args.batch, args.precision, architecture)
+    bar = tqdm(unit="kernel", leave=False, disable=not sys.stderr.isatty())
+
+    def progress(done: int, number: int) -> None:
+        bar.total = number
+        bar.update(done - bar.n)
+
+    try:
+        number = warm_up(work, args.processes or os.cpu_count() or 1, progress)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    finally:
+        bar.close()
+    print(f"{number} kernels for sm_{architecture} are in Triton's cache")

@@ -1,0 +1,53 @@
+"""What ``fastunet warm-up`` compiles is what a network's calls then find in Triton's cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+
+from bench.gpu.host_driver import host_driver
+from fastunet.architecture import Architecture
+from fastunet.cli import main
+from fastunet.inspection.layers import network_calls
+from fastunet.inspection.warm_up import Work, warm_up
+from fastunet.kernels import _launch
+from tests.aot.selection import BEFORE_3_8
+from tests.cli_helpers import assert_user_error
+
+pytestmark = pytest.mark.skipif(_launch.INTERPRETED, reason="the interpreter has no machine code")
+
+NETWORK = Architecture(width=40, depth=1)  # as no other test has it, so that nothing is in memory
+
+
+def kernels(folder: Path) -> set[Path]:
+    return set(folder.rglob("*.cubin"))
+
+
+def test_nothing_is_left_to_compile(tmp_path, monkeypatch, request):
+    if BEFORE_3_8 and not request.config.getoption("--full", default=False):
+        pytest.skip("compiled with --full")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    told = []
+    number = warm_up(Work(NETWORK, (16, 16), 2, "bf16", 90), 1, lambda *progress: told.append(progress))
+    assert told == [(done, number) for done in range(1, number + 1)]
+    ready = kernels(tmp_path)
+    assert len(ready) == number
+    hits = []
+    monkeypatch.setattr(triton.knobs.compilation, "listener", lambda **told: hits.append(told["cache_hit"]))
+    with host_driver():
+        for call in network_calls(NETWORK, 2, 16, 16):
+            call.launcher()(*call.random(torch.bfloat16, "cpu"))
+        for call in network_calls(NETWORK, 2, 16, 16, training=False, output="labels"):
+            call.launcher()(*call.random(torch.bfloat16, "cpu"))
+    assert kernels(tmp_path) == ready
+    assert len(hits) > 20
+    assert all(hits)
+
+
+def test_bad_input(capsys):
+    assert_user_error(capsys, main(["warm-up", "--architecture", "70"]), "--architecture is 70", "90")
+    assert_user_error(capsys, main(["warm-up", "--preset", "isbi", "--size", "63"]), "63×63", "188")
