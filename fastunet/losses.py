@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from fastunet.functional import dice
-from fastunet.functional.dice_rule import check_rule
+from fastunet.functional.dice_rule import check_rule, check_tversky
 
 
 class DiceCrossEntropyLoss(nn.Module):
@@ -28,6 +29,7 @@ class DiceCrossEntropyLoss(nn.Module):
         ignore_index: int | None = None,
         class_weights: Any = None,
         label_smoothing: float = 0.0,
+        tversky: Sequence[float] = (0.5, 0.5),
         reduction: str = "batch",
         empty: str = "smooth",
         check_labels: bool = True,
@@ -38,6 +40,7 @@ class DiceCrossEntropyLoss(nn.Module):
     ):
         super().__init__()
         check_rule(empty, smooth)
+        check_tversky(tversky)
         if class_weights is not None:
             class_weights = torch.as_tensor(class_weights, dtype=torch.float32)
         self.class_weights: torch.Tensor | None
@@ -49,6 +52,7 @@ class DiceCrossEntropyLoss(nn.Module):
             include_background=include_background,
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
+            tversky=tversky,
             reduction=reduction,
             empty=empty,
             check_labels=check_labels,

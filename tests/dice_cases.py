@@ -13,7 +13,7 @@ def batch(c, size=(7, 9), n=3, dtype=torch.float64, seed=0, labels=torch.uint8):
 
 
 def literal(logits, labels, *, weights=None, ignore=None, smooth=1.0, include_background=True, reduction="batch",
-            ce_weight=1.0, dice_weight=1.0, empty="smooth", label_smoothing=0.0):  # fmt: skip
+            ce_weight=1.0, dice_weight=1.0, empty="smooth", label_smoothing=0.0, tversky=(0.5, 0.5)):  # fmt: skip
     """The eager one-hot loss, option by option, as one would write it without a library."""
     one_logit = logits.shape[1] == 1
     z = torch.cat([torch.zeros_like(logits), logits], 1) if one_logit else logits
@@ -23,7 +23,8 @@ def literal(logits, labels, *, weights=None, ignore=None, smooth=1.0, include_ba
     p = z.softmax(1) * valid[:, None]
     axes = [0, *range(2, z.ndim)] if reduction == "batch" else list(range(2, z.ndim))
     i, p_sum, t_sum = ((x.sum(axes)) for x in (p * t, p, t))
-    scores, present = (2 * i + smooth) / (p_sum + t_sum + smooth), t_sum > 0
+    missed = tversky[0] * (p_sum - i) + tversky[1] * (t_sum - i)
+    scores, present = (i + smooth / 2) / (i + missed + smooth / 2), t_sum > 0
     if empty == "one":
         scores = torch.where(present, scores, (p_sum == 0).to(scores.dtype))
     per_class = torch.ones(k, dtype=z.dtype) if weights is None or one_logit else weights.to(z.dtype)
@@ -45,8 +46,10 @@ OPTIONS = {
     "foreground": dict(include_background=False, weights=True),
     "smoothing": dict(weights=True, ignore=255, label_smoothing=0.15),
     "smoothing alone": dict(label_smoothing=0.3, dice_weight=0.0),
+    "Tversky": dict(tversky=(0.3, 0.7), weights=True),
     "skip": dict(empty="skip", reduction="sample"),
     "one": dict(empty="one", smooth=0.0, reduction="sample"),
+    "one and Tversky": dict(empty="one", tversky=(1.0, 0.2)),
 }
 
 

@@ -202,7 +202,7 @@ def test_opcheck():
     slopes, grad = torch.randn(3, 15), torch.randn(())
     arguments = (grad, slopes, flat, pixels, torch.rand(4), None, True, 0.1, "torch")
     torch.library.opcheck(torch.ops.fastunet.dice_sums_grad, arguments)
-    rule = (torch.rand(3, 15), torch.rand(4), 1.0, "skip", False, 1.0, 0.5, False, "torch")
+    rule = (torch.rand(3, 15), torch.rand(4), 1.0, "skip", False, 1.0, 0.5, False, 0.3, 0.7, "torch")
     torch.library.opcheck(torch.ops.fastunet.dice_rule, rule)
     torch.library.opcheck(torch.ops.fastunet.confusion_counts, (flat, pixels, 4, None, "torch"))
 
@@ -317,6 +317,10 @@ def test_bad_arguments_are_named():
     cases = [
         (dict(empty="none"), "empty is 'none'"),
         (dict(smooth=0.0), "smooth is 0.0"),
+        (dict(tversky=(0.0, 0.0)), r"tversky is \(0.0, 0.0\); expected two numbers"),
+        (dict(tversky=(-1.0, 2.0)), r"tversky is \(-1.0, 2.0\)"),
+        (dict(tversky=0.5), "tversky is 0.5"),
+        (dict(tversky=(0.5, float("nan"))), r"tversky is \(0.5, nan\)"),
         (dict(smooth=-1.0, empty="skip"), "smooth is -1.0"),
         (dict(reduction="mean"), "reduction is 'mean'"),
         (dict(grad_reduction="max"), "grad_reduction is 'max'"),

@@ -9,8 +9,9 @@ from fastunet.functional.dice_rule import dice_score, loss, mean_over_counted
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weights"])
 @pytest.mark.parametrize("background", [True, False], ids=["", "foreground"])
 @pytest.mark.parametrize("empty, smooth", [("smooth", 1.0), ("skip", 1.0), ("one", 0.0)])
+@pytest.mark.parametrize("tversky", [(0.5, 0.5), (0.3, 0.7), (2.0, 0.0)], ids=["", "Tversky", "positives"])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_slopes_are_the_derivatives(rows, empty, smooth, background, weighted):
+def test_slopes_are_the_derivatives(rows, tversky, empty, smooth, background, weighted):
     generator = torch.Generator().manual_seed(0)
     sums = 10 * torch.rand(rows, 15, dtype=torch.float64, generator=generator)
     sums[:, 9] = 0  # a class without truth
@@ -18,10 +19,14 @@ def test_slopes_are_the_derivatives(rows, empty, smooth, background, weighted):
     weights = torch.rand(4, dtype=torch.float64, generator=generator) if weighted else None
     leaf, first = sums.clone().requires_grad_(), 0 if background else 1
     i, p, t = (leaf[:, 4 * j + first : 4 * j + 4] for j in range(3))
-    score = dice_score(i, p, t, smooth=smooth, empty=empty)
+    alpha, beta = tversky
+    score = dice_score(i, p, t, smooth=smooth, empty=empty, alpha=alpha, beta=beta)
+    counted = t > 0 if empty != "smooth" else t >= 0
+    literal = (i + smooth / 2) / (i + alpha * (p - i) + beta * (t - i) + smooth / 2)
+    torch.testing.assert_close(score[counted], literal[counted], rtol=1e-12, atol=0)
     dice = mean_over_counted(1 - score, t, empty=empty, weights=None if weights is None else weights[first:])
     expected = 0.7 * dice + 0.3 * leaf[:, 12].sum() / leaf[:, 13].sum()
-    value, wrong, slopes = loss(sums, weights, smooth, empty, background, 0.7, 0.3, False)
+    value, wrong, slopes = loss(sums, weights, smooth, empty, background, 0.7, 0.3, False, alpha, beta)
     torch.testing.assert_close(value, expected.detach(), rtol=1e-13, atol=0)
     assert wrong == sums[:, 14].sum()
     wanted = torch.autograd.grad(expected, leaf)[0]

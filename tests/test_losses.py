@@ -15,7 +15,8 @@ def batch():
 
 
 def test_modules_are_the_functions(batch):
-    options = dict(smooth=0.5, include_background=False, ignore_index=2, reduction="sample", empty="skip")
+    options = dict(smooth=0.5, include_background=False, ignore_index=2, reduction="sample", empty="skip",
+                   tversky=(0.3, 0.7))  # fmt: skip
     weights = torch.tensor([0.5, 1, 2, 3])
     want = dice_loss(*batch, class_weights=weights, **options)
     assert torch.equal(DiceLoss(class_weights=[0.5, 1, 2, 3], **options)(*batch), want)

@@ -45,14 +45,14 @@ def test_options_equal_a_loop_written_out(phantoms, tmp_path):  # noqa: F811
     weights = [0.1, 1.0, 2.0, 0.5]
     config = TrainConfig(data=str(phantoms), width=4, depth=2, dropout=0.0, device="cpu", epochs=1, seed=5,
                          augment=False, learning_rate=0.01, schedule="poly", warm_up=0.25, weight_decay=0.1,
-                         clip_norm=0.3, ema=0.6, class_weights=weights)  # fmt: skip
+                         clip_norm=0.3, ema=0.6, class_weights=weights, tversky=(0.3, 0.7))  # fmt: skip
     train(config, tmp_path / "run", ONE_PROCESS, quiet=True)
     split = split_cases(discover_cases(phantoms), validation=0.2, seed=5)
     slices = SliceDataset(split.train, cache_dir=tmp_path / "c", foreground_fraction=0.5, skip_empty=True, seed=5)
     torch.manual_seed(5)
     model = fastunet.UNet(width=4, depth=2, dropout=0.0)
     average = {name: value.clone() for name, value in model.state_dict().items()}
-    loss, moments, steps = DiceCrossEntropyLoss(class_weights=weights), {}, slices.steps(8)
+    loss, moments, steps = DiceCrossEntropyLoss(class_weights=weights, tversky=(0.3, 0.7)), {}, slices.steps(8)
     assert steps >= 6
     clipped = 0
     for step, batch in enumerate(slices.batches(8, 0)):
@@ -157,6 +157,8 @@ def test_balanced_weights_are_inverse_to_the_pixels(phantoms, tmp_path):  # noqa
 @pytest.mark.parametrize("options, words", [
     (["--class-weights", "1,2"], ["2 numbers", "4 classes"]),
     (["--class-weights", "0,0,0,0"], ["not all 0"]),
+    (["--tversky", "0.3,0.7", "--loss", "ce"], ["--tversky 0.3,0.7", "not ce"]),
+    (["--tversky", "0,0"], ["--tversky 0,0"]),
     (["--warm-up", 20], ["--warm-up is 20 epochs of 20"]),
 ])  # fmt: skip
 def test_options_that_cannot_be_honoured(options, words, phantoms, tmp_path, capsys):  # noqa: F811
@@ -164,7 +166,7 @@ def test_options_that_cannot_be_honoured(options, words, phantoms, tmp_path, cap
 
 
 @pytest.mark.parametrize("options", [["--class-weights", "1,x"], ["--class-weights", "1,-1"], ["--ema", "1"],
-                                     ["--clip-norm", "0"], ["--patience", "0"]])  # fmt: skip
+                                     ["--clip-norm", "0"], ["--patience", "0"], ["--tversky", "1"]])  # fmt: skip
 def test_numbers_out_of_range(options, tmp_path, capsys):
     assert_user_error(capsys, run("train", tmp_path, "--out", tmp_path / "run", *options), *options[:1])
 

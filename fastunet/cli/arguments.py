@@ -43,6 +43,14 @@ def class_weights(text: str) -> list[float] | str:
     return text if text == "balanced" else [non_negative_float(part) for part in text.split(",")]
 
 
+def two_numbers(text: str) -> tuple[float, float]:
+    """Two comma-separated numbers of at least zero."""
+    parts = text.split(",")
+    if len(parts) != 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not two numbers with a comma between")
+    return non_negative_float(parts[0]), non_negative_float(parts[1])
+
+
 def spacing(text: str) -> float | str:
     """A number above zero, or "median"."""
     return text if text == "median" else positive_float(text)

@@ -17,6 +17,7 @@ from fastunet.cli.arguments import (
     positive_int,
     seed,
     spacing,
+    two_numbers,
 )
 from fastunet.data.label_tables import LABEL_MAPS
 from fastunet.training.config import LOSSES, PRECISIONS, SCHEDULES
@@ -52,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--epochs", type=positive_int, help="default: 20")
     training.add_argument("--batch-size", type=positive_int, help="slices per step and process (default: 8)")
     training.add_argument("--loss", choices=LOSSES, help="default: dice_ce")
+    training.add_argument("--tversky", type=two_numbers, metavar="FP,FN",
+                          help="factors of false positives and negatives in the Dice loss (0.5,0.5)")  # fmt: skip
     training.add_argument("--class-weights", type=class_weights, metavar="A,B,…|balanced",
                           help="factors of the classes, or inverse to their pixels (default: all 1)")  # fmt: skip
     training.add_argument("--learning-rate", type=positive_float, help="of AdamW (default: 0.001)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from fastunet import autograd, dispatch
 from fastunet.functional import dice_cpu, dice_rule
 from fastunet.functional._checks import check_tensors
 from fastunet.functional.dice_arguments import cannot_raise, pixels_of, raise_out_of_range, validated
-from fastunet.functional.dice_rule import check_rule, dice_score, mean_over_counted
+from fastunet.functional.dice_rule import check_rule, check_tversky, dice_score, mean_over_counted
 
 
 def _sums_like(logits, targets, class_weights, ignore_index, cross_entropy, per_sample, label_smoothing):
@@ -40,10 +41,10 @@ def _differentiate_rule(ctx, grad, _, d_slopes):
     sums, class_weights, slopes = ctx.saved_tensors
     d_sums = None if grad is None else grad * slopes
     if d_slopes is not None:
-        needed = [True] + [False] * 7
+        needed = [True] + [False] * 9
         more, *_ = autograd.vjp(dice_rule.loss, [sums, class_weights, *ctx.rule], needed, [None, None, d_slopes])
         d_sums = more if d_sums is None else d_sums + more
-    return d_sums, *[None] * 8
+    return d_sums, *[None] * 10
 
 
 dispatch.define(
@@ -64,7 +65,8 @@ dispatch.define(
 )
 dispatch.define(
     "dice_rule(Tensor sums, Tensor? class_weights, float smooth, str empty, bool include_background,"
-    " float dice_weight, float ce_weight, bool nan_if_wrong, str backend) -> (Tensor, Tensor, Tensor)",
+    " float dice_weight, float ce_weight, bool nan_if_wrong, float alpha, float beta, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
     torch_impl=dice_rule.loss,
     triton_impl="dice.rule:loss",
     fake=lambda sums, *arguments: (sums.new_empty(()), sums.new_empty(()), torch.empty_like(sums)),
@@ -155,6 +157,7 @@ def dice_cross_entropy(
     ignore_index: int | None = None,
     class_weights: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
+    tversky: Sequence[float] = (0.5, 0.5),
     reduction: str = "batch",
     empty: str = "smooth",
     check_labels: bool = True,
@@ -179,6 +182,9 @@ def dice_cross_entropy(
             of the mean of the Dice loss over classes.
         label_smoothing: e from 0 to 1: the cross-entropy is of ``(1 - e) t + e / C`` in place of t (of two classes for
             one logit), as in ``torch.nn.functional.cross_entropy``; the Dice loss is of t itself.
+        tversky: (α, β), the factors of false positives and false negatives in the ratio of the Dice loss, which then is
+            Tversky's: ``(2 I + s) / (2 (I + α (P - I) + β (T - I)) + s)``, with halves the Dice ratio. β above α finds
+            more of a small structure, at the price of false positives.
         reduction: "batch" sums I, P, T over the batch before the ratio; "sample" takes the mean of each sample's loss.
         empty: what a class without truth scores: "smooth", "skip" or "one"; the rule of
             :func:`fastunet.functional.dice_rule.dice_score`, under "skip" left out of the mean.
@@ -216,7 +222,8 @@ def dice_cross_entropy(
         raise ValueError("labels or class_weights require a gradient, which the Dice losses do not give; detach() them")
     backend = dispatch.select_backend(backend, "dice_cross_entropy", logits)
     may_raise = check_labels and not cannot_raise(logits)
-    rule = smooth, empty, include_background, dice_weight, ce_weight, check_labels and not may_raise
+    nan_if_wrong = check_labels and not may_raise
+    rule = smooth, empty, include_background, dice_weight, ce_weight, nan_if_wrong, *check_tversky(tversky)
     if sync:
         processes = torch.distributed.get_world_size(process_group)
         shared = process_group, 1 / processes if grad_reduction == "sum" else 1.0

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 EMPTY_RULES = ("smooth", "skip", "one")
@@ -18,10 +20,32 @@ def check_rule(empty: str, smooth: float) -> None:
         raise ValueError(f"smooth is {smooth}; it must not be negative, and positive with empty='smooth'")
 
 
+def check_tversky(tversky: Sequence[float]) -> tuple[float, float]:
+    """(α, β) as floats; raises ``ValueError`` unless they are two numbers of at least 0, of which one is above."""
+    try:
+        alpha, beta = map(float, tversky)
+    except (TypeError, ValueError):
+        alpha = beta = float("nan")
+    if not (0 <= alpha < float("inf") and 0 <= beta < float("inf") and alpha + beta > 0):
+        raise ValueError(f"tversky is {tversky!r}; expected two numbers (alpha, beta) of at least 0, one above")
+    return alpha, beta
+
+
 def dice_score(
-    intersection: torch.Tensor, predicted: torch.Tensor, truth: torch.Tensor, *, smooth: float, empty: str
+    intersection: torch.Tensor,
+    predicted: torch.Tensor,
+    truth: torch.Tensor,
+    *,
+    smooth: float,
+    empty: str,
+    alpha: float = 0.5,
+    beta: float = 0.5,
 ) -> torch.Tensor:
     """``(2 I + s) / (P + T + s)`` elementwise, with the ``empty`` rule where the truth is empty (``T == 0``).
+
+    With other ``alpha`` and ``beta`` than one half it is Tversky's index (Salehi, Erdogmus and Gholipour 2017),
+    ``TP / (TP + α FP + β FN)`` with TP = I, FP = P - I and FN = T - I, smoothed alike:
+    ``(2 I + s) / (2 (I + α (P - I) + β (T - I)) + s)``.
 
     "smooth": the ratio as it stands, ``s / (P + s)``. "skip": NaN, which :func:`mean_over_counted` leaves out.
     "one": 1 where the prediction is empty too (``P == 0``), else 0. The gradient is finite everywhere, and zero at
@@ -32,7 +56,8 @@ def dice_score(
         smooth: the constant s.
         empty: "smooth", "skip" or "one".
     """
-    return _ratio(2 * intersection, predicted + truth, predicted, truth, smooth, empty)
+    denominator = _denominator(intersection, predicted, truth, alpha, beta)
+    return _ratio(2 * intersection, denominator, predicted, truth, smooth, empty)
 
 
 def iou_score(
@@ -40,6 +65,11 @@ def iou_score(
 ) -> torch.Tensor:
     """``(I + s) / (P + T - I + s)`` elementwise, with the rule of :func:`dice_score`."""
     return _ratio(intersection, predicted + truth - intersection, predicted, truth, smooth, empty)
+
+
+def _denominator(intersection, predicted, truth, alpha: float, beta: float):
+    """2 (I + α (P - I) + β (T - I)); with halves the bits of P + T."""
+    return 2 * ((1 - alpha - beta) * intersection + (alpha * predicted + beta * truth))
 
 
 def _ratio(numerator, denominator, predicted, truth, smooth: float, empty: str) -> torch.Tensor:
@@ -84,17 +114,21 @@ def loss(
     dice_weight: float,
     ce_weight: float,
     nan_if_wrong: bool,
+    alpha: float = 0.5,
+    beta: float = 0.5,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``dice_weight · mean(1 - D) + ce_weight · cross-entropy`` of rows of sums, and what else one pass can say.
 
-    With w the weight of a class, W the sum of those that count, and a class that does not count or has no ratio 0:
-    ``dL/dI = -dice_weight w / W · 2 / (P + T + s)``, ``dL/dP = dice_weight w / W · (2 I + s) / (P + T + s)²``.
+    With w the weight of a class, W the sum of those that count, d the denominator of its ratio D (P + T + s for Dice),
+    and a class that does not count or has no ratio 0: ``dL/dI = -dice_weight w / W · 2 / d · (1 - (1 - α - β) D)``,
+    ``dL/dP = dice_weight w / W · 2 α D / d``.
 
     Args:
         sums: (R, 3 C + 3), from ``dice_cpu.sums``.
         class_weights: (C,) weights of the mean over classes, or None.
         smooth, empty, include_background, dice_weight, ce_weight: as in ``dice_cross_entropy``.
         nan_if_wrong: make the loss and its slopes NaN, which a gradient scaler notices, if a label was out of range.
+        alpha, beta: of ``dice_score``.
 
     Returns:
         The loss and the number of labels out of range, scalars; and the slopes d loss / d sums.
@@ -104,7 +138,7 @@ def loss(
     weights = torch.ones_like(truth) if class_weights is None else class_weights.expand_as(truth).clone()
     if not include_background:
         weights[:, 0] = 0
-    score = dice_score(intersection, predicted, truth, smooth=smooth, empty=empty)
+    score = dice_score(intersection, predicted, truth, smooth=smooth, empty=empty, alpha=alpha, beta=beta)
     dice_term = mean_over_counted(1 - score, truth, empty=empty, weights=weights)
     present = torch.ones_like(truth) if empty == "smooth" else (truth != 0).to(truth.dtype)
     counted = (weights * (present if empty == "skip" else 1)).sum()
@@ -112,11 +146,13 @@ def loss(
     ce_factor = ce_weight / torch.where(ce_weights == 0, torch.ones_like(ce_weights), ce_weights)
     value = dice_weight * dice_term + ce_factor * nll
 
-    denominator = torch.where(present == 0, torch.ones_like(truth), predicted + truth + smooth)
+    denominator = _denominator(intersection, predicted, truth, alpha, beta) + smooth
+    denominator = torch.where(present == 0, torch.ones_like(truth), denominator)
+    ratio = (2 * intersection + smooth) / denominator
     factor = dice_weight * weights * present / torch.where(counted == 0, torch.ones_like(counted), counted)
     slopes = torch.zeros_like(sums)
-    slopes[:, :c] = -factor * 2 / denominator
-    slopes[:, c : 2 * c] = factor * (2 * intersection + smooth) / denominator**2
+    slopes[:, :c] = -factor * 2 / denominator * (1 - (1 - alpha - beta) * ratio)
+    slopes[:, c : 2 * c] = factor * 2 * alpha * ratio / denominator
     slopes[:, 3 * c] = ce_factor
     if nan_if_wrong:
         poison = torch.where(wrong > 0, float("nan"), 0.0).to(value.dtype)

@@ -266,5 +266,6 @@ class _Walk:
         sums, grad = Tensor((1, 3 * classes + 3), torch.float32), Tensor((), torch.float32)
         self.add("loss", "dice_sums", 0, **read, per_sample=False, label_smoothing=0.0)
         self.add("loss", "dice_rule", 0, sums=sums, class_weights=None, smooth=1.0, empty="smooth",
-                 include_background=True, dice_weight=1.0, ce_weight=1.0, nan_if_wrong=False)
+                 include_background=True, dice_weight=1.0, ce_weight=1.0, nan_if_wrong=False, alpha=0.5,
+                 beta=0.5)
         self.add("loss", "dice_sums_grad", 0, grad=grad, slopes=sums, **read, label_smoothing=0.0)

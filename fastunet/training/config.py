@@ -39,7 +39,8 @@ class TrainConfig:
 
     ``size`` is the side of the square slices (None: as large as they are). ``spacing`` is in millimetres per pixel, or
     "median", to which slices are resampled. ``turns`` lets augmentation mirror both axes
-    and turn by 90 degrees (None: of 2-D images, not of volumes). ``class_weights`` has a factor per class, or
+    and turn by 90 degrees (None: of 2-D images, not of volumes). ``tversky`` has the factors of false
+    positives and negatives in place of the Dice ratio's one half. ``class_weights`` has a factor per class, or
     "balanced", for the inverse of each class's share of the training pixels. ``warm_up`` is in epochs, fractions too.
     ``weight_decay`` is AdamW's. ``clip_norm`` bounds the norm of the whole gradient. ``ema`` is the decay of averaged
     weights. ``patience`` is in epochs without a better validation Dice. ``checkpoint_every`` is in seconds.
@@ -61,6 +62,7 @@ class TrainConfig:
     epochs: Positive = 20
     batch_size: Positive = 8
     loss: Literal[LOSSES] = "dice_ce"
+    tversky: tuple[AtLeastZero, AtLeastZero] | None = None
     class_weights: list[AtLeastZero] | Literal["balanced"] | None = None
     learning_rate: AboveZero = 1e-3
     schedule: Literal[SCHEDULES] = "constant"
@@ -82,6 +84,9 @@ class TrainConfig:
     checkpoint_every: AtLeastZero = 300.0
 
     def __post_init__(self) -> None:
+        if self.tversky is not None and (self.loss == "ce" or not any(self.tversky)):
+            shown = ",".join(f"{factor:g}" for factor in self.tversky)
+            raise UserError(f"--tversky {shown} needs a factor above 0, and --loss dice or dice_ce, not {self.loss}")
         if self.warm_up >= self.epochs:
             raise UserError(f"--warm-up is {self.warm_up:g} epochs of {self.epochs}; it must end before the run does")
 

@@ -177,7 +177,7 @@ def _loss(
 ) -> torch.nn.Module:
     # Labels were checked against the label table when they were read; checking again would wait for the GPU.
     options = dict(sync=processes.world > 1, grad_reduction="sum", check_labels=False, ignore_index=ignored,
-                   class_weights=weights)  # fmt: skip
+                   class_weights=weights, tversky=config.tversky or (0.5, 0.5))  # fmt: skip
     if config.loss == "dice":
         return DiceLoss(**options).to(processes.device)
     return DiceCrossEntropyLoss(dice_weight=0.0 if config.loss == "ce" else 1.0, **options).to(processes.device)

@@ -39,11 +39,14 @@ def _present(t, EMPTY: tl.constexpr):
 
 @triton.jit
 def dice_rule_kernel(
-    sums_ptr, weights_ptr, loss_ptr, wrong_ptr, slopes_ptr, R, smooth, dice_weight, ce_weight,
+    sums_ptr, weights_ptr, loss_ptr, wrong_ptr, slopes_ptr, R, smooth, alpha, beta, rest, dice_weight, ce_weight,
     C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, FIRST: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     EMPTY: tl.constexpr, NAN_IF_WRONG: tl.constexpr,
 ):  # fmt: skip
-    """loss = dice_weight · mean(1 - D) + ce_weight · cross-entropy over R rows of sums; the number of wrong labels."""
+    """loss = dice_weight · mean(1 - D) + ce_weight · cross-entropy over R rows of sums; the number of wrong labels.
+
+    D = (2 I + s) / (2 (rest I + alpha P + beta T) + s), with rest = 1 - alpha - beta.
+    """
     offs_r, offs_c = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
     class_weight = ((offs_c >= FIRST) & (offs_c < C)).to(tl.float32)[None, :]
     if HAS_WEIGHTS:
@@ -60,7 +63,7 @@ def dice_rule_kernel(
         wrong += tl.load(scalars + 2, mask=first + offs_r < R, other=0.0)
         i, p, t, _, mask = _load(sums_ptr, first, R, C, BLOCK_R, BLOCK_C)
         present = _present(t, EMPTY)
-        score = (2 * i + smooth) / tl.where(present & mask, p + t + smooth, 1.0)
+        score = (2 * i + smooth) / tl.where(present & mask, 2 * (rest * i + (alpha * p + beta * t)) + smooth, 1.0)
         weight = tl.where(mask, class_weight, 0.0)
         if EMPTY == "one":
             score = tl.where(present, score, (p == 0).to(tl.float32))
@@ -81,10 +84,12 @@ def dice_rule_kernel(
     tl.store(wrong_ptr, wrong)
     for first in range(0, R, BLOCK_R):
         i, p, t, at, mask = _load(sums_ptr, first, R, C, BLOCK_R, BLOCK_C)
-        inverse = 1 / tl.where(_present(t, EMPTY) & mask, p + t + smooth, 1.0)
+        denominator = 2 * (rest * i + (alpha * p + beta * t)) + smooth
+        inverse = 1 / tl.where(_present(t, EMPTY) & mask, denominator, 1.0)
         factor = tl.where(_present(t, EMPTY), -dice_factor * class_weight, 0.0) * inverse
-        tl.store(slopes_ptr + at, 2 * factor + poison, mask=mask)
-        tl.store(slopes_ptr + at + C, -factor * (2 * i + smooth) * inverse + poison, mask=mask)
+        score = (2 * i + smooth) * inverse
+        tl.store(slopes_ptr + at, 2 * factor * (1 - rest * score) + poison, mask=mask)
+        tl.store(slopes_ptr + at + C, -2 * alpha * factor * score + poison, mask=mask)
         tl.store(slopes_ptr + at + 2 * C, tl.zeros_like(t) + poison, mask=mask)
         scalars = slopes_ptr + (first + offs_r).to(tl.int64) * (3 * C + 3) + 3 * C
         tl.store(scalars, tl.zeros_like(nll) + ce_factor + poison, mask=first + offs_r < R)
@@ -101,6 +106,8 @@ def loss(
     dice_weight: float,
     ce_weight: float,
     nan_if_wrong: bool,
+    alpha: float = 0.5,
+    beta: float = 0.5,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The loss and the number of labels out of range, both float32 scalars, and d loss / d sums.
 
@@ -109,14 +116,16 @@ def loss(
         class_weights: (C,) float32 weights of the mean over classes, or None.
         smooth, empty, include_background, dice_weight, ce_weight: as in ``dice_cross_entropy``.
         nan_if_wrong: make the loss and its slopes NaN if a label was out of range.
+        alpha, beta: the factors of false positives and false negatives in the ratio.
     """
     rows, c = sums.shape[0], sums.shape[1] // 3 - 1
     block_c = _launch.next_power_of_2(c)
     loss, wrong = (_launch.empty((), torch.float32, sums.device) for _ in range(2))
     slopes = _launch.empty(tuple(sums.shape), torch.float32, sums.device)
     _launch.launch(
-        dice_rule_kernel, (1,), sums.contiguous(), class_weights, loss, wrong, slopes, rows, smooth, dice_weight,
-        ce_weight, C=c, BLOCK_R=min(_launch.next_power_of_2(max(rows, 1)), _TILE // block_c), BLOCK_C=block_c,
+        dice_rule_kernel, (1,), sums.contiguous(), class_weights, loss, wrong, slopes, rows, smooth, alpha, beta,
+        1 - alpha - beta, dice_weight, ce_weight, C=c,
+        BLOCK_R=min(_launch.next_power_of_2(max(rows, 1)), _TILE // block_c), BLOCK_C=block_c,
         FIRST=0 if include_background else 1, HAS_WEIGHTS=class_weights is not None, EMPTY=empty,
         NAN_IF_WRONG=nan_if_wrong,
     )  # fmt: skip

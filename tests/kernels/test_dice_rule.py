@@ -27,6 +27,8 @@ RULES = {
     "skip": (1.0, "skip", True, 1.0, 0.3, False),
     "skip foreground": (0.0, "skip", False, 1.0, 0.3, True),
     "one": (0.0, "one", True, 0.5, 1.0, False),
+    "Tversky": (1.0, "smooth", True, 1.0, 0.3, False, 0.3, 0.7),
+    "Tversky skip": (0.0, "skip", False, 1.0, 0.0, False, 2.0, 0.5),
 }
 
 
