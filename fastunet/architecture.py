@@ -6,6 +6,8 @@ import itertools
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fastunet.arguments import checked
+
 PRESETS: dict[str, dict[str, Any]] = {
     "brats": {},
     "isbi": dict(in_channels=1, num_classes=2, width=64, depth=4, padding="valid", up="transpose", dropout=0.5),
@@ -17,6 +19,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 """
 
 
+@checked
 @dataclass(frozen=True)
 class Architecture:
     """Constructor arguments of a U-Net, validated.

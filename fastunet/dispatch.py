@@ -110,7 +110,7 @@ def select_backend(requested: str | None, operator: str, x: torch.Tensor, unsupp
         raise ValueError(f"{operator}: backend 'triton' cannot run here: {reason}")
     if reason not in _warned:
         _warned.add(reason)
-        warnings.warn(f"fastunet uses PyTorch instead of its Triton kernels: {reason}", stacklevel=3)
+        warnings.warn(f"fastunet uses PyTorch instead of its Triton kernels: {reason}", stacklevel=4)
     return "torch"
 
 
@@ -157,11 +157,16 @@ def settings() -> tuple:
     return os.environ.get("FASTUNET_BACKEND"), tf32, cudnn.enabled, cudnn.deterministic
 
 
+def autocasts(kind: str) -> bool:
+    """Whether autocast is on for devices of a kind; some, such as "meta", do not know it."""
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def autocast_operands(x: torch.Tensor, *others: torch.Tensor | None) -> list[Any]:
     """The tensors in the autocast dtype if autocast is on for ``x``'s device, else as they are, like ``nn.Conv2d``."""
     operands = [x, *others]
     kind = x.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not autocasts(kind):
         return operands
     dtype = torch.get_autocast_dtype(kind)
     return [t if t is None or t.dtype in (dtype, torch.float64) else t.to(dtype) for t in operands]

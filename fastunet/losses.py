@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastunet.arguments import checked
 from fastunet.functional import dice
 from fastunet.functional.dice_rule import check_rule, check_tversky
 
 
+@checked
 class DiceCrossEntropyLoss(nn.Module):
     """``dice_weight · Dice loss + ce_weight · cross-entropy`` of logits and labels.
 
@@ -70,6 +72,7 @@ class DiceCrossEntropyLoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
+@checked
 class DiceLoss(DiceCrossEntropyLoss):
     """The soft Dice loss alone: ``1 - mean over classes of (2 I + s) / (P + T + s)``.
 

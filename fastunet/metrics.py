@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fastunet.arguments import checked
 from fastunet.functional import dice_confusion
 from fastunet.functional._checks import check_classes
 from fastunet.functional.dice_arguments import MOST_CLASSES, raise_for_wrong, validated
@@ -16,6 +17,7 @@ KERAS_EPSILON = 1e-7
 """``keras.backend.epsilon()``, added to the denominators of precision, sensitivity and specificity."""
 
 
+@checked
 class SegmentationMetrics:
     """Accuracy, IoU, Dice, precision, sensitivity and specificity of all pixels and of each case.
 
@@ -113,6 +115,8 @@ class SegmentationMetrics:
 
     def all_reduce(self, group: Any = None) -> SegmentationMetrics:
         """Merges the counts of every process of ``group`` (None: all), after which all hold the same; returns self."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            raise ValueError("all_reduce needs a process group: call torch.distributed.init_process_group first")
         state = None if self._pooled is None else self._pooled.cpu(), {k: v.cpu() for k, v in self._cases.items()}
         states: list[Any] = [None] * torch.distributed.get_world_size(group)
         torch.distributed.all_gather_object(states, state, group=group)
@@ -200,6 +204,7 @@ def _rows(names: Iterable[str], scores: dict[str, torch.Tensor]) -> dict[str, di
     return {name: {key: values[i].item() for key, values in scores.items()} for i, name in enumerate(names)}
 
 
+@checked
 def dice_of_class(y_pred: torch.Tensor, y_true: torch.Tensor, index: int, *, epsilon: float = 1e-6) -> torch.Tensor:
     """Dice of one class as the Keras BraTS U-Net reports it: ``2 sum(|t p|) / (sum(t²) + sum(p²) + epsilon)``.
 
@@ -208,10 +213,14 @@ def dice_of_class(y_pred: torch.Tensor, y_true: torch.Tensor, index: int, *, eps
         y_true: one-hot (N, C, H, W), or class indices (N, H, W) or (N, 1, H, W).
         index: the class; in BraTS 1 is necrotic, 2 oedema, 3 enhancing.
     """
-    t, p = _one_hot(y_pred, y_true)[:, index].double(), y_pred[:, index].double()
+    truth = _one_hot(y_pred, y_true)
+    if not 0 <= index < truth.shape[1]:
+        raise ValueError(f"index is {index}; expected 0 to {truth.shape[1] - 1}")
+    t, p = truth[:, index].double(), y_pred[:, index].double()
     return 2 * (t * p).abs().sum() / (t.square().sum() + p.square().sum() + epsilon)
 
 
+@checked
 def precision(y_pred: torch.Tensor, y_true: torch.Tensor) -> torch.Tensor:
     """As the Keras BraTS U-Net reports it, all classes together: ``TP / (predicted positives + 1e-7)``.
 
@@ -224,12 +233,14 @@ def precision(y_pred: torch.Tensor, y_true: torch.Tensor) -> torch.Tensor:
     return _positives(_one_hot(y_pred, y_true) * y_pred) / (_positives(y_pred) + KERAS_EPSILON)
 
 
+@checked
 def sensitivity(y_pred: torch.Tensor, y_true: torch.Tensor) -> torch.Tensor:
     """As :func:`precision`: ``TP / (possible positives + 1e-7)``, where possible positives are ``sum(round(t))``."""
     t = _one_hot(y_pred, y_true)
     return _positives(t * y_pred) / (_positives(t) + KERAS_EPSILON)
 
 
+@checked
 def specificity(y_pred: torch.Tensor, y_true: torch.Tensor) -> torch.Tensor:
     """As :func:`precision`: ``TN / (possible negatives + 1e-7)``, TN being ``sum(round(clip((1-t)(1-p), 0, 1)))``."""
     t = _one_hot(y_pred, y_true)

@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastunet.architecture import Architecture
+from fastunet.arguments import checked
+
+__all__ = ["UNet"]
 
 _TRUNCATED_STD = 0.87962566103423978
 """Standard deviation of a unit normal truncated at ±2, by which he_normal divides to keep its stated variance."""
@@ -54,6 +57,7 @@ class DecoderBlock(nn.Module):
         return F.relu(self.conv2(F.relu(self.conv1(x))))
 
 
+@checked
 class UNet(nn.Module):
     """A U-Net of plain PyTorch layers; the arguments are those of :class:`fastunet.architecture.Architecture`.
 
@@ -90,6 +94,7 @@ class UNet(nn.Module):
         self.reset_parameters()
 
     @classmethod
+    @checked
     def from_preset(cls, name: str, *, backend: str = "auto", **overrides) -> UNet:
         """The preset "brats" (Keras BraTS network) or "isbi" (Ronneberger et al. 2015), arguments overridable."""
         return cls(**Architecture.from_preset(name, **overrides).as_dict(), backend=backend)
@@ -136,6 +141,7 @@ class UNet(nn.Module):
             raise ValueError(f"{logits.shape[1]} classes do not fit uint8 labels")
         return logits.argmax(dim=1).to(torch.uint8)
 
+    @checked
     def _check(self, x: torch.Tensor) -> tuple[int, int]:
         """The output size for ``x``, after checking its shape."""
         channels = self.architecture.in_channels
@@ -153,6 +159,7 @@ class UNet(nn.Module):
         return F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]))
 
 
+@checked
 def centre_crop(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """The central ``height`` × ``width`` pixels of (N, C, H, W); an odd remainder leaves the extra row at the end."""
     top, left = (x.shape[2] - height) // 2, (x.shape[3] - width) // 2

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastunet import reference
+from fastunet.arguments import checked
 from fastunet.blocks import (
     ConvBlock,
     DecoderBlock,
@@ -23,12 +24,13 @@ from fastunet.blocks import (
     why_not_layer,
     why_touched,
 )
-from fastunet.dispatch import BACKENDS
+from fastunet.dispatch import BACKENDS, autocasts
 from fastunet.functional._layout import nhwc
 from fastunet.functional.segmentation_head import finish
 from fastunet.inference.frozen import FrozenUNet
 
 
+@checked
 class UNet(reference.UNet):
     """A U-Net whose blocks run fused; constructor, ``state_dict`` and results are those of the plain build.
 
@@ -108,6 +110,7 @@ class UNet(reference.UNet):
         """Labels (N, H', W') uint8, the first of equally likely classes, without gradients."""
         return self.infer(x, "labels")
 
+    @checked
     def freeze(self, graphs: int = 8) -> FrozenUNet:
         """Inference with prepared weights and, on a CUDA device, one CUDA graph for each of ``graphs`` input shapes.
 
@@ -115,6 +118,7 @@ class UNet(reference.UNet):
         """
         return FrozenUNet(self, graphs)
 
+    @checked
     def infer(self, x: torch.Tensor, output: str) -> torch.Tensor:
         """ "logits", "probabilities" or "labels" of images; hooks on the model run as in a call of it."""
         if output == "logits" or self._why_wrapped():
@@ -153,7 +157,7 @@ class UNet(reference.UNet):
         size = super()._check(x)
         first = self.encoders[0] if len(self.encoders) else self.bottleneck
         weight = first.conv1._parameters.get("weight") if type(first) is ConvBlock else None
-        if weight is not None and x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if weight is not None and x.dtype != weight.dtype and not autocasts(x.device.type):
             raise ValueError(f"the images are {x.dtype}, but the first layer's parameters {weight.dtype}")
         return size
 

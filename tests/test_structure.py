@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BASE = {"errors", "files", "schema", "outputs", "signals"}
+BASE = {"arguments", "errors", "files", "schema", "outputs", "signals"}
 NETWORK = {"architecture", "autograd", "blocks", "dispatch", "functional", "reference", "unet"}
 MAY_IMPORT = {
-    "errors": set(), "autograd": set(), "architecture": set(), "signals": BASE,
+    "errors": set(), "arguments": set(), "autograd": set(), "architecture": {"arguments"}, "signals": BASE,
     "schema": {"errors"}, "files": {"errors", "schema"}, "outputs": {"errors", "files"},
-    "reference": {"architecture"},
+    "reference": {"architecture", "arguments"},
     "dispatch": {"autograd", "kernels", "inspection"},
-    "functional": {"autograd", "dispatch", "errors", "reference"},
-    "losses": {"functional"}, "metrics": {"functional"},
+    "functional": {"arguments", "autograd", "dispatch", "errors", "reference"},
+    "losses": {"arguments", "functional"}, "metrics": {"arguments", "functional"},
     "blocks": {"dispatch", "functional", "reference"},
-    "unet": {"blocks", "dispatch", "functional", "inference", "reference"},
+    "unet": {"arguments", "blocks", "dispatch", "functional", "inference", "reference"},
     "data": BASE,
     "inference": BASE | NETWORK | {"data", "kernels", "metrics", "training"} - {"unet"},
     "pictures": BASE | {"architecture", "inference"},

@@ -234,22 +234,20 @@ def test_public_names():
 def test_import_needs_no_triton_and_no_device():
     """In a fresh process where importing Triton fails and any CUDA initialisation would raise."""
     script = """
-import sys, time
+import sys
 import torch
 sys.modules["triton"] = None
 def touched(*_): raise AssertionError("import touched a device")
 torch.cuda._lazy_init = torch.cuda.is_available = touched
-start = time.perf_counter()
 import fastunet
-seconds = time.perf_counter() - start
+slow = {"nibabel", "matplotlib", "PIL", "msgspec", "safetensors.torch", "fastunet.data"} & set(sys.modules)
+assert not slow, slow
 model = fastunet.UNet(width=2, depth=1)
 model(torch.zeros(1, 2, 4, 4))
 assert not any(name.startswith("fastunet.kernels") for name in sys.modules)
-print(seconds)
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert float(run.stdout) < 0.3
 
 
 def test_operators_are_exactly_the_documented_ones():

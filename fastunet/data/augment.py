@@ -10,7 +10,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from fastunet.arguments import checked
 
+
+@checked
 @dataclass(frozen=True)
 class Augmentation:
     """What may happen to a sample; the defaults suit axial and coronal slices, whose rows run from side to side.
@@ -61,6 +64,7 @@ class Augmentation:
         return cls(flip=() if axis == 0 and not images else (-2,), mirror=images)
 
 
+@checked
 def augment(
     images: torch.Tensor,
     labels: torch.Tensor,

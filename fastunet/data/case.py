@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from fastunet.arguments import checked
 from fastunet.data.formats import is_image
 from fastunet.data.labels import LabelMap
 from fastunet.errors import UserError
@@ -22,6 +23,7 @@ class Source(NamedTuple):
     channel: int | None = None
 
 
+@checked
 @dataclass(frozen=True)
 class Case:
     """One scan of one patient, or one image.

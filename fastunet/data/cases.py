@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from fastunet.data.arguments import expect_all
+from fastunet.arguments import checked
 from fastunet.data.brats import brats_cases
 from fastunet.data.case import DEFAULT_MODALITIES, Case, Source, check_modalities
 from fastunet.data.dataset_json import dataset_json_cases
@@ -16,6 +16,7 @@ from fastunet.data.label_tables import LABEL_MAPS
 from fastunet.errors import Refusal, UserError, refuse
 
 
+@checked
 def discover_cases(
     root: str | Path,
     *,
@@ -40,10 +41,6 @@ def discover_cases(
         UserError: no such folder, no case in it, a missing modality, or cases whose classes differ.
     """
     root = Path(root)
-    if modalities is not None:
-        modalities = (
-            modalities if modalities is DEFAULT_MODALITIES else tuple(expect_all(modalities, str, "modalities"))
-        )
     if not root.is_dir():
         raise UserError(f"{root}: there is no such folder")
     if edition is not None and edition not in LABEL_MAPS:
@@ -64,6 +61,7 @@ def discover_cases(
     return _checked(cases, root, asked, refused)
 
 
+@checked
 def cases_from_files(paths: Iterable[str | Path], modalities: Sequence[str] = DEFAULT_MODALITIES) -> list[Case]:
     """Cases of loose files: each image is one; volumes are grouped by BraTS names, or are one case in the order given.
 
@@ -71,7 +69,8 @@ def cases_from_files(paths: Iterable[str | Path], modalities: Sequence[str] = DE
         UserError: files that are no complete set.
     """
     files = [Path(path) for path in paths]
-    modalities = expect_all(modalities, str, "modalities")
+    if not files or not modalities:
+        raise UserError(f"{len(files)} files and {len(modalities)} modalities given; a case has at least one of both")
     for path in files:
         if not path.is_file():
             raise UserError(f"{path}: there is no such file")

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from fastunet.data.arguments import expect, expect_flag
+from fastunet.arguments import checked
 from fastunet.data.case import Case, check_modalities
 from fastunet.data.volumes import Geometry, read_geometry
 from fastunet.errors import UserError, warn_once
@@ -18,13 +18,13 @@ _RELATIVE = 1e-4  # of a coordinate, as headers with four or five digits have it
 _MOST_ROUNDED = 0.1  # voxels, however far from the origin
 
 
+@checked
 def check_geometry(case: Case, modalities: Iterable[str], *, label: bool = True) -> Geometry:
     """Proves that the files of a case lie on one grid, and returns that of the first modality; reads headers only.
 
     Raises:
         UserError: a channel that its file lacks, a label file with channels; and see ``check_same_grid``.
     """
-    expect(case, Case, "case")
     check_modalities(case, modalities)
     sources = [case.modalities[modality] for modality in modalities]
     grids = {source.path: read_geometry(source.path) for source in sources}
@@ -35,7 +35,7 @@ def check_geometry(case: Case, modalities: Iterable[str], *, label: bool = True)
         grey_as_colour = case.is_image and len(shape) == 3 and len(sources) == 3
         if channel is not None and channel >= (*shape[3:], 1)[0] and not grey_as_colour:
             raise UserError(f"{path}: has no channel {channel}, its shape is {shape}")
-    if expect_flag(label, "label") and case.label is not None:
+    if label and case.label is not None:
         grids[case.label] = read_geometry(case.label)
         if len(grids[case.label].shape) > 3 and not case.is_image:
             raise UserError(f"{case.label}: a label file has 3 axes, this one has shape {grids[case.label].shape}")

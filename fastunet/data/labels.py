@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastunet.data.arguments import expect
+from fastunet.arguments import checked
 from fastunet.errors import UserError, warn_once
 from fastunet.schema import to_type
 
@@ -23,6 +23,7 @@ COLOUR = 1 << 24
 _SHOWN_VALUES = 8
 
 
+@checked
 @dataclass(frozen=True)
 class LabelMap:
     """The table between the label values of files and class indices.
@@ -63,7 +64,7 @@ class LabelMap:
         Raises:
             UserError: values outside the table, named and counted together with ``file``.
         """
-        whole = rounded(expect(values, np.ndarray, "values"))
+        whole = rounded(values)
         classes = np.zeros(values.shape, np.uint8)
         known = np.zeros(values.shape, bool)
         for index, value in [*enumerate(self.values), *([] if self.ignore is None else [(IGNORED, self.ignore)])]:
@@ -105,7 +106,6 @@ class LabelMap:
 
         Ignored pixels are ``IGNORED`` in every region.
         """
-        expect(classes, np.ndarray, "classes")
         targets = np.stack([np.isin(classes, members) for members in self.regions.values()]).astype(np.uint8)
         targets[:, classes == IGNORED] = IGNORED
         return targets
@@ -116,7 +116,6 @@ class LabelMap:
         Raises:
             ValueError: the table has no such order, or ``inside`` another number of regions.
         """
-        expect(inside, np.ndarray, "inside")
         if len(inside) != len(self.region_order):
             raise ValueError(f"{len(inside)} regions; the table of {self.edition} orders {len(self.region_order)}")
         classes = np.zeros(inside.shape[1:], np.uint8)

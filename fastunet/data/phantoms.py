@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastunet.arguments import checked
 from fastunet.data.case import MODALITIES, Case
 from fastunet.data.cases import discover_cases
 from fastunet.data.label_tables import LABEL_MAPS
@@ -60,6 +61,7 @@ class _Tumour:
     radius: float
 
 
+@checked
 def make_phantoms(
     root: str | Path,
     cases: int,

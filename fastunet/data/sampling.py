@@ -83,6 +83,8 @@ def split_into_batches(
 
 def count_steps(samples: int, batch_size: int, world: int = 1) -> int:
     """The steps of an epoch over ``samples``."""
+    if batch_size < 1 or world < 1:
+        raise ValueError(f"batches of {batch_size} in {world} processes; expected at least 1 of both")
     return math.ceil(samples / (batch_size * world))
 
 

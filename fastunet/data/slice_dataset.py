@@ -12,17 +12,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastunet.data.arguments import expect, expect_all, slice_size
+from fastunet.arguments import checked
 from fastunet.data.cache import CachedCase, DamagedCacheError, cache_case
 from fastunet.data.case import DEFAULT_MODALITIES, Case, check_modalities
 from fastunet.data.sampling import Batch, count_steps, epoch_order, split_into_batches
-from fastunet.data.slices import overlap
+from fastunet.data.slices import overlap, slice_size
 from fastunet.errors import UserError, warn_once
 from fastunet.files import make_output_folder
 
 _MOST_WORKERS = 4
 
 
+@checked
 class SliceDataset(torch.utils.data.Dataset):
     """Slices of labelled cases as (image float32 (modalities, H, W), labels uint8 (H, W)).
 
@@ -65,13 +66,13 @@ class SliceDataset(torch.utils.data.Dataset):
         spacing: tuple[float, float] | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        self.cases = expect_all(cases, Case, "cases")
+        self.cases = list(cases)
         self.modalities = tuple(modalities)
         self.foreground_fraction = foreground_fraction
         self.seed = seed
         if not self.cases:
             raise UserError("a data set needs at least one case")
-        if foreground_fraction is not None and not 0 <= expect(foreground_fraction, (int, float), "the share") <= 1:
+        if foreground_fraction is not None and not 0 <= foreground_fraction <= 1:
             raise UserError(f"the share of slices with foreground is {foreground_fraction}, expected 0 to 1")
         for case in self.cases:
             check_modalities(case, self.modalities)
@@ -103,6 +104,7 @@ class SliceDataset(torch.utils.data.Dataset):
         return len(self.case_index)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image and labels of one slice; raises ``IndexError`` past the last, which ends a loop."""
         images, labels = self.load([index])
         return images[0], labels[0]
 
@@ -110,6 +112,7 @@ class SliceDataset(torch.utils.data.Dataset):
         """A batch: images float32 (n, modalities, H, W) and labels uint8 (n, H, W).
 
         Raises:
+            IndexError: no such slice.
             UserError: a file of the cache is damaged, and the case that it was made from is not there to make it again.
         """
         indices = [operator.index(index) for index in indices]
@@ -156,7 +159,11 @@ class SliceDataset(torch.utils.data.Dataset):
         )
 
     def whole(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """One slice in its own size, whatever the size of the data set: image (modalities, H, W) and labels (H, W)."""
+        """One slice in its own size, whatever the size of the data set: image (modalities, H, W) and labels (H, W).
+
+        Raises:
+            IndexError: no such slice.
+        """
         image, label = self._whole(operator.index(index))
         return torch.from_numpy(image), torch.from_numpy(label)
 

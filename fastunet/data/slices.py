@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import operator
+import reprlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
-from fastunet.data.arguments import expect, expect_flag, slice_size
+from fastunet.arguments import checked
 from fastunet.data.case import DEFAULT_MODALITIES, Case, check_modalities
 from fastunet.data.grids import check_geometry
 from fastunet.data.resampling import resample, resampled_shape
@@ -47,10 +50,10 @@ def _axes(affine: np.ndarray, file: object) -> tuple[np.ndarray, np.ndarray]:
     return source, directions[source, 1]
 
 
+@checked
 def fit_slice(array: np.ndarray, size: int | Sequence[int]) -> np.ndarray:
     """The last two axes cropped or padded with zeros around their centre to ``size``, an integer or (H, W)."""
     target = slice_size(size)
-    expect(array, np.ndarray, "array")
     if array.ndim < 2 or min(target) < 0:
         raise ValueError(f"an array of shape {array.shape} has no slices of size {target}")
     height, width = array.shape[-2:]
@@ -60,9 +63,20 @@ def fit_slice(array: np.ndarray, size: int | Sequence[int]) -> np.ndarray:
     return fitted
 
 
+@checked
 def unfit_slice(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     """Undoes ``fit_slice`` for slices of ``shape`` (H, W): what was padded is cut off, what was cropped becomes 0."""
     return fit_slice(array, shape)
+
+
+def slice_size(size: Any) -> tuple[int, int]:
+    """(height, width) of an integer or a pair of them; raises ``ValueError`` for anything else."""
+    try:
+        sides = (size, size) if np.ndim(size) == 0 else tuple(size)
+        height, width = (operator.index(side) for side in sides)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"the slice size is {reprlib.repr(size)}; expected a whole number or two") from None
+    return height, width
 
 
 def overlap(length: int, target: int) -> tuple[slice, slice]:
@@ -105,6 +119,7 @@ def normalise(slab: np.ndarray, mean: float, deviation: float, *, everywhere: bo
     return scaled if everywhere else np.where(slab != 0, scaled, np.float32(0))
 
 
+@checked
 class CaseSlices:
     """The slices of one case in order, as the network sees them; only the input volumes are held in memory.
 
@@ -148,9 +163,7 @@ class CaseSlices:
         everywhere: bool | None = None,
         spacing: tuple[float, float] | None = None,
     ) -> None:
-        expect(case, Case, "case")
-        expect_flag(normalise, "normalise")
-        if not isinstance(axis, int) or axis not in (0, 1, 2):
+        if axis not in (0, 1, 2):
             raise ValueError(f"axis is {axis}; expected 0, 1 or 2")
         if case.is_image and axis != 2:
             raise UserError(f"{case.files[0]} is an image: it has no slices along axis {axis}, only along 2")

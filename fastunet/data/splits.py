@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastunet.data.arguments import expect, expect_all
+from fastunet.arguments import checked
 from fastunet.data.case import Case
 from fastunet.data.volumes import read_geometry
 from fastunet.errors import UserError
@@ -23,6 +23,7 @@ class Split(NamedTuple):
     test: list[Case]
 
 
+@checked
 def split_cases(cases: Iterable[Case], *, validation: float = 0.2, test: float = 0.0, seed: int = 0) -> Split:
     """Splits ``cases`` so that all scans of a patient stay together.
 
@@ -38,7 +39,7 @@ def split_cases(cases: Iterable[Case], *, validation: float = 0.2, test: float =
     Raises:
         UserError: a share outside [0, 1), a negative number, or fewer patients than the sides need.
     """
-    cases = sorted(expect_all(cases, Case, "cases"), key=lambda case: case.name)
+    cases = sorted(cases, key=lambda case: case.name)
     if len(cases) == 1 and cases[0].is_image and (pages := _pages(cases[0])) > 2:
         return _shared_out(cases[0], pages, validation, test)
     patients = sorted({case.patient for case in cases})
@@ -58,7 +59,7 @@ def split_cases(cases: Iterable[Case], *, validation: float = 0.2, test: float =
 
 
 def _patients_for(name: str, wanted: float, patients: int) -> int:
-    if isinstance(expect(wanted, (int, float), f"the {name} side"), int) and wanted >= 0:
+    if isinstance(wanted, int) and wanted >= 0:
         return wanted
     if not 0 <= wanted < 1:
         raise UserError(f"the {name} side is {wanted}; expected a share from 0 to below 1 or a number of patients")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import gzip
-import operator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastunet.data.arguments import expect
+from fastunet.arguments import checked
 from fastunet.data.formats import IMAGE_SUFFIXES, META_SUFFIXES, NIFTI_SUFFIXES, SUFFIXES, is_image, suffix_of
 from fastunet.data.image_files import mask_pixels, save_image
 from fastunet.data.images import describe_image, load_image, load_mask
@@ -51,6 +50,7 @@ class Volume:
     path: Path
 
 
+@checked
 def read_volume(path: str | Path, *, on_nan: str = "error", channel: int | None = None) -> Volume:
     """Reads a NIfTI file or pair, an MGH or MetaImage file, or an image; stored integers are scaled as the header says.
 
@@ -65,10 +65,10 @@ def read_volume(path: str | Path, *, on_nan: str = "error", channel: int | None 
         UserError: the file is missing, damaged or of another format, contradicts itself (docs/reading.md), has more
             axes, or holds NaN or infinite voxels.
     """
-    if not isinstance(on_nan, str) or on_nan not in ("error", "zero"):
+    if on_nan not in ("error", "zero"):
         raise ValueError(f"on_nan is {on_nan!r}; expected 'error' or 'zero'")
     path = Path(path)
-    if channel is not None and operator.index(channel) < 0:
+    if channel is not None and channel < 0:
         raise ValueError(f"channel is {channel}; channels are counted from 0")
     stored, values = _load(path, channel)
     data = scaled(values, stored, np.float32)
@@ -82,19 +82,20 @@ def read_volume(path: str | Path, *, on_nan: str = "error", channel: int | None 
     return Volume(data, stored.affine, stored.header, path)
 
 
+@checked
 def read_geometry(path: str | Path) -> Geometry:
     """Reads only the header of a file; raises ``UserError`` like ``read_volume``."""
     stored = _describe(Path(path))
     return Geometry(stored.path, stored.axes, stored.affine)
 
 
+@checked
 def read_labels(path: str | Path, label_map: LabelMap) -> np.ndarray:
     """Reads a label file as class indices, uint8 (X, Y, Z); ``LabelMap.encode`` says what is rounded.
 
     Raises:
         UserError: as in ``read_volume``, or a value that is not in the table of ``label_map``.
     """
-    expect(label_map, LabelMap, "label_map")
     return label_map.encode(read_label_values(path), path)
 
 
@@ -120,6 +121,7 @@ def read_label_values(path: str | Path) -> np.ndarray:
     return np.where(close, nearest, exact)
 
 
+@checked
 def write_labels(path: str | Path, classes: np.ndarray, like: Volume, label_map: LabelMap) -> None:
     """Writes class indices (X, Y, Z) as file values of ``label_map``, in the smallest of uint8, int16 and int32.
 
@@ -130,11 +132,11 @@ def write_labels(path: str | Path, classes: np.ndarray, like: Volume, label_map:
         UserError: the file cannot be written.
         ValueError: ``classes`` has not the shape of ``like``, or holds an index that is no class.
     """
-    expect(label_map, LabelMap, "label_map")
     path = Path(path)
     _write(path, (mask_pixels(classes, label_map) if is_image(path) else label_map.decode(classes)), like)
 
 
+@checked
 def write_map(path: str | Path, values: np.ndarray, like: Volume) -> None:
     """Writes ``values`` (X, Y, Z) or (X, Y, Z, C), such as probabilities, as float32; otherwise as ``write_labels``.
 
@@ -160,7 +162,6 @@ def save_nifti(path: str | Path, image: Nifti1Image) -> None:
 def _write(path: Path, values: np.ndarray, like: Volume) -> None:
     import nibabel
 
-    expect(like, Volume, "like")
     if values.shape[:3] != like.data.shape[:3]:
         raise ValueError(f"an array of shape {values.shape} does not fit {like.path} of shape {like.data.shape}")
     if is_image(path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from fastunet.arguments import checked
 from fastunet.autograd import tracked
 from fastunet.dispatch import autocast_operands, define, select_backend
 from fastunet.functional._checks import check_alike, check_image, check_tensors
@@ -178,6 +179,7 @@ define(
 )
 
 
+@checked
 def conv_relu(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -215,6 +217,7 @@ def conv_relu(
     return _OPS.conv_relu(x, skip, weight, bias, pad, slope, select_backend(backend, "conv_relu", x))
 
 
+@checked
 def conv_relu_pool(
     x: torch.Tensor,
     weight: torch.Tensor,

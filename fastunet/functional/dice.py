@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fastunet import autograd, dispatch
+from fastunet.arguments import checked
 from fastunet.functional import dice_cpu, dice_rule
 from fastunet.functional._checks import check_tensors
 from fastunet.functional.dice_arguments import cannot_raise, pixels_of, raise_out_of_range, validated
@@ -135,6 +136,7 @@ class _DiceLoss(torch.autograd.Function):
         return dlogits, *[None] * 9
 
 
+@checked
 def dice_loss(logits: torch.Tensor, labels: torch.Tensor, **options: Any) -> torch.Tensor:
     """The soft Dice loss, ``1 - mean((2 I + s) / (P + T + s))`` over classes.
 
@@ -146,6 +148,7 @@ def dice_loss(logits: torch.Tensor, labels: torch.Tensor, **options: Any) -> tor
     return dice_cross_entropy(logits, labels, ce_weight=0.0, **options)
 
 
+@checked
 def dice_cross_entropy(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -236,6 +239,7 @@ def dice_cross_entropy(
     return loss
 
 
+@checked
 def dice_coefficient(
     y_pred: torch.Tensor, y_true: torch.Tensor, *, smooth: float = 1.0, empty: str = "smooth"
 ) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastunet import dispatch
+from fastunet.arguments import checked
 from fastunet.functional import dice_cpu
 from fastunet.functional._checks import check_classes, check_tensors
 from fastunet.functional.dice_arguments import (
@@ -26,6 +27,7 @@ dispatch.define(
 )
 
 
+@checked
 def confusion_matrix(
     logits_or_labels: torch.Tensor,
     labels: torch.Tensor,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from fastunet.arguments import checked
 from fastunet.dispatch import define, select_backend
 from fastunet.functional._checks import check_image
 from fastunet.functional._layout import empty_nhwc, nhwc
@@ -60,6 +61,7 @@ define(
 )
 
 
+@checked
 def max_pool2d(x: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
     """2×2 maximum with stride 2: (N, C, H, W) → (N, C, H // 2, W // 2); the first of equal values gets the gradient.
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fastunet import autograd
+from fastunet.arguments import checked
 from fastunet.dispatch import autocast_operands, define, select_backend
 from fastunet.functional._checks import check_bias, check_image, check_tensors, check_weight
 from fastunet.functional._layout import empty_nhwc, nhwc
@@ -115,6 +116,7 @@ class _MaskingHead(torch.autograd.Function):
         return dx, dw, db if bias is not None else None, None
 
 
+@checked
 def segmentation_head(
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from fastunet.arguments import checked
 from fastunet.dispatch import autocast_operands, define, select_backend
 from fastunet.functional._checks import check_bias, check_image, check_tensors, check_weight
 from fastunet.functional._layout import empty_nhwc, nhwc
@@ -93,6 +94,7 @@ define(
 )
 
 
+@checked
 def upsample_conv_relu(
     x: torch.Tensor,
     weight: torch.Tensor,

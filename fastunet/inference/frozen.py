@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fastunet.dispatch import settings, triton_installed
+from fastunet.arguments import checked
+from fastunet.dispatch import autocasts, settings, triton_installed
 from fastunet.functional import _onednn
 from fastunet.inference import frozen_cpu
 
 
+@checked
 class FrozenUNet:
     """Inference of a :class:`fastunet.UNet` in evaluation mode; made by :meth:`fastunet.UNet.freeze`.
 
@@ -84,7 +86,7 @@ class FrozenUNet:
         height, width = self.model._check(x)
         weight = self.model.head.weight
         kind = x.device.type
-        if torch.is_autocast_enabled(kind) and torch.float64 not in (x.dtype, weight.dtype):
+        if autocasts(kind) and torch.float64 not in (x.dtype, weight.dtype):
             dtype = torch.get_autocast_dtype(kind)
             cast = self._prepared(lambda: self._casts.get(dtype) or self._cast(dtype))
             with torch.autocast(kind, enabled=False):

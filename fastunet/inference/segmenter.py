@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fastunet.arguments import checked
 from fastunet.data import Case, CaseSlices, LabelMap, write_labels, write_map
 from fastunet.data.formats import is_image, stem_of
 from fastunet.data.image_files import MAP_SUFFIX
@@ -26,6 +27,7 @@ from fastunet.unet import UNet
 Progress = Callable[[int, int], None]
 
 
+@checked
 @dataclass
 class Segmenter:
     """A network and how to run it.
@@ -174,6 +176,7 @@ class Segmenter:
                 yield from segment_tiled(forward, self.model.architecture, batch, self.tile, largest)
 
 
+@checked
 def write_case(
     segmenter: Segmenter, slices: CaseSlices, target: Path, *, probabilities: bool, progress: Progress | None = None
 ) -> np.ndarray:
@@ -208,6 +211,7 @@ def write_case(
     return labels
 
 
+@checked
 def probability_path(target: Path, class_name: str) -> Path:
     """Where the probabilities of a class go, beside the label file ``target``."""
     suffix = MAP_SUFFIX if is_image(target) else ".nii.gz"

@@ -12,10 +12,12 @@ import numpy as np
 import torch
 
 from fastunet.architecture import Architecture
+from fastunet.arguments import checked
 from fastunet.data.slices import mirror
 from fastunet.errors import UserError
 
 
+@checked
 def segment_tiled(
     forward: Callable[[torch.Tensor], torch.Tensor],
     architecture: Architecture,
@@ -54,6 +56,7 @@ def segment_tiled(
             yield slice(top, top + tall), slice(left, left + wide), result[..., skip : skip + tall, skip : skip + wide]
 
 
+@checked
 def border_width(architecture: Architecture) -> int:
     """Pixels of context on each side of a tile, such that what lies beyond cannot change a result inside."""
     if architecture.padding == "valid":

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastunet.arguments import checked
 from fastunet.errors import UserError
 
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
@@ -17,6 +18,7 @@ _WRAPPERS = ("state_dict", "model_state_dict", "network_weights", "model", "net"
 """Keys under which trainers keep the ``state_dict``."""
 
 
+@checked
 def load_torch_weights(model: nn.Module, source: str | Path | Mapping[str, Any]) -> None:
     """Loads a checkpoint into ``model``; nothing is copied unless every key fits.
 

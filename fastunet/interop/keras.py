@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from fastunet.architecture import Architecture
+from fastunet.arguments import checked
 from fastunet.errors import UserError
 from fastunet.files import write_bytes
 from fastunet.interop.keras_model import functional_config
@@ -31,6 +32,7 @@ _INSIDE_ARCHIVE = "model.weights.h5"
 Layers = list[tuple[str, nn.Conv2d | nn.ConvTranspose2d]]
 
 
+@checked
 def load_keras_weights(model: nn.Module, path: str | Path) -> None:
     """Copies the convolutions of a Keras file into ``model``'s, in order; nothing is copied unless everything fits.
 
@@ -71,6 +73,7 @@ def load_keras_weights(model: nn.Module, path: str | Path) -> None:
                 layer.bias.copy_(torch.from_numpy(bias))
 
 
+@checked
 def save_keras_weights(model: nn.Module, path: str | Path) -> None:
     """Writes ``model``'s convolutions as Keras reads them: ``.weights.h5``, legacy ``.h5``, or a whole ``.keras``.
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastunet import reference
+from fastunet.arguments import checked
 from fastunet.blocks import ConvBlock, DecoderBlock
 from fastunet.errors import UserError
 from fastunet.files import write_bytes
@@ -20,6 +21,7 @@ _FORWARDS = UNet.forward, reference.UNet.forward
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = {ConvBlock: reference.ConvBlock, DecoderBlock: reference.DecoderBlock}
 
 
+@checked
 def to_onnx(model: reference.UNet, path: str | Path) -> None:
     """Writes the network's logits in evaluation mode as ONNX: "images" (N, C_in, H, W) float32 → "logits".
 

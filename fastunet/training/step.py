@@ -6,12 +6,14 @@ from collections.abc import Callable
 
 import torch
 
+from fastunet.arguments import checked
 from fastunet.dispatch import settings
 
 _WARM_UP = 3
 """Real steps before a capture: kernels compile, cuDNN chooses, the optimiser makes its state."""
 
 
+@checked
 class TrainingStep:
     """Calls of ``step(images, labels)`` train ``model`` and return the loss, a tensor without gradient.
 
@@ -28,7 +30,7 @@ class TrainingStep:
         precision: autocast dtype for the forward pass and the loss, or None.
 
     Raises:
-        ValueError: the optimiser is not capturable and the model is on a CUDA device.
+        ValueError: the model has no parameters, or is on a CUDA device and the optimiser is not capturable.
     """
 
     def __init__(
@@ -40,7 +42,10 @@ class TrainingStep:
         precision: torch.dtype | None = None,
     ):
         self.model, self.loss, self.optimizer, self.precision = model, loss, optimizer, precision
-        self._device = next(model.parameters()).device
+        parameter = next(model.parameters(), None)
+        if parameter is None:
+            raise ValueError(f"{type(model).__name__} has no parameters to train")
+        self._device = parameter.device
         if self._device.type == "cuda" and not all(group.get("capturable") for group in optimizer.param_groups):
             raise ValueError(f"{type(optimizer).__name__} cannot be captured: construct it with capturable=True")
         self._calls: dict[tuple, int] = {}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from tests.faults import calls, documents, kills, soak, volumes
+from tests.faults import arguments, calls, documents, kills, soak, volumes
 from tests.faults.trials import Deadline, Outcome
 
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
@@ -22,7 +22,7 @@ CAMPAIGNS = {  # the campaign, trials of a full run and its share of the time
     "kills": (kills.campaign, 50, 0.30),
     "disk": (kills.full_disk, 24, 0.10),
     "two": (kills.two_at_once, 12, 0.10),
-    "arguments": (calls.arguments, 3000, 0.08),
+    "arguments": (arguments.campaign, 6000, 0.08),
     "guard": (calls.guard_zones, 1000, 0.04),
     "soak": (soak.campaign, 100, 0.08),
 }
