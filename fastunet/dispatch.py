@@ -1,7 +1,8 @@
 """Which implementation an operator runs on, and how operators are registered with ``torch.library``.
 
-Every operator ``fastunet::<name>`` is defined once, with a last argument ``backend`` that is already resolved to
-"torch" or "triton". It carries its own derivative; ``torch.compile`` sees opaque operators.
+Every operator ``fastunet::<name>`` is defined once, with a last argument ``backend`` that is already resolved: "torch",
+"triton", or "auto" for kernels that may be given up (:func:`select_backend`). It carries its own derivative;
+``torch.compile`` sees opaque operators.
 """
 
 from __future__ import annotations
@@ -18,12 +19,16 @@ from typing import Any
 import torch
 
 from fastunet import autograd
+from fastunet.errors import is_out_of_memory
 
 BACKENDS = ("auto", "triton", "torch")
 _LIBRARY = torch.library.Library("fastunet", "DEF")
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _warned: set[str] = set()
+GIVEN_UP: dict[str, str] = {}
+"""Operators whose kernel failed in this process, and how."""
+_LONGEST_REASON = 400
 
 
 @dataclass(frozen=True)
@@ -66,15 +71,25 @@ def define(
             return searching
         return importlib.import_module("fastunet.kernels._plan").planned(launcher)
 
-    def implementation(*args):
-        *operands, backend = args
-        if backend == "torch":
-            return torch_impl(*operands)
+    def launched(*operands):
         device = next(a.device for a in operands if isinstance(a, torch.Tensor))
         if device.type != "cuda" or device.index == torch.cuda.current_device():
             return load()(*operands)
         with torch.cuda.device(device):
             return load()(*operands)
+
+    def implementation(*args):
+        *operands, backend = args
+        if backend == "torch" or (backend == "auto" and name in GIVEN_UP):
+            return torch_impl(*operands)
+        try:
+            return launched(*operands)
+        except Exception as error:  # whatever compilers and drivers raise
+            # a call that is refused, or too large for the memory, says nothing about the next one
+            if backend != "auto" or isinstance(error, ValueError) or is_out_of_memory(error):
+                raise
+            _give_up(name, error)
+        return torch_impl(*operands)
 
     OPERATORS[name] = Operator(torch_impl, fake, load)
     _LIBRARY.define(schema)
@@ -86,12 +101,19 @@ def define(
     _LIBRARY.impl(name, autograd.kernel(operator, setup, backward), "Autograd")
 
 
-def select_backend(requested: str | None, operator: str, x: torch.Tensor, unsupported: str | None = None) -> str:
-    """Resolves ``requested`` ("auto", "triton", "torch", or None for "auto") to "torch" or "triton" for tensor ``x``.
+def _give_up(operator: str, error: Exception) -> None:
+    """From now on ``operator`` runs the PyTorch way where the backend is "auto"; says so, and why, once."""
+    reason = GIVEN_UP[operator] = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_REASON]
+    warnings.warn(f"fastunet uses PyTorch for {operator} from now on, whose kernel failed here: {reason}", stacklevel=2)
 
-    "auto" takes ``FASTUNET_BACKEND`` if set, then Triton on a CUDA device where it can run, else PyTorch with one
-    warning that gives the reason. An explicit choice is never overridden. ``unsupported`` is the operator's own reason
-    why its kernels cannot take this call.
+
+def select_backend(requested: str | None, operator: str, x: torch.Tensor, unsupported: str | None = None) -> str:
+    """Resolves ``requested`` ("auto", "triton", "torch", or None for "auto") for tensor ``x``.
+
+    "auto" takes ``FASTUNET_BACKEND`` if set. Else it stays "auto" on a CUDA device where Triton can run: then kernels
+    are used, and an operator whose kernel cannot be compiled or launched runs the PyTorch way from then on, with one
+    warning. Elsewhere it is PyTorch, with one warning that gives the reason. An explicit choice is never overridden.
+    ``unsupported`` is the operator's own reason why its kernels cannot take this call.
 
     Raises:
         ValueError: an unknown backend, or "triton" where it cannot run; the message gives the reason.
@@ -105,7 +127,7 @@ def select_backend(requested: str | None, operator: str, x: torch.Tensor, unsupp
         return "torch"
     reason = why_not_triton(x.device, x.dtype) or unsupported
     if reason is None:
-        return "triton"
+        return choice
     if choice == "triton":
         raise ValueError(f"{operator}: backend 'triton' cannot run here: {reason}")
     if reason not in _warned:

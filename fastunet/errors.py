@@ -24,6 +24,17 @@ class DataWarning(UserWarning):
     """Input that is usable but not as its writer meant it, in one sentence; the command line prints it on stderr."""
 
 
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory: you tried to allocate", "_ALLOC_FAILED")
+"""How allocators of CUDA, PyTorch on a CPU, cuBLAS and cuDNN say it; other errors speak of memory, too."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was too little memory, on whatever device."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+    )
+
+
 _said: set[str] = set()
 
 

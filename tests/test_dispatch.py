@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
+import types
 import warnings
 
 import pytest
 import torch
 
-from fastunet import dispatch
+from fastunet import dispatch, functional
 from fastunet.functional import conv_relu
+from fastunet.inspection.selfcheck import check_operators
 
 
 class FakeCuda:
@@ -38,7 +42,8 @@ def test_auto_on_a_cpu_is_torch_without_a_warning(monkeypatch):
 
 
 def test_auto_on_a_gpu_is_triton(cuda):
-    assert dispatch.select_backend("auto", "op", FakeCuda) == "triton"
+    assert dispatch.select_backend("auto", "op", FakeCuda) == "auto"
+    assert dispatch.select_backend("triton", "op", FakeCuda) == "triton"
     assert dispatch.select_backend("torch", "op", FakeCuda) == "torch"
 
 
@@ -94,3 +99,68 @@ def test_an_operator_s_own_limit_falls_back_too(cuda):
         assert dispatch.select_backend("auto", "op", FakeCuda, "the head has 40 classes, more than 32") == "torch"
     with pytest.raises(ValueError, match="40 classes"):
         dispatch.select_backend("triton", "op", FakeCuda, "the head has 40 classes, more than 32")
+
+
+_NUMBERS = itertools.count()
+"""An operator cannot be defined again under its name."""
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """An operator whose launcher raises what it is told to."""
+    raises = [RuntimeError("Triton Error [CUDA]: ptxas died")]
+
+    def broken(*operands):
+        raise raises[0]
+
+    module = types.ModuleType("fastunet.kernels.broken")
+    module.launch = broken
+    monkeypatch.setitem(sys.modules, "fastunet.kernels.broken", module)
+    for name in ("tuning", "_plan"):  # what stands between an operator and its launcher
+        room = "fastunet.inspection" if name == "tuning" else "fastunet.kernels"
+        stand_in = types.SimpleNamespace(tunable=lambda launcher: launcher, planned=lambda launcher: launcher)
+        monkeypatch.setitem(sys.modules, f"{room}.{name}", stand_in)
+    monkeypatch.setattr(dispatch, "GIVEN_UP", {})
+    name = f"probe_{next(_NUMBERS)}"
+    dispatch.define(f"{name}(Tensor x, str backend) -> Tensor", torch_impl=lambda x: 2 * x,
+                    triton_impl="broken:launch", fake=torch.empty_like)  # fmt: skip
+    yield getattr(torch.ops.fastunet, name), name, raises
+    del dispatch.OPERATORS[name]
+
+
+def test_a_kernel_that_fails_is_given_up_with_one_warning(failing):
+    operator, name, _ = failing
+    x = torch.ones(3, requires_grad=True)
+    with pytest.warns(UserWarning, match=rf"PyTorch for {name} from now on.* RuntimeError: .*ptxas died"):
+        y = operator(x, "auto")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (y + operator(x, "auto")).sum().backward()
+    assert torch.equal(x.grad, torch.full((3,), 4.0))
+    with pytest.raises(RuntimeError, match="ptxas died"):
+        operator(x, "triton")
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), MemoryError(),
+    RuntimeError("Triton Error [CUDA]: out of memory"), ValueError("images of 2**31 pixels"),
+])  # fmt: skip
+def test_too_little_memory_and_refusals_are_no_failure_of_the_kernel(failing, error):
+    operator, _, raises = failing
+    raises[0] = error
+    with pytest.raises(type(error)):
+        operator(torch.ones(3), "auto")
+    assert dispatch.GIVEN_UP == {}
+
+
+def test_the_self_check_names_a_kernel_that_was_given_up(monkeypatch):
+    def half_broken(*operands, **options):
+        dispatch._give_up("max_pool2d", RuntimeError("no such instruction"))
+        return torch.nn.functional.max_pool2d(operands[0], 2)
+
+    monkeypatch.setattr(functional, "max_pool2d", half_broken)
+    with pytest.warns(UserWarning, match="max_pool2d"):
+        check = next(c for c in check_operators(torch.device("cpu"), torch.float32) if c.operator == "max_pool2d")
+    assert not check.passed
+    assert "no such instruction" in check.problem
+    dispatch.GIVEN_UP.clear()

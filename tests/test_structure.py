@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "errors": set(), "arguments": set(), "autograd": set(), "architecture": {"arguments"}, "signals": BASE,
     "schema": {"errors"}, "files": {"errors", "schema"}, "outputs": {"errors", "files"},
     "reference": {"architecture", "arguments"},
-    "dispatch": {"autograd", "kernels", "inspection"},
+    "dispatch": {"autograd", "errors", "kernels", "inspection"},
     "functional": {"arguments", "autograd", "dispatch", "errors", "reference"},
     "losses": {"arguments", "functional"}, "metrics": {"arguments", "functional"},
     "blocks": {"dispatch", "functional", "reference"},

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 
 from fastunet.cli import check, demo, evaluate, info, segment, summary, train, warm_up
-from fastunet.errors import DataWarning, UserError
+from fastunet.errors import DataWarning, UserError, is_out_of_memory
 from fastunet.files import reason
 from fastunet.signals import Interrupted, handled
 
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout = None
         return 0
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         _complain("out of memory; a smaller --batch-size, --size or --tile needs less")
         return 2

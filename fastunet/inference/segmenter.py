@@ -17,7 +17,7 @@ from fastunet.arguments import checked
 from fastunet.data import Case, CaseSlices, LabelMap, write_labels, write_map
 from fastunet.data.formats import is_image, stem_of
 from fastunet.data.image_files import MAP_SUFFIX
-from fastunet.errors import DataWarning, UserError
+from fastunet.errors import DataWarning, UserError, is_out_of_memory
 from fastunet.inference.tiles import segment_tiled
 from fastunet.outputs import name_for_file
 from fastunet.training.checkpoint import ModelCard
@@ -121,7 +121,9 @@ class Segmenter:
             try:
                 results.append(compute(part))
                 done += len(part)
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 if len(part) == 1:
                     raise UserError(f"one slice of {part.shape[2:]} needs more memory than {self.device} has") from None
                 self.batch_size = len(part) // 2
