@@ -385,9 +385,15 @@ def test_a_cache_file_damaged_between_runs_is_made_again(tmp_path, cases, damage
         damage(path)
     data = SliceDataset(cases, cache_dir=tmp_path / "cache", size=8)
     torch.testing.assert_close(data.load(range(len(data))), expected, rtol=0, atol=0)
-    next((tmp_path / "cache").glob("*.json")).write_text('{"case": 1}')
-    data = SliceDataset(cases, cache_dir=tmp_path / "cache", size=8)
-    torch.testing.assert_close(data.load(range(len(data))), expected, rtol=0, atol=0)
+    description = next((tmp_path / "cache").glob("*.json"))
+    whole = description.read_text()
+    foreground = '"foreground":['
+    assert foreground + "0" not in whole
+    for text in ('{"case": 1}', whole.replace(foreground, f"{foreground}0,")):
+        description.write_text(text)
+        data = SliceDataset(cases, cache_dir=tmp_path / "cache", size=8)
+        torch.testing.assert_close(data.load(range(len(data))), expected, rtol=0, atol=0)
+        assert description.read_text() == whole
 
 
 def test_files_that_change_while_they_are_cached(tmp_path, cases, monkeypatch):

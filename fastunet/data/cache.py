@@ -43,7 +43,10 @@ class DamagedCacheError(UserError):
 
 
 class _Description(msgspec.Struct):
-    """The file beside the records, written last: where it is, they are."""
+    """The file beside the records, written last: where it is, they are.
+
+    ``digest`` is that of the other fields; with it a change of any of them shows.
+    """
 
     case: str
     shape: tuple[int, int, int]
@@ -51,6 +54,12 @@ class _Description(msgspec.Struct):
     foreground: list[int]
     offset: int
     checksums: list[int]
+    digest: str = ""
+
+    def own_digest(self) -> str:
+        """What ``digest`` must be."""
+        facts = msgspec.json.encode(msgspec.structs.replace(self, digest=""))
+        return hashlib.blake2b(facts, digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -153,6 +162,8 @@ def _described(path: Path, channels: int) -> CachedCase | None:
         size = path.stat().st_size
     except (UserError, OSError):
         return None
+    if table.digest != table.own_digest():
+        return None
     foreground = np.zeros(table.shape[0], dtype=bool)
     foreground[table.foreground] = True
     cached = CachedCase(path, channels, table.shape, table.box, foreground, table.offset, tuple(table.checksums))
@@ -231,6 +242,7 @@ def _write_records(
                 file.write(data)
     foreground = np.flatnonzero(((labels != 0) & (labels != IGNORED)).any(axis=(1, 2))).tolist()
     table = _Description(case.name, labels.shape, tuple(box), foreground, offset, checksums)
+    table.digest = table.own_digest()
     write_text(path.with_suffix(".json"), msgspec.json.encode(table).decode())
 
 
