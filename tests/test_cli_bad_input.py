@@ -360,6 +360,15 @@ def test_out_of_memory_is_one_sentence(error, monkeypatch, capsys):
     assert_user_error(capsys, run("info"), "out of memory")
 
 
+def test_an_error_that_speaks_of_memory_is_still_a_defect(monkeypatch):
+    from fastunet import cli
+
+    error = RuntimeError("unable to open shared memory object </torch_1>")
+    monkeypatch.setattr(cli.info, "run", lambda args: (_ for _ in ()).throw(error))
+    with pytest.raises(RuntimeError, match="shared memory object"):
+        run("info")
+
+
 def test_demo_leaves_other_folders_alone(tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("years of work")
     assert_user_error(capsys, run("demo", "--out", tmp_path), str(tmp_path))

@@ -39,7 +39,7 @@ WORDS = ["auto", "torch", "triton", "same", "valid", "logits", "labels", "batch"
 SCALARS = [None, True, False, 0, 1, 2, -1, 300, 10**12, 2**63, 10**400, 0.5, 1.5, -1.0, float("nan"), float("inf"),
            b"x", 1j, [], [1.0], [0, 1], ["flair"], {}, {"a": [0]}, (1, 2), (16, 16, 16), object(), repr,
            np.float32(0.5), np.int64(1), np.bool_(True), np.uint64(2**64 - 1), np.str_("same")]  # fmt: skip
-SECONDS, MEMORY = 60.0, 4 << 30
+CPU_SECONDS, MEMORY = 20, 4 << 30
 _REPLACED = {
     "fastunet.data.phantoms.phantom": lambda *_: (np.zeros((4, 2, 2, 2), np.int16), np.zeros((2, 2, 2), np.uint8)),
     "torch.onnx.export": unittest.mock.Mock(side_effect=ValueError("exporting takes seconds")),
@@ -58,7 +58,7 @@ def campaign(work: Path, trials: int, seed: int, time: Deadline) -> Outcome:
             break
         calls = math.ceil(1.25 * trials / len(functions))  # some functions have no more ways to be called
         # In a child: a call that hangs or ends the process is a loss like any other.
-        answer = forked(lambda: _call_wrongly(work, name, function, pool, calls, seed), SECONDS, MEMORY)  # noqa: B023
+        answer = forked(lambda: _call_wrongly(work, name, function, pool, calls, seed), CPU_SECONDS, MEMORY)  # noqa: B023
         if not answer.startswith("{"):
             outcome.add("", f"{name}: {answer}")
             continue

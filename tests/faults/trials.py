@@ -49,18 +49,22 @@ class Deadline:
         return time.monotonic() < self._end
 
 
-def forked(work: Callable[[], str], seconds: float, memory: int | None = None) -> str:
+HANGS_AFTER = 300.0
+"""Seconds, however busy the machine is."""
+
+
+def forked(work: Callable[[], str], cpu: int, memory: int) -> str:
     """What ``work()`` returns in a forked child, or "raised …", "killed by …" or "hangs".
 
-    ``memory`` limits what the child may map beyond what it has, in bytes.
+    ``cpu`` limits its processor time in seconds, ``memory`` what it may map beyond what it has, in bytes.
     """
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
-            if memory is not None:
-                mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-                resource.setrlimit(resource.RLIMIT_AS, (mapped + memory, mapped + memory))
+            mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (mapped + memory, mapped + memory))
+            resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))
             answer = work()
         except BaseException as error:
             answer = (
@@ -70,7 +74,7 @@ def forked(work: Callable[[], str], seconds: float, memory: int | None = None) -
         os._exit(0)
     os.close(writer)
     with open(reader, "rb") as stream:
-        if not select.select([stream], [], [], seconds)[0]:
+        if not select.select([stream], [], [], HANGS_AFTER)[0]:
             os.kill(pid, signal.SIGKILL)
         answer = stream.read().decode()
     status = os.waitpid(pid, 0)[1]
