@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing  # what annotations name, which NumPy before 2 does not import by itself
 import torch
 
 Thing = TypeVar("Thing", bound=Callable)
