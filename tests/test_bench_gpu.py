@@ -144,3 +144,20 @@ def test_small_launches_cover_every_operator():
     from fastunet.dispatch import OPERATORS
 
     assert {call.operator for call in small_calls()} == set(OPERATORS)
+
+
+def test_predictions_stand_beside_what_is_measured(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("triton", reason="Triton, which compiles the kernels, is not installed")
+    from bench.gpu import predict
+    from fastunet.kernels import _launch
+
+    monkeypatch.setattr(_launch, "architecture", lambda: 90)
+    every = list(predict.calls())
+    assert {"brats 240 x16", "isbi 572 x1"} <= {case for case, _ in every}
+    chosen = [next(pair for pair in every if pair[1].operator == name) for name in ("conv_relu", "max_pool2d_backward")]
+    monkeypatch.setattr(predict, "calls", lambda: chosen)
+    predict.main(["--out", str(tmp_path)], measure=lambda call, dtype: 1e3)
+    rows = json.loads((tmp_path / "predicted.json").read_text())["rows"]
+    assert [row["operator"] for row in rows] == ["conv_relu", "max_pool2d_backward"]
+    assert all(0 < row["floor_us"] < row["predicted_us"] < row["measured_us"] == 1e3 for row in rows)
+    assert "measured   1000.0" in capsys.readouterr().out

@@ -42,7 +42,10 @@ def tune(stage: Stage) -> None:
 
 
 def bench(stage: Stage) -> None:
-    """The benchmarks, which end by themselves a little before the deadline."""
+    """Predicted beside measured times, then the benchmarks; both end by themselves a little before the deadline."""
+    minutes = str(max(0.1, stage.left / 60 / 5))
+    stage.command("predict", [sys.executable, "-m", "bench.gpu.predict", "--out", str(stage.folder),
+                              "--minutes", minutes], share=0.3)  # fmt: skip
     minutes = str(max(0.1, (stage.left - 20) / 60))
     stage.command("run", [sys.executable, "-m", "bench.run", "--out", str(stage.folder), "--minutes", minutes])
 

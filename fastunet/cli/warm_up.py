@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
         bar.update(done - bar.n)
 
     try:
-        number = warm_up(work, args.processes or os.cpu_count() or 1, progress)
+        number = warm_up([work], args.processes or os.cpu_count() or 1, progress)
     except ValueError as error:
         raise UserError(str(error)) from error
     finally:

@@ -15,7 +15,7 @@ from fastunet.inspection.machine_code import GFX942, Report, compile_launch, com
 from fastunet.inspection.traffic import Traffic, count
 from fastunet.kernels import _launch, _tuned
 from fastunet.kernels._launch import Launch
-from fastunet.kernels.conv.cost import Cost, usual_device
+from fastunet.kernels.conv.cost import Cost, Device, usual_device
 
 TRAINING_KERNELS, INFERENCE_KERNELS = 70, 24
 """At most so many kernels the first training step of a reference network compiles, and its first inference."""
@@ -150,19 +150,28 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
+def predicted(use: Use, traffic: Traffic, gpu: Device) -> float:
+    """Seconds that a launch should take on ``gpu`` by :mod:`fastunet.kernels.conv.cost`."""
+    programs = math.prod(use.launch.grid)
+    return Cost(programs, traffic.flop // (2 * programs), traffic.read // programs,
+                min(use.call.floor_bytes(use.dtype), traffic.bytes), 1, use.dtype.itemsize,
+                "pointer" in use.launch.kernel.__name__).seconds(gpu)  # fmt: skip
+
+
+def floor(call: Call, dtype: torch.dtype, gpu: Device, multiplies: bool) -> float:
+    """Seconds that an operator call cannot take less than: its bytes once, and, if it ``multiplies``, its products."""
+    macs = call.macs // gpu.multiprocessors if multiplies else 0
+    return Cost(gpu.multiprocessors, macs, 0, call.floor_bytes(dtype), 0, dtype.itemsize, False).seconds(gpu)
+
+
 def _predicted(row: Row) -> tuple[str, str]:
-    """Microseconds of the launch by :mod:`fastunet.kernels.conv.cost`, and the call's floor as a share of them."""
-    use, traffic, size = row.use, row.traffic, row.use.dtype.itemsize
+    """Microseconds of the launch, and the call's floor as a share of them."""
+    use, traffic = row.use, row.traffic
     if use.architecture == GFX942:
         return "-", "-"
-    gpu, programs = usual_device(use.architecture), math.prod(use.launch.grid)
-    floor_bytes = use.call.floor_bytes(use.dtype)
-    counted = Cost(programs, traffic.flop // (2 * programs), traffic.read // programs,
-                   min(floor_bytes, traffic.bytes), 1, size, "pointer" in row.report.kernel)  # fmt: skip
-    floor = Cost(gpu.multiprocessors, use.call.macs // gpu.multiprocessors if traffic.flop else 0, 0, floor_bytes, 0,
-                 size, False)  # fmt: skip
-    seconds = counted.seconds(gpu)
-    return f"{1e6 * seconds:.1f}", f"{floor.seconds(gpu) / seconds:.0%}"
+    gpu = usual_device(use.architecture)
+    seconds = predicted(use, traffic, gpu)
+    return f"{1e6 * seconds:.1f}", f"{floor(use.call, use.dtype, gpu, traffic.flop > 0) / seconds:.0%}"
 
 
 def _calls(network: Architecture, batch: int, height: int, width: int) -> list[Call]:

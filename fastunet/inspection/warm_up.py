@@ -1,9 +1,9 @@
-"""A network's kernels compiled before their first use, by several processes, into Triton's cache on disk."""
+"""Kernels of networks compiled before their first use, by several processes, into Triton's cache on disk."""
 
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,22 +44,27 @@ def kernels(work: Work) -> list[Use]:
     return distinct(found + uses_of("", scores, torch.float32, work.architecture))
 
 
-def warm_up(work: Work, processes: int, progress: Callable[[int, int], None]) -> int:
-    """Compiles every kernel of ``work``, telling ``progress`` how many of how many are there; returns their number."""
-    number = len(kernels(work))
+def warm_up(works: Sequence[Work], processes: int, progress: Callable[[int, int], None] | None = None) -> int:
+    """Compiles every kernel of ``works``, telling ``progress`` how many of how many are there; returns their number."""
+    number = len(_all(works))
     # not forked: a copy of this process would hold its CUDA context, which does not survive that
-    with multiprocessing.get_context("spawn").Pool(processes, _begin, (work,)) as pool:
+    with multiprocessing.get_context("spawn").Pool(processes, _begin, (works,)) as pool:
         for done, _ in enumerate(pool.imap_unordered(_compile, range(number)), 1):
-            progress(done, number)
+            if progress is not None:
+                progress(done, number)
     return number
+
+
+def _all(works: Sequence[Work]) -> list[Use]:
+    return distinct(use for work in works for use in kernels(work))
 
 
 _kernels: list[Use] = []
 """In a process of the pool: what is to be compiled."""
 
 
-def _begin(work: Work) -> None:
-    _kernels[:] = kernels(work)
+def _begin(works: Sequence[Work]) -> None:
+    _kernels[:] = _all(works)
 
 
 def _compile(index: int) -> None:

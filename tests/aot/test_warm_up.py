@@ -32,7 +32,7 @@ def test_nothing_is_left_to_compile(tmp_path, monkeypatch, request):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     told = []
-    number = warm_up(Work(NETWORK, (16, 16), 2, "bf16", 90), 1, lambda *progress: told.append(progress))
+    number = warm_up([Work(NETWORK, (16, 16), 2, "bf16", 90)], 1, lambda *progress: told.append(progress))
     assert told == [(done, number) for done in range(1, number + 1)]
     ready = kernels(tmp_path)
     assert len(ready) == number
