@@ -77,11 +77,11 @@ define(
     "conv_relu_head(Tensor x, Tensor? skip, Tensor weight, Tensor? bias, int pad, Tensor head_weight, "
     "Tensor? head_bias, str output, str backend) -> Tensor",
     torch_impl=lambda x, skip, weight, bias, pad, head_weight, head_bias, output: _forward(
-        torch_conv_relu(x, skip, weight, bias, pad, True), head_weight, head_bias, output
+        torch_conv_relu(x, skip, weight, bias, pad, 0.0), head_weight, head_bias, output
     ),
     triton_impl="conv.forward:forward_head",
     fake=lambda x, skip, weight, bias, pad, head_weight, head_bias, output: fake_finish(
-        x, head_weight.shape[0], fake_conv_relu(x, skip, weight, bias, pad, True).shape[2:], output
+        x, head_weight.shape[0], fake_conv_relu(x, skip, weight, bias, pad, 0.0).shape[2:], output
     ),
 )
 define(
