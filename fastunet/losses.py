@@ -11,6 +11,7 @@ from torch import nn
 from fastunet.arguments import checked
 from fastunet.functional import dice
 from fastunet.functional.dice_rule import check_rule, check_tversky
+from fastunet.functional.weighted_cross_entropy import weighted_cross_entropy
 
 
 @checked
@@ -64,9 +65,22 @@ class DiceCrossEntropyLoss(nn.Module):
             backend=backend,
         )
 
-    def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The loss, a scalar, of (N, C, H, W) ``logits`` and ``labels``, (N, H, W) or in another form."""
-        return dice.dice_cross_entropy(logits, labels, class_weights=self.class_weights, **self.options)
+    def forward(
+        self, logits: torch.Tensor, labels: torch.Tensor, pixel_weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The loss, a scalar, of (N, C, H, W) ``logits`` and ``labels``, (N, H, W) or in another form.
+
+        ``pixel_weights`` (N, H, W) weigh the pixels of the cross-entropy in place of ``class_weights``, which then
+        weigh the classes of the Dice loss alone. The cross-entropy so weighted is not fused: it runs in plain PyTorch,
+        and the logits are read once more.
+        """
+        if pixel_weights is None:
+            return dice.dice_cross_entropy(logits, labels, class_weights=self.class_weights, **self.options)
+        mine = self.options | dict(ce_weight=0.0, label_smoothing=0.0)
+        overlap = dice.dice_cross_entropy(logits, labels, class_weights=self.class_weights, **mine)
+        shared = ("ignore_index", "label_smoothing", "sync", "process_group", "grad_reduction")
+        options = {name: self.options[name] for name in shared}
+        return overlap + self.options["ce_weight"] * weighted_cross_entropy(logits, labels, pixel_weights, **options)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -52,6 +52,15 @@ def measured(rank):
     dist.all_reduce(model.weight.grad)
     found["sum"] = loss.detach(), model.weight.grad
 
+    weights = torch.linspace(0, 3, 4 * 6 * 7, dtype=torch.float64).view(4, 6, 7)
+    for way, factor in (("weighted mean", 0.5), ("weighted sum", 1.0)):
+        model = network()
+        options = OPTIONS | dict(sync=True, grad_reduction=way.split()[1])
+        loss = DiceCrossEntropyLoss(**options)(model(images), labels, weights[2 * rank : 2 * rank + 2])
+        loss.backward()
+        dist.all_reduce(model.weight.grad)
+        found[way] = loss.detach(), factor * model.weight.grad
+
     labels_of_one = labels.clone()
     labels_of_one[0, 5, 5] = 9 * rank
     with pytest.raises(ValueError) as error:
@@ -72,11 +81,18 @@ def test_two_processes_equal_one(tmp_path):
     loss.backward()
     scores = SegmentationMetrics(4, ignore_index=255)
     scores.update(model(images), labels, ["case 0", "shared", "case 1", "shared"])
+    weighted = network()
+    weights = torch.linspace(0, 3, 4 * 6 * 7, dtype=torch.float64).view(4, 6, 7)
+    weighted_loss = DiceCrossEntropyLoss(**OPTIONS)(weighted(images), labels, weights)
+    weighted_loss.backward()
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for way in ("mean", "sum"):
             torch.testing.assert_close(found[way][0], loss.detach(), rtol=1e-12, atol=0)
             torch.testing.assert_close(found[way][1], model.weight.grad, rtol=1e-10, atol=1e-14)
+        for way in ("weighted mean", "weighted sum"):
+            torch.testing.assert_close(found[way][0], weighted_loss.detach(), rtol=1e-12, atol=0)
+            torch.testing.assert_close(found[way][1], weighted.weight.grad, rtol=1e-10, atol=1e-14)
         # every process stops, so that none waits for the others
         told = "1 labels are out of range, 9 among them" if rank else "labels of another process are out of range"
         assert found["wrong"].startswith(told)

@@ -48,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       help="random flips, small rotations, zooms and moves, contrast, noise (default)")  # fmt: skip
     data.add_argument("--turns", action=argparse.BooleanOptionalAction,
                       help="augment with quarter turns and flips of both axes (default: of images alone)")  # fmt: skip
+    data.add_argument("--elastic", action=argparse.BooleanOptionalAction,
+                      help="augment with smooth deformations (default: of images alone)")  # fmt: skip
     add_nan_option(data, default=argparse.SUPPRESS)
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=positive_int, help="default: 20")
@@ -57,6 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                           help="factors of false positives and negatives in the Dice loss (0.5,0.5)")  # fmt: skip
     training.add_argument("--class-weights", type=class_weights, metavar="A,B,…|balanced",
                           help="factors of the classes, or inverse to their pixels (default: all 1)")  # fmt: skip
+    training.add_argument("--border-weights", action="store_true",
+                          help="of images: weigh the gaps between touching objects in the cross-entropy")  # fmt: skip
     training.add_argument("--learning-rate", type=positive_float, help="of AdamW (default: 0.001)")
     training.add_argument("--schedule", choices=SCHEDULES, help="of the learning rate (default: constant)")
     training.add_argument("--warm-up", type=non_negative_float, metavar="EPOCHS",

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from fastunet.arguments import checked
+from fastunet.data.elastic import GRID, deform
 
 
 @checked
@@ -27,6 +28,7 @@ class Augmentation:
         zoom: enlargement by a factor within 1 ± ``zoom``.
         translate: move along each axis within ± ``translate`` of its length.
         mirror: what comes in from outside is the slice mirrored at its border; False: 0, and class 0.
+        elastic: the deformation of ``fastunet.data.elastic``, of every sample; what comes in from outside is mirrored.
         scale: each modality is multiplied by a factor within 1 ± ``scale``.
         shift: each modality is moved within ± ``shift``.
         gamma: contrast curve exponents from 1/(1 + ``gamma``) to 1 + ``gamma``, between a modality's extremes.
@@ -40,6 +42,7 @@ class Augmentation:
     zoom: float = 0.15
     translate: float = 0.05
     mirror: bool = False
+    elastic: bool = False
     scale: float = 0.1
     shift: float = 0.1
     gamma: float = 0.3
@@ -53,15 +56,18 @@ class Augmentation:
             raise ValueError(f"zoom is {self.zoom}; expected at least 0 and less than 1")
 
     @classmethod
-    def for_slices(cls, *, axis: int = 2, images: bool = False, turns: bool | None = None) -> Augmentation:
+    def for_slices(
+        cls, *, axis: int = 2, images: bool = False, turns: bool | None = None, elastic: bool | None = None
+    ) -> Augmentation:
         """What suits slices along ``axis`` of volumes, or 2-D ``images``, which have no side that is up.
 
         ``turns``: mirror both axes and turn by 90 degrees; None for images only. Otherwise left and right are
-        exchanged, which sagittal slices (axis 0) do not show.
+        exchanged, which sagittal slices (axis 0) do not show. ``elastic``: None for images only.
         """
+        elastic = images if elastic is None else elastic
         if turns or (turns is None and images):
-            return cls(flip=(-2, -1), turn=True, mirror=images)
-        return cls(flip=() if axis == 0 and not images else (-2,), mirror=images)
+            return cls(flip=(-2, -1), turn=True, mirror=images, elastic=elastic)
+        return cls(flip=() if axis == 0 and not images else (-2,), mirror=images, elastic=elastic)
 
 
 @checked
@@ -73,10 +79,12 @@ def augment(
     epoch: int,
     positions: Sequence[int] | np.ndarray,
     options: Augmentation | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    weights: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...]:
     """New images (N, M, H, W) and labels (N, H, W), changed at random; intensities of background (0) stay 0.
 
-    Both move together; between pixels images are interpolated linearly, labels take the nearest.
+    Both move together, and so do ``weights``, if they are given, which are then returned as the third; between pixels
+    images and weights are interpolated linearly, labels take the nearest.
     What happens to a sample follows from (seed, epoch, its position in the epoch's order) alone: ``Batch.positions``.
 
     Args:
@@ -86,14 +94,22 @@ def augment(
         epoch: counts from 0.
         positions: N integers.
         options: what may happen; None for the defaults.
+        weights: of each pixel, (N, H, W).
     """
     options = options or Augmentation()
     if len(positions) != len(images):
         raise ValueError(f"{len(positions)} positions given for {len(images)} images")
     draw = _Draws(seed, epoch, positions, images.device)
+    modalities = images.shape[1]
+    if weights is not None:
+        images = torch.cat([images, weights[:, None].to(images.dtype)], 1)
     images, labels = _flip_and_turn(images, labels, draw, options)
     images, labels = _rotate_and_zoom(images, labels, draw, options)
-    return _change_intensities(images, draw, options), labels
+    if options.elastic and images.numel():
+        images, labels = deform(images, labels, draw.normal_like(images.new_empty(len(images), 2, GRID, GRID)))
+    images, moved = images[:, :modalities], images[:, modalities:]
+    images = _change_intensities(images, draw, options)
+    return (images, labels) if weights is None else (images, labels, moved[:, 0])
 
 
 def _flip_and_turn(

@@ -1,6 +1,7 @@
 """Preprocessed slices on disk: one file per case, named after the content that it was made from.
 
-A record is one slice: the modalities, float32, then the labels, uint8. Records are cut to the box around everything
+A record is one slice: the modalities, float32, then the labels, uint8, and if asked for the term of
+``border_weights.border_term``, float32. Records are cut to the box around everything
 that is not 0, which loses nothing and leaves a third of a skull-stripped volume: about 30 MB for a BraTS case of two
 modalities. float32 rather than float16, so that training and segmentation see the same bits. Records are read by plain
 reads and carry a checksum: a file that is cut short, changed or gone is made again, where a memory map would end the
@@ -22,6 +23,7 @@ from typing import BinaryIO
 import msgspec
 import numpy as np
 
+from fastunet.data.border_weights import border_term
 from fastunet.data.case import Case
 from fastunet.data.grids import check_geometry
 from fastunet.data.labels import IGNORED
@@ -74,6 +76,7 @@ class CachedCase:
         foreground: bool, for each of all slices whether any label is neither 0 nor ignored.
         offset: where the first record begins.
         checksums: of each record.
+        border: whether a record has the border term.
     """
 
     path: Path
@@ -83,6 +86,7 @@ class CachedCase:
     foreground: np.ndarray
     offset: int
     checksums: tuple[int, ...]
+    border: bool = False
 
     @property
     def key(self) -> str:
@@ -91,8 +95,8 @@ class CachedCase:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of a record: fields "image", float32 (modalities, height, width) of the box, and "label", uint8."""
-        return _record_dtype(self.channels, self.box)
+        """Of a record: fields "image", float32 (modalities, height, width) of the box, "label", uint8, and "border"."""
+        return _record_dtype(self.channels, self.box, self.border)
 
     def record(self, index: int) -> np.void | None:
         """The record of slice ``index``, or None where the slice is empty.
@@ -128,6 +132,7 @@ def cache_case(
     normalise: bool = True,
     on_nan: str = "error",
     spacing: tuple[float, float] | None = None,
+    border: bool = False,
 ) -> CachedCase:
     """The records of ``case`` in ``folder``, made if they are not there, or not whole.
 
@@ -145,17 +150,18 @@ def cache_case(
     options = [_VERSION, list(modalities), axis, normalise, on_nan, table, case.pages, case.is_image]
     if spacing is not None:
         options.append(spacing)
+    options += ["border"] if border else []
     path = folder / f"{_content_key(case, modalities, options)}.npy"
-    cached = _described(path, len(modalities))
+    cached = _described(path, len(modalities), border)
     if cached is None:
-        _write_records(case, modalities, path, axis, normalise, on_nan, spacing, before)
-        cached = _described(path, len(modalities))
+        _write_records(case, modalities, path, axis, normalise, on_nan, spacing, border, before)
+        cached = _described(path, len(modalities), border)
     if cached is None:
         raise UserError(f"{path} vanished right after it was written; is something else clearing {folder}?")
     return cached
 
 
-def _described(path: Path, channels: int) -> CachedCase | None:
+def _described(path: Path, channels: int, border: bool) -> CachedCase | None:
     """The records at ``path`` if they and their description are whole, as far as sizes tell."""
     try:
         table = read_json(path.with_suffix(".json"), _Description)
@@ -166,7 +172,8 @@ def _described(path: Path, channels: int) -> CachedCase | None:
         return None
     foreground = np.zeros(table.shape[0], dtype=bool)
     foreground[table.foreground] = True
-    cached = CachedCase(path, channels, table.shape, table.box, foreground, table.offset, tuple(table.checksums))
+    checksums = tuple(table.checksums)
+    cached = CachedCase(path, channels, table.shape, table.box, foreground, table.offset, checksums, border)
     return cached if size == table.offset + len(table.checksums) * cached.dtype.itemsize else None
 
 
@@ -212,6 +219,7 @@ def _write_records(
     normalise: bool,
     on_nan: str,
     spacing: tuple[float, float] | None,
+    border: bool,
     states: list,
 ) -> None:
     check_geometry(case, modalities)
@@ -225,7 +233,7 @@ def _write_records(
         )
     box = _bounding_box(slices.occupied() | (labels != 0), case)
     (first, last), rows, columns = box[0], slice(*box[1]), slice(*box[2])
-    dtype = _record_dtype(len(modalities), box)
+    dtype = _record_dtype(len(modalities), box, border)
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (last - first,)}
     checksums = []
     with whole_file(path) as temporary, open(temporary, "wb") as file:
@@ -236,7 +244,9 @@ def _write_records(
             records = np.empty(stop - start, dtype)
             records["image"] = slices.read(start, stop)[..., rows, columns]
             records["label"] = labels[start:stop, rows, columns]
-            for record in records:
+            for record, whole in zip(records, labels[start:stop]):
+                if border:
+                    record["border"] = border_term(whole)[rows, columns]
                 data = record.tobytes()
                 checksums.append(zlib.crc32(data))
                 file.write(data)
@@ -246,9 +256,10 @@ def _write_records(
     write_text(path.with_suffix(".json"), msgspec.json.encode(table).decode())
 
 
-def _record_dtype(channels: int, box: Sequence[tuple[int, int]]) -> np.dtype:
+def _record_dtype(channels: int, box: Sequence[tuple[int, int]], border: bool) -> np.dtype:
     height, width = (stop - start for start, stop in box[1:])
-    return np.dtype([("image", "<f4", (channels, height, width)), ("label", "u1", (height, width))])
+    fields = [("image", "<f4", (channels, height, width)), ("label", "u1", (height, width))]
+    return np.dtype([*fields, ("border", "<f4", (height, width))] if border else fields)
 
 
 def _bounding_box(occupied: np.ndarray, case: Case) -> list[tuple[int, int]]:

@@ -44,6 +44,7 @@ class SliceDataset(torch.utils.data.Dataset):
         skip_empty: leave out slices that are 0 everywhere.
         seed: of the order of the slices.
         spacing: see ``CaseSlices``.
+        border: keep the term of ``border_weights.border_term`` with each slice, for ``TileDataset``.
         on_progress: called with (cases done, all cases) while preprocessing.
 
     Raises:
@@ -64,6 +65,7 @@ class SliceDataset(torch.utils.data.Dataset):
         skip_empty: bool = False,
         seed: int = 0,
         spacing: tuple[float, float] | None = None,
+        border: bool = False,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.cases = list(cases)
@@ -77,7 +79,7 @@ class SliceDataset(torch.utils.data.Dataset):
         for case in self.cases:
             check_modalities(case, self.modalities)
         self._folder = make_output_folder(cache_dir)
-        self._options = dict(axis=axis, normalise=normalise, on_nan=on_nan, spacing=spacing)
+        self._options = dict(axis=axis, normalise=normalise, on_nan=on_nan, spacing=spacing, border=border)
         self._cached: list[CachedCase] = []
         with ThreadPoolExecutor(min(_MOST_WORKERS, os.cpu_count() or 1)) as pool:
             for cached in pool.map(self._prepare, self.cases):
@@ -103,12 +105,11 @@ class SliceDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.case_index)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
         """Image and labels of one slice; raises ``IndexError`` past the last, which ends a loop."""
-        images, labels = self.load([index])
-        return images[0], labels[0]
+        return tuple(part[0] for part in self.load([index]))
 
-    def load(self, indices: Sequence[int] | np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    def load(self, indices: Sequence[int] | np.ndarray) -> tuple[torch.Tensor, ...]:
         """A batch: images float32 (n, modalities, H, W) and labels uint8 (n, H, W).
 
         Raises:
@@ -127,7 +128,7 @@ class SliceDataset(torch.utils.data.Dataset):
                 label[into] = record["label"][window]
         return torch.from_numpy(images), torch.from_numpy(labels)
 
-    def read(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, batch: Batch) -> tuple[torch.Tensor, ...]:
         """What ``load`` gives for the samples of a batch; errors as there."""
         return self.load(batch.indices)
 
@@ -164,18 +165,20 @@ class SliceDataset(torch.utils.data.Dataset):
         Raises:
             IndexError: no such slice.
         """
-        image, label = self._whole(operator.index(index))
+        image, label, *_ = self._whole(operator.index(index))
         return torch.from_numpy(image), torch.from_numpy(label)
 
-    def _whole(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def _whole(self, index: int) -> list[np.ndarray]:
+        """The fields of a record in the slice's own size, 0 outside the box."""
         case, number = self.case_index[index], self.slice_index[index]
         record, cached = self._record(case, number), self._cached[case]
-        image = np.zeros((len(self.modalities), *cached.shape[1:]), dtype=np.float32)
-        label = np.zeros(cached.shape[1:], dtype=np.uint8)
-        if record is not None:
-            window = tuple(slice(*interval) for interval in cached.box[1:])
-            image[(..., *window)], label[window] = record["image"], record["label"]
-        return image, label
+        window = tuple(slice(*interval) for interval in cached.box[1:])
+        planes = []
+        for name, (kind, _) in cached.dtype.fields.items():
+            planes.append(np.zeros((*kind.shape[:-2], *cached.shape[1:]), kind.base))
+            if record is not None:
+                planes[-1][(..., *window)] = record[name]
+        return planes
 
     def _prepare(self, case: Case) -> CachedCase:
         return cache_case(case, self.modalities, self._folder, **self._options)

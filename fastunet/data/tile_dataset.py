@@ -17,7 +17,7 @@ from fastunet.data.slices import mirror
 
 
 class TileDataset(SliceDataset):
-    """Tiles of images as (image float32 (modalities, size, size), labels uint8 (size, size)).
+    """Tiles of images as (image float32 (modalities, size, size), labels uint8 (size, size)[, border term float32]).
 
     Beyond its borders an image goes on as its mirror image. ``load`` gives the tiles whose middle ``output`` pixels
     cover every image once, labels elsewhere ``IGNORED``. ``read`` gives them at random places if ``random``: as many
@@ -53,33 +53,35 @@ class TileDataset(SliceDataset):
         wanted = self.foreground_fraction or 0.0
         self._centred = wanted / max(wanted, self.foreground.mean()) if wanted else 0.0
 
-    def load(self, indices: Sequence[int] | np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tiles that cover the images; shapes and errors as in ``SliceDataset.load``."""
-        images, labels = self._room(len(indices))
-        for image, label, index in zip(images, labels, map(operator.index, indices)):
-            self._cut(*self._whole(index), self._corners[index], image, label)
+    def load(self, indices: Sequence[int] | np.ndarray) -> tuple[torch.Tensor, ...]:
+        """The tiles that cover the images, a batch; errors as in ``SliceDataset.load``."""
+        batch = self._room(len(indices))
+        for *tile, index in zip(*batch, map(operator.index, indices)):
+            label = tile[1]
+            self._cut(self._whole(index), self._corners[index], tile)
             shape = self._cached[self.case_index[index]].shape[1:]
             rows, columns = (
                 (pixel >= start) & (pixel < min(length, start + self.output))
                 for pixel, start, length in zip(self._pixels(self._corners[index]), self._corners[index], shape)
             )
             label[~(rows[:, None] & columns)] = IGNORED
-        return torch.from_numpy(images), torch.from_numpy(labels)
+        return tuple(map(torch.from_numpy, batch))
 
-    def read(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, batch: Batch) -> tuple[torch.Tensor, ...]:
         """The tiles of a batch, at random places if the data set is so; shapes and errors as in ``load``."""
         if not self._random:
             return self.load(batch.indices)
-        images, labels = self._room(len(batch.indices))
-        for image, label, index, position in zip(images, labels, batch.indices, batch.positions):
+        tiles = self._room(len(batch.indices))
+        for *tile, index, position in zip(*tiles, batch.indices, batch.positions):
             rng = np.random.default_rng([self.seed, batch.epoch, position])
-            whole, classes = self._whole(index)
-            self._cut(whole, classes, self._random_corner(rng, classes), image, label)
-        return torch.from_numpy(images), torch.from_numpy(labels)
+            planes = self._whole(index)
+            self._cut(planes, self._random_corner(rng, planes[1]), tile)
+        return tuple(map(torch.from_numpy, tiles))
 
-    def _room(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        images = np.empty((count, len(self.modalities), *self.size), dtype=np.float32)
-        return images, np.empty((count, *self.size), dtype=np.uint8)
+    def _room(self, count: int) -> list[np.ndarray]:
+        """Of each field of a record, room for ``count`` tiles."""
+        kinds = (kind for kind, _ in self._cached[0].dtype.fields.values())
+        return [np.empty((count, *kind.shape[:-2], *self.size), kind.base) for kind in kinds]
 
     def _random_corner(self, rng: np.random.Generator, classes: np.ndarray) -> np.ndarray:
         """Where the middle of a tile begins: around a pixel of foreground, or anywhere."""
@@ -92,13 +94,11 @@ class TileDataset(SliceDataset):
                 return np.clip(pixel - rng.integers(0, self.output, 2), least, most)
         return rng.integers(least, most + 1)
 
-    def _cut(
-        self, whole: np.ndarray, classes: np.ndarray, corner: np.ndarray, image: np.ndarray, label: np.ndarray
-    ) -> None:
-        """Writes the tile whose middle begins at ``corner`` into ``image`` and ``label``."""
-        rows, columns = (mirror(pixel, length) for pixel, length in zip(self._pixels(corner), classes.shape))
-        image[:] = whole[:, rows[:, None], columns]
-        label[:] = classes[rows[:, None], columns]
+    def _cut(self, planes: Sequence[np.ndarray], corner: np.ndarray, tile: Sequence[np.ndarray]) -> None:
+        """Writes the tile whose middle begins at ``corner``, of each field of a record, into ``tile``."""
+        rows, columns = (mirror(pixel, length) for pixel, length in zip(self._pixels(corner), planes[1].shape))
+        for part, plane in zip(tile, planes):
+            part[:] = plane[..., rows[:, None], columns]
 
     def _pixels(self, corner: np.ndarray) -> list[np.ndarray]:
         """The rows and the columns of the image that a tile covers, those beyond its borders too."""

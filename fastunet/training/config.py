@@ -38,9 +38,10 @@ class TrainConfig:
     """Options of ``fastunet train``. Network options left at None take the preset's value.
 
     ``size`` is the side of the square slices (None: as large as they are). ``spacing`` is in millimetres per pixel, or
-    "median", to which slices are resampled. ``turns`` lets augmentation mirror both axes
-    and turn by 90 degrees (None: of 2-D images, not of volumes). ``tversky`` has the factors of false
-    positives and negatives in place of the Dice ratio's one half. ``class_weights`` has a factor per class, or
+    "median", to which slices are resampled. ``turns`` lets augmentation mirror both axes and turn by 90 degrees (None:
+    of 2-D images, not of volumes), ``elastic`` lets it deform (None: the same). ``border_weights`` weighs gaps between
+    objects in the cross-entropy. ``tversky`` has the factors of false positives and negatives in place of the Dice
+    ratio's one half. ``class_weights`` has a factor per class, or
     "balanced", for the inverse of each class's share of the training pixels. ``warm_up`` is in epochs, fractions too.
     ``weight_decay`` is AdamW's. ``clip_norm`` bounds the norm of the whole gradient. ``ema`` is the decay of averaged
     weights. ``patience`` is in epochs without a better validation Dice. ``checkpoint_every`` is in seconds.
@@ -75,6 +76,8 @@ class TrainConfig:
     foreground_fraction: Fraction = 0.5
     augment: bool = True
     turns: bool | None = None
+    elastic: bool | None = None
+    border_weights: bool = False
     val_fraction: Fraction = 0.2
     on_nan: Literal["error", "zero"] = "error"
     seed: Annotated[int, msgspec.Meta(ge=0, le=MOST_SEED)] = 0
@@ -89,6 +92,10 @@ class TrainConfig:
             raise UserError(f"--tversky {shown} needs a factor above 0, and --loss dice or dice_ce, not {self.loss}")
         if self.warm_up >= self.epochs:
             raise UserError(f"--warm-up is {self.warm_up:g} epochs of {self.epochs}; it must end before the run does")
+        if self.border_weights and self.loss == "dice":
+            raise UserError("--border-weights weighs the cross-entropy, which --loss dice lacks")
+        if self.elastic and not self.augment:
+            raise UserError("--elastic is part of the augmentation, which --no-augment turns off")
 
     def write(self, run: Path) -> None:
         """Writes ``config.json`` into the run folder."""

@@ -61,7 +61,8 @@ class TrainingData:
         if not self.config.augment:
             return None
         images = self.train.cases[0].is_image
-        return Augmentation.for_slices(axis=self.config.axis, images=images, turns=self.config.turns)
+        config = self.config
+        return Augmentation.for_slices(axis=config.axis, images=images, turns=config.turns, elastic=config.elastic)
 
     @property
     def ignored(self) -> int | None:
@@ -74,13 +75,16 @@ class TrainingData:
         return hashlib.blake2b(f"{self.train.fingerprint} {self.val.fingerprint}".encode(), digest_size=16).hexdigest()
 
     def augment(
-        self, images: torch.Tensor, labels: torch.Tensor, epoch: int, positions: np.ndarray
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, images: torch.Tensor, labels: torch.Tensor, *border: torch.Tensor, epoch: int, positions: np.ndarray
+    ) -> tuple[torch.Tensor, ...]:
         """A batch changed at random, if the run asks for it; a function of seed, epoch and positions alone."""
         options = self.augmentation
         if options is None:
-            return images, labels
-        return augment(images, labels, seed=self.config.seed, epoch=epoch, positions=positions, options=options)
+            return images, labels, *border
+        return augment(
+            images, labels, seed=self.config.seed, epoch=epoch, positions=positions, options=options,
+            weights=border[0] if border else None,
+        )  # fmt: skip
 
 
 def prepare_data(
@@ -110,12 +114,15 @@ def prepare_data(
     if cases[0].is_image:
         smallest = min(min(read_geometry(case.files[0]).shape[:2]) for case in cases)
         tile, output = tile_sides(architecture_of(config), config.size, smallest)
+    elif config.border_weights:
+        raise UserError(f"--border-weights is for 2-D images; {config.data} holds volumes")
 
     def build() -> tuple[SliceDataset, SliceDataset]:
         if tile is None:
             train = SliceDataset(split.train, size=config.size, **options, **drawn)
             return train, SliceDataset(split.validation, size=config.size, **options)
-        train = TileDataset(split.train, size=tile, output=output, random=True, **options, **drawn)
+        train = TileDataset(split.train, size=tile, output=output, random=True, border=config.border_weights,
+                            **options, **drawn)  # fmt: skip
         return train, TileDataset(split.validation, size=tile, output=output, **options)
 
     train = val = None

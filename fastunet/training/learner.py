@@ -75,23 +75,32 @@ class Learner:
         return self.model if self.average is None else self.average
 
     def step(
-        self, batch: Batch, images: torch.Tensor, labels: torch.Tensor, progress: Progress, steps: int, wish: bool
+        self,
+        batch: Batch,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        *border: torch.Tensor,
+        progress: Progress,
+        steps: int,
+        wish: bool,
     ) -> Step:
         """One optimiser step; its loss is that of the whole batch, of all processes.
 
-        ``steps`` is the number in an epoch, ``wish`` whether this process wants to stop.
+        ``border`` is the term of ``border_weights.border_term``, if the run uses it; ``steps`` is the number in an
+        epoch, ``wish`` whether this process wants to stop.
         """
         config = self.config
         images = images.to(self.device, non_blocking=True).to(memory_format=torch.channels_last)
-        labels = labels.to(self.device, non_blocking=True)
-        images, labels = self.data.augment(images, labels, progress.epoch, batch.positions)
+        others = [part.to(self.device, non_blocking=True) for part in (labels, *border)]
+        images, labels, *border = self.data.augment(images, *others, epoch=progress.epoch, positions=batch.positions)
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(progress.step, steps)
         # Dropout draws from a generator that each batch seeds anew, so no random state has to be saved.
         torch.manual_seed(batch_seed(config.seed, progress.epoch, progress.batch, self.processes.rank))
         with autocast(self.device, config.precision):
             logits = self.model(images)
-        loss = self.loss(logits.float(), centre_crop(labels, *logits.shape[-2:]))
+        labels, *border = (centre_crop(part, *logits.shape[-2:]) for part in (labels, *border))
+        loss = self.loss(logits.float(), labels, *(self._pixel_weights(labels, term) for term in border))
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         stop = self.processes.sum_gradients(self.parameters, float(wish))
@@ -107,6 +116,11 @@ class Learner:
         report = torch.zeros(2, dtype=torch.float64, device=self.device)
         report[0], report[1] = loss.detach(), stop
         return Step(batch, report, skipped)
+
+    def _pixel_weights(self, labels: torch.Tensor, border: torch.Tensor) -> torch.Tensor:
+        """``w_c(x) + border``, with w_c the weight of a pixel's class; of pixels that are ignored it is any number."""
+        weights = self.loss.class_weights
+        return border + (1 if weights is None else weights[labels.long().clamp(max=len(weights) - 1)])
 
     @torch.no_grad()
     def validate(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

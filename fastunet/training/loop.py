@@ -144,9 +144,10 @@ class Trainer:
         waiting: deque[Step] = deque()
         with closing(prefetched(batches)) as loader:
             clock = time.perf_counter()
-            for (batch, images, labels), waited in loader:
+            for (batch, images, labels, *border), waited in loader:
                 wish = bool(self._requested()) or self._failure is not None
-                waiting.append(self.learner.step(batch, images, labels, progress, steps, wish))
+                step = self.learner.step(batch, images, labels, *border, progress=progress, steps=steps, wish=wish)
+                waiting.append(step)
                 progress.batch += 1
                 progress.step += 1
                 now = time.perf_counter()
