@@ -80,7 +80,8 @@ class DiceCrossEntropyLoss(nn.Module):
         overlap = dice.dice_cross_entropy(logits, labels, class_weights=self.class_weights, **mine)
         shared = ("ignore_index", "label_smoothing", "sync", "process_group", "grad_reduction")
         options = {name: self.options[name] for name in shared}
-        return overlap + self.options["ce_weight"] * weighted_cross_entropy(logits, labels, pixel_weights, **options)
+        likelihood = weighted_cross_entropy(logits, labels, pixel_weights, **options)
+        return torch.add(overlap, likelihood, alpha=self.options["ce_weight"])
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
