@@ -9,7 +9,7 @@ cannot see from outside (parametrisations, swapped or shared parameters) works t
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,17 +18,24 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import is_parametrized
 
 from fastunet import reference
+from fastunet.chains import with_norm
 from fastunet.dispatch import select_backend
 from fastunet.functional.blocks import conv_block, decoder_block, decoder_block_head, encoder_block
+from fastunet.functional.conv_relu import conv_relu
+from fastunet.functional.conv_transpose import conv_transpose2d
+from fastunet.functional.max_pool import max_pool2d
 from fastunet.functional.segmentation_head import finish, head_of_network, segmentation_head
+from fastunet.functional.upsample_conv import upsample_conv_relu
 
 
 class Made(NamedTuple):
-    """The class, number of attributes and geometry of a layer, as :func:`made` noted them at its construction."""
+    """The class, number of attributes, geometry and whether it has a bias of a layer, as :func:`made` noted them when
+    it was constructed."""
 
     kind: type
     attributes: int
     geometry: tuple
+    has_bias: bool
 
 
 def _class_forwards() -> tuple:
@@ -59,27 +66,33 @@ def why_touched(module: nn.Module, kind: type) -> str | None:
     return None
 
 
+_SETTINGS_OF_NORMS = "num_features", "num_channels", "num_groups", "eps", "momentum", "affine", "track_running_stats"
+
+
 def _geometry(d: dict) -> tuple:
     """What a layer's attributes ``d`` say of its sums, besides the parameters."""
+    if "kernel_size" not in d:
+        return tuple(d.get(name) for name in _SETTINGS_OF_NORMS)
     return (d["kernel_size"], d["stride"], d["padding"], d["dilation"], d["output_padding"], d["groups"],
             d["padding_mode"])  # fmt: skip
 
 
 def made(layer: nn.Module) -> Made:
     """What :func:`why_not_layer` compares a layer with."""
-    return Made(type(layer), len(layer.__dict__), _geometry(layer.__dict__))
+    return Made(type(layer), len(layer.__dict__), _geometry(layer.__dict__), layer.bias is not None)
 
 
 def _as_made(layer: nn.Module | None, layer_made: Made) -> bool:
     """Whether ``layer`` is just what its constructor made. The quick answer, for each forward pass asks every layer."""
-    kind, size, geometry = layer_made
+    kind, size, geometry, has_bias = layer_made
     if type(layer) is not kind:
         return False
     d = layer.__dict__
     if d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]:
         return False
     tensors = d["_parameters"]
-    return (len(d) == size and type(tensors.get("weight")) is nn.Parameter and type(tensors.get("bias")) is nn.Parameter
+    return (len(d) == size and type(tensors.get("weight")) is nn.Parameter
+            and type(tensors.get("bias")) is (nn.Parameter if has_bias else type(None))
             and _geometry(d) == geometry)  # fmt: skip
 
 
@@ -91,7 +104,7 @@ def why_not_layer(layer: nn.Module | None, layer_made: Made) -> str | None:
     if reason is not None:
         return reason
     if _geometry(layer.__dict__) != layer_made.geometry:
-        return "has another kernel, stride, padding, dilation or groups"
+        return "has other settings than it was made with, such as kernel, stride, padding, groups or eps"
     for name in ("weight", "bias"):
         tensor = layer._parameters.get(name)
         if type(tensor) is nn.Parameter or is_parametrized(layer, name):
@@ -99,6 +112,8 @@ def why_not_layer(layer: nn.Module | None, layer_made: Made) -> str | None:
         if tensor is None:  # replicas of DataParallel hold their tensors as attributes
             tensor = getattr(layer, name, None)
         if tensor is None:
+            if name == "bias" and not layer_made.has_bias:
+                continue
             return f"has no {name}"
         # the tensors by which torch.export traces are as good as plain ones
         if type(tensor) is not torch.Tensor and not type(tensor).__module__.startswith("torch._subclasses"):
@@ -106,7 +121,7 @@ def why_not_layer(layer: nn.Module | None, layer_made: Made) -> str | None:
     return None
 
 
-def parameters(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+def parameters(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight and bias, each read once: a parametrisation runs when it is read."""
     return layer.weight, layer.bias
 
@@ -123,11 +138,12 @@ class _Block:
     Attributes:
         name: what warnings call the block.
         backend: "auto", "triton" or "torch".
+        process_group: whose statistics batch norms take in training; None: this process's own.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, padding: str, *up: str):
-        super().__init__(in_channels, out_channels, padding, *up)
-        self.padding, self.name, self.backend = padding, "a block", "auto"
+    def __init__(self, in_channels: int, out_channels: int, padding: str, *others: Any, **keywords: Any):
+        super().__init__(in_channels, out_channels, padding, *others, **keywords)
+        self.padding, self.name, self.backend, self.process_group = padding, "a block", "auto", None
         self._made = {name: made(layer) for name, layer in self.named_children()}
         self._warned: str | None = None
 
@@ -143,6 +159,23 @@ class _Block:
 
     def _tensors(self) -> list[torch.Tensor]:
         return [tensor for name in self._made for tensor in parameters(self._modules[name])]
+
+    def _convolution(self, index: int, x: torch.Tensor, skip: torch.Tensor | None = None, pool: bool = False) -> Any:
+        """The convolution of that number, of ``cat([skip, x])``, with what follows it; ``pool``: (y, max_pool(y))."""
+        conv, norm, slope = self._modules[f"conv{index}"], self._modules.get(f"norm{index}"), self.style.negative_slope
+        operands, options = (x, *parameters(conv)), dict(skip=skip, padding=self.padding, backend=self.backend)
+        try:
+            if conv.stride == (1, 1) and norm is not None:
+                return with_norm(operands, norm, process_group=self.process_group, slope=slope, pool=pool, **options)
+            if conv.stride == (1, 1):
+                y = conv_relu(*operands, relu=not slope, **options)
+                y = F.leaky_relu(y, slope) if slope else y
+                return (y, max_pool2d(y, backend=self.backend)) if pool else y
+        except ValueError as error:
+            self._refused(error, x)
+        x = x if skip is None else torch.cat([reference.centre_crop(skip, *x.shape[2:]), x], 1)
+        y = reference.convolution(self, index, x)
+        return (y, F.max_pool2d(y, 2)) if pool else y
 
     def _warn(self, reason: str) -> None:
         if reason != self._warned:
@@ -164,7 +197,7 @@ class _Block:
 
 
 class ConvBlock(_Block, reference.ConvBlock):
-    """:class:`fastunet.reference.ConvBlock` as one operator: two 3×3 convolutions, each followed by ReLU.
+    """:class:`fastunet.reference.ConvBlock` as one operator, or one for each convolution where there are norms.
 
     Called with an image alone it is that block, in results, gradients and memory format. The keywords are for
     ``fastunet.UNet``, which has looked at the block and its neighbours: ``checked`` says that the block may run fused,
@@ -175,6 +208,9 @@ class ConvBlock(_Block, reference.ConvBlock):
         """(N, C_in, H, W) → (N, C_out, H', W'), with ``pool`` also its 2×2 maximum."""
         if not checked and self._runs_plain():
             return super().forward(x)
+        if not self.style.is_classic:
+            y = self._convolution(2, self._convolution(1, x), pool=pool)
+            return y if checked else like(x, y)
         tensors, common = self._tensors(), {"padding": self.padding, "backend": self.backend}
         try:
             if pool:
@@ -188,7 +224,7 @@ class ConvBlock(_Block, reference.ConvBlock):
 
 
 class DecoderBlock(_Block, reference.DecoderBlock):
-    """:class:`fastunet.reference.DecoderBlock` as one operator; called without keywords it is that block.
+    """:class:`fastunet.reference.DecoderBlock` as one operator, or some; called without keywords it is that block.
 
     ``checked`` and ``grad_masked`` are those of :class:`ConvBlock`. ``mask_input`` asks to mask the gradient of x, a
     ReLU's output, by ``x > 0``; ``head`` is the network's head to be applied at once, for ``output`` without gradients.
@@ -208,6 +244,11 @@ class DecoderBlock(_Block, reference.DecoderBlock):
         """(N, C_in, H, W) and the encoder's (N, C_out, H_s, W_s) → (N, C_out, H', W'), or ``output`` of ``head``."""
         if not checked and self._runs_plain():
             return super().forward(x, skip)
+        if not self.style.is_classic:
+            up = self._up(x)
+            up = up if up.shape[2:] == skip.shape[2:] else reference.padded_to(up, skip, self.style.odd)
+            y = self._convolution(2, self._convolution(1, up, skip))
+            return y if checked else like(x, y)
         tensors, common = self._tensors(), {"up": self.up_kind, "padding": self.padding, "backend": self.backend}
         try:
             if head is not None:
@@ -218,6 +259,17 @@ class DecoderBlock(_Block, reference.DecoderBlock):
             y = super().forward(F.relu(x) if mask_input else x, skip)
             return y if head is None else finish(head(y), output)
         return y if checked else like(x, y)
+
+    def _up(self, x: torch.Tensor) -> torch.Tensor:
+        transpose = self.up_kind == "transpose"
+        if not transpose and self.style.negative_slope:
+            return self.upsampled(x)
+        operator = conv_transpose2d if transpose else upsample_conv_relu
+        try:
+            return operator(x, *parameters(self.up), backend=self.backend)
+        except ValueError as error:
+            self._refused(error, x)
+            return self.upsampled(x)
 
 
 def fused_head(head: nn.Conv2d, x: torch.Tensor, *, output: str, mask_input: bool, backend: str) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,16 +18,23 @@ _TRUNCATED_STD = 0.87962566103423978
 """Standard deviation of a unit normal truncated at ±2, by which he_normal divides to keep its stated variance."""
 
 
-class ConvBlock(nn.Module):
-    """Two 3×3 convolutions, each followed by ReLU: (N, C_in, H, W) → (N, C_out, H', W')."""
+_CLASSIC = Architecture()
 
-    def __init__(self, in_channels: int, out_channels: int, padding: str):
+
+class ConvBlock(nn.Module):
+    """Two 3×3 convolutions, each with its norm, if any, and activation: (N, C_in, H, W) → (N, C_out, H', W').
+
+    ``style`` says which norm and activation; ``stride`` is that of the first convolution.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, padding: str, style: Architecture = _CLASSIC,
+                 stride: int = 1):  # fmt: skip
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=padding)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=padding)
+        self.style = style
+        _add_convolutions(self, in_channels, out_channels, padding, style, stride)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.relu(self.conv2(F.relu(self.conv1(x))))
+        return _convolutions(self, x)
 
 
 class DecoderBlock(nn.Module):
@@ -36,31 +44,79 @@ class DecoderBlock(nn.Module):
     the layer that the constructor made.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, padding: str, up: str):
+    def __init__(self, in_channels: int, out_channels: int, padding: str, up: str, style: Architecture = _CLASSIC):
         super().__init__()
-        self.up_kind = up
+        self.up_kind, self.style = up, style
         if up == "upsample":
             self.up = nn.Conv2d(in_channels, out_channels, 2)
         else:
             self.up = nn.ConvTranspose2d(in_channels, out_channels, 2, stride=2)
-        self.conv1 = nn.Conv2d(2 * out_channels, out_channels, 3, padding=padding)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=padding)
+        _add_convolutions(self, 2 * out_channels, out_channels, padding, style)
 
-    def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+    def upsampled(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, C_in, H, W) → (N, C_out, 2H, 2W)."""
         transpose = self.up_kind == "transpose" and not isinstance(self.up, nn.Conv2d)
         if transpose or isinstance(self.up, nn.ConvTranspose2d):
-            x = self.up(x)
-        else:
-            # Keras pads an even kernel at the bottom and right only.
-            x = F.relu(self.up(F.pad(F.interpolate(x, scale_factor=2, mode="nearest"), (0, 1, 0, 1))))
+            return self.up(x)
+        # Keras pads an even kernel at the bottom and right only.
+        x = self.up(F.pad(F.interpolate(x, scale_factor=2, mode="nearest"), (0, 1, 0, 1)))
+        return activation(x, self.style.negative_slope)
+
+    def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        x = padded_to(self.upsampled(x), skip, self.style.odd)
         x = torch.cat([centre_crop(skip, *x.shape[2:]), x], dim=1)
-        return F.relu(self.conv2(F.relu(self.conv1(x))))
+        return _convolutions(self, x)
+
+
+def _add_convolutions(block: nn.Module, in_channels: int, out_channels: int, padding: str, style: Architecture,
+                      stride: int = 1) -> None:
+    """conv1, [norm1,] conv2 and [norm2], in the order of use."""
+    for index, channels, step in ((1, in_channels, stride), (2, out_channels, 1)):
+        pad = padding if step == 1 else 1
+        setattr(block, f"conv{index}", nn.Conv2d(channels, out_channels, 3, step, pad, bias=style.bias))
+        if style.norm is not None:
+            setattr(block, f"norm{index}", _norm(style, out_channels))
+
+
+def _norm(style: Architecture, channels: int) -> nn.Module:
+    if style.norm == "group":
+        return nn.GroupNorm(style.groups, channels)
+    return nn.BatchNorm2d(channels) if style.norm == "batch" else nn.InstanceNorm2d(channels, affine=True)
+
+
+def _convolutions(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    for index in (1, 2):
+        x = convolution(block, index, x)
+    return x
+
+
+def convolution(block: nn.Module, index: int, x: torch.Tensor) -> torch.Tensor:
+    """The convolution of that number of a block, with its norm, if any, and activation."""
+    x = block._modules[f"conv{index}"](x)
+    norm = block._modules.get(f"norm{index}")
+    return activation(x if norm is None else norm(x), block.style.negative_slope)
+
+
+def activation(x: torch.Tensor, negative_slope: float) -> torch.Tensor:
+    """ReLU, or LeakyReLU where the slope is not 0."""
+    return F.leaky_relu(x, negative_slope) if negative_slope else F.relu(x)
+
+
+def padded_to(x: torch.Tensor, skip: torch.Tensor, odd: str) -> torch.Tensor:
+    """An upsampled map made as large as the skip, as :class:`Architecture` says for ``odd``; "image" needs none."""
+    if odd == "image":
+        return x
+    height, width = skip.shape[2] - x.shape[2], skip.shape[3] - x.shape[3]
+    if odd == "replicate":
+        return F.pad(x, (0, width, 0, height), "replicate")
+    return F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
 
 
 @checked
 class UNet(nn.Module):
     """A U-Net of plain PyTorch layers; the arguments are those of :class:`fastunet.architecture.Architecture`.
 
+    ``style`` are those from ``norm`` on: ``slope``, ``groups``, ``bias``, ``down``, ``features``, ``odd`` and the like.
     ``backend`` is accepted so that both builds share a constructor, and has no effect here. Weights start he_normal
     (truncated normal with standard deviation √(2/fan_in), He et al. 2015, as Keras draws it), biases zero.
     """
@@ -78,16 +134,17 @@ class UNet(nn.Module):
         up: str = "upsample",
         dropout: float = 0.2,
         backend: str = "auto",
+        **style: Any,
     ):
         super().__init__()
-        self.architecture = Architecture(in_channels, num_classes, width, depth, padding, up, dropout)
-        widths = self.architecture.widths
+        self.architecture = a = Architecture(in_channels, num_classes, width, depth, padding, up, dropout, **style)
+        widths, strides = a.widths, (1, *[2 if a.down == "stride" else 1] * depth)
         inputs = (in_channels, *widths)
-        self.encoders = nn.ModuleList(self.conv_block(inputs[i], widths[i], padding) for i in range(depth))
-        self.bottleneck = self.conv_block(inputs[depth], widths[depth], padding)
+        blocks = [self.conv_block(inputs[i], widths[i], padding, a, strides[i]) for i in range(depth + 1)]
+        self.encoders, self.bottleneck = nn.ModuleList(blocks[:depth]), blocks[depth]
         self.dropout = nn.Dropout(dropout)
         self.decoders = nn.ModuleList(
-            self.decoder_block(widths[i + 1], widths[i], padding, up) for i in reversed(range(depth))
+            self.decoder_block(widths[i + 1], widths[i], padding, up, a) for i in reversed(range(depth))
         )
         self.head = nn.Conv2d(width, num_classes, 1)
         self.backend = backend
@@ -96,7 +153,7 @@ class UNet(nn.Module):
     @classmethod
     @checked
     def from_preset(cls, name: str, *, backend: str = "auto", **overrides) -> UNet:
-        """The preset "brats" (Keras BraTS network) or "isbi" (Ronneberger et al. 2015), arguments overridable."""
+        """A network of :data:`fastunet.architecture.PRESETS`, arguments overridable."""
         return cls(**Architecture.from_preset(name, **overrides).as_dict(), backend=backend)
 
     @property
@@ -110,25 +167,33 @@ class UNet(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws he_normal weights and zero biases."""
+        """Draws he_normal weights (of the activation's slope), zero biases, and norms that change nothing yet."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-                std = math.sqrt(2 / _fan_in(module)) / _TRUNCATED_STD
+                gain = 2 / (1 + self.architecture.negative_slope**2)
+                std = math.sqrt(gain / _fan_in(module)) / _TRUNCATED_STD
                 nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.BatchNorm2d | nn.InstanceNorm2d | nn.GroupNorm):
+                module.reset_parameters()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (N, num_classes, H', W') of images (N, in_channels, H, W); raises ValueError for a wrong shape."""
         height, width = self._check(x)
-        x = self._pad(x)
+        return self.logits_of_padded(self._pad(x))[..., :height, :width]
+
+    def logits_of_padded(self, x: torch.Tensor) -> torch.Tensor:
+        """Layer by layer: the logits of images of a size that fits."""
         skips = []
         for encoder in self.encoders:
-            skips.append(encoder(x))
-            x = F.max_pool2d(skips[-1], 2)
+            x = encoder(x)
+            skips.append(x)
+            x = F.max_pool2d(x, 2) if self.architecture.down == "pool" else x
         x = self.dropout(self.bottleneck(x))
         for decoder in self.decoders:
             x = decoder(x, skips.pop())
-        return self.head(x)[..., :height, :width]
+        return self.head(x)
 
     def predict_proba(self, x: torch.Tensor) -> torch.Tensor:
         """Class probabilities (N, num_classes, H', W'): the softmax of the logits over the classes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,16 +41,20 @@ class UNet(reference.UNet):
         width: channels of the first level; level ``i`` has ``width * 2**i``.
         depth: number of poolings.
         padding: "same" takes any H, W ≥ 1; "valid" takes the sizes that :meth:`output_size` accepts.
-        up: "upsample" (nearest ×2, 2×2 convolution, ReLU) or "transpose" (2×2 transposed convolution, stride 2).
+        up: "upsample" (nearest ×2, 2×2 convolution, activation) or "transpose" (2×2 transposed convolution, stride 2).
         dropout: probability of dropping an element after the bottleneck, in training.
         backend: "auto" (Triton kernels on a CUDA device that can run them, else PyTorch), "triton" or "torch".
+        style: ``norm`` (None, "batch", "instance", "group"), ``activation`` ("relu", "leaky_relu") and the rest of
+            :class:`fastunet.architecture.Architecture`.
 
     Raises:
         ValueError: an argument outside its range.
 
     Attributes:
         activation_checkpointing: if set, training keeps only each block's inputs and computes the block again in the
-            backward pass: less memory for about a third more time.
+            backward pass: less memory for about a third more time. Not with batch norm in training, which would count
+            each batch twice in its running statistics.
+        process_group: of ``torch.distributed``; batch norms take the statistics of all its processes in training.
 
     What a change of the plain build's modules does, it does here, in outputs and gradients: hooks, pruning, adapters,
     parametrisations, other layers or blocks. A block runs fused while its layers are as the constructor made them, with
@@ -74,11 +79,12 @@ class UNet(reference.UNet):
         up: str = "upsample",
         dropout: float = 0.2,
         backend: str = "auto",
+        **style: Any,
     ):
         if backend not in BACKENDS:
             raise ValueError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
-        super().__init__(in_channels, num_classes, width, depth, padding, up, dropout, backend)
-        self.activation_checkpointing = False
+        super().__init__(in_channels, num_classes, width, depth, padding, up, dropout, backend, **style)
+        self.activation_checkpointing, self._process_group = False, None
         self._head_made = made(self.head)
         self._warned: dict[str, str] = {}
         for name, block, _ in self._blocks():
@@ -96,9 +102,22 @@ class UNet(reference.UNet):
     @backend.setter
     def backend(self, backend: str) -> None:
         self._backend = backend
+        self._tell("backend", backend)
+
+    @property
+    def process_group(self) -> Any:
+        """Whose statistics batch norms take in training; setting it sets that of every block."""
+        return self._process_group
+
+    @process_group.setter
+    def process_group(self, process_group: Any) -> None:
+        self._process_group = process_group
+        self._tell("process_group", process_group)
+
+    def _tell(self, name: str, value: Any) -> None:
         for module in self.modules():
             if isinstance(module, ConvBlock | DecoderBlock):
-                module.backend = backend
+                setattr(module, name, value)
 
     @torch.no_grad()
     def predict_proba(self, x: torch.Tensor) -> torch.Tensor:
@@ -163,9 +182,11 @@ class UNet(reference.UNet):
 
     def _run(self, x: torch.Tensor, output: str) -> torch.Tensor:
         height, width = self._check(x)
-        apart = self.why_not_fused()
+        apart, style = self.why_not_fused(), self.architecture
         if apart:
             self._warn(apart)
+        if self.activation_checkpointing and style.norm == "batch" and self.training and torch.is_grad_enabled():
+            raise ValueError("activation_checkpointing would count each batch twice in the running statistics of norms")
         images, x = x, nhwc(self._pad(x))  # once, not in each operator that reads it
 
         def run(name: str, block: nn.Module, *inputs: torch.Tensor, **links):
@@ -179,12 +200,15 @@ class UNet(reference.UNet):
 
         skips = []
         for level, encoder in enumerate(self.encoders):
-            y = run(f"encoders.{level}", encoder, x, pool=True)
-            skip, x = (y, F.max_pool2d(y, 2)) if f"encoders.{level}" in apart else y
+            y = run(f"encoders.{level}", encoder, x, pool=style.down == "pool")
+            if style.down == "stride":
+                skip = x = y
+            else:
+                skip, x = (y, F.max_pool2d(y, 2)) if f"encoders.{level}" in apart else y
             skips.append(skip)
         # Nothing sees what goes from a part to the next if they are joined: the second masks the gradient for both.
         chain = ["bottleneck", *(f"decoders.{level}" for level in range(len(self.decoders))), "head"]
-        joined = [first not in apart and second not in apart for first, second in itertools.pairwise(chain)]
+        joined = [style.is_classic and a not in apart and b not in apart for a, b in itertools.pairwise(chain)]
         joined[0] = joined[0] and "dropout" not in apart
         x = run("bottleneck", self.bottleneck, x, grad_masked=joined[0])
         x = self.dropout(like(images, x) if "dropout" in apart else x)

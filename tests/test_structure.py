@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BASE = {"arguments", "errors", "files", "schema", "outputs", "signals"}
-NETWORK = {"architecture", "autograd", "blocks", "dispatch", "functional", "reference", "unet"}
+NETWORK = {"architecture", "autograd", "blocks", "chains", "dispatch", "functional", "reference", "unet"}
 MAY_IMPORT = {
     "errors": set(), "arguments": set(), "autograd": set(), "architecture": {"arguments"}, "signals": BASE,
     "schema": {"errors"}, "files": {"errors", "schema"}, "outputs": {"errors", "files"},
@@ -18,7 +18,8 @@ MAY_IMPORT = {
     "dispatch": {"autograd", "errors", "kernels", "inspection"},
     "functional": {"arguments", "autograd", "dispatch", "errors", "reference"},
     "losses": {"arguments", "functional"}, "metrics": {"arguments", "functional"},
-    "blocks": {"dispatch", "functional", "reference"},
+    "chains": {"functional"},
+    "blocks": {"chains", "dispatch", "functional", "reference"},
     "unet": {"arguments", "blocks", "dispatch", "functional", "inference", "reference"},
     "data": BASE,
     "inference": BASE | NETWORK | {"data", "kernels", "metrics", "training"} - {"unet"},

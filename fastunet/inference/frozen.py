@@ -85,7 +85,9 @@ class FrozenUNet:
             return self.model.infer(x, output)
         height, width = self.model._check(x)
         weight = self.model.head.weight
-        kind = x.device.type
+        kind, classic = x.device.type, self.model.architecture.is_classic
+        if not classic and (autocasts(kind) or not x.is_cuda):  # norms keep float32; nothing is packed
+            return self.model.infer(x, output)
         if autocasts(kind) and torch.float64 not in (x.dtype, weight.dtype):
             dtype = torch.get_autocast_dtype(kind)
             cast = self._prepared(lambda: self._casts.get(dtype) or self._cast(dtype))

@@ -111,8 +111,10 @@ def network_calls(architecture: Architecture, batch: int, height: int, width: in
     ``output`` is "logits", "probabilities" or "labels". Inputs need no gradient. ``loss`` False leaves out the loss.
 
     Raises:
-        ValueError: the image size does not fit the architecture.
+        ValueError: the image size does not fit the architecture, or it has norms or the like.
     """
+    if not architecture.is_classic:
+        raise ValueError("operator calls are listed of networks of convolutions, ReLU and pooling alone")
     out_height, out_width = architecture.output_size(height, width)
     walk = _Walk(architecture, batch)
     backward = walk.forward(height, width, output, training)

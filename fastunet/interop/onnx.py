@@ -83,14 +83,7 @@ class _AnySize(nn.Module):
         model, (height, width) = self.model, x.shape[2:]
         same = model.architecture.padding == "same"
         if same:
-            multiple = 2**model.architecture.depth
+            multiple = 2**model.architecture.depth if model.architecture.odd == "image" else 1
             x = F.pad(x, (0, -width % multiple, 0, -height % multiple))
-        skips = []
-        for encoder in model.encoders:
-            skips.append(encoder(x))
-            x = F.max_pool2d(skips[-1], 2)
-        x = model.dropout(model.bottleneck(x))
-        for decoder in model.decoders:
-            x = decoder(x, skips.pop())
-        y: torch.Tensor = model.head(x)
+        y = model.logits_of_padded(x)
         return y[..., :height, :width] if same else y

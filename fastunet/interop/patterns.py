@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, Node
 
+from fastunet.chains import NORMS, why_not_norm
 from fastunet.interop import steps
 from fastunet.interop.trace import layer_kind
 
@@ -20,7 +21,7 @@ _CATS = torch.cat, torch.concat, torch.concatenate
 _RELUS: tuple = F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"
 _LEAKY: tuple = F.leaky_relu, F.leaky_relu_
 _NOTHING = *steps.DROPOUTS, nn.Identity
-COUNTED = nn.Conv2d, nn.ConvTranspose2d, *steps.NORMS, nn.MaxPool2d, nn.Upsample
+COUNTED = nn.Conv2d, nn.ConvTranspose2d, *NORMS, nn.MaxPool2d, nn.Upsample
 """The layers that a report names."""
 
 
@@ -143,7 +144,7 @@ class _Rewriter:
             if isinstance(layer, _NOTHING):
                 continue
             kind = None if layer is None else layer_kind(layer)
-            if kind in steps.NORMS and norms and not norm and self.takes(layer, node, last):
+            if kind in NORMS and norms and not norm and self.takes(layer, node, last):
                 norm = True
                 chain = _Chain([*nodes], [*layers], [*chain.words, _words(kind)])
                 continue
@@ -158,7 +159,7 @@ class _Rewriter:
 
     def takes(self, norm: nn.Module, conv: Node, node: Node) -> bool:
         """Whether the operator takes a norm; raises ValueError for one that cannot stand there."""
-        reason = steps.fits_norm(norm, self.layer(conv))
+        reason = why_not_norm(norm, self.layer(conv).out_channels)
         if reason is not None and "channels" in reason and not isinstance(norm, nn.InstanceNorm2d):
             raise ValueError(f"{node.target} is in a wrong place behind {conv.target}: {reason}")
         if self.calls[norm] > 1:
@@ -303,7 +304,7 @@ def _words(kind: type[nn.Module]) -> str:
 
 
 def _why_alone(layer: nn.Module) -> str:
-    if isinstance(layer, steps.NORMS):
+    if isinstance(layer, NORMS):
         return "it does not follow a 3×3 convolution that an operator takes it with"
     if isinstance(layer, nn.MaxPool2d):
         return "it does not follow a fused convolution"

@@ -11,15 +11,14 @@ import warnings
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 from fastunet import functional
+from fastunet.chains import NORMS, why_not_norm, with_norm
 from fastunet.interop.trace import hooked
 
 DROPOUTS = nn.Dropout, nn.Dropout2d
-NORMS = nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d, nn.GroupNorm
 
 
 def fits_conv3(conv: nn.Module) -> str | None:
@@ -135,7 +134,7 @@ def _why_plain(layers: list[nn.Module]) -> str | None:
     for layer in layers[1:]:
         reason = None
         if isinstance(layer, NORMS):
-            reason = fits_norm(layer, layers[0])
+            reason = why_not_norm(layer, layers[0].out_channels)
         elif isinstance(layer, nn.MaxPool2d):
             reason = fits_pool(layer)
         if reason is not None:
@@ -158,48 +157,10 @@ def _convolution(x: torch.Tensor, skip: torch.Tensor | None, layers: list[nn.Mod
     operands = x, conv.weight, conv.bias
     padding = "same" if conv.padding in ("same", (1, 1)) else "valid"
     if norm is not None:
-        return _with_norm(operands, norm, skip=skip, padding=padding, slope=1.0 if slope is None else slope, pool=pool)
+        return with_norm(operands, norm, skip=skip, padding=padding, slope=1.0 if slope is None else slope, pool=pool)
     if pool:
         return functional.conv_relu_pool(*operands, padding=padding)
     return functional.conv_relu(*operands, skip=skip, padding=padding, relu=slope == 0)
-
-
-def fits_norm(norm: nn.Module, conv: nn.Module) -> str | None:
-    """Why no operator takes a norm with the convolution before it, or None."""
-    channels = norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features
-    if channels != conv.out_channels:
-        return f"it is made for {channels} channels, and the convolution gives {conv.out_channels}"
-    if isinstance(norm, nn.InstanceNorm2d) and norm.running_mean is not None:
-        return "it keeps running statistics"
-    if isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm) and norm.momentum is None and norm.running_mean is not None:
-        return "its statistics are averages over all steps (momentum=None)"
-    return None
-
-
-def _with_norm(operands: tuple, norm: nn.Module, **options: Any) -> Any:
-    affine = dict(norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps)
-    if isinstance(norm, nn.GroupNorm):
-        return functional.conv_norm(*operands, norm="group", groups=norm.num_groups, **affine, **options)
-    if isinstance(norm, nn.InstanceNorm2d):
-        return functional.conv_norm(*operands, norm="instance", **affine, **options)
-    own = norm.running_mean is None  # no statistics but those of the images
-    running = not own and (norm.track_running_stats or not norm.training)
-    result = functional.conv_norm(
-        *operands, norm="batch", **affine, **options, training=norm.training or own, momentum=norm.momentum or 0.0,
-        running_mean=norm.running_mean if running else None, running_var=norm.running_var if running else None,
-        process_group=_process_group(norm),
-    )  # fmt: skip
-    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-    return result
-
-
-def _process_group(norm: nn.Module) -> Any:
-    """Whose statistics ``nn.SyncBatchNorm`` would take, or None."""
-    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training or not dist.is_initialized():
-        return None
-    group = norm.process_group or dist.group.WORLD
-    return group if dist.get_world_size(group) > 1 else None
 
 
 def upsampled_convolution(x: torch.Tensor, layers: list[nn.Module], name: str, relu: bool = False) -> torch.Tensor:

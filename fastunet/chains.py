@@ -1,0 +1,62 @@
+"""A 3×3 convolution and the norm layer behind it as one operator: the layer says which norm, and keeps its state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fastunet.functional.conv_norm import conv_norm
+
+NORMS = nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d, nn.GroupNorm
+
+
+def why_not_norm(norm: nn.Module, channels: int) -> str | None:
+    """Why the operator does not take a norm behind a convolution to so many channels, or None."""
+    made_for = norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features
+    if made_for != channels:
+        return f"it is made for {made_for} channels, and the convolution gives {channels}"
+    if isinstance(norm, nn.InstanceNorm2d) and norm.running_mean is not None:
+        return "it keeps running statistics"
+    if isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm) and norm.momentum is None and norm.running_mean is not None:
+        return "its statistics are averages over all steps (momentum=None)"
+    return None
+
+
+def with_norm(operands: tuple, norm: nn.Module, *, process_group: Any = None, **options: Any) -> Any:
+    """:func:`fastunet.functional.conv_norm` of ``operands`` (x, weight, bias) as a layer of :data:`NORMS` would act.
+
+    Args:
+        process_group: whose statistics a batch norm takes in training; ``nn.SyncBatchNorm`` knows its own.
+        options: ``slope``, ``skip``, ``padding``, ``stride``, ``pool`` and ``backend`` of the operator.
+
+    Raises:
+        ValueError: what the operator does not take; running statistics are as before.
+    """
+    affine = dict(norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps)
+    if isinstance(norm, nn.GroupNorm):
+        return conv_norm(*operands, norm="group", groups=norm.num_groups, **affine, **options)
+    if isinstance(norm, nn.InstanceNorm2d):
+        return conv_norm(*operands, norm="instance", **affine, **options)
+    own = norm.running_mean is None  # no statistics but those of the images
+    running = not own and (norm.track_running_stats or not norm.training)
+    result = conv_norm(
+        *operands, norm="batch", **affine, **options, training=norm.training or own, momentum=norm.momentum or 0.0,
+        running_mean=norm.running_mean if running else None, running_var=norm.running_var if running else None,
+        process_group=_processes(norm, process_group),
+    )  # fmt: skip
+    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
+        with torch.no_grad():
+            norm.num_batches_tracked.add_(1)
+    return result
+
+
+def _processes(norm: nn.Module, process_group: Any) -> Any:
+    """The group of several processes whose statistics a batch norm takes now, or None."""
+    if not norm.training or not dist.is_available() or not dist.is_initialized():
+        return None
+    if isinstance(norm, nn.SyncBatchNorm):
+        process_group = norm.process_group or dist.group.WORLD
+    return process_group if process_group is not None and dist.get_world_size(process_group) > 1 else None

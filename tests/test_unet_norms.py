@@ -1,0 +1,239 @@
+"""``fastunet.UNet`` with norms, LeakyReLU and strides against the plain build, and presets against their originals."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from fastunet import UNet, fuse, reference
+from fastunet.architecture import PRESETS, Architecture
+from tests.fuse_nets import DoubleConv, Up
+from tests.test_fuse import randomised, same
+from tests.tolerance import assert_within_budget
+
+SMALL = dict(in_channels=1, num_classes=3, width=4, depth=2, dropout=0.0)
+STYLES = {
+    "batch": dict(norm="batch"),
+    "batch, LeakyReLU": dict(norm="batch", activation="leaky_relu", slope=0.2),
+    "instance": dict(norm="instance", activation="leaky_relu"),
+    "group": dict(norm="group", groups=2),
+    "LeakyReLU": dict(activation="leaky_relu", slope=0.3),
+    "without bias": dict(bias=False),
+    "batch without bias": dict(norm="batch", bias=False),
+    "stride": dict(down="stride"),
+    "instance, stride": dict(norm="instance", down="stride", up="transpose"),
+    "features": dict(features=(4, 4, 6)),
+    "zeros": dict(odd="zeros", norm="batch", up="transpose"),
+    "replicate": dict(odd="replicate", features=(4, 6, 6)),
+    "valid": dict(norm="group", groups=4, padding="valid", up="transpose"),
+    "valid, LeakyReLU": dict(activation="leaky_relu", padding="valid"),
+}
+
+
+def builds(style, training=True, dtype=torch.float64):
+    torch.manual_seed(0)
+    plain = randomised(reference.UNet(**SMALL, **style).to(dtype)).train(training)
+    model = UNet(**SMALL, **style).to(dtype).train(training)
+    model.load_state_dict(plain.state_dict())
+    sides = (44, 60) if style.get("padding") == "valid" else (13, 18)
+    return model, plain, torch.randn(2, 1, *sides, dtype=dtype)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("style", STYLES)
+def test_results_are_those_of_the_plain_build(style, training):
+    model, plain, x = builds(STYLES[style], training)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    same(model, plain, x)
+    if not training:
+        with torch.no_grad():
+            torch.testing.assert_close(model.predict_proba(x), plain.predict_proba(x))
+            assert torch.equal(model.predict(x), plain.predict(x))
+
+
+@pytest.mark.parametrize("style", ["batch", "instance, stride", "zeros", "LeakyReLU"])
+def test_a_touched_block_runs_through_its_layers(style):
+    model, plain, x = builds(STYLES[style])
+    for each in (model, plain):
+        each.encoders[1].conv2.register_forward_hook(lambda m, i, y: 2 * y)
+        if hasattr(each.bottleneck, "norm1"):
+            each.bottleneck.norm1.eps = 0.5
+    with pytest.warns(UserWarning, match=r"encoders\.1 of fastunet\.UNet runs through its modules"):
+        same(model, plain, x)
+    names = ["encoders.1", "bottleneck"] if hasattr(plain.bottleneck, "norm1") else ["encoders.1"]
+    assert [*model.why_not_fused()] == names
+
+
+@pytest.mark.parametrize("style", ["batch", "instance, stride", "replicate", "LeakyReLU", "valid"])
+def test_a_frozen_network_is_right_and_follows_its_statistics(style):
+    model, plain, x = builds(STYLES[style], False, torch.float32)
+    frozen = model.freeze()
+    for _ in range(2):
+        with torch.no_grad():
+            torch.testing.assert_close(frozen(x), plain(x), rtol=1e-4, atol=1e-5)
+            assert (frozen.predict(x) == plain.predict(x)).float().mean() > 0.999
+            exact = copy.deepcopy(plain).double()(x.double())
+            with torch.autocast("cpu", torch.bfloat16):
+                assert_within_budget(frozen(x), plain(x), exact, style)
+        for each in (model, plain):
+            each.train()(3 * x)
+            each.eval()
+
+
+def test_networks_copy_and_configs_rebuild_them():
+    model, plain, x = builds(STYLES["replicate"])
+    same(copy.deepcopy(model), plain, x)
+    same(pickle.loads(pickle.dumps(model)), plain, x)
+    again = UNet(**model.config)
+    assert again.architecture == model.architecture
+    assert model.config["features"] == (4, 6, 6)
+
+
+def test_configs_of_networks_without_norms_are_what_they_were():
+    assert list(UNet(width=2, depth=1).config) == [
+        "in_channels", "num_classes", "width", "depth", "padding", "up", "dropout",
+    ]  # fmt: skip
+
+
+def test_checkpointing_refuses_to_count_batches_twice():
+    model, plain, x = builds(STYLES["batch"])
+    model.activation_checkpointing = True
+    with pytest.raises(ValueError, match="count each batch twice"):
+        model(x)
+    torch.testing.assert_close(model.eval()(x), plain.eval()(x))
+    model, plain, x = builds(STYLES["group"])
+    model.activation_checkpointing = True
+    same(model, plain, x)
+
+
+def test_it_compiles_as_a_whole():
+    model, plain, x = builds(STYLES["zeros"], False, torch.float32)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), plain(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("wrong", "said"), [
+    (dict(norm="layer"), "norm is 'layer'"),
+    (dict(activation="gelu"), "activation is 'gelu'"),
+    (dict(slope=0.0), r"slope is 0\.0"),
+    (dict(norm="group", groups=3), "groups is 3"),
+    (dict(features=(32, 64)), r"features is \(32, 64\); expected 5 numbers"),
+    (dict(features=(16, 32, 64, 128, 256)), "features begins with 16; expected width"),
+    (dict(down="stride", padding="valid"), "down is 'stride'"),
+    (dict(odd="zeros", padding="valid"), "odd is 'zeros'"),
+    (dict(nonsense=1), "nonsense"),
+])  # fmt: skip
+def test_wrong_styles_are_named(wrong, said):
+    with pytest.raises((ValueError, TypeError), match=said):
+        UNet(**wrong)
+
+
+def test_images_too_small_for_odd_sizes_are_named():
+    with pytest.raises(ValueError, match=r"both sides must be at least 4 for 2 poolings"):
+        UNet(**SMALL, odd="zeros")(torch.zeros(1, 1, 3, 9))
+
+
+# Presets against their originals ------------------------------------------------------------------
+
+
+def monai():
+    nets = pytest.importorskip("monai.networks.nets", reason="MONAI is not installed")
+    return nets.BasicUNet(spatial_dims=2, in_channels=1, out_channels=2)
+
+
+def nnunet():
+    unet = pytest.importorskip("dynamic_network_architectures.architectures.unet", reason="nnU-Net's nets are missing")
+    return unet.PlainConvUNet(1, 6, (32, 64, 128, 256, 512, 512), nn.Conv2d, 3, (1, 2, 2, 2, 2, 2), 2, 2, 2, True,
+                              nn.InstanceNorm2d, dict(eps=1e-5, affine=True), None, None, nn.LeakyReLU,
+                              dict(inplace=True))  # fmt: skip
+
+
+class Milesial(nn.Module):
+    """The layout of the preset, four levels deep, in this test's own words."""
+
+    def __init__(self):
+        super().__init__()
+        norm, widths = nn.BatchNorm2d, (64, 128, 256, 512, 1024)
+        self.inc = DoubleConv(3, 64)
+        self.downs = nn.ModuleList(
+            nn.Sequential(nn.MaxPool2d(2), DoubleConv(a, b)) for a, b in itertools.pairwise(widths)
+        )
+        self.ups = nn.ModuleList(Up(b, a, False, norm) for a, b in reversed([*itertools.pairwise(widths)]))
+        self.outc = nn.Conv2d(64, 2, 1)
+
+    def forward(self, x):
+        maps = [self.inc(x)]
+        for down in self.downs:
+            maps.append(down(maps[-1]))
+        x = maps.pop()
+        for up in self.ups:
+            x = up(x, maps.pop())
+        return self.outc(x)
+
+
+ORIGINALS = {"milesial": (Milesial, (1, 3, 37, 50)), "monai_basic": (monai, (1, 1, 37, 50)),
+             "nnunet2d": (nnunet, (1, 1, 32, 64))}  # fmt: skip
+
+
+def in_order(net, x):
+    """The layers with parameters as a forward pass calls them."""
+    found = []
+    handles = [m.register_forward_hook(lambda m, i, y: found.append(m)) for m in net.modules()
+               if isinstance(m, nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm2d | nn.InstanceNorm2d)]  # fmt: skip
+    with torch.no_grad():
+        net(x)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("preset", ORIGINALS)
+def test_a_preset_is_its_original_layer_for_layer(preset):
+    build, shape = ORIGINALS[preset]
+    torch.manual_seed(0)
+    original = build().eval()
+    plain = reference.UNet.from_preset(preset).eval()
+    if hasattr(getattr(original, "decoder", None), "deep_supervision"):
+        original.decoder.deep_supervision = False
+    x = torch.randn(shape)
+    theirs, ours = in_order(original, x), in_order(plain, x)
+    assert [type(a) for a in ours] == [type(b) for b in theirs]
+    swapped = {id(decoder.conv1) for decoder in plain.decoders} if preset == "nnunet2d" else ()
+    for mine, other in zip(ours, theirs, strict=True):
+        state = other.state_dict()
+        if id(mine) in swapped:  # it concatenates [upsampled, skip]
+            state["weight"] = torch.cat(state["weight"].chunk(2, 1)[::-1], 1)
+        mine.load_state_dict(state)
+    randomised_in_both(ours, theirs)
+    model = UNet.from_preset(preset).eval()
+    model.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        want = original(x)
+        scale = want.abs().max().item()
+        torch.testing.assert_close(plain(x), want, rtol=0, atol=2e-5 * scale)
+        torch.testing.assert_close(model(x), want, rtol=0, atol=2e-5 * scale)
+        torch.testing.assert_close(fuse(original)[0](x), want, rtol=0, atol=2e-5 * scale)
+
+
+def randomised_in_both(ours, theirs):
+    """Norms and their statistics that are not 0 and 1."""
+    for mine, other in zip(ours, theirs):
+        if isinstance(mine, nn.BatchNorm2d | nn.InstanceNorm2d):
+            with torch.no_grad():
+                for (name, a), (_, b) in zip(mine.state_dict().items(), other.state_dict().items()):
+                    if a.is_floating_point():
+                        a.uniform_(0.5, 1.5) if name in ("weight", "running_var") else a.uniform_(-0.5, 0.5)
+                        b.copy_(a)
+
+
+def test_presets_take_overrides():
+    assert Architecture.from_preset("monai_basic").widths == (32, 32, 64, 128, 256)
+    assert Architecture.from_preset("monai_basic", width=8, depth=2).widths == (8, 16, 32)
+    assert Architecture.from_preset("nnunet2d", depth=1, features=(32, 48)).widths == (32, 48)
+    assert set(PRESETS) == {"brats", "isbi", "milesial", "monai_basic", "nnunet2d"}
