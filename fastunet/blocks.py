@@ -21,9 +21,8 @@ from fastunet import reference
 from fastunet.chains import with_norm
 from fastunet.dispatch import select_backend
 from fastunet.functional.blocks import conv_block, decoder_block, decoder_block_head, encoder_block
-from fastunet.functional.conv_relu import conv_relu
+from fastunet.functional.conv_relu import conv_relu, conv_relu_pool
 from fastunet.functional.conv_transpose import conv_transpose2d
-from fastunet.functional.max_pool import max_pool2d
 from fastunet.functional.segmentation_head import finish, head_of_network, segmentation_head
 from fastunet.functional.upsample_conv import upsample_conv_relu
 
@@ -138,12 +137,12 @@ class _Block:
     Attributes:
         name: what warnings call the block.
         backend: "auto", "triton" or "torch".
-        process_group: whose statistics batch norms take in training; None: this process's own.
+        sync_norms: batch norms take the statistics of all processes in training.
     """
 
     def __init__(self, in_channels: int, out_channels: int, padding: str, *others: Any, **keywords: Any):
         super().__init__(in_channels, out_channels, padding, *others, **keywords)
-        self.padding, self.name, self.backend, self.process_group = padding, "a block", "auto", None
+        self.padding, self.name, self.backend, self.sync_norms = padding, "a block", "auto", False
         self._made = {name: made(layer) for name, layer in self.named_children()}
         self._warned: str | None = None
 
@@ -166,11 +165,11 @@ class _Block:
         operands, options = (x, *parameters(conv)), dict(skip=skip, padding=self.padding, backend=self.backend)
         try:
             if conv.stride == (1, 1) and norm is not None:
-                return with_norm(operands, norm, process_group=self.process_group, slope=slope, pool=pool, **options)
+                return with_norm(operands, norm, sync=self.sync_norms, slope=slope, pool=pool, **options)
+            if conv.stride == (1, 1) and pool:
+                return conv_relu_pool(*operands, slope=slope, padding=self.padding, backend=self.backend)
             if conv.stride == (1, 1):
-                y = conv_relu(*operands, relu=not slope, **options)
-                y = F.leaky_relu(y, slope) if slope else y
-                return (y, max_pool2d(y, backend=self.backend)) if pool else y
+                return conv_relu(*operands, slope=slope, **options)
         except ValueError as error:
             self._refused(error, x)
         x = x if skip is None else torch.cat([reference.centre_crop(skip, *x.shape[2:]), x], 1)
@@ -261,12 +260,11 @@ class DecoderBlock(_Block, reference.DecoderBlock):
         return y if checked else like(x, y)
 
     def _up(self, x: torch.Tensor) -> torch.Tensor:
-        transpose = self.up_kind == "transpose"
-        if not transpose and self.style.negative_slope:
-            return self.upsampled(x)
-        operator = conv_transpose2d if transpose else upsample_conv_relu
+        operands, backend = (x, *parameters(self.up)), self.backend
         try:
-            return operator(x, *parameters(self.up), backend=self.backend)
+            if self.up_kind == "transpose":
+                return conv_transpose2d(*operands, backend=backend)
+            return upsample_conv_relu(*operands, slope=self.style.negative_slope, backend=backend)
         except ValueError as error:
             self._refused(error, x)
             return self.upsampled(x)

@@ -25,11 +25,11 @@ def why_not_norm(norm: nn.Module, channels: int) -> str | None:
     return None
 
 
-def with_norm(operands: tuple, norm: nn.Module, *, process_group: Any = None, **options: Any) -> Any:
+def with_norm(operands: tuple, norm: nn.Module, *, sync: bool = False, **options: Any) -> Any:
     """:func:`fastunet.functional.conv_norm` of ``operands`` (x, weight, bias) as a layer of :data:`NORMS` would act.
 
     Args:
-        process_group: whose statistics a batch norm takes in training; ``nn.SyncBatchNorm`` knows its own.
+        sync: a batch norm takes the statistics of all processes in training; ``nn.SyncBatchNorm`` does anyway.
         options: ``slope``, ``skip``, ``padding``, ``stride``, ``pool`` and ``backend`` of the operator.
 
     Raises:
@@ -45,7 +45,7 @@ def with_norm(operands: tuple, norm: nn.Module, *, process_group: Any = None, **
     result = conv_norm(
         *operands, norm="batch", **affine, **options, training=norm.training or own, momentum=norm.momentum or 0.0,
         running_mean=norm.running_mean if running else None, running_var=norm.running_var if running else None,
-        process_group=_processes(norm, process_group),
+        process_group=_processes(norm, sync),
     )  # fmt: skip
     if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
         with torch.no_grad():
@@ -53,10 +53,11 @@ def with_norm(operands: tuple, norm: nn.Module, *, process_group: Any = None, **
     return result
 
 
-def _processes(norm: nn.Module, process_group: Any) -> Any:
+def _processes(norm: nn.Module, sync: bool) -> Any:
     """The group of several processes whose statistics a batch norm takes now, or None."""
     if not norm.training or not dist.is_available() or not dist.is_initialized():
         return None
-    if isinstance(norm, nn.SyncBatchNorm):
-        process_group = norm.process_group or dist.group.WORLD
-    return process_group if process_group is not None and dist.get_world_size(process_group) > 1 else None
+    if not sync and not isinstance(norm, nn.SyncBatchNorm):
+        return None
+    group = getattr(norm, "process_group", None) or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None

@@ -54,7 +54,7 @@ class UNet(reference.UNet):
         activation_checkpointing: if set, training keeps only each block's inputs and computes the block again in the
             backward pass: less memory for about a third more time. Not with batch norm in training, which would count
             each batch twice in its running statistics.
-        process_group: of ``torch.distributed``; batch norms take the statistics of all its processes in training.
+        sync_norms: if set, batch norms take the statistics of all processes of ``torch.distributed`` in training.
 
     What a change of the plain build's modules does, it does here, in outputs and gradients: hooks, pruning, adapters,
     parametrisations, other layers or blocks. A block runs fused while its layers are as the constructor made them, with
@@ -84,7 +84,7 @@ class UNet(reference.UNet):
         if backend not in BACKENDS:
             raise ValueError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
         super().__init__(in_channels, num_classes, width, depth, padding, up, dropout, backend, **style)
-        self.activation_checkpointing, self._process_group = False, None
+        self.activation_checkpointing = self._sync_norms = False
         self._head_made = made(self.head)
         self._warned: dict[str, str] = {}
         for name, block, _ in self._blocks():
@@ -105,14 +105,14 @@ class UNet(reference.UNet):
         self._tell("backend", backend)
 
     @property
-    def process_group(self) -> Any:
-        """Whose statistics batch norms take in training; setting it sets that of every block."""
-        return self._process_group
+    def sync_norms(self) -> bool:
+        """Whether batch norms take the statistics of all processes in training; setting it sets that of every block."""
+        return self._sync_norms
 
-    @process_group.setter
-    def process_group(self, process_group: Any) -> None:
-        self._process_group = process_group
-        self._tell("process_group", process_group)
+    @sync_norms.setter
+    def sync_norms(self, sync_norms: bool) -> None:
+        self._sync_norms = sync_norms
+        self._tell("sync_norms", sync_norms)
 
     def _tell(self, name: str, value: Any) -> None:
         for module in self.modules():

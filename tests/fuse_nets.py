@@ -6,57 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-
-class DoubleConv(nn.Module):
-    """The most copied block: (convolution, norm, ReLU) twice."""
-
-    def __init__(self, in_channels, out_channels, norm=nn.BatchNorm2d):
-        super().__init__()
-        self.double_conv = nn.Sequential(
-            nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False), norm(out_channels), nn.ReLU(inplace=True),
-            nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False), norm(out_channels), nn.ReLU(inplace=True),
-        )  # fmt: skip
-
-    def forward(self, x):
-        return self.double_conv(x)
-
-
-class Up(nn.Module):
-    """Bilinear or transposed ×2, padded to the skip's size, concatenated."""
-
-    def __init__(self, in_channels, out_channels, bilinear, norm):
-        super().__init__()
-        if bilinear:
-            self.up = nn.Sequential(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
-                                    nn.Conv2d(in_channels, in_channels // 2, 1))  # fmt: skip
-        else:
-            self.up = nn.ConvTranspose2d(in_channels, in_channels // 2, 2, stride=2)
-        self.conv = DoubleConv(in_channels, out_channels, norm)
-
-    def forward(self, x1, x2):
-        x1 = self.up(x1)
-        dy, dx = x2.size()[2] - x1.size()[2], x2.size()[3] - x1.size()[3]
-        x1 = F.pad(x1, [dx // 2, dx - dx // 2, dy // 2, dy - dy // 2])
-        return self.conv(torch.cat([x2, x1], dim=1))
-
-
-class CommonUNet(nn.Module):
-    """A U-Net of the most used layout, with batch norm; any image size."""
-
-    def __init__(self, bilinear=False, norm=nn.BatchNorm2d, width=4):
-        super().__init__()
-        self.inc = DoubleConv(1, width, norm)
-        self.down1 = nn.Sequential(nn.MaxPool2d(2), DoubleConv(width, 2 * width, norm))
-        self.down2 = nn.Sequential(nn.MaxPool2d(2), DoubleConv(2 * width, 4 * width, norm))
-        self.up1 = Up(4 * width, 2 * width, bilinear, norm)
-        self.up2 = Up(2 * width, width, bilinear, norm)
-        self.outc = nn.Conv2d(width, 2, kernel_size=1)
-
-    def forward(self, x):
-        x1 = self.inc(x)
-        x2 = self.down1(x1)
-        x3 = self.down2(x2)
-        return self.outc(self.up2(self.up1(x3, x2), x1))
+from bench.workloads.common_unet import CommonUNet
 
 
 class Plain(nn.Module):

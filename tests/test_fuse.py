@@ -14,8 +14,9 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import fastunet
+from bench.workloads.common_unet import CommonUNet, DoubleConv
 from fastunet import fuse
-from tests.fuse_nets import NETS, CommonUNet, DoubleConv, Plain
+from tests.fuse_nets import NETS, Plain
 from tests.tolerance import assert_within_budget
 
 REFUSED = "nothing to fuse"
@@ -197,6 +198,12 @@ def norm_called_twice(m, x):
     return m.head(F.relu(m.norm(m.conv2(F.relu(m.norm(m.conv(x)))))))
 
 
+def leaky(m, x):
+    up = F.interpolate(F.leaky_relu(m.conv(x), 0.2), scale_factor=2)
+    up = nn.functional.leaky_relu(m.up(F.pad(up, [0, 1, 0, 1])))
+    return m.head(m.leaky(m.conv2(up)))
+
+
 def norm_alone(m, x):
     return m.head(torch.tanh(m.norm(m.conv(x))))
 
@@ -257,6 +264,8 @@ CODE = {
     "concatenated over the width": Code(over_width),
     "a layer called twice": Code(called_twice),
     "a norm called twice": Code(norm_called_twice),
+    "LeakyReLU of each kind": Code(leaky, up=nn.Conv2d(4, 4, 2), leaky=nn.LeakyReLU(0.3)),
+    "a negative slope": Code(leaky, up=nn.Conv2d(4, 4, 2), leaky=nn.LeakyReLU(-0.3)),
     "a norm before its convolution": Code(norm_first),
     "a norm behind the activation": Code(norm_of_activation),
     "a norm and no activation": Code(norm_alone),
@@ -382,7 +391,7 @@ def hook(net):
 
 
 def block_hook(net):
-    net.down1[1].register_forward_hook(halved)
+    net.downs[0][1].register_forward_hook(halved)
 
 
 def root_hook(net):
@@ -394,13 +403,13 @@ def backward_hook(net):
 
 
 def patched(net):
-    net.up1.conv.forward = lambda x: DoubleConv.forward(net.up1.conv, x) + 1
+    net.ups[0].conv.forward = lambda x: DoubleConv.forward(net.ups[0].conv, x) + 1
 
 
 def another_layer(net):
     torch.manual_seed(1)
     net.inc.double_conv[2] = nn.GELU()
-    net.down2[1].double_conv[3] = nn.Conv2d(16, 16, 5, padding=2).double()
+    net.downs[1][1].double_conv[3] = nn.Conv2d(16, 16, 5, padding=2).double()
 
 
 def appended(net):
@@ -408,7 +417,7 @@ def appended(net):
 
 
 def inserted(net):
-    net.down2 = nn.Sequential(net.down2, nn.Tanh())
+    net.downs[1] = nn.Sequential(net.downs[1], nn.Tanh())
 
 
 def settings(net):
@@ -417,7 +426,7 @@ def settings(net):
 
 
 def parametrised(net):
-    parametrizations.weight_norm(net.down1[1].double_conv[0])
+    parametrizations.weight_norm(net.downs[0][1].double_conv[0])
 
 
 def swapped(net):

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import pickle
 
 import pytest
 import torch
 from torch import nn
 
+from bench.workloads.common_unet import CommonUNet
 from fastunet import UNet, fuse, reference
 from fastunet.architecture import PRESETS, Architecture
-from tests.fuse_nets import DoubleConv, Up
 from tests.test_fuse import randomised, same
 from tests.tolerance import assert_within_budget
 
@@ -154,30 +153,11 @@ def nnunet():
                               dict(inplace=True))  # fmt: skip
 
 
-class Milesial(nn.Module):
-    """The layout of the preset, four levels deep, in this test's own words."""
-
-    def __init__(self):
-        super().__init__()
-        norm, widths = nn.BatchNorm2d, (64, 128, 256, 512, 1024)
-        self.inc = DoubleConv(3, 64)
-        self.downs = nn.ModuleList(
-            nn.Sequential(nn.MaxPool2d(2), DoubleConv(a, b)) for a, b in itertools.pairwise(widths)
-        )
-        self.ups = nn.ModuleList(Up(b, a, False, norm) for a, b in reversed([*itertools.pairwise(widths)]))
-        self.outc = nn.Conv2d(64, 2, 1)
-
-    def forward(self, x):
-        maps = [self.inc(x)]
-        for down in self.downs:
-            maps.append(down(maps[-1]))
-        x = maps.pop()
-        for up in self.ups:
-            x = up(x, maps.pop())
-        return self.outc(x)
+def common():
+    return CommonUNet(width=64, depth=4, in_channels=3)
 
 
-ORIGINALS = {"milesial": (Milesial, (1, 3, 37, 50)), "monai_basic": (monai, (1, 1, 37, 50)),
+ORIGINALS = {"milesial": (common, (1, 3, 37, 50)), "monai_basic": (monai, (1, 1, 37, 50)),
              "nnunet2d": (nnunet, (1, 1, 32, 64))}  # fmt: skip
 
 

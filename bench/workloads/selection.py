@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from bench.measuring.precision import PRECISIONS
+from bench.workloads.any_unet import any_unet_workload, installed
 from bench.workloads.losses import loss_workload
 from bench.workloads.networks import LABELS, LOGITS, TRAINING, network_workload
 from bench.workloads.operators import SUBJECTS, operator_workloads
@@ -94,9 +95,18 @@ def losses(device: torch.device, full: bool) -> list[Workload]:
     return found
 
 
+def any_unets(device: torch.device, full: bool) -> list[Workload]:
+    """Other people's networks: on a CPU small ones in fp32, on a GPU in bf16."""
+    quick = device.type == "cpu" and not full
+    batch, side, precision = (2, 128, "fp32") if quick else (16, 256, "bf16")
+    return [any_unet_workload(name, step, batch, side, precision, without=_NO_COMPILER if quick else ())
+            for name in installed() for step in (LOGITS, TRAINING)]  # fmt: skip
+
+
 def everything(device: torch.device, full: bool) -> list[Workload]:
     """All of it, what the README shows first, since a run may end by its time limit."""
-    return [*networks(device, full), *losses(device, full), *operators(SUBJECTS, device, full)]
+    return [*networks(device, full), *losses(device, full), *any_unets(device, full),
+            *operators(SUBJECTS, device, full)]  # fmt: skip
 
 
 def _without_repeats(workloads: list[Workload]) -> list[Workload]:

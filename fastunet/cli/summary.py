@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastunet.architecture import PRESETS
+from fastunet.architecture import ACTIVATIONS, NORMS, PRESETS
 from fastunet.cli.arguments import positive_int
 from fastunet.errors import UserError
 
@@ -17,6 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=tuple(PRESETS), default="brats")
     parser.add_argument("--width", type=positive_int, help="channels of the first level")
     parser.add_argument("--depth", type=positive_int, help="number of poolings")
+    parser.add_argument("--norm", choices=("none", *NORMS), help="behind 3×3 convolutions")
+    parser.add_argument("--activation", choices=ACTIVATIONS)
     parser.add_argument("--size", type=positive_int, nargs="+", metavar="N",
                         help="input height and width, or one number for both (default: 128, isbi 572)")  # fmt: skip
     parser.add_argument("--precision", choices=tuple(ELEMENT_SIZES), default="fp32", help="for the activation memory")
@@ -71,8 +73,9 @@ def _peaks(architecture, height: int, width: int, element_size: int) -> tuple[fl
 def _network(args: argparse.Namespace):
     """The network, what to call it, and its usual input side."""
     if args.model:
-        if args.width or args.depth:
-            raise UserError("--width and --depth describe an untrained network; they cannot be given with a checkpoint")
+        if args.width or args.depth or args.norm or args.activation:
+            raise UserError("--width, --depth, --norm and --activation describe an untrained network; they cannot be "
+                            "given with a checkpoint")  # fmt: skip
         from fastunet.training.checkpoint import load_model
 
         model, card = load_model(args.model)
@@ -81,7 +84,11 @@ def _network(args: argparse.Namespace):
 
     from fastunet.reference import UNet
 
-    overrides = {name: getattr(args, name) for name in ("width", "depth") if getattr(args, name)}
-    with torch.device("meta"):
-        model = UNet.from_preset(args.preset, **overrides)
+    given = {name: getattr(args, name) for name in ("width", "depth", "norm", "activation") if getattr(args, name)}
+    given = {name: None if value == "none" else value for name, value in given.items()}
+    try:
+        with torch.device("meta"):
+            model = UNet.from_preset(args.preset, **given)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     return model, f"preset {args.preset}", 572 if args.preset == "isbi" else 128

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastunet.architecture import PRESETS
+from fastunet.architecture import ACTIVATIONS, NORMS, PRESETS
 from fastunet.cli.arguments import (
     add_nan_option,
     class_weights,
@@ -30,10 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run folder")
     parser.add_argument("--resume", action="store_true", default=False, help="continue the run in RUN exactly")
     network = parser.add_argument_group("network")
-    network.add_argument("--preset", choices=tuple(PRESETS), help="brats (default) or isbi")
+    network.add_argument("--preset", choices=tuple(PRESETS), help="default: brats")
     network.add_argument("--width", type=positive_int, help="channels of the first level (default: the preset's)")
     network.add_argument("--depth", type=positive_int, help="number of poolings (default: the preset's)")
     network.add_argument("--dropout", type=fraction, help="after the bottleneck (default: the preset's)")
+    network.add_argument("--norm", choices=("none", *NORMS), help="behind 3×3 convolutions (default: the preset's)")
+    network.add_argument("--activation", choices=ACTIVATIONS, help="default: the preset's")
     data = parser.add_argument_group("data")
     data.add_argument("--modalities", type=names, metavar="A,B", help="channels, in order (default: flair,t1ce)")
     data.add_argument("--edition", choices=tuple(LABEL_MAPS), help="of the data, where its folders do not tell")

@@ -109,6 +109,8 @@ def _architecture(model: nn.Module) -> Architecture:
 
 
 def _convolutions(model: nn.Module) -> Layers:
+    if getattr(getattr(model, "architecture", None), "norm", None) is not None:
+        raise UserError("norms are not read from Keras files, nor written: this network has some")
     return [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
 
 

@@ -35,8 +35,10 @@ def functional_config(architecture: Architecture) -> dict[str, Any]:
     """The model with a softmax head, for ``keras.saving.load_model``: images of any size that 2**depth divides.
 
     Raises:
-        ValueError: valid convolutions or transposed convolutions, which the Keras source does not have.
+        ValueError: valid or transposed convolutions, norms and the like, which the Keras source does not have.
     """
+    if not architecture.is_classic:
+        raise ValueError("a .keras archive is written of networks of convolutions, ReLU and pooling alone")
     if (architecture.padding, architecture.up) != ("same", "upsample"):
         raise ValueError(f"a .keras archive is written for padding 'same' and up 'upsample', not "
                          f"{architecture.padding!r} and {architecture.up!r}: save .weights.h5")  # fmt: skip

@@ -148,8 +148,7 @@ class _Rewriter:
                 norm = True
                 chain = _Chain([*nodes], [*layers], [*chain.words, _words(kind)])
                 continue
-            leaky = norm and (kind is nn.LeakyReLU or slope is not None)
-            if kind is nn.ReLU or slope == 0 or leaky:
+            if kind in (nn.ReLU, nn.LeakyReLU) or slope is not None:
                 word = "ReLU" if kind is nn.ReLU or slope == 0 else "LeakyReLU"
                 chain = _Chain(nodes, layers, [*chain.words, word], slope)
             break
@@ -227,18 +226,18 @@ class _Rewriter:
     def upsampled(self, node: Node, before: list[Node]) -> None:
         chain = self.chain(node, norms=False)
         if len(chain.nodes) == 1 or chain.pool is not None:
-            self.found.left[str(node.target)] = "no ReLU follows it that the operator takes with it"
+            self.found.left[str(node.target)] = "no activation follows it that the operator takes with it"
             return
         x = before[-1].args[0]
         with self.graph.inserting_before(node):
             layers = [self.graph.get_attr(path) for path in chain.layers]
-            options = {} if chain.slope is None else {"relu": True}
+            options: dict[str, Any] = {} if chain.slope is None else {"slope": chain.slope}
             y = self.graph.call_function(steps.upsampled_convolution, (x, layers, str(node.target)), options)
         self.replace(chain.nodes, y)
         for each in before:
             self.graph.erase_node(each)
         names = [str(each.target) for each in before if each.op == "call_module"]
-        self.found.fused.append(("upsampling ×2 + conv 2×2 + ReLU", names + chain.layers))
+        self.found.fused.append((f"upsampling ×2 + conv 2×2 + {chain.words[-1]}", names + chain.layers))
 
     def single(self, node: Node, words: str, reason: str | None, step: Any) -> None:
         reason = reason or steps.touched(self.layer(node))

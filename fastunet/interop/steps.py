@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastunet import functional
+from fastunet import functional, reference
 from fastunet.chains import NORMS, why_not_norm, with_norm
 from fastunet.interop.trace import hooked
 
@@ -112,8 +112,7 @@ def convolution(x: torch.Tensor, skip: torch.Tensor | None, layers: list[nn.Modu
         if isinstance(layer, nn.MaxPool2d):
             return y, layer(y)
         y = layer(y)
-    if slope is not None:
-        y = F.leaky_relu(y, slope) if slope else F.relu(y)
+    y = y if slope is None else reference.activation(y, slope)
     return (y, F.max_pool2d(y, 2)) if pool else y
 
 
@@ -144,32 +143,37 @@ def _why_plain(layers: list[nn.Module]) -> str | None:
 
 def _convolution(x: torch.Tensor, skip: torch.Tensor | None, layers: list[nn.Module], slope: float | None,
                  pool: bool) -> Any:
-    conv, norm = layers[0], None
-    for layer in layers[1:]:
-        if isinstance(layer, NORMS):
-            norm = layer
-        elif isinstance(layer, nn.ReLU):
-            slope = 0.0
-        elif isinstance(layer, nn.LeakyReLU):
-            slope = layer.negative_slope
-        elif isinstance(layer, nn.MaxPool2d):
-            pool = True
+    conv, slope = layers[0], _slope(layers, slope)
+    norm = next((layer for layer in layers if isinstance(layer, NORMS)), None)
+    pool = pool or isinstance(layers[-1], nn.MaxPool2d)
     operands = x, conv.weight, conv.bias
     padding = "same" if conv.padding in ("same", (1, 1)) else "valid"
     if norm is not None:
-        return with_norm(operands, norm, skip=skip, padding=padding, slope=1.0 if slope is None else slope, pool=pool)
-    if pool:
-        return functional.conv_relu_pool(*operands, padding=padding)
-    return functional.conv_relu(*operands, skip=skip, padding=padding, relu=slope == 0)
+        return with_norm(operands, norm, skip=skip, padding=padding, slope=slope, pool=pool)
+    if pool and skip is None:
+        return functional.conv_relu_pool(*operands, padding=padding, slope=slope)
+    y = functional.conv_relu(*operands, skip=skip, padding=padding, slope=slope)
+    return (y, functional.max_pool2d(y)) if pool else y
 
 
-def upsampled_convolution(x: torch.Tensor, layers: list[nn.Module], name: str, relu: bool = False) -> torch.Tensor:
-    """Nearest ×2, a 2×2 convolution that sees zeros at the bottom and right, ReLU; ``layers``: the last two."""
+def _slope(layers: list[nn.Module], slope: float | None) -> float:
+    """What negative values are multiplied by: as the layers say, or a function in their place; 1 by nothing."""
+    for layer in layers:
+        if isinstance(layer, nn.ReLU):
+            return 0.0
+        if isinstance(layer, nn.LeakyReLU):
+            return layer.negative_slope
+    return 1.0 if slope is None else slope
+
+
+def upsampled_convolution(x: torch.Tensor, layers: list[nn.Module], name: str,
+                          slope: float | None = None) -> torch.Tensor:
+    """Nearest ×2, a 2×2 convolution that sees zeros at the bottom and right, activation; ``layers``: the last two."""
     conv = layers[0]
     reason = fits_up(conv) or next(filter(None, map(touched, layers)), None)
     if reason is None:
         try:
-            return functional.upsample_conv_relu(x, conv.weight, conv.bias)
+            return functional.upsample_conv_relu(x, conv.weight, conv.bias, slope=_slope(layers, slope))
         except ValueError as error:
             reason = str(error)
     say_plain(name, reason)
@@ -177,7 +181,7 @@ def upsampled_convolution(x: torch.Tensor, layers: list[nn.Module], name: str, r
     y = conv(y if conv.padding == "same" else F.pad(y, (0, 1, 0, 1)))
     for layer in layers[1:]:
         y = layer(y)
-    return F.relu(y) if relu else y
+    return y if slope is None else reference.activation(y, slope)
 
 
 def transposed_convolution(x: torch.Tensor, conv: nn.Module, name: str) -> torch.Tensor:

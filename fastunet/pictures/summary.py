@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fastunet.architecture import Architecture
+
 Shape = tuple[int, int, int]
 
 
@@ -37,14 +39,17 @@ class Layer:
 class _Builder:
     """Appends layers, naming those with weights after the state dict, which lists them in order of use."""
 
-    def __init__(self, weight_keys: Iterable[str]) -> None:
+    def __init__(self, weight_keys: Iterable[str], style: Architecture) -> None:
         self.layers: list[Layer] = []
-        self._names = iter(key.removesuffix(".weight") for key in weight_keys if key.endswith(".weight"))
+        self.style = style
+        names = (key.removesuffix(".weight") for key in weight_keys if key.endswith(".weight"))
+        self._names = iter(name for name in names if not name.rpartition(".")[2].startswith("norm"))
         self._by_name: dict[str, Layer] = {}
 
     def add(self, kind: str, inputs: list[str], shape: Shape, column: int, level: int, *, name: str = "",
-            taps: int = 0, bias: bool = True, spread: int = 1) -> str:
-        """``taps`` is kernel height × width, 0 without weights; ``spread`` the outputs that share one set of taps."""
+            taps: int = 0, bias: bool = True, spread: int = 1, norm: bool = False) -> str:
+        """``taps`` is kernel height × width, 0 without weights; ``spread`` the outputs that share one set of taps;
+        ``norm`` adds weight and bias of one."""
         sources = tuple(self._by_name[i].shape for i in inputs)
         channels_in = sum(s[0] for s in sources)
         weights = shape[0] * channels_in * taps
@@ -54,7 +59,7 @@ class _Builder:
             inputs=tuple(inputs),
             input_shapes=sources,
             shape=shape,
-            parameters=weights + (shape[0] if taps and bias else 0),
+            parameters=weights + (shape[0] if taps and bias else 0) + (2 * shape[0] if norm else 0),
             flop=2 * weights * shape[1] * shape[2] // spread,
             column=column,
             level=level,
@@ -66,10 +71,16 @@ class _Builder:
     def shape(self, name: str) -> Shape:
         return self._by_name[name].shape
 
-    def conv(self, source: str, channels: int, pad: int, column: int, level: int) -> str:
+    def conv(self, source: str, channels: int, pad: int, column: int, level: int, stride: int = 1) -> str:
         _, h, w = self.shape(source)
-        shape = (channels, h - 2 + 2 * pad, w - 2 + 2 * pad)
-        return self.add("Conv 3×3 + ReLU", [source], shape, column, level, taps=9)
+        shape = (channels, (h - 3 + 2 * pad) // stride + 1, (w - 3 + 2 * pad) // stride + 1)
+        first = "Conv 3×3" if stride == 1 else f"Conv 3×3 / {stride}"
+        kind = " + ".join([first, *([f"{self.style.norm} norm"] if self.style.norm else []), self.activation])
+        return self.add(kind, [source], shape, column, level, taps=9, bias=self.style.bias, norm=bool(self.style.norm))
+
+    @property
+    def activation(self) -> str:
+        return "LeakyReLU" if self.style.negative_slope else "ReLU"
 
 
 def layers(model: torch.nn.Module, height: int, width: int) -> list[Layer]:
@@ -78,35 +89,41 @@ def layers(model: torch.nn.Module, height: int, width: int) -> list[Layer]:
     Raises:
         ValueError: the size does not fit a network with valid padding; the message names the nearest that do.
     """
-    config = model.config
-    depth, base, valid = config["depth"], config["width"], config["padding"] == "valid"
+    config, style = model.config, model.architecture
+    depth, widths, valid = style.depth, style.widths, style.padding == "valid"
     pad = 0 if valid else 1
     out_height, out_width = model.output_size(height, width)
-    build = _Builder(model.state_dict())
+    build = _Builder(model.state_dict(), style)
     last = build.add("Input", [], (config["in_channels"], height, width), 0, 0, name="input")
-    unit = 2**depth
-    if not valid and (height % unit or width % unit):
-        shape = (config["in_channels"], -(-height // unit) * unit, -(-width // unit) * unit)
+    padded = (height, width) if valid else style.padded_size(height, width)
+    if padded != (height, width):
+        shape = (config["in_channels"], *padded)
         last = build.add("Pad to a multiple", [last], shape, 0, 0, name="pad")
     skips = []
     for level in range(depth):
-        for _ in range(2):
-            last = build.conv(last, base * 2**level, pad, 0, level)
+        for index in range(2):
+            strided = style.down == "stride" and level > 0 and index == 0
+            last = build.conv(last, widths[level], pad, 0, level, 2 if strided else 1)
         skips.append(last)
         channels, h, w = build.shape(last)
-        last = build.add("Max-pool 2×2", [last], (channels, h // 2, w // 2), 0, level, name=f"pool{level}")
-    for _ in range(2):
-        last = build.conv(last, base * 2**depth, pad, 1, depth)
+        if style.down == "pool":
+            last = build.add("Max-pool 2×2", [last], (channels, h // 2, w // 2), 0, level, name=f"pool{level}")
+    for index in range(2):
+        strided = style.down == "stride" and depth > 0 and index == 0
+        last = build.conv(last, widths[depth], pad, 1, depth, 2 if strided else 1)
     if config["dropout"]:
         last = build.add(f"Dropout {config['dropout']:g}", [last], build.shape(last), 1, depth, name="dropout")
     for level in reversed(range(depth)):
-        last = _up(build, last, config["up"], base * 2**level, level)
+        last = _up(build, last, config["up"], widths[level], level)
         (up_channels, h, w), skip = build.shape(last), skips[level]
+        if style.odd != "image" and (h, w) != build.shape(skip)[1:]:
+            _, h, w = build.shape(skip)
+            last = build.add(f"Pad ({style.odd})", [last], (up_channels, h, w), 2, level, name=f"pad{level}")
         kind = "Concat (skip cropped)" if valid else "Concat"
         shape = (build.shape(skip)[0] + up_channels, h, w)
         last = build.add(kind, [skip, last], shape, 2, level, name=f"concat{level}")
         for _ in range(2):
-            last = build.conv(last, base * 2**level, pad, 2, level)
+            last = build.conv(last, widths[level], pad, 2, level)
     _, h, w = build.shape(last)
     last = build.add("Conv 1×1", [last], (config["num_classes"], h, w), 2, 0, taps=1)
     if (h, w) != (out_height, out_width):
@@ -120,7 +137,7 @@ def _up(build: _Builder, source: str, up: str, channels: int, level: int) -> str
     shape = (channels, 2 * h, 2 * w)
     if up == "transpose":
         return build.add("Transposed conv 2×2", [source], shape, 2, level, taps=4, spread=4)
-    return build.add("Upsample ×2, conv 2×2 + ReLU", [source], shape, 2, level, taps=4)
+    return build.add(f"Upsample ×2, conv 2×2 + {build.activation}", [source], shape, 2, level, taps=4)
 
 
 def table(rows: list[Layer], element_size: int = 4) -> str:

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from fastunet.architecture import ACTIVATIONS, NORMS, PRESETS
 from fastunet.errors import UserError
 from fastunet.files import write_text
 from fastunet.schema import read_json
@@ -51,10 +52,12 @@ class TrainConfig:
     """
 
     data: str
-    preset: Literal["brats", "isbi"] = "brats"
+    preset: Literal[tuple(PRESETS)] = "brats"
     width: Positive | None = None
     depth: Positive | None = None
     dropout: Fraction | None = None
+    norm: Literal["none", NORMS] | None = None
+    activation: Literal[ACTIVATIONS] | None = None
     modalities: list[str] | None = None
     edition: str | None = None
     size: Positive | None = None

@@ -152,9 +152,10 @@ def architecture_of(config: TrainConfig, **overrides: Any) -> Architecture:
     Raises:
         UserError: an argument that no network takes.
     """
-    given = {name: getattr(config, name) for name in ("width", "depth", "dropout")}
+    given = {name: getattr(config, name) for name in ("width", "depth", "dropout", "norm", "activation")}
+    given = {name: None if value == "none" else value for name, value in given.items() if value is not None}
     try:
-        return Architecture.from_preset(config.preset, **{k: v for k, v in given.items() if v is not None}, **overrides)
+        return Architecture.from_preset(config.preset, **given, **overrides)
     except ValueError as error:
         raise UserError(str(error)) from error
 

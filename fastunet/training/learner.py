@@ -46,6 +46,7 @@ class Learner:
         self.device = processes.device
         torch.manual_seed(config.seed)
         self.model = build_model(config, data).to(self.device, memory_format=torch.channels_last)
+        self.model.sync_norms = processes.world > 1
         self.parameters = list(self.model.parameters())
         self.average = copy.deepcopy(self.model).requires_grad_(False) if config.ema else None
         # Without decay AdamW computes what Adam does.
