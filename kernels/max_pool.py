@@ -60,6 +60,19 @@ def max_pool_forward_kernel(
 
 
 @triton.jit
+def first_maximum(y00, y01, y10, y11):
+    """Which of the four PyTorch takes: it scans in row-major order and moves on for a greater value or any NaN."""
+    take01 = (y01 > y00) | (y01 != y01)
+    largest = tl.where(take01, y01, y00)
+    take10 = (y10 > largest) | (y10 != y10)
+    largest = tl.where(take10, y10, largest)
+    take11 = (y11 > largest) | (y11 != y11)
+    take10 = take10 & (take11 == 0)
+    take01 = take01 & ((take10 | take11) == 0)
+    return (take01 | take10 | take11) == 0, take01, take10, take11
+
+
+@triton.jit
 def _gradient(at, skip_at, taken, d_pool, y, mask, HAS_SKIP: tl.constexpr, SLOPE: tl.constexpr):
     """Writes (d_skip + d_pool where taken), times the derivative of the activation, at one corner of the windows."""
     d = tl.where(taken, d_pool, 0.0)
@@ -94,15 +107,7 @@ def max_pool_backward_kernel(
     pooled_at = (n * (H // 2) + i) * (W // 2) * C + (vector * VECTOR)[:, None] + lane[None, :]
     d_pool = tl.load(d_pool_ptr + pooled_at, mask=m11, other=0.0).to(tl.float32)
 
-    # PyTorch scans in row-major order and moves on for a greater value or any NaN
-    take01 = (y01 > y00) | (y01 != y01)
-    largest = tl.where(take01, y01, y00)
-    take10 = (y10 > largest) | (y10 != y10)
-    largest = tl.where(take10, y10, largest)
-    take11 = (y11 > largest) | (y11 != y11)
-    take10 = take10 & (take11 == 0)
-    take01 = take01 & ((take10 | take11) == 0)
-    take00 = (take01 | take10 | take11) == 0
+    take00, take01, take10, take11 = first_maximum(y00, y01, y10, y11)
     _gradient(dz_ptr + at00, d_skip_ptr + at00, take00, d_pool, y00, m00, HAS_SKIP, SLOPE)
     _gradient(dz_ptr + at00 + C, d_skip_ptr + at00 + C, take01, d_pool, y01, m01, HAS_SKIP, SLOPE)
     _gradient(dz_ptr + at10, d_skip_ptr + at10, take10, d_pool, y10, m10, HAS_SKIP, SLOPE)

@@ -25,11 +25,12 @@ def normalised(z, norm, groups, weight, bias):
     return F.group_norm(z, groups, torch.ones_like(bias) if weight is None and bias is not None else weight, bias)
 
 
-def literal(x, skip, weight, bias, norm_weight, norm_bias, *, norm, slope=0.0, padding="same", pool=False):
+def literal(x, skip, weight, bias, norm_weight, norm_bias, *, norm, slope=0.0, padding="same", stride=1, pool=False):
     x = x.contiguous(memory_format=torch.channels_last)
     if skip is not None:
         x = torch.cat([centre_crop(skip, *x.shape[2:]), x], 1)
-    u = normalised(F.conv2d(x, weight, bias, padding=padding), norm, NORMS[norm], norm_weight, norm_bias)
+    z = F.conv2d(x, weight, bias, stride, 1 if padding == "same" else 0)
+    u = normalised(z, norm, NORMS[norm], norm_weight, norm_bias)
     y = F.leaky_relu(u, slope) if slope not in (0, 1) else u if slope else F.relu(u)
     return (y, F.max_pool2d(y, 2)) if pool else y
 
@@ -45,6 +46,7 @@ CASES = {
     "skip": ([(2, 1, 4, 5), (2, 1, 5, 7), (4, 2, 3, 3), None, (4,), (4,)], dict(slope=1.0, padding="valid")),
     "pool": ([(2, 1, 5, 3), None, (4, 1, 3, 3), None, (4,), (4,)], dict(pool=True)),
     "leaky pool": ([(1, 2, 4, 3), None, (4, 2, 3, 3), None, None, (4,)], dict(pool=True, slope=0.01)),
+    "stride": ([(2, 1, 5, 6), None, (4, 1, 3, 3), None, (4,), (4,)], dict(stride=2, slope=0.1)),
     "pool alone": ([(2, 1, 4, 4), None, (2, 1, 3, 3), None, (2,), None], dict(pool=True, slope=1.0)),
 }
 """A bias has no gradient but rounding before a norm of its own channel, so it is tested with running statistics."""
@@ -165,11 +167,11 @@ def test_what_backward_keeps(norm, rows):
 
 def test_registration():
     x, weight, affine = torch.randn(2, 3, 6, 5), torch.randn(4, 3, 3, 3), torch.randn(4)
-    arguments = x, None, weight, affine, affine, affine, 1, 2, True, 1e-5, 0.1, True, "", "torch"
+    arguments = x, None, weight, affine, affine, affine, 1, 1, 2, True, 1e-5, 0.1, True, "", "torch"
     operators.check_registration(OPS.conv_norm.default, *arguments)
-    arguments = x, None, weight, None, None, None, 1, 4, False, 1e-5, 0.0, False, "", "torch"
+    arguments = x, None, weight, None, None, None, 1, 2, 4, False, 1e-5, 0.0, False, "", "torch"
     operators.check_registration(OPS.conv_norm.default, *arguments)
-    y, pooled, z, *statistics = OPS.conv_norm(*arguments[:11], True, *arguments[12:])
+    y, pooled, z, *statistics = OPS.conv_norm(*arguments[:12], True, *arguments[13:])
     options = 1e-5, 0.1, "", "torch"
     operators.check_registration(OPS.norm_backward.default, y, pooled, z, affine, affine, *statistics, *options)
     operators.check_registration(OPS.norm_backward.default, None, pooled, z, None, None, *statistics, *options)
@@ -209,7 +211,8 @@ GOOD = dict(x=torch.zeros(2, 3, 6, 6), weight=torch.zeros(4, 3, 3, 3))
         (dict(slope=-0.1), "slope is -0.1; expected at least 0"),
         (dict(eps=float("nan")), "eps is nan; expected at least 0"),
         (dict(momentum=1.5), "momentum is 1.5; expected 0 to 1"),
-        (dict(stride=2), "stride is 2; expected 1"),
+        (dict(stride=3), "stride is 3; expected 1 or 2"),
+        (dict(stride=2, backend="triton"), "a convolution of stride 2 has no kernel"),
         (dict(x=torch.zeros(1, 3, 1, 8), pool=True), "too small to pool"),
         (dict(x=torch.zeros(1, 3, 1, 1)), r"Expected more than 1 value per channel when training, .*\[1, 4, 1, 1\]"),
         (dict(x=torch.zeros(2, 3, 1, 1), norm="instance"), "Expected more than 1 spatial element when training"),

@@ -56,6 +56,23 @@ def test_gradients_layouts_and_compilation(shapes):
     operators.check_compiles(fast, *shapes)
 
 
+def test_stride_2():
+    shapes = (2, 2, 5, 6), (3, 2, 3, 3), (3,)
+    for padding, pad in (("same", 1), ("valid", 0)):
+
+        def plain(x, w, b, pad=pad):
+            return F.leaky_relu(F.conv2d(x.contiguous(memory_format=torch.channels_last), w, b, 2, pad), 0.1)
+
+        ours = functools.partial(conv_relu, stride=2, padding=padding, slope=0.1)
+        operators.check_against_literal(ours, plain, *shapes)
+        operators.check_layouts(ours, *shapes)
+    x, weight = torch.zeros(1, 1, 4, 4), torch.zeros(1, 2, 3, 3)
+    with pytest.raises(ValueError, match="stride 2 takes one source, but skip is given"):
+        conv_relu(x, weight, skip=x, stride=2)
+    with pytest.raises(ValueError, match="backend 'triton' cannot run here: a convolution of stride 2 has no kernel"):
+        conv_relu(x, weight[:, :1], stride=2, backend="triton")
+
+
 def test_leaky_relu():
     ours, theirs = (functools.partial(f, slope=0.1) for f in (fast, literal))
     operators.check_against_literal(ours, theirs, *CASES[3])

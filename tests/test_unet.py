@@ -262,5 +262,6 @@ def test_operators_are_exactly_the_documented_ones():
         "dice_loss",
         "max_pool2d",
         "segmentation_head",
+        "upsample_bilinear2d",
         "upsample_conv_relu",
     ]

@@ -17,6 +17,7 @@ CALLS = {
     "max_pool2d": (X,),
     "conv_transpose2d": (X, torch.zeros(3, 4, 2, 2), B),
     "upsample_conv_relu": (X, torch.zeros(4, 3, 2, 2), B),
+    "upsample_bilinear2d": (X,),
     "segmentation_head": (X, torch.zeros(4, 3, 1, 1), B),
     "dice_loss": (X, LABELS),
     "dice_cross_entropy": (X, LABELS),

@@ -8,6 +8,7 @@ from fastunet.functional.dice import dice_coefficient, dice_cross_entropy, dice_
 from fastunet.functional.dice_confusion import confusion_matrix
 from fastunet.functional.max_pool import max_pool2d
 from fastunet.functional.segmentation_head import segmentation_head
+from fastunet.functional.upsample_bilinear import upsample_bilinear2d
 from fastunet.functional.upsample_conv import upsample_conv_relu
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "dice_loss",
     "max_pool2d",
     "segmentation_head",
+    "upsample_bilinear2d",
     "upsample_conv_relu",
 ]

@@ -20,10 +20,13 @@ from fastunet.functional._layout import empty_nhwc, nhwc
 from fastunet.functional.conv_relu import (
     check_conv,
     check_conv_dtypes,
+    check_stride,
     conv_relu,
     conv_relu_pool,
-    fake_forward,
     gradients,
+    output_size,
+    strided,
+    strided_gradients,
 )
 from fastunet.functional.conv_relu import torch_forward as convolution
 from fastunet.functional.max_pool import max_pool2d, pooled_shape
@@ -33,8 +36,8 @@ _OPS = torch.ops.fastunet
 NORMS = ("batch", "instance", "group")
 
 
-def _forward(x, skip, weight, bias, norm_weight, norm_bias, pad, groups, per_sample, eps, slope, pool, group):
-    z = convolution(x, skip, weight, bias, pad, 1.0)
+def _forward(x, skip, weight, bias, norm_weight, norm_bias, pad, stride, groups, per_sample, eps, slope, pool, group):
+    z = convolution(x, skip, weight, bias, pad, 1.0) if stride == 1 else strided(x, weight, bias, pad)
     mean, var = _norm.statistics(z, groups, per_sample)
     count = mean.new_empty(0)
     if group:
@@ -43,8 +46,10 @@ def _forward(x, skip, weight, bias, norm_weight, norm_bias, pad, groups, per_sam
     return y, nhwc(F.max_pool2d(y, 2)) if pool else z.new_empty(0), z, mean, var, count
 
 
-def _fake_forward(x, skip, weight, bias, norm_weight, norm_bias, pad, groups, per_sample, eps, slope, pool, group):
-    z = fake_forward(x, skip, weight, bias, pad, 1.0)
+def _fake_forward(
+    x, skip, weight, bias, norm_weight, norm_bias, pad, stride, groups, per_sample, eps, slope, pool, group
+):
+    z = empty_nhwc(x, weight.shape[0], *output_size(x, pad, stride))
     dtype = torch.promote_types(x.dtype, torch.float32)
     mean = z.new_empty((z.shape[0] if per_sample else 1, groups), dtype=dtype)
     pooled = empty_nhwc(z, z.shape[1], *pooled_shape(*z.shape[2:])) if pool else z.new_empty(0)
@@ -58,11 +63,11 @@ def _fake_backward(dy, d_pooled, z, norm_weight, norm_bias, mean, var, count, ep
 
 
 def _setup(ctx, inputs, outputs):
-    x, skip, weight, bias, norm_weight, norm_bias, pad, _, _, eps, slope, _, group, backend = inputs
+    x, skip, weight, bias, norm_weight, norm_bias, pad, stride, _, _, eps, slope, _, group, backend = inputs
     *_, z, mean, var, count = outputs
     ctx.save_for_backward(x, skip, weight, norm_weight, norm_bias, z, mean, var, count)
     ctx.options = pad, bias is not None, backend
-    ctx.norm = eps, slope, group
+    ctx.norm, ctx.stride = (eps, slope, group), stride
     ctx.mark_non_differentiable(count)
     ctx.set_materialize_grads(False)
 
@@ -76,12 +81,16 @@ def _differentiate(ctx, dy, d_pooled, dz_more, d_mean, d_var, _):
     for more in (dz_more, _statistics_backward(d_mean, d_var, z, mean)):  # of second derivatives alone
         dz = more if dz is None else dz if more is None else dz + more
     if dz is None:
-        return (None,) * 14
+        return (None,) * 15
     needed = ctx.needs_input_grad
-    dx, dskip, dw, db = gradients(ctx, dz, x, skip, weight, *needed[:4])
+    if ctx.stride == 1:
+        dx, dskip, dw, db = gradients(ctx, dz, x, skip, weight, *needed[:4])
+    else:
+        need_x, _, need_weight, need_bias = needed[:4]
+        (dx, dw, db), dskip = strided_gradients(dz, x, weight, ctx.options[0], (need_x, need_weight, need_bias)), None
     pairs = ((norm_weight, d_norm_weight), (norm_bias, d_norm_bias))
     d_affine = [None if p is None or d is None else d.to(p.dtype) for p, d in pairs]
-    return dx, dskip, dw, db, *d_affine, *[None] * 8
+    return dx, dskip, dw, db, *d_affine, *[None] * 9
 
 
 def _statistics_backward(d_mean, d_var, z, mean):
@@ -101,10 +110,10 @@ def _statistics_backward(d_mean, d_var, z, mean):
 
 define(
     "conv_norm(Tensor x, Tensor? skip, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, int pad, "
-    "int groups, bool per_sample, float eps, float slope, bool pool, str process_group, str backend) "
+    "int stride, int groups, bool per_sample, float eps, float slope, bool pool, str process_group, str backend) "
     "-> (Tensor y, Tensor pooled, Tensor z, Tensor mean, Tensor var, Tensor count)",
     torch_impl=_forward,
-    triton_impl="conv_norm:forward",
+    triton_impl="norm.forward:forward",
     fake=_fake_forward,
     setup=_setup,
     backward=_differentiate,
@@ -113,7 +122,7 @@ define(
     "norm_backward(Tensor? dy, Tensor? d_pooled, Tensor z, Tensor? norm_weight, Tensor? norm_bias, Tensor mean, "
     "Tensor var, Tensor count, float eps, float slope, str process_group, str backend) -> (Tensor, Tensor, Tensor)",
     torch_impl=_norm.backward,
-    triton_impl="conv_norm:backward",
+    triton_impl="norm.backward:backward",
     fake=_fake_backward,
 )
 
@@ -163,7 +172,7 @@ def conv_norm(
         slope: 0 is ReLU, 1 no activation, between them LeakyReLU.
         skip: (N, C_skip, H_s, W_s) with H_s ≥ H and W_s ≥ W, or None.
         padding: "same" (zeros around the image) or "valid".
-        stride: 1.
+        stride: 1, or 2 of one source: the convolution is then PyTorch's on both backends.
         pool: also return the 2×2 max-pool (stride 2, odd sides floor).
         process_group: of ``torch.distributed``; "batch" in training then takes the statistics of all its processes, as
             ``nn.SyncBatchNorm`` does. None: of this process alone.
@@ -177,25 +186,27 @@ def conv_norm(
     """
     operands = [x, skip, weight, bias]
     pad = check_conv("conv_norm", *operands, padding)
-    size = x.shape[0], weight.shape[0], x.shape[2] + 2 * pad - 2, x.shape[3] + 2 * pad - 2
+    check_stride("conv_norm", stride, skip, backend)
+    size = x.shape[0], weight.shape[0], *output_size(x, pad, stride)
     parameters = dict(
         norm_weight=norm_weight, norm_bias=norm_bias, running_mean=running_mean, running_var=running_var
     )
     _check_norm(norm, groups, parameters, x, weight.shape[0], training, process_group)
     slope = check_slope("conv_norm", slope)
-    _check_numbers(momentum, eps, stride)
+    _check_numbers(momentum, eps)
     if pool and min(size[2:]) < 2:
         raise ValueError(f"conv_norm: x has shape {tuple(x.shape)}; its convolution is too small to pool")
     if norm == "batch" and not training:
         scale = torch.rsqrt(_norm.wide(running_var) + eps)
-        return _folded(operands, scale, running_mean, norm_weight, norm_bias, slope, padding, pool, backend)
+        return _folded(operands, scale, running_mean, norm_weight, norm_bias, slope, padding, stride, pool, backend)
     _check_values(norm, size, groups, process_group)
     x, skip, weight, bias = autocast_operands(*operands)
     check_conv_dtypes("conv_norm", x, skip, weight, bias)
-    backend = select_backend(backend, "conv_norm", x, "there is no kernel of conv_norm yet")
+    several = None if process_group is None else "norm statistics over several processes have no kernel"
+    backend = select_backend(backend, "conv_norm", x, several)
     count = {"batch": size[1], "instance": size[1], "group": groups}[norm]
     y, pooled, _, mean, var, total = _OPS.conv_norm(
-        x, skip, weight, bias, norm_weight, norm_bias, pad, count, norm != "batch", float(eps), slope, pool,
+        x, skip, weight, bias, norm_weight, norm_bias, pad, stride, count, norm != "batch", float(eps), slope, pool,
         _norm.name_of(process_group), backend,
     )  # fmt: skip
     if running_mean is not None and y.numel() > 0:
@@ -203,7 +214,7 @@ def conv_norm(
     return (y, pooled) if pool else y
 
 
-def _folded(operands, scale, running_mean, norm_weight, norm_bias, slope, padding, pool, backend):
+def _folded(operands, scale, running_mean, norm_weight, norm_bias, slope, padding, stride, pool, backend):
     """One convolution whose weight and bias hold the norm."""
     x, skip, weight, bias = operands
     if norm_weight is not None:
@@ -213,9 +224,9 @@ def _folded(operands, scale, running_mean, norm_weight, norm_bias, slope, paddin
         shift = shift + norm_bias
     weight, shift = (weight * scale[:, None, None, None]).to(weight.dtype), shift.to(weight.dtype)
     options = dict(padding=padding, slope=slope, backend=backend)
-    if pool and skip is None:
+    if pool and skip is None and stride == 1:
         return conv_relu_pool(x, weight, shift, **options)
-    y = conv_relu(x, weight, shift, skip=skip, **options)
+    y = conv_relu(x, weight, shift, skip=skip, stride=stride, **options)
     return (y, max_pool2d(y, backend=backend)) if pool else y
 
 
@@ -251,14 +262,12 @@ def _check_norm(norm, groups, parameters, x, channels, training, process_group):
         raise ValueError(f"conv_norm: a process group sums the statistics of norm='batch', not of {norm!r}")
 
 
-def _check_numbers(momentum, eps, stride):
+def _check_numbers(momentum, eps):
     for name, value, most in (("momentum", momentum, 1.0), ("eps", eps, math.inf)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"conv_norm: {name} must be a number, got {value!r}")
         if not (0 <= value <= most and math.isfinite(value)):
             raise ValueError(f"conv_norm: {name} is {value}; expected {'0 to 1' if most == 1 else 'at least 0'}")
-    if stride != 1:
-        raise ValueError(f"conv_norm: stride is {stride!r}; expected 1")
 
 
 def _check_values(norm, size, groups, process_group):

@@ -82,6 +82,24 @@ def _masked(gradient, x, mask):
     return masked(gradient, x) if mask else gradient
 
 
+def strided(x, weight, bias, pad):
+    """The convolution with stride 2, by PyTorch on every backend."""
+    return nhwc(F.conv2d(nhwc(x), weight, bias, stride=2, padding=pad))
+
+
+def strided_gradients(dz, x, weight, pad, needed):
+    """(dx, dw, db) of :func:`strided`, None where none is ``needed``."""
+    geometry = [2, 2], [pad, pad], [1, 1], False, [0, 0], 1
+    found = torch.ops.aten.convolution_backward(nhwc(dz), nhwc(x), weight, [weight.shape[0]], *geometry, list(needed))
+    return [each if need else None for each, need in zip(found, needed)]
+
+
+def output_size(x: torch.Tensor, pad: int, stride: int) -> tuple[int, int]:
+    """Height and width of the convolution of ``x``."""
+    height, width = ((side + 2 * pad - 3) // stride + 1 for side in x.shape[2:])
+    return height, width
+
+
 def _weight_grad(dz, x, skip, pad, has_bias):
     x = _joined(x, skip)
     weight = x.new_empty(()).expand(dz.shape[1], x.shape[1], 3, 3)
@@ -187,6 +205,7 @@ def conv_relu(
     *,
     skip: torch.Tensor | None = None,
     padding: str = "same",
+    stride: int = 1,
     relu: bool = True,
     slope: float = 0.0,
     backend: str = "auto",
@@ -199,21 +218,25 @@ def conv_relu(
         bias: (C_out,) or None.
         skip: (N, C_skip, H_s, W_s) with H_s ≥ H and W_s ≥ W, or None.
         padding: "same" (zeros around the image) or "valid".
+        stride: 1, or 2 of one source: PyTorch's convolution, for which there is no kernel.
         relu: False leaves the convolution as it is, like a slope of 1.
         slope: what negative results are multiplied by: 0 is ReLU, more LeakyReLU.
         backend: "auto", "triton" or "torch".
 
     Returns:
-        (N, C_out, H, W), or (N, C_out, H − 2, W − 2) under "valid".
+        (N, C_out, H, W), or (N, C_out, H − 2, W − 2) under "valid"; with stride 2 every second row and column of it.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; the message shows them.
     """
     operands = [x, skip, weight, bias]
     pad = check_conv("conv_relu", *operands, padding)
+    check_stride("conv_relu", stride, skip, backend)
     x, skip, weight, bias = autocast_operands(*operands)
     check_conv_dtypes("conv_relu", x, skip, weight, bias)
     slope = check_slope("conv_relu", slope) if relu else 1.0
+    if stride == 2:
+        return activation_(strided(x, weight, bias, pad), slope)
     return _OPS.conv_relu(x, skip, weight, bias, pad, slope, select_backend(backend, "conv_relu", x))
 
 
@@ -262,6 +285,16 @@ def check_conv(operator, x, skip, weight, bias, padding) -> int:
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"{operator}: bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
     return PADDINGS[padding]
+
+
+def check_stride(operator, stride, skip, backend) -> None:
+    """Raises unless ``stride`` is 1, or 2 of one source where no kernel is asked for."""
+    if isinstance(stride, bool) or stride not in (1, 2):
+        raise ValueError(f"{operator}: stride is {stride!r}; expected 1 or 2")
+    if stride == 2 and skip is not None:
+        raise ValueError(f"{operator}: stride 2 takes one source, but skip is given")
+    if stride == 2 and backend == "triton":
+        raise ValueError(f"{operator}: backend 'triton' cannot run here: a convolution of stride 2 has no kernel")
 
 
 def check_conv_dtypes(operator, x, skip, weight, bias) -> None:

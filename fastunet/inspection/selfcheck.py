@@ -36,12 +36,15 @@ def check_operators(device: torch.device, dtype: torch.dtype, backend: str = "au
     return [_check(name, shapes, device, dtype, backend) for name, shapes in _SHAPES.items()]
 
 
-_LAYERS = ("conv_relu", "conv_relu_pool", "max_pool2d", "upsample_conv_relu", "conv_transpose2d", "segmentation_head")
+_LAYERS = ("conv_relu", "conv_relu_pool", "conv_norm", "max_pool2d", "upsample_bilinear2d", "upsample_conv_relu",
+           "conv_transpose2d", "segmentation_head")  # fmt: skip
 _X = (2, 5, _SIDE + 1, _SIDE + 3)
 _SHAPES = {
     "conv_relu": [_X, (7, 5, 3, 3), (7,)],
     "conv_relu_pool": [_X, (7, 5, 3, 3), (7,)],
+    "conv_norm": [_X, (7, 5, 3, 3), (7,)],
     "max_pool2d": [_X],
+    "upsample_bilinear2d": [_X],
     "upsample_conv_relu": [_X, (7, 5, 2, 2), (7,)],
     "conv_transpose2d": [_X, (5, 7, 2, 2), (7,)],
     "segmentation_head": [_X, (_CLASSES, 5, 1, 1), (_CLASSES,)],
@@ -72,7 +75,9 @@ def _confusion(logits: torch.Tensor) -> torch.Tensor:
 _LITERAL: dict[str, Callable] = {
     "conv_relu": lambda x, w, b: plain.conv2d(x, w, b, padding=1).relu(),
     "conv_relu_pool": lambda x, w, b: (y := plain.conv2d(x, w, b, padding=1).relu(), plain.max_pool2d(y, 2)),
+    "conv_norm": lambda x, w, b: plain.leaky_relu(plain.group_norm(plain.conv2d(x, w, b, padding=1), 1), 0.25),
     "max_pool2d": lambda x: plain.max_pool2d(x, 2),
+    "upsample_bilinear2d": lambda x: plain.interpolate(x, scale_factor=2, mode="bilinear"),
     "upsample_conv_relu": lambda x, w, b: plain.conv2d(
         plain.pad(plain.interpolate(x, scale_factor=2), (0, 1, 0, 1)), w, b
     ).relu(),
@@ -90,6 +95,10 @@ _LITERAL: dict[str, Callable] = {
 
 def _ours(name: str, backend: str) -> Callable:
     function = getattr(functional, name)
+    if name == "conv_norm":
+        return lambda x, w, b: function(x, w, b, norm="group", groups=1, slope=0.25, backend=backend)
+    if name == "upsample_bilinear2d":
+        return function  # without a kernel
     if name == "dice_coefficient":
         return lambda z: function(z.softmax(1), _labels(z))
     if name == "confusion_matrix":
