@@ -39,7 +39,7 @@ def test_no_tensor(name):
         for wrong in NO_TENSORS if isinstance(argument, torch.Tensor) else []:
             with pytest.raises((ValueError, TypeError)):
                 function(*arguments[:index], wrong, *arguments[index + 1 :])
-    with pytest.raises(TypeError, match=r"must be a tensor, got 'None'"):
+    with pytest.raises(TypeError, match=r"is None; expected torch\.Tensor"):
         function(None, *arguments[1:])
 
 

@@ -15,7 +15,8 @@ from fastunet.functional.max_pool import unpooled
 from fastunet.functional.relu import activation_, activation_gradient
 
 _aten = torch.ops.aten
-_PIXELS = 4096
+_PIXELS = 32, 2048
+"""At least and at most so many pixels of an image are added one after another, in float32."""
 _PROCESS_GROUPS: dict[str, dist.ProcessGroup] = {}
 """By the names that operators know them by, whose arguments are numbers, strings and tensors."""
 
@@ -34,9 +35,10 @@ def wide(x: torch.Tensor) -> torch.Tensor:
 
 
 def _pieces(x: torch.Tensor, per_sample: bool) -> list[list[torch.Tensor]]:
-    """NHWC ``x`` as images (1, C, 1, P) of at most so many pixels that float32 adds one by one, by samples."""
+    """NHWC ``x`` in images (1, C, 1, P), about 32 for each row of statistics, by these rows."""
     rows = x.permute(0, 2, 3, 1).flatten(1, 2) if per_sample else x.permute(0, 2, 3, 1).reshape(1, -1, x.shape[1])
-    return [[piece.t()[None, :, None] for piece in row.split(_PIXELS)] for row in rows]
+    size = min(max(rows.shape[1] // 32, _PIXELS[0]), _PIXELS[1])
+    return [[piece.t()[None, :, None] for piece in row.split(size)] for row in rows]
 
 
 def statistics(z: torch.Tensor, groups: int, per_sample: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fastunet.arguments import checked
 from fastunet.dispatch import autocast_operands, define, select_backend
 from fastunet.functional import _norm
 from fastunet.functional._checks import check_tensors
@@ -127,6 +128,7 @@ define(
 )
 
 
+@checked
 def conv_norm(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -250,7 +252,7 @@ def _check_norm(norm, groups, parameters, x, channels, training, process_group):
             raise ValueError(f"conv_norm: {name} is on {tensor.device}, but x is on {x.device}")
     running = [parameters["running_mean"] is None, parameters["running_var"] is None]
     if norm == "group":
-        if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1 or channels % groups:
+        if groups is None or groups < 1 or channels % groups:
             raise ValueError(f"conv_norm: groups is {groups!r}; expected a divisor of the {channels} channels")
     elif groups is not None:
         raise ValueError(f"conv_norm: groups is {groups!r}, which norm='group' alone has, not {norm!r}")
@@ -264,8 +266,6 @@ def _check_norm(norm, groups, parameters, x, channels, training, process_group):
 
 def _check_numbers(momentum, eps):
     for name, value, most in (("momentum", momentum, 1.0), ("eps", eps, math.inf)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"conv_norm: {name} must be a number, got {value!r}")
         if not (0 <= value <= most and math.isfinite(value)):
             raise ValueError(f"conv_norm: {name} is {value}; expected {'0 to 1' if most == 1 else 'at least 0'}")
 

@@ -289,7 +289,7 @@ def check_conv(operator, x, skip, weight, bias, padding) -> int:
 
 def check_stride(operator, stride, skip, backend) -> None:
     """Raises unless ``stride`` is 1, or 2 of one source where no kernel is asked for."""
-    if isinstance(stride, bool) or stride not in (1, 2):
+    if stride not in (1, 2):
         raise ValueError(f"{operator}: stride is {stride!r}; expected 1 or 2")
     if stride == 2 and skip is not None:
         raise ValueError(f"{operator}: stride 2 takes one source, but skip is given")

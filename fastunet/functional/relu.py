@@ -19,9 +19,7 @@ def activation_(u: torch.Tensor, slope: float) -> torch.Tensor:
 
 
 def check_slope(operator: str, slope: float) -> float:
-    """``slope`` as a float; raises unless it is a number that keeps the sign, from which gradients are found."""
-    if isinstance(slope, bool) or not isinstance(slope, (int, float)):
-        raise TypeError(f"{operator}: slope must be a number, got {slope!r}")
+    """``slope`` as a float; raises unless it keeps the sign, from which gradients are found."""
     if not 0 <= slope < math.inf:
         raise ValueError(f"{operator}: slope is {slope}; expected at least 0")
     return float(slope)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from fastunet.arguments import checked
 from fastunet.functional._checks import check_image
 from fastunet.functional._layout import nhwc
 
 
+@checked
 def upsample_bilinear2d(x: torch.Tensor, *, align_corners: bool = False, backend: str = "auto") -> torch.Tensor:
     """``nn.Upsample(scale_factor=2, mode="bilinear", align_corners=…)`` of (N, C, H, W): (N, C, 2H, 2W).
 
@@ -23,6 +25,4 @@ def upsample_bilinear2d(x: torch.Tensor, *, align_corners: bool = False, backend
     check_image("upsample_bilinear2d", x)
     if backend not in ("auto", "torch"):
         raise ValueError(f"upsample_bilinear2d: backend {backend!r} cannot run here: there is no kernel")
-    if not isinstance(align_corners, bool):
-        raise TypeError(f"upsample_bilinear2d: align_corners must be True or False, got {align_corners!r}")
     return F.interpolate(nhwc(x), scale_factor=2.0, mode="bilinear", align_corners=align_corners)

@@ -44,7 +44,9 @@ CASES = [
 ]
 PARAMS = [
     pytest.param(case, dtype, id=f"{case}-{name}", marks=[] if case.config or dtype == torch.float16 else COMPILED)
-    for case in CASES for dtype, name in ((torch.float32, "fp32"), (torch.float16, "fp16"), (torch.bfloat16, "bf16"))
+    for i, case in enumerate(CASES)
+    for dtype, name in ((torch.float32, "fp32"), (torch.float16, "fp16"), (torch.bfloat16, "bf16"))
+    if i % 2 == 0 or dtype != torch.bfloat16
 ]  # fmt: skip
 
 
