@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import re
 
+import pytest
 from PIL import Image
 
 from fastunet.cli import demo
 from tests.cli_helpers import files_below, run
 
 
-def test_demo(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "SHAPE", (32, 32, 17))
-    monkeypatch.setattr(demo, "TRAINING_CASES", 4)
-    monkeypatch.setattr(demo, "UNSEEN_CASES", 3)
-    monkeypatch.setattr(demo, "NETWORK", dict(width=4, depth=2))
-    monkeypatch.setattr(demo, "TRAINING", demo.TRAINING | dict(epochs=1, val_fraction=0.25))
+@pytest.mark.parametrize(
+    ("preset", "options", "case", "suffixes"),
+    [
+        ("brats", dict(shape=(32, 32, 17)), "Phantom_00", (".nii.gz", ".png")),
+        ("isbi", dict(sizes=((64, 64), (64, 80))), "cells_00", (".png", "_overlay.png")),
+    ],
+)
+def test_demo(preset, options, case, suffixes, tmp_path, monkeypatch, capsys):
+    plan = demo.PLANS[preset]
+    training = plan.training | dict(width=4, depth=2, epochs=1, val_fraction=0.25)
+    small = dict(options=options, training_cases=4, unseen_cases=3, training=training)
+    monkeypatch.setitem(demo.PLANS, preset, dataclasses.replace(plan, **small))
     for _ in range(2):  # a second run replaces the first
-        assert run("demo", "--out", tmp_path / "demo", "--seed", "3", "--device", "cpu") == 0
+        assert run("demo", "--preset", preset, "--out", tmp_path / "demo", "--seed", "3", "--device", "cpu") == 0
     files = files_below(tmp_path / "demo")
-    for name in ("report.html", "scores.csv", "network.png", "run/best.safetensors", "segmentation/Phantom_000.nii.gz"):
+    made = [f"segmentation/{case}0{suffix}" for suffix in suffixes]
+    for name in ("report.html", "scores.csv", "network.png", "run/best.safetensors", *made):
         assert name in files
     out = capsys.readouterr().out
     assert "Mean foreground Dice" in out
@@ -35,4 +44,4 @@ def test_demo(tmp_path, monkeypatch, capsys):
         assert word in captions
     assert not re.search(r'(src|href)="(?!data:)', page)
     for index in range(3):
-        assert f"Phantom_00{index}" in page
+        assert f"{case}{index}" in page

@@ -18,7 +18,7 @@ from fastunet.files import reason
 from fastunet.signals import Interrupted, handled
 
 COMMANDS = {
-    "demo": (demo, "learn to segment phantoms, from nothing to a report, in three minutes", "--out demo"),
+    "demo": (demo, "learn to segment phantoms or cells, from nothing to a report, in three minutes", "--out demo"),
     "check": (check, "read a data folder once: what it holds, and what training would refuse", "DATA"),
     "train": (train, "train a U-Net on a folder of cases", "DATA --out RUN"),
     "evaluate": (evaluate, "score a model, or predictions, against the truth", "RUN DATA"),

@@ -3,6 +3,7 @@
 from fastunet.data.augment import Augmentation, augment
 from fastunet.data.case import DEFAULT_MODALITIES, MODALITIES, Case, Source
 from fastunet.data.cases import cases_from_files, discover_cases
+from fastunet.data.cells import make_cells
 from fastunet.data.grids import check_geometry
 from fastunet.data.label_tables import LABEL_MAPS
 from fastunet.data.labels import IGNORED, LabelMap
@@ -34,6 +35,7 @@ __all__ = [
     "check_geometry",
     "discover_cases",
     "fit_slice",
+    "make_cells",
     "make_phantoms",
     "read_geometry",
     "read_labels",

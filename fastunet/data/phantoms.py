@@ -129,7 +129,7 @@ def _bent_grid(rng: np.random.Generator, shape: Sequence[int]) -> np.ndarray:
     grid = np.stack(np.meshgrid(*axes, indexing="ij")).astype(np.float32)
     scale = rng.uniform(1.0, 1.1, 3)
     shift = rng.uniform(-3, 3, 3)
-    return np.stack([g * k + d + 3.0 * _smooth(rng, shape, 3) for g, k, d in zip(grid, scale, shift)])
+    return np.stack([g * k + d + 3.0 * smooth_field(rng, shape, 3) for g, k, d in zip(grid, scale, shift)])
 
 
 def _draw_tumour(rng: np.random.Generator, position: np.ndarray, depth: np.ndarray, cavity: bool) -> _Tumour:
@@ -145,9 +145,9 @@ def _draw_tumour(rng: np.random.Generator, position: np.ndarray, depth: np.ndarr
         stretch = rng.uniform(0.85, 1.2, 3)
         offset = position - centre.astype(np.float32)[:, None, None, None]
         distance = np.sqrt(sum((o * s) ** 2 for o, s in zip(offset, stretch))) / radius
-        whole = distance * (1 + 0.22 * _smooth(rng, shape, 7))
-        core = distance * (1 + 0.17 * _smooth(rng, shape, 8)) / rng.uniform(0.58, 0.7)
-        necrosis = core * (1 + 0.12 * _smooth(rng, shape, 9)) / rng.uniform(0.58, 0.72)
+        whole = distance * (1 + 0.22 * smooth_field(rng, shape, 7))
+        core = distance * (1 + 0.17 * smooth_field(rng, shape, 8)) / rng.uniform(0.58, 0.7)
+        necrosis = core * (1 + 0.12 * smooth_field(rng, shape, 9)) / rng.uniform(0.58, 0.72)
         classes = np.zeros(shape, dtype=np.uint8)
         classes[brain & (whole < 1)] = 2
         classes[brain & (core < 1)] = 3
@@ -155,7 +155,7 @@ def _draw_tumour(rng: np.random.Generator, position: np.ndarray, depth: np.ndarr
         if cavity:
             towards_middle = -centre / np.linalg.norm(centre)
             away = offset - (0.55 * radius * towards_middle).astype(np.float32)[:, None, None, None]
-            hole = np.sqrt((away**2).sum(0)) * (1 + 0.1 * _smooth(rng, shape, 6)) < 0.3 * radius
+            hole = np.sqrt((away**2).sum(0)) * (1 + 0.1 * smooth_field(rng, shape, 6)) < 0.3 * radius
             classes[brain & hole & (whole < 1.1)] = 4
         if np.bincount(classes.ravel(), minlength=wanted + 1)[1 : wanted + 1].min() > _SMALLEST_PART * classes.size:
             return _Tumour(classes, centre, radius)
@@ -171,8 +171,8 @@ def _draw_anatomy(rng: np.random.Generator, position: np.ndarray, depth: np.ndar
     x, y, z = centre + offset * (1 - push)
     side = np.abs(x)
     inner = depth - _FLUID_MM
-    fold = np.abs(_smooth(rng, shape, 19))
-    ripple = _smooth(rng, shape, 5)
+    fold = np.abs(smooth_field(rng, shape, 19))
+    ripple = smooth_field(rng, shape, 5)
 
     tissue = np.full(shape, _TISSUES["white"], dtype=np.uint8)
 
@@ -198,11 +198,11 @@ def _draw_anatomy(rng: np.random.Generator, position: np.ndarray, depth: np.ndar
     size = rng.uniform(0.75, 1.3)
     horn = ellipsoid((side, 7 + 0.006 * y**2, 5.5 * size), (y, 2, 36 * size**0.5), (z, 12 - 0.007 * y**2, 9 * size))
     paint("lesion", (horn < 1.7) & (horn > 1) & (np.abs(y) > 16) & (ripple > rng.uniform(-0.6, 0.6)))
-    paint("lesion", (inner > 10) & (_smooth(rng, shape, 16) > rng.uniform(1.9, 2.3)))
+    paint("lesion", (inner > 10) & (smooth_field(rng, shape, 16) > rng.uniform(1.9, 2.3)))
     paint("fluid", (horn < 1) | (ellipsoid((x, 0, 2.2 * size), (y, 2, 15), (z, -4, 9)) < 1))
     paint("vessel", ellipsoid((side, 9, 2.5), (y, 16, 8), (z, 10, 4)) < 1)
 
-    branches = _smooth(rng, shape, 7) ** 2 + _smooth(rng, shape, 7) ** 2
+    branches = smooth_field(rng, shape, 7) ** 2 + smooth_field(rng, shape, 7) ** 2
     paint("vessel", (branches < 0.012) & (inner < 45))
     paint("vessel", (side < 3.2) & (depth < _FLUID_MM + 4) & ((z > 10) | (y > 30)))
 
@@ -218,18 +218,18 @@ def _scan(rng: np.random.Generator, tissue: np.ndarray) -> np.ndarray:
     """Intensities int16 (4, X, Y, Z) of a tissue map, at least 1 inside the head and 0 in the air."""
     shape = tissue.shape
     head = tissue != _TISSUES["air"]
-    texture = 1 + 0.035 * _smooth(rng, shape, 22)
+    texture = 1 + 0.035 * smooth_field(rng, shape, 22)
     images = np.zeros((len(MODALITIES), *shape), dtype=np.int16)
     for image, contrasts in zip(images, zip(*_CONTRASTS.values())):
         table = np.array(contrasts, dtype=np.float32) * rng.normal(1, 0.04, len(contrasts)).astype(np.float32)
-        signal = _blur(table[tissue]) * texture * np.exp(0.1 * _smooth(rng, shape, 2))
+        signal = blur(table[tissue]) * texture * np.exp(0.1 * smooth_field(rng, shape, 2))
         noise = rng.standard_normal((2, *shape), dtype=np.float32) * np.float32(rng.uniform(0.02, 0.035))
         signal = np.hypot(signal + noise[0], noise[1]) * rng.uniform(300, 1200)
         image[head] = np.maximum(signal[head].round(), 1)
     return images
 
 
-def _blur(values: np.ndarray) -> np.ndarray:
+def blur(values: np.ndarray) -> np.ndarray:
     """One pass of [1, 4, 1] / 6 along each axis: the partial volumes at the borders of tissues."""
     for axis in range(values.ndim):
         v = np.moveaxis(values, axis, 0)
@@ -238,9 +238,9 @@ def _blur(values: np.ndarray) -> np.ndarray:
     return values
 
 
-def _smooth(rng: np.random.Generator, shape: Sequence[int], cells: int) -> np.ndarray:
+def smooth_field(rng: np.random.Generator, shape: Sequence[int], cells: int) -> np.ndarray:
     """A random cubic B-spline field, float32, mean about 0 and standard deviation 1, of ``cells`` knots per axis."""
-    field = rng.standard_normal([cells + 3] * 3, dtype=np.float32)
+    field = rng.standard_normal([cells + 3] * len(shape), dtype=np.float32)
     for size in shape:  # each pass consumes the first axis and appends the fine one
         field = np.tensordot(field, _spline_basis(size, cells), axes=(0, 0))
     return field / field.std()
