@@ -181,7 +181,7 @@ class UNet(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (N, num_classes, H', W') of images (N, in_channels, H, W); raises ValueError for a wrong shape."""
         height, width = self._check(x)
-        return self.logits_of_padded(self._pad(x))[..., :height, :width]
+        return top_left(self.logits_of_padded(self._pad(x)), height, width)
 
     def logits_of_padded(self, x: torch.Tensor) -> torch.Tensor:
         """Layer by layer: the logits of images of a size that fits."""
@@ -219,9 +219,22 @@ class UNet(nn.Module):
         if self.architecture.padding == "valid":
             return x
         height, width = self.architecture.padded_size(*x.shape[2:])
-        if (height, width) == tuple(x.shape[2:]):
+        if _known(*x.shape[2:]) and (height, width) == tuple(x.shape[2:]):
             return x
         return F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]))
+
+
+def top_left(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The first ``height`` × ``width`` pixels of (…, H, W)."""
+    if _known(height, width):
+        return x[..., :height, :width]
+    # the strides of a view would tie an exported program to sizes that need no padding, or to those that do
+    return F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]))
+
+
+def _known(*sides: int) -> bool:
+    """Whether sides are numbers, not the symbols of ``torch.export``."""
+    return all(isinstance(side, int) for side in sides)
 
 
 @checked

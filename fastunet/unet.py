@@ -30,6 +30,11 @@ from fastunet.functional._layout import nhwc
 from fastunet.functional.segmentation_head import finish
 from fastunet.inference.frozen import FrozenUNet
 
+_NO_TORCHSCRIPT = (
+    "fastunet.UNet is not for TorchScript, which PyTorch has given up: use torch.export, torch.compile or"
+    " fastunet.to_onnx"
+)
+
 
 @checked
 class UNet(reference.UNet):
@@ -93,6 +98,10 @@ class UNet(reference.UNet):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (N, num_classes, H', W') of images (N, in_channels, H, W); raises ValueError for a wrong shape."""
         return self._run(x, "logits")
+
+    def __prepare_scriptable__(self) -> None:
+        """Called by ``torch.jit.script``."""
+        raise ValueError(_NO_TORCHSCRIPT)
 
     @property
     def backend(self) -> str:
@@ -173,6 +182,8 @@ class UNet(reference.UNet):
         return why_not_anywhere() or why_touched(self, type(self))
 
     def _check(self, x: torch.Tensor) -> tuple[int, int]:
+        if torch.jit.is_tracing():
+            raise ValueError(_NO_TORCHSCRIPT)
         size = super()._check(x)
         first = self.encoders[0] if len(self.encoders) else self.bottleneck
         weight = first.conv1._parameters.get("weight") if type(first) is ConvBlock else None
@@ -216,13 +227,13 @@ class UNet(reference.UNet):
             links = {"mask_input": joined[level], "grad_masked": joined[level + 1]}
             if joined[-1] and level + 3 == len(chain) and not torch.is_grad_enabled():
                 logits = run(chain[level + 1], decoder, x, skips.pop(), head=self.head, output=output)
-                return logits[..., :height, :width]
+                return reference.top_left(logits, height, width)
             x = run(chain[level + 1], decoder, x, skips.pop(), **links)
         if "head" in apart:
             x = finish(self.head(like(images, x)), output)
         else:
             x = fused_head(self.head, x, output=output, mask_input=joined[-1], backend=self.backend)
-        return x[..., :height, :width]
+        return reference.top_left(x, height, width)
 
     def _warn(self, apart: dict[str, str]) -> None:
         """Once for each part that runs through its modules and does not say so itself, as blocks of our own do."""

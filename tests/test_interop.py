@@ -10,7 +10,14 @@ import torch
 
 import fastunet
 from fastunet import UNet, reference
-from fastunet.interop import load_keras_weights, load_torch_weights, save_keras_weights
+from fastunet.errors import UserError
+from fastunet.interop import (
+    from_pretrained,
+    load_keras_weights,
+    load_torch_weights,
+    save_keras_weights,
+    save_pretrained,
+)
 from tests.test_reference import keras_build
 
 SMALL = dict(width=4, depth=2)
@@ -188,3 +195,33 @@ def test_code_in_a_pickle_is_not_run(tmp_path):
 
 def test_importing_needs_no_other_library():
     assert fastunet.interop.load_torch_weights is load_torch_weights
+
+
+def test_pretrained_folders_hold_network_and_weights(tmp_path):
+    model = randomised(in_channels=1, num_classes=3, width=4, depth=1, up="transpose", dropout=0.1)
+    save_pretrained(model, tmp_path / "folder")
+    loaded = from_pretrained(tmp_path / "folder", backend="torch")
+    assert (loaded.config, loaded.backend, loaded.training) == (model.config, "torch", False)
+    assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in model.state_dict().items())
+    with pytest.raises(UserError, match="no-such"):
+        from_pretrained(tmp_path / "no-such")
+    (tmp_path / "folder" / "config.json").write_text('{"levels": 3}')
+    with pytest.raises(UserError, match=r"config.json does not describe a fastunet.UNet: .*'levels'"):
+        from_pretrained(tmp_path / "folder")
+
+
+def test_pretrained_folders_are_those_of_hugging_face(tmp_path):
+    hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+
+    class HubUNet(UNet, hub.PyTorchModelHubMixin):
+        pass
+
+    theirs = HubUNet(in_channels=1, num_classes=3, width=4, depth=1).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = from_pretrained(tmp_path / "theirs")
+    save_pretrained(ours, tmp_path / "ours")
+    again = HubUNet.from_pretrained(tmp_path / "ours")
+    x = torch.randn(1, 1, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(ours(x), theirs(x))
+        assert torch.equal(again(x), theirs(x))

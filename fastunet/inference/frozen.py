@@ -25,7 +25,7 @@ from fastunet.inference import frozen_cpu
 
 
 @checked
-class FrozenUNet:
+class FrozenUNet(torch.nn.Module):
     """Inference of a :class:`fastunet.UNet` in evaluation mode; made by :meth:`fastunet.UNet.freeze`.
 
     A parameter that was changed in place (an optimiser's step, ``load_state_dict``) or replaced is noticed at the next
@@ -33,7 +33,8 @@ class FrozenUNet:
     changes of parameters that were made in inference mode, a CUDA graph of the user's own that trains. Call
     :meth:`refresh` after them. Several threads, and streams of a GPU, may call one frozen network at once.
 
-    A copy, or a pickle, holds the model and prepares its own.
+    A copy, or a pickle, holds the model and prepares its own. What ``torch.export`` and ``torch.compile`` see is the
+    model itself, without gradients.
 
     Args:
         model: the network; it is not copied, and not switched to evaluation mode.
@@ -44,6 +45,7 @@ class FrozenUNet:
     def __init__(self, model: torch.nn.Module, graphs: int = 8):
         if graphs < 1:
             raise ValueError(f"graphs is {graphs}; expected at least 1")
+        super().__init__()
         _count_optimiser_steps()
         self.model = model
         self.graphs = graphs
@@ -65,7 +67,7 @@ class FrozenUNet:
             self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()
             self._memory: _Memory | None = None
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (N, num_classes, H', W') of images (N, in_channels, H, W)."""
         return self._infer(x, "logits")
 
@@ -83,6 +85,8 @@ class FrozenUNet:
             raise RuntimeError("a frozen network needs its model in evaluation mode: call model.eval()")
         if self.model.runs_apart():  # what hangs on a module must run, in each call
             return self.model.infer(x, output)
+        if torch.compiler.is_compiling():
+            return self.model._run(x, output)
         height, width = self.model._check(x)
         weight = self.model.head.weight
         kind, classic = x.device.type, self.model.architecture.is_classic
@@ -175,7 +179,7 @@ class _Graph:
                 self.output = function(self.input)
         torch.cuda.current_stream(x.device).wait_stream(stream)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         stream = torch.cuda.current_stream(x.device)
         self.memory.wait(stream)
         self.input.copy_(x)

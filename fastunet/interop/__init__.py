@@ -7,5 +7,14 @@ from fastunet.interop.checkpoints import load_torch_weights
 from fastunet.interop.fusion import fuse
 from fastunet.interop.keras import load_keras_weights, save_keras_weights
 from fastunet.interop.onnx import to_onnx
+from fastunet.interop.pretrained import from_pretrained, save_pretrained
 
-__all__ = ["fuse", "load_keras_weights", "load_torch_weights", "save_keras_weights", "to_onnx"]
+__all__ = [
+    "from_pretrained",
+    "fuse",
+    "load_keras_weights",
+    "load_torch_weights",
+    "save_keras_weights",
+    "save_pretrained",
+    "to_onnx",
+]

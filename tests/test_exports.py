@@ -1,0 +1,133 @@
+"""torch.export, AOTInductor and torch.compile give the model's results; TorchScript is refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastunet import UNet, reference
+from fastunet.losses import DiceCrossEntropyLoss
+
+FREE = torch.export.Dim.DYNAMIC
+ANY_SIZE = {0: FREE, 2: FREE, 3: FREE}
+NETWORKS = {
+    "brats": (dict(width=4, depth=2), [(16, 24), (17, 21)]),
+    "isbi": (dict(in_channels=1, width=4, depth=1, padding="valid", up="transpose"), [(28, 36), (30, 22)]),
+}
+
+
+class Labels(torch.nn.Module):
+    """What an application exports: labels, not logits."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        return self.network.predict(x)
+
+
+FORMS = {"model": lambda model: model, "frozen": UNet.freeze, "labels": lambda model: Labels(model.freeze())}
+
+
+def build(name: str = "brats"):
+    torch.manual_seed(0)
+    arguments, sizes = NETWORKS[name]
+    model = UNet(**arguments).eval()
+    return model, [torch.randn(n, model.architecture.in_channels, *size) for n, size in zip((2, 3), sizes)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_one_exported_program_serves_every_size(name, form):
+    model, (x, other) = build(name)
+    module = FORMS[form](model)
+    with torch.no_grad():
+        program = torch.export.export(module, (x,), dynamic_shapes=(ANY_SIZE,)).module()
+        for images in (x, other):
+            torch.testing.assert_close(program(images), module(images), rtol=1e-5, atol=1e-5)
+
+
+def test_the_plain_build_exports_for_every_size_too():
+    _, (x, other) = build()
+    plain = reference.UNet(width=4, depth=1).eval()
+    with torch.no_grad():
+        program = torch.export.export(plain, (x,), dynamic_shapes=(ANY_SIZE,)).module()
+        torch.testing.assert_close(program(other), plain(other), rtol=1e-5, atol=1e-5)
+
+
+def test_a_saved_program_names_the_import_that_it_needs(tmp_path):
+    model, (x, _) = build()
+    with torch.no_grad():
+        torch.export.save(torch.export.export(model.freeze(), (x,)), tmp_path / "network.pt2")
+        torch.save((x, model(x)), tmp_path / "example.pt")
+    code = """
+import torch
+x, want = torch.load("example.pt")
+torch.testing.assert_close(torch.export.load("network.pt2").module()(x), want, rtol=1e-5, atol=1e-5)
+"""
+
+    def run(program: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", program]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    without = run(code)
+    assert without.returncode
+    assert "torch.ops.fastunet." in without.stderr
+    assert "Please import the custom op" in without.stderr
+    done = run("import fastunet" + code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_aot_inductor_runs_the_program_on_a_cpu(tmp_path):
+    model = UNet(width=2, depth=0).eval()
+    x = torch.randn(1, 2, 8, 8)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,))
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "network.pt2"))
+        torch.testing.assert_close(torch._inductor.aoti_load_package(path)(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [torch.jit.script, lambda model: torch.jit.trace(model, torch.zeros(1, 2, 8, 8))])
+@pytest.mark.parametrize("form", ["model", "frozen"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_torchscript_is_refused_in_one_sentence(form, make):
+    model, _ = build()
+    with pytest.raises(ValueError, match=r"fastunet.UNet is not for TorchScript.*torch.export.*fastunet.to_onnx"):
+        make(FORMS[form](model))
+
+
+class Trained(torch.nn.Module):
+    """Network and loss as one graph."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.loss = model, DiceCrossEntropyLoss(label_smoothing=0.1)
+
+    def forward(self, x, labels):
+        return self.loss(self.model(x), labels)
+
+
+@pytest.mark.parametrize("options", [
+    dict(), dict(dynamic=True), dict(mode="max-autotune"),
+], ids=["default", "dynamic", "max-autotune"])  # fmt: skip
+def test_compiled_training_and_inference_are_the_eager_ones(options):
+    """One graph each (``fullgraph``), by Inductor; shapes change where they may."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = UNet(width=2, depth=1, dropout=0.0)
+    batches = [torch.randn(2, 2, 6, 10), torch.randn(3, 2, 9, 12)]
+    step, infer = (torch.compile(f, fullgraph=True, **options) for f in (Trained(model), model))
+    for x in batches if options.get("dynamic") else batches[:1]:
+        labels = torch.randint(4, (len(x), *x.shape[2:]))
+        found = {}
+        for name, function in (("compiled", step), ("eager", Trained(model))):
+            loss = function(x, labels)
+            found[name] = [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+        for got, want in zip(found["compiled"], found["eager"]):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+        with torch.no_grad():
+            torch.testing.assert_close(infer(x), model(x), rtol=1e-5, atol=1e-5)
