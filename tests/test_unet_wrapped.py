@@ -84,7 +84,7 @@ def test_two_processes_train_as_the_plain_build_does(wrapper, tmp_path):
 
 
 def test_lora_of_peft_moves_the_output_and_learns():
-    peft = pytest.importorskip("peft", reason="peft is not installed (pip install 'fastunet[rivals]')")
+    peft = pytest.importorskip("peft", reason="peft is not installed")
     x, found = torch.randn(2, 2, 16, 16), []
     for build in (reference.UNet, UNet):
         torch.manual_seed(0)
