@@ -40,10 +40,11 @@ smoke: $(READY)
 device:
 	@if command -v nvidia-smi >/dev/null && nvidia-smi -L; then :; else echo "No NVIDIA driver found: running on the CPU."; fi
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt tests/oldest.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt setuptools --editable ".[test,rivals,dev]"
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/triton-$(OLDEST_TRITON) triton==$(OLDEST_TRITON)
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/oldest --requirement tests/oldest.txt
 	touch $@
 
 clean:

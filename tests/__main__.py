@@ -19,6 +19,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 OLDEST_TRITON = Path(sys.prefix) / "triton-3.6.0"
+OLDEST = Path(sys.prefix) / "oldest"  # what tests/oldest.txt lists
 LANES = min(os.cpu_count() or 1, 2)
 WORKERS = min((os.cpu_count() or 1) // LANES, 4)
 SECONDS_BETWEEN_LINES = 20
@@ -46,7 +47,7 @@ class Outcome:
 
 def parts() -> list[Part]:
     """What can be run here, the longest first, so that both lanes end at about the same time."""
-    rooms = ("tests/kernels", "tests/aot", "tests/emulator", "tests/faults")
+    rooms = ("tests/kernels", "tests/aot", "tests/emulator", "tests/faults", "tests/without_triton")
     found = [
         Part("library", ("tests", *(f"--ignore={room}" for room in rooms))),
         Part("kernels, interpreted", ("tests/kernels",), (("TRITON_INTERPRET", "1"),)),
@@ -54,13 +55,22 @@ def parts() -> list[Part]:
         Part("kernels, their machine code executed", ("tests/emulator",)),
     ]
     if OLDEST_TRITON.exists():
-        path = os.pathsep.join(filter(None, [str(OLDEST_TRITON), os.environ.get("PYTHONPATH")]))
-        found.append(Part("machine code, oldest Triton", ("tests/aot",), (("PYTHONPATH", path),)))
+        found.append(Part("machine code, oldest Triton", ("tests/aot",), before(OLDEST_TRITON)))
+    if (OLDEST / "numpy").exists():
+        files = ("oldest", "schema", "data_volumes", "data_images", "pictures", "train", "train_checkpoint")
+        paths = tuple(f"tests/test_{name}.py" for name in files)
+        found.append(Part("oldest libraries", paths, (("OLDEST", "1"), *before(OLDEST))))
+    found.append(Part("without Triton", ("tests/without_triton",), before(Path("tests/without_triton").absolute())))
     found.append(Part("faults", ("tests/faults",)))
     cuda = "import sys, torch; sys.exit(not torch.cuda.is_available())"
     if subprocess.run([sys.executable, "-c", cuda], check=False).returncode == 0:
         found.append(Part("kernels, on the GPU", ("tests/kernels",)))
     return found
+
+
+def before(folder: Path) -> tuple[tuple[str, str], ...]:
+    """The environment in which Python looks into ``folder`` first."""
+    return (("PYTHONPATH", os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))),)
 
 
 def run(part: Part, arguments: list[str]) -> Outcome:
