@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastunet.arguments import checked
-from fastunet.functional import dice
+from fastunet.functional import dice, dice_regions
 from fastunet.functional.dice_rule import check_rule, check_tversky
 from fastunet.functional.weighted_cross_entropy import weighted_cross_entropy
 
@@ -99,3 +99,69 @@ class DiceLoss(DiceCrossEntropyLoss):
             if name in options:
                 raise TypeError(f"DiceLoss has no cross-entropy term and takes no {name}")
         super().__init__(ce_weight=0.0, **options)
+
+
+@checked
+class RegionDiceCrossEntropyLoss(nn.Module):
+    """``dice_weight · Dice loss + ce_weight · binary cross-entropy`` of overlapping regions of classes.
+
+    ``regions`` gives for each output of the network the class indices that it stands for, as ``[(1, 2, 3), (1, 3),
+    (3,)]`` for BraTS. The options are those of
+    :func:`fastunet.functional.dice_regions.region_dice_cross_entropy`; ``region_weights`` may be a sequence. The table
+    of regions and the weights are buffers that move with the module and are not saved with its state.
+    """
+
+    def __init__(
+        self,
+        regions: Sequence[Sequence[int]],
+        *,
+        num_classes: int | None = None,
+        region_weights: Any = None,
+        ce_weight: float = 1.0,
+        dice_weight: float = 1.0,
+        smooth: float = 1.0,
+        tversky: Sequence[float] = (0.5, 0.5),
+        ignore_index: int | None = None,
+        reduction: str = "batch",
+        empty: str = "smooth",
+        check_labels: bool = True,
+        sync: bool = False,
+        process_group: Any = None,
+        grad_reduction: str = "mean",
+        backend: str | None = None,
+    ):
+        super().__init__()
+        check_rule(empty, smooth)
+        check_tversky(tversky)
+        self.regions = [tuple(members) for members in regions]
+        if region_weights is not None:
+            region_weights = torch.as_tensor(region_weights, dtype=torch.float32)
+        self.table: torch.Tensor
+        self.region_weights: torch.Tensor | None
+        self.register_buffer("table", dice_regions.region_table(self.regions, num_classes), persistent=False)
+        self.register_buffer("region_weights", region_weights, persistent=False)
+        self.options = dict(
+            ce_weight=ce_weight,
+            dice_weight=dice_weight,
+            smooth=smooth,
+            tversky=tversky,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            empty=empty,
+            check_labels=check_labels,
+            sync=sync,
+            process_group=process_group,
+            grad_reduction=grad_reduction,
+            backend=backend,
+        )
+
+    def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The loss, a scalar, of (N, R, H, W) ``logits`` of R regions and (N, H, W) class indices."""
+        if logits.ndim < 2 or logits.shape[1] != len(self.regions):
+            raise ValueError(f"logits have shape {tuple(logits.shape)}, for {len(self.regions)} regions")
+        return dice_regions.region_dice_cross_entropy(
+            logits, labels, self.table, region_weights=self.region_weights, **self.options
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join([f"{self.regions}", *(f"{name}={value!r}" for name, value in self.options.items())])

@@ -139,6 +139,15 @@ class UNet(reference.UNet):
         return self.infer(x, "labels")
 
     @checked
+    @torch.no_grad()
+    def predict_regions(self, x: torch.Tensor) -> torch.Tensor:
+        """Of a network with a sigmoid output for each of its overlapping regions, without gradients: (N, H', W') uint8.
+
+        0 where no region has a probability above one half, else one more than the index of the last region that has.
+        """
+        return self.infer(x, "regions")
+
+    @checked
     def freeze(self, graphs: int = 8) -> FrozenUNet:
         """Inference with prepared weights and, on a CUDA device, one CUDA graph for each of ``graphs`` input shapes.
 
@@ -148,7 +157,7 @@ class UNet(reference.UNet):
 
     @checked
     def infer(self, x: torch.Tensor, output: str) -> torch.Tensor:
-        """ "logits", "probabilities" or "labels" of images; hooks on the model run as in a call of it."""
+        """ "logits", "probabilities", "labels" or "regions" of images; hooks on the model run as in a call of it."""
         if output == "logits" or self._why_wrapped():
             return finish(self(x), output)
         return self._run(x, output)

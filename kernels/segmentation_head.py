@@ -14,7 +14,7 @@ import triton.language as tl
 from . import _launch, _reduce, _tuned
 from .conv.cost import device
 
-_OUTPUTS = ("logits", "probabilities", "labels")
+_OUTPUTS = ("logits", "probabilities", "labels", "regions")
 _PROGRAMS = 5  # that share the pixels in the backward, for each multiprocessor
 
 
@@ -34,7 +34,8 @@ def segmentation_head_forward_kernel(
     CLASSES: tl.constexpr, OUTPUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One tile of pixels and all classes: logits, probabilities (P, CLASSES), or labels (P,), the first maximum.
+    """One tile of pixels and all classes: logits, probabilities (P, CLASSES), or (P,) labels, the first maximum, or
+    regions, one more than the last positive class.
 
     P is below 2^31, P C need not be.
     """
@@ -63,6 +64,9 @@ def segmentation_head_forward_kernel(
         hit = tl.where((tl.max(nan.to(tl.int32), axis=1) > 0)[:, None], nan, (acc == best[:, None]) & k_mask)
         label = tl.min(tl.where(hit, offs_k[None, :], BLOCK_K), axis=1)  # the first NaN if any, as torch.argmax has it
         tl.store(out_ptr + offs_p, label.to(tl.uint8), mask=p_mask)
+    elif OUTPUT == "regions":
+        last = tl.max(tl.where((acc > 0) & k_mask, offs_k[None, :] + 1, 0), axis=1)
+        tl.store(out_ptr + offs_p, last.to(tl.uint8), mask=p_mask)
     else:
         if OUTPUT == "probabilities":
             masked = tl.where(k_mask, acc, float("-inf"))
@@ -135,7 +139,7 @@ def forward(
     """Head of ``x`` (N, C, H, W) with ``weight`` (classes, C, 1, 1).
 
     ``output`` "logits" or "probabilities" gives (N, classes, H, W), channels_last, in ``x``'s dtype; "labels" gives
-    uint8 (N, H, W), the first maximum of the unrounded logits.
+    uint8 (N, H, W), the first maximum of the unrounded logits, "regions" one more than the last positive, or 0.
 
     Raises:
         ValueError: another ``output``.
@@ -146,7 +150,7 @@ def forward(
     config = config or choose_config("segmentation_head", x, weight.shape[0])
     n, c, h, w = x.shape
     classes, pixels = weight.shape[0], n * h * w
-    if output == "labels":
+    if output in ("labels", "regions"):
         out = _launch.empty((n, h, w), torch.uint8, x.device)
     else:
         out = _launch.empty_image((n, classes, h, w), x.dtype, x.device)

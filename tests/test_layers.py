@@ -47,7 +47,9 @@ def test_calls_are_those_of_the_model(name):
     assert recorder.calls == expected
 
 
-@pytest.mark.parametrize("method, output", [("predict", "labels"), ("predict_proba", "probabilities")])
+@pytest.mark.parametrize("method, output", [
+    ("predict", "labels"), ("predict_proba", "probabilities"), ("predict_regions", "regions"),
+])  # fmt: skip
 @pytest.mark.parametrize("width, classes, depth", [(8, 4, 2), (256, 4, 1), (8, 33, 1), (8, 4, 0)])
 def test_inference_calls_are_those_of_the_model(method, output, width, classes, depth):
     architecture = Architecture(width=width, num_classes=classes, depth=depth)

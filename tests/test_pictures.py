@@ -77,7 +77,8 @@ def test_curves_of_one_and_many_epochs():
         row = {"epoch": epoch, "train_loss": 1 / epoch, "val_loss": 1.2 / epoch, "dice_foreground": 0.5}
         return row | {f"dice_{name}": 1 - 0.5 / epoch for name in NAMES}
 
-    short, long = (pixels(curves([row(e) for e in range(1, n + 1)], NAMES)) for n in (1, 40))
+    columns, mean = {name: f"dice_{name}" for name in NAMES[1:]}, ("mean", "dice_foreground")
+    short, long = (pixels(curves([row(e) for e in range(1, n + 1)], columns, mean)) for n in (1, 40))
     assert short.shape == long.shape
     assert close_to(long[:, : long.shape[1] // 2], "#0072b2").sum() > 100, "the training loss is on the left"
     assert close_to(long[:, long.shape[1] // 2 :], "#0072b2").sum() == 0

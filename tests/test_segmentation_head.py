@@ -43,9 +43,23 @@ def test_labels():
     assert torch.equal(ties, torch.ones(1, 2, 2, dtype=torch.uint8))
 
 
+def test_regions_are_painted_one_over_the_other():
+    """As nnU-Net paints them: each region where its sigmoid is above one half, later ones over earlier ones."""
+    x, weight, bias = operators.leaves((2, 8, 9, 9), (3, 8, 1, 1), (3,), dtype=torch.float32)
+    last = segmentation_head(x, weight, bias, output="regions")
+    painted = torch.zeros(2, 9, 9, dtype=torch.uint8)
+    for number, inside in enumerate((F.conv2d(x, weight, bias).sigmoid() > 0.5).unbind(1), start=1):
+        painted[inside] = number
+    assert torch.equal(last, painted)
+    assert set(last.unique().tolist()) == {0, 1, 2, 3}
+    assert not last.requires_grad
+    logits = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0]).view(1, 1, 4, 1)
+    assert segmentation_head(logits, torch.ones(1, 1, 1, 1), output="regions").flatten().tolist() == [0, 1, 0, 0]
+
+
 def test_registration():
     x, weight, bias = torch.randn(2, 8, 5, 4), torch.randn(4, 8, 1, 1), torch.randn(4)
-    for output in ("logits", "probabilities", "labels"):
+    for output in ("logits", "probabilities", "labels", "regions"):
         operators.check_registration(OPS.segmentation_head.default, x, weight, bias, output, "torch")
     operators.check_registration(
         OPS.segmentation_head_backward.default, torch.randn(2, 4, 5, 4), x, weight, True, True, "torch"

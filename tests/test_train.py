@@ -27,7 +27,6 @@ from fastunet.training.loading import prefetched
 from fastunet.training.loop import train
 from fastunet.training.precision import loss_scaler
 from tests.cli_helpers import TINY, assert_user_error, files_below, phantoms, run, write_checkpoint  # noqa: F401
-from tests.data_files import nnunet_folder
 
 ONE_PROCESS = Processes(0, 1, torch.device("cpu"))
 
@@ -205,12 +204,3 @@ def test_a_class_called_foreground_is_not_the_mean():
     assert columns["dice_foreground"] == pytest.approx(0.5)
     assert columns["dice_foreground (class)"] == 1
     assert columns["dice_rim"] == 0
-
-
-def test_regions_that_are_trained_as_classes_are_said_to_be(tmp_path, capsys):
-    """They are overlapping outputs in nnU-Net; training on exclusive classes must not pass for that."""
-    regions = {"background": 0, "whole": [1, 2], "core": [2]}
-    root = nnunet_folder(tmp_path / "data", shape=(16, 16, 6), labels=regions, regions_class_order=[1, 2])
-    options = ["--epochs", 1, "--val-fraction", 0.5, *TINY, "--batch-size", 2]
-    assert run("train", root, "--out", tmp_path / "run", *options) == 0
-    assert "regions of dataset.json are trained as these exclusive classes" in "".join(capsys.readouterr())

@@ -261,6 +261,7 @@ def test_operators_are_exactly_the_documented_ones():
         "dice_cross_entropy",
         "dice_loss",
         "max_pool2d",
+        "region_dice_cross_entropy",
         "segmentation_head",
         "upsample_bilinear2d",
         "upsample_conv_relu",

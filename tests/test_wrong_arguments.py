@@ -22,6 +22,7 @@ CALLS = {
     "dice_loss": (X, LABELS),
     "dice_cross_entropy": (X, LABELS),
     "dice_coefficient": (X, LABELS),
+    "region_dice_cross_entropy": (X, LABELS, [(1,), (1, 2), (2,)]),
     "confusion_matrix": (X, LABELS, 3),
 }
 NO_TENSORS = [[1.0, 2.0], "image", 3, 1.5, X.to_sparse(), X.to(torch.complex64)]

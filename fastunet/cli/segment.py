@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT",
                         help="a data folder, a case folder, volumes, or 2-D images (.png, .tif, .npy, …)")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the label files go")
-    parser.add_argument("--probabilities", action="store_true", help="also write a probability map per class")
+    parser.add_argument("--probabilities", action="store_true", help="also write a probability map per class or region")
     parser.add_argument("--overlay", action="store_true", help="also write a picture of the most telling slice")
     parser.add_argument("--tile", type=positive_int, metavar="SIDE",
                         help="run in overlapping tiles of this input size, with mirrored borders")  # fmt: skip
@@ -75,7 +75,7 @@ def _outputs(cases: list, arrays: list[Path], segmenter, args: argparse.Namespac
     labels = [label_path(args.out, case, segmenter.label_map) for case in cases]
     outputs = labels + [args.out / path.name for path in arrays]
     if args.probabilities:
-        outputs += [probability_path(path, name) for path in labels for name in segmenter.card.class_names]
+        outputs += [probability_path(path, name) for path in labels for name in segmenter.label_map.outputs]
     if args.overlay:
         outputs += [picture_path(args.out, case) for case in cases]
         outputs += [overlay_path(args.out, path) for path in arrays]

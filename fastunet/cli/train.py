@@ -39,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
     data.add_argument("--modalities", type=names, metavar="A,B", help="channels, in order (default: flair,t1ce)")
     data.add_argument("--edition", choices=tuple(LABEL_MAPS), help="of the data, where its folders do not tell")
+    data.add_argument("--regions", choices=("brats", "none"),
+                      help="overlapping outputs: BraTS' regions, or none (default: those of dataset.json)")  # fmt: skip
     data.add_argument("--size", type=positive_int, help="crop or pad slices to this side (default: as they are)")
     data.add_argument("--axis", type=int, choices=(0, 1, 2), help="slice along this axis (default: 2, axial)")
     data.add_argument("--spacing", type=spacing, metavar="MM|median",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fastunet.data.labels import MAX_CLASSES, LabelMap
@@ -23,12 +24,19 @@ _CAVITY_REGIONS = {**_REGIONS, "resection cavity": (4,)}
 _PAEDIATRIC = ("background", "enhancing tumour", "non-enhancing tumour", "cystic component", "oedema")
 _PAEDIATRIC_REGIONS = {
     "whole tumour": (1, 2, 3, 4),
+    "oedema": (4,),
     "tumour core": (1, 2, 3),
-    "enhancing tumour": (1,),
     "non-enhancing tumour": (2,),
     "cystic component": (3,),
-    "oedema": (4,),
+    "enhancing tumour": (1,),
 }
+_ORDERS = (
+    # Each region writes what it has beyond the regions inside of it, which are written over it: BraTS' whole tumour
+    # oedema, the core necrosis, as nnU-Net's conversions of the challenges do.
+    (_REGIONS, (2, 1, 3)),
+    (_CAVITY_REGIONS, (2, 1, 3, 4)),
+    (_PAEDIATRIC_REGIONS, (4, 4, 2, 2, 3, 1)),
+)
 
 _TABLES = (
     # Many copies of these editions number the enhancing tumour 3, to leave no gap.
@@ -112,6 +120,20 @@ def label_map_from_json(
     return LabelMap(edition, tuple(values), tuple(names[value] for value in values), ignore=ignore)
 
 
+def brats_regions(labels: LabelMap, source: object) -> LabelMap:
+    """``labels`` with the order in which the regions of BraTS, if it has them, are trained and written.
+
+    Raises:
+        UserError: the table has none, or orders its own.
+    """
+    if labels.region_order:
+        raise UserError(f"{source} has regions of its own ({', '.join(labels.regions)}), trained without --regions")
+    for regions, order in _ORDERS:
+        if labels.regions == regions:
+            return replace(labels, region_order=order)
+    raise UserError(f"{source}: --regions brats needs labels of BraTS; these are {labels}")
+
+
 def _check_count(values: Sequence[int], file: str | Path) -> None:
     if not 2 <= len(values) <= MAX_CLASSES:
         raise UserError(f"{file}: 'labels' needs 0 for the background and from 1 to {MAX_CLASSES - 1} other values")
@@ -188,6 +210,7 @@ def _with_regions(
     own = {listed[0]: name for name, listed in regions.items() if len(set(listed)) == 1}
     names = tuple("background" if value == 0 else own.get(value, f"label {value}") for value in values)
     check_class_names(names, file)
+    check_class_names(regions, file)
     index = {value: number for number, value in enumerate(values)}
     table = {name: tuple(index[value] for value in dict.fromkeys(listed)) for name, listed in regions.items()}
     raw = {}

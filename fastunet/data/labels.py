@@ -118,10 +118,20 @@ class LabelMap:
         """
         if len(inside) != len(self.region_order):
             raise ValueError(f"{len(inside)} regions; the table of {self.edition} orders {len(self.region_order)}")
-        classes = np.zeros(inside.shape[1:], np.uint8)
-        for region, index in zip(inside, self.region_order):
-            classes[region.astype(bool)] = index
-        return classes
+        last = np.zeros(inside.shape[1:], np.uint8)
+        for number, region in enumerate(inside, start=1):
+            last[region.astype(bool)] = number
+        return self.painted[last]
+
+    @property
+    def painted(self) -> np.ndarray:
+        """The class that is written where no region holds the pixel, then where the first, second, … is the last to."""
+        return np.array([0, *self.region_order], np.uint8)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """What a network trained on this table has outputs of: the regions if they have an order, else the classes."""
+        return tuple(self.regions) if self.region_order else self.class_names
 
     @property
     def dtype(self) -> np.dtype:

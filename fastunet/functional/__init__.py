@@ -6,6 +6,7 @@ from fastunet.functional.conv_relu import conv_relu, conv_relu_pool
 from fastunet.functional.conv_transpose import conv_transpose2d
 from fastunet.functional.dice import dice_coefficient, dice_cross_entropy, dice_loss
 from fastunet.functional.dice_confusion import confusion_matrix
+from fastunet.functional.dice_regions import region_dice_cross_entropy
 from fastunet.functional.max_pool import max_pool2d
 from fastunet.functional.segmentation_head import segmentation_head
 from fastunet.functional.upsample_bilinear import upsample_bilinear2d
@@ -21,6 +22,7 @@ __all__ = [
     "dice_cross_entropy",
     "dice_loss",
     "max_pool2d",
+    "region_dice_cross_entropy",
     "segmentation_head",
     "upsample_bilinear2d",
     "upsample_conv_relu",

@@ -7,133 +7,13 @@ from typing import Any
 
 import torch
 
-from fastunet import autograd, dispatch
+from fastunet import autograd
 from fastunet.arguments import checked
-from fastunet.functional import dice_cpu, dice_rule
+from fastunet.functional import dice_cpu
 from fastunet.functional._checks import check_tensors
-from fastunet.functional.dice_arguments import cannot_raise, pixels_of, raise_out_of_range, validated
-from fastunet.functional.dice_rule import check_rule, check_tversky, dice_score, mean_over_counted
-
-
-def _sums_like(logits, targets, class_weights, ignore_index, cross_entropy, per_sample, label_smoothing):
-    rows = logits.shape[0] if per_sample else 1
-    return logits.new_empty((rows, 3 * logits.shape[1] + 3), dtype=dice_cpu.sum_dtype(logits))
-
-
-def _setup_sums(ctx, inputs, output):
-    logits, targets, class_weights, *options, _, label_smoothing, backend = inputs
-    ctx.save_for_backward(logits, targets, class_weights)
-    ctx.options = *options, label_smoothing, backend
-
-
-def _differentiate_sums(ctx, grad):
-    dlogits = torch.ops.fastunet.dice_sums_grad(grad.new_ones(()), grad, *ctx.saved_tensors, *ctx.options)
-    return dlogits, *[None] * 7
-
-
-def _setup_rule(ctx, inputs, outputs):
-    ctx.save_for_backward(*inputs[:2], outputs[2])
-    ctx.rule = inputs[2:-1]
-    ctx.mark_non_differentiable(outputs[1])
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate_rule(ctx, grad, _, d_slopes):
-    sums, class_weights, slopes = ctx.saved_tensors
-    d_sums = None if grad is None else grad * slopes
-    if d_slopes is not None:
-        needed = [True] + [False] * 9
-        more, *_ = autograd.vjp(dice_rule.loss, [sums, class_weights, *ctx.rule], needed, [None, None, d_slopes])
-        d_sums = more if d_sums is None else d_sums + more
-    return d_sums, *[None] * 10
-
-
-dispatch.define(
-    "dice_sums(Tensor logits, Tensor targets, Tensor? class_weights, int? ignore_index, bool cross_entropy,"
-    " bool per_sample, float label_smoothing, str backend) -> Tensor",
-    torch_impl=dice_cpu.sums,
-    triton_impl="dice.sums:sums",
-    fake=_sums_like,
-    setup=_setup_sums,
-    backward=_differentiate_sums,
-)
-dispatch.define(
-    "dice_sums_grad(Tensor grad, Tensor slopes, Tensor logits, Tensor targets, Tensor? class_weights,"
-    " int? ignore_index, bool cross_entropy, float label_smoothing, str backend) -> Tensor",
-    torch_impl=dice_cpu.sums_grad,
-    triton_impl="dice.sums:sums_grad",
-    fake=lambda grad, slopes, logits, *arguments: torch.empty_like(logits),
-)
-dispatch.define(
-    "dice_rule(Tensor sums, Tensor? class_weights, float smooth, str empty, bool include_background,"
-    " float dice_weight, float ce_weight, bool nan_if_wrong, float alpha, float beta, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
-    torch_impl=dice_rule.loss,
-    triton_impl="dice.rule:loss",
-    fake=lambda sums, *arguments: (sums.new_empty(()), sums.new_empty(()), torch.empty_like(sums)),
-    setup=_setup_rule,
-    backward=_differentiate_rule,
-)
-
-
-def _loss(logits, targets, class_weights, ignore_index, cross_entropy, per_sample, smoothing, rule, shared, backend):
-    """:class:`_DiceLoss` as two operators, each with its own derivative."""
-    if shared is not None:
-        raise NotImplementedError("fastunet: with sync=True the Dice loss has no second derivative and no torch.func")
-    arguments = logits, targets, class_weights, ignore_index, cross_entropy, per_sample, smoothing
-    sums = torch.ops.fastunet.dice_sums(*arguments, backend)
-    dice_weights = None if logits.shape[1] == 1 else class_weights
-    return torch.ops.fastunet.dice_rule(sums, dice_weights, *rule, backend)[:2]
-
-
-class _DiceLoss(torch.autograd.Function):
-    """The loss, and the number of labels out of range.
-
-    ``rule`` are the arguments of ``dice_rule`` after the class weights. ``shared`` is (process group, factor of the
-    gradient) for sums over processes, else None.
-    """
-
-    @staticmethod
-    def forward(ctx, logits, targets, class_weights, ignore_index, cross_entropy, per_sample, smoothing, rule, shared,
-                backend):  # fmt: skip
-        ctx.options, ctx.shared, ctx.backend, ctx.kept = (ignore_index, cross_entropy), shared, backend, None
-        ctx.smoothing, ctx.rest = smoothing, (per_sample, smoothing, rule, shared, backend)
-        # Not under torch.compile, fake tensors and the like, which see the operators below as single nodes.
-        if ctx.needs_input_grad[0] and type(logits) is torch.Tensor and not torch.compiler.is_compiling():
-            ctx.kept = dice_cpu.room_for_probabilities(logits) if backend == "torch" else None
-        arguments = logits, targets, class_weights, ignore_index, cross_entropy, per_sample, smoothing
-        if ctx.kept is None:
-            sums = torch.ops.fastunet.dice_sums(*arguments, backend)
-        else:
-            sums = dice_cpu.sums(*arguments, ctx.kept)
-        if shared is not None:
-            torch.distributed.all_reduce(sums, group=shared[0])
-        dice_weights = None if logits.shape[1] == 1 else class_weights
-        loss, wrong, slopes = torch.ops.fastunet.dice_rule(sums, dice_weights, *rule, backend)
-        ctx.save_for_backward(slopes, logits, targets, class_weights)
-        ctx.mark_non_differentiable(wrong)
-        ctx.set_materialize_grads(False)  # zeros for ``wrong`` would be a launch
-        return loss, wrong
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        if grad is None:
-            return (None,) * 10
-        if autograd.differentiated_again():
-            inputs = [*ctx.saved_tensors[1:], *ctx.options, *ctx.rest]
-            return tuple(autograd.vjp(_loss, inputs, ctx.needs_input_grad, [grad, None]))
-        if ctx.shared is not None:
-            grad = grad * ctx.shared[1]
-            torch.distributed.all_reduce(grad, group=ctx.shared[0])
-        if ctx.kept is None:
-            options = *ctx.options, ctx.smoothing, ctx.backend
-            dlogits = torch.ops.fastunet.dice_sums_grad(grad, *ctx.saved_tensors, *options)
-        else:
-            # A second backward pass through a retained graph computes the probabilities again.
-            kept, ctx.kept = ctx.kept, None
-            options = *ctx.options, ctx.smoothing, kept
-            dlogits = dice_cpu.sums_grad(grad, *ctx.saved_tensors, *options)
-        return dlogits, *[None] * 9
+from fastunet.functional.dice_arguments import cannot_raise, raise_out_of_range, validated
+from fastunet.functional.dice_operators import loss_of_sums
+from fastunet.functional.dice_rule import check_rule, dice_score, mean_over_counted
 
 
 @checked
@@ -206,13 +86,6 @@ def dice_cross_entropy(
     Raises:
         ValueError: shapes, dtypes or options that do not fit, or a label out of range; the message names the value.
     """
-    check_rule(empty, smooth)
-    if reduction not in ("batch", "sample"):
-        raise ValueError(f"reduction is {reduction!r}; expected 'batch' or 'sample'")
-    if grad_reduction not in ("mean", "sum"):
-        raise ValueError(f"grad_reduction is {grad_reduction!r}; expected 'mean' or 'sum'")
-    if sync and reduction == "sample":
-        raise ValueError("sync=True sums over the whole batch and needs reduction='batch'")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing is {label_smoothing}; expected 0 to 1")
     if label_smoothing and not ce_weight:
@@ -223,20 +96,12 @@ def dice_cross_entropy(
     targets, class_weights, ignore_index = validated(logits, labels, class_weights, ignore_index, check_labels)
     if autograd.tracked(labels, class_weights):
         raise ValueError("labels or class_weights require a gradient, which the Dice losses do not give; detach() them")
-    backend = dispatch.select_backend(backend, "dice_cross_entropy", logits)
-    may_raise = check_labels and not cannot_raise(logits)
-    nan_if_wrong = check_labels and not may_raise
-    rule = smooth, empty, include_background, dice_weight, ce_weight, nan_if_wrong, *check_tversky(tversky)
-    if sync:
-        processes = torch.distributed.get_world_size(process_group)
-        shared = process_group, 1 / processes if grad_reduction == "sum" else 1.0
-    loss, wrong = (_loss if autograd.transformed() else _DiceLoss.apply)(
-        pixels_of(logits), targets, class_weights, ignore_index, bool(ce_weight), reduction == "sample",
-        float(label_smoothing), rule, shared if sync else None, backend,
+    return loss_of_sums(
+        "dice_cross_entropy", logits, (targets, class_weights, None), max(logits.shape[1], 2), ignore_index,
+        (float(label_smoothing),), (smooth, empty, include_background, dice_weight, ce_weight), tversky=tversky,
+        reduction=reduction, check_labels=check_labels, sync=sync, process_group=process_group,
+        grad_reduction=grad_reduction, backend=backend,
     )  # fmt: skip
-    if may_raise and wrong.item() > 0:
-        raise_out_of_range(targets, max(logits.shape[1], 2), ignore_index)
-    return loss
 
 
 @checked

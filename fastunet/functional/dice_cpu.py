@@ -52,11 +52,11 @@ def sums(
     """
     n, c, pixel_count = logits.shape
     k = max(c, 2)
-    numbers, complete = _class_numbers(logits), _every_pixel_counts(targets, k, ignore_index)
+    numbers, complete = _class_numbers(logits), every_pixel_counts(targets, k, ignore_index)
     # Of each class: I, P, T and, if wanted, sum(t log p).
     totals = torch.zeros(4, n, k, dtype=torch.float64, device=logits.device)
     ignored = torch.zeros(n, dtype=torch.float64, device=logits.device)
-    for samples, pixels, block in _chunks(logits, 1 + cross_entropy, in_place=keep is not None):
+    for samples, pixels, block in chunks(logits, k, 1 + cross_entropy, in_place=keep is not None):
         t, z = block[0], logits[samples, :, pixels]
         product = block[1] if cross_entropy else t
         p = torch.softmax(_classes(t, z), 1, out=block[-1] if keep is None else keep[samples, :, pixels])
@@ -114,10 +114,10 @@ def sums_grad(
     if class_weights is not None:
         grad_nll = grad_nll * class_weights.to(grad.dtype)[:, None]
     result, numbers = torch.empty_like(logits) if kept is None else kept, _class_numbers(logits)
-    complete = _every_pixel_counts(targets, k, ignore_index)
+    complete = every_pixel_counts(targets, k, ignore_index)
     # Where the result has the layout of a chunk, p is in it until dz takes its place.
-    in_place = _like_chunks(logits)
-    for samples, pixels, block in _chunks(logits, 1 + cross_entropy, in_place=in_place):
+    in_place = like_chunks(logits, k)
+    for samples, pixels, block in chunks(logits, k, 1 + cross_entropy, in_place=in_place):
         t, dz = block[0], result[samples, :, pixels]
         h, p = block[1] if cross_entropy else t, dz if in_place else block[-1]
         if kept is None:
@@ -163,7 +163,8 @@ def room_for_probabilities(logits: torch.Tensor) -> torch.Tensor | None:
     It spares the second softmax, a third of the work, and costs no memory at the peak. None where p does not have the
     layout and dtype of dz (16-bit logits, channels_last, one logit) and on a GPU.
     """
-    return torch.empty_like(logits) if logits.device.type == "cpu" and _like_chunks(logits) else None
+    kept = logits.device.type == "cpu" and like_chunks(logits, max(logits.shape[1], 2))
+    return torch.empty_like(logits) if kept else None
 
 
 def confusion(predictions: torch.Tensor, labels: torch.Tensor, classes: int, ignore_index: int | None) -> torch.Tensor:
@@ -182,7 +183,8 @@ def confusion(predictions: torch.Tensor, labels: torch.Tensor, classes: int, ign
     n = len(labels)
     result = torch.zeros(n, classes * classes + 2, dtype=torch.int64, device=labels.device)
     result[:, -1] = NONE_WRONG
-    for samples, pixels, block in _chunks(predictions if predictions.ndim == 3 else predictions[:, None], 1):
+    channels = predictions if predictions.ndim == 3 else predictions[:, None]
+    for samples, pixels, block in chunks(channels, max(channels.shape[1], 2), 1):
         truth = labels[samples, pixels].long()
         if predictions.ndim == 3:
             predicted = _classes(block[0], predictions[samples, :, pixels]).argmax(1)
@@ -205,26 +207,27 @@ def sum_dtype(logits: torch.Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _chunks(logits: torch.Tensor, buffers: int, in_place: bool = True) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """The samples and pixels of each chunk, and a (buffers, samples, K, pixels) block that the next one overwrites.
+def chunks(
+    logits: torch.Tensor, rows: int, buffers: int, in_place: bool = True
+) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """The samples and pixels of each chunk, and a (buffers, samples, rows, pixels) block that the next one overwrites.
 
     A chunk is part of one image, or as many small images as fit. Unless p is made ``in_place``, in memory of the
     gradient, there is one buffer more. Then, and for parts of images, which operations copy, a chunk has half the size.
     """
-    n, c, s = logits.shape
-    k = max(c, 2)
+    n, _, s = logits.shape
     buffers += not in_place
-    most = max(1, _CHUNK_BYTES * max(1, torch.get_num_threads() // 2) // (4 * k))
+    most = max(1, _CHUNK_BYTES * max(1, torch.get_num_threads() // 2) // (4 * rows))
     if s > most or not in_place:
         most = max(1, most // 2)
     chunk = max(1, -(-s // max(1, -(-s // most))))
     images = max(1, min(n, most // max(1, s)))
-    memory = torch.empty(buffers * images * k * chunk, dtype=sum_dtype(logits), device=logits.device)
+    memory = torch.empty(buffers * images * rows * chunk, dtype=sum_dtype(logits), device=logits.device)
     for sample in range(0, n, images):
         count = min(images, n - sample)
         for start in range(0, s, chunk):
             size = min(chunk, s - start)
-            block = memory[: buffers * count * k * size].view(buffers, count, k, size)
+            block = memory[: buffers * count * rows * size].view(buffers, count, rows, size)
             yield slice(sample, sample + count), slice(start, start + size), block
 
 
@@ -233,7 +236,7 @@ def _class_numbers(logits: torch.Tensor) -> torch.Tensor:
     return torch.arange(max(logits.shape[1], 2), dtype=sum_dtype(logits), device=logits.device)[:, None]
 
 
-def _every_pixel_counts(targets: torch.Tensor, classes: int, ignore_index: int | None) -> bool:
+def every_pixel_counts(targets: torch.Tensor, classes: int, ignore_index: int | None) -> bool:
     """Whether no pixel is ignored or out of range; False if not known, as on a GPU, where asking would wait."""
     if targets.ndim == 3:
         return True
@@ -289,9 +292,9 @@ def _log_likelihood(product: torch.Tensor, t: torch.Tensor, logits: torch.Tensor
     return log_p.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf).sum(-1)
 
 
-def _like_chunks(logits: torch.Tensor) -> bool:
-    """Whether p, t and dz of a chunk have the layout and dtype of the logits."""
-    return logits.is_contiguous() and logits.shape[1] > 1 and logits.dtype == sum_dtype(logits)
+def like_chunks(logits: torch.Tensor, rows: int) -> bool:
+    """Whether p, t and dz of a chunk, of ``rows`` a pixel, have the layout and dtype of the logits."""
+    return logits.is_contiguous() and logits.shape[1] == rows and logits.dtype == sum_dtype(logits)
 
 
 def _classes(memory: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from fastunet.functional.conv_relu import torch_forward as torch_conv_relu
 from fastunet.functional.relu import masked
 
 _OPS = torch.ops.fastunet
-OUTPUTS = ("logits", "probabilities", "labels")
+OUTPUTS = ("logits", "probabilities", "labels", "regions")
 
 
 def _forward(x, weight, bias, output):
@@ -29,12 +29,15 @@ def finish(logits: torch.Tensor, output: str) -> torch.Tensor:
     """Logits turned into ``output``; the softmax is computed in at least float32, where the kernels compute it."""
     if output == "labels":
         return logits.argmax(dim=1).to(torch.uint8)
+    if output == "regions":
+        numbers = torch.arange(1, logits.shape[1] + 1, dtype=torch.uint8, device=logits.device)
+        return ((logits > 0) * numbers.view(-1, *[1] * (logits.ndim - 2))).amax(dim=1)
     return nhwc(logits if output == "logits" else logits.softmax(dim=1))
 
 
 def fake_finish(x: torch.Tensor, classes: int, size: Sequence[int], output: str) -> torch.Tensor:
     """The shape, dtype and strides of :func:`finish`."""
-    if output == "labels":
+    if output in ("labels", "regions"):
         return x.new_empty((x.shape[0], *size), dtype=torch.uint8)
     height, width = size
     return empty_nhwc(x, classes, height, width)
@@ -125,14 +128,16 @@ def segmentation_head(
     output: str = "logits",
     backend: str = "auto",
 ) -> torch.Tensor:
-    """1×1 convolution over the channels, then nothing, the softmax over the classes, or their argmax.
+    """1×1 convolution over the channels, then nothing, the softmax over the classes, their argmax, or what is painted.
 
     Args:
         x: (N, C_in, H, W).
-        weight: (classes, C_in, 1, 1); at most 256 classes for "labels".
+        weight: (classes, C_in, 1, 1); at most 256 classes for "labels", 255 for "regions".
         bias: (classes,) or None.
         output: "logits" and "probabilities" give (N, classes, H, W) in x's dtype, "labels" (N, H, W) uint8, the
-            first class of several equal ones. Labels have no gradient.
+            first class of several equal ones. "regions" takes the channels for the logits of overlapping regions and
+            gives (N, H, W) uint8: 0 where none is positive, else one more than the last that is, which is painted over
+            the others. Labels and regions have no gradient.
         backend: "auto", "triton" or "torch".
 
     Raises:
@@ -158,8 +163,8 @@ def _head(x, weight, bias, output, mask_x, backend):
     check_tensors("segmentation_head", weight=weight, bias=bias)
     if output not in OUTPUTS:
         raise ValueError(f"segmentation_head: output is {output!r}; expected one of {', '.join(OUTPUTS)}")
-    if output == "labels" and weight.shape[0] > 256:
-        raise ValueError(f"segmentation_head: {weight.shape[0]} classes do not fit uint8 labels")
+    if weight.shape[0] > {"labels": 256, "regions": 255}.get(output, weight.shape[0]):
+        raise ValueError(f"segmentation_head: {weight.shape[0]} classes do not fit uint8 {output}")
     x, weight, bias = autocast_operands(x, weight, bias)
     check_weight("segmentation_head", weight, (None, x.shape[1], 1, 1), x)
     check_bias("segmentation_head", bias, weight.shape[0], x)

@@ -79,6 +79,10 @@ class FrozenUNet(torch.nn.Module):
         """Labels (N, H', W') uint8."""
         return self._infer(x, "labels")
 
+    def predict_regions(self, x: torch.Tensor) -> torch.Tensor:
+        """The last region found, (N, H', W') uint8, as :meth:`fastunet.UNet.predict_regions`."""
+        return self._infer(x, "regions")
+
     @torch.no_grad()
     def _infer(self, x: torch.Tensor, output: str) -> torch.Tensor:
         if self.model.training:

@@ -18,6 +18,7 @@ from fastunet.data import Case, CaseSlices, LabelMap, write_labels, write_map
 from fastunet.data.formats import is_image, stem_of
 from fastunet.data.image_files import MAP_SUFFIX
 from fastunet.errors import DataWarning, UserError, is_out_of_memory
+from fastunet.functional.segmentation_head import finish
 from fastunet.inference.tiles import segment_tiled
 from fastunet.outputs import name_for_file
 from fastunet.training.checkpoint import ModelCard
@@ -59,11 +60,12 @@ class Segmenter:
         if self.tta and not self.card.flips:
             raise UserError("--tta: this network was trained without mirrored slices, which it would take for others")
         self._network = self.model.freeze() if isinstance(self.model, UNet) else self.model
+        self._painted = self.label_map.painted if self.card.regions else None
 
     @property
     def label_map(self) -> LabelMap:
         """The label table of the training data."""
-        return LabelMap.from_dict(self.card.labels)
+        return self.card.label_map
 
     def truth_table(self, case: Case) -> LabelMap | None:
         """The table by which the label file of ``case`` is read in the model's classes; None if its classes are others.
@@ -99,19 +101,25 @@ class Segmenter:
         return self._in_parts(self._predict, images)[0]
 
     def probabilities(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Classes, uint8 (N, H, W), and probabilities, float32 (N, classes, H, W)."""
+        """Classes, uint8 (N, H, W), and probabilities, float32 (N, classes or regions, H, W)."""
         return self._in_parts(self._probabilities, images)
 
     def restored(self, slices: CaseSlices, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """:meth:`probabilities` of slices that were read from ``slices``, on the pixels of the files.
 
-        Where slices were resampled, probabilities are brought back linearly, and classes are the greatest of them.
+        Where slices were resampled, probabilities are brought back linearly, and classes follow from them.
         """
         labels, maps = self.probabilities(images)
         if slices.grid == slices.slice_shape:
             return labels, maps
         maps = slices.restore(maps)
-        return maps.argmax(1).astype(np.uint8), maps
+        return self._classes(maps), maps
+
+    def _classes(self, maps: np.ndarray) -> np.ndarray:
+        """The classes of probabilities (N, classes or regions, H, W): the greatest, or what the regions paint."""
+        if self._painted is None:
+            return maps.argmax(1).astype(np.uint8)
+        return self.label_map.decode_regions(maps.swapaxes(0, 1) > 0.5)
 
     def _in_parts(self, compute: Callable, images: np.ndarray) -> tuple[np.ndarray, ...]:
         """``compute`` of as many images at a time as the device's memory takes, which is found out."""
@@ -138,35 +146,43 @@ class Segmenter:
         if self.tta:
             return self._averaged(images)[:1]
         out = np.empty((len(images), *images.shape[2:]), dtype=np.uint8)
-        for rows, columns, result in self._run(self._network.predict, images):
+        predict = self._network.predict if self._painted is None else self._network.predict_regions
+        for rows, columns, result in self._run(predict, images):
             out[:, rows, columns] = result.cpu().numpy()
-        return (out,)
+        return (out if self._painted is None else self._painted[out],)
 
     @torch.inference_mode()
     def _probabilities(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if self.tta:
             return self._averaged(images)
         labels = np.empty((len(images), *images.shape[2:]), dtype=np.uint8)
-        maps = np.empty((len(images), len(self.card.class_names), *images.shape[2:]), dtype=np.float32)
+        maps = np.empty((len(images), len(self.label_map.outputs), *images.shape[2:]), dtype=np.float32)
         for rows, columns, logits in self._run(self._network, images):
             # The labels come from the logits, as in predict(): probabilities that round to the same value would tie.
-            labels[:, rows, columns] = logits.argmax(1).cpu().numpy()
-            maps[:, :, rows, columns] = logits.float().softmax(1).cpu().numpy()
-        return labels, maps
+            if self._painted is None:
+                found, probabilities = logits.argmax(1), logits.float().softmax(1)
+            else:
+                found, probabilities = finish(logits, "regions"), logits.float().sigmoid()
+            labels[:, rows, columns] = found.cpu().numpy()
+            maps[:, :, rows, columns] = probabilities.cpu().numpy()
+        return labels if self._painted is None else self._painted[labels], maps
+
+    def _proba(self, images: torch.Tensor) -> torch.Tensor:
+        return self._network.predict_proba(images) if self._painted is None else self._network(images).float().sigmoid()
 
     @torch.inference_mode()
     def _averaged(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         axes = self.card.flips
         copies = [subset for n in range(len(axes) + 1) for subset in itertools.combinations(axes, n)]
-        maps = np.empty((len(images), len(self.card.class_names), *images.shape[2:]), dtype=np.float32)
+        maps = np.empty((len(images), len(self.label_map.outputs), *images.shape[2:]), dtype=np.float32)
         total = np.zeros_like(maps)
         for copy in copies:
             mirrored = np.ascontiguousarray(np.flip(images, copy))
-            for rows, columns, probabilities in self._run(self._network.predict_proba, mirrored):
-                maps[:, :, rows, columns] = probabilities.float().cpu().numpy()
+            for rows, columns, result in self._run(self._proba, mirrored):
+                maps[:, :, rows, columns] = result.float().cpu().numpy()
             total += np.flip(maps, copy)
         total /= len(copies)
-        return total.argmax(1).astype(np.uint8), total
+        return self._classes(total), total
 
     def _run(self, forward: Callable, images: np.ndarray) -> Iterator[tuple[slice, slice, torch.Tensor]]:
         batch = torch.from_numpy(images).to(self.device).to(memory_format=torch.channels_last)
@@ -184,15 +200,14 @@ def write_case(
 ) -> np.ndarray:
     """Segments a case into the label file ``target`` and returns the classes.
 
-    With ``probabilities`` a float32 map per class goes beside it, ``<name>_prob_<class>.nii.gz``, or ``.tif`` for
-    images. Maps are kept on
-    disk until a class is complete, so that memory holds one class at a time.
+    With ``probabilities`` a float32 map per class, or region, goes beside it, ``<name>_prob_<class>.nii.gz``, or
+    ``.tif`` for images. Maps are kept on disk until a class is complete, so that memory holds one class at a time.
     """
     if not probabilities:
         labels = segmenter.labels(slices, progress)
         write_labels(target, labels, slices.like, segmenter.label_map)
         return labels
-    names = segmenter.card.class_names
+    names = segmenter.label_map.outputs
     with contextlib.ExitStack() as stack:
         labels = slices.new_volume(np.uint8)
         try:

@@ -108,7 +108,8 @@ def network_calls(architecture: Architecture, batch: int, height: int, width: in
                   output: str = "logits", loss: bool = True) -> list[Call]:
     """The operator calls of one forward pass and, if ``training``, of the loss and the backward pass, in order.
 
-    ``output`` is "logits", "probabilities" or "labels". Inputs need no gradient. ``loss`` False leaves out the loss.
+    ``output`` is "logits", "probabilities", "labels" or "regions". Inputs need no gradient. ``loss`` False leaves out
+    the loss.
 
     Raises:
         ValueError: the image size does not fit the architecture, or it has norms or the like.
@@ -128,17 +129,22 @@ def network_calls(architecture: Architecture, batch: int, height: int, width: in
 
 
 def standalone_calls(architecture: Architecture, batch: int, height: int, width: int) -> list[Call]:
-    """Calls that a training step does not make: ReLU's gradient, pooling alone, gradients with the other mask, and the
-    confusion matrix of logits or labels."""
+    """Calls that a training step does not make: ReLU's gradient, pooling alone, gradients with the other mask, the
+    confusion matrix of logits or labels, and the loss of regions."""
     out_height, out_width = architecture.output_size(height, width)
     pixels, classes = out_height * out_width, architecture.num_classes
     labels = Tensor((batch, pixels), torch.uint8, classes=classes)
     logits = Tensor((batch, classes, pixels), pixel_major=True)
-    found = {
+    found: dict[Any, Call] = {
         predictions: Call("metrics", "confusion_counts",
                           dict(predictions=predictions, labels=labels, classes=classes, ignore_index=None), 0)
         for predictions in (logits, labels)
     }  # fmt: skip
+    read = dict(logits=logits, labels=labels, region_weights=None, members=Tensor((classes,), torch.int32, classes=8),
+                ignore_index=None, cross_entropy=True)  # fmt: skip
+    sums, grad = Tensor((1, 3 * classes + 3), torch.float32), Tensor((), torch.float32)
+    found["region sums"] = Call("loss", "dice_region_sums", read | dict(per_sample=False), 0)
+    found["their gradient"] = Call("loss", "dice_region_sums_grad", dict(grad=grad, slopes=sums) | read, 0)
     for call in network_calls(architecture, batch, height, width, loss=False):
         name, arguments = call.operator, call.arguments
         if name == "conv_relu_pool":

@@ -39,6 +39,7 @@ def check_operators(device: torch.device, dtype: torch.dtype, backend: str = "au
 _LAYERS = ("conv_relu", "conv_relu_pool", "conv_norm", "max_pool2d", "upsample_bilinear2d", "upsample_conv_relu",
            "conv_transpose2d", "segmentation_head")  # fmt: skip
 _X = (2, 5, _SIDE + 1, _SIDE + 3)
+_REGIONS = [(1, 2, 3), (1, 3), (3,)]
 _SHAPES = {
     "conv_relu": [_X, (7, 5, 3, 3), (7,)],
     "conv_relu_pool": [_X, (7, 5, 3, 3), (7,)],
@@ -50,6 +51,7 @@ _SHAPES = {
     "segmentation_head": [_X, (_CLASSES, 5, 1, 1), (_CLASSES,)],
     "dice_loss": [(2, _CLASSES, _SIDE, _SIDE + 1)],
     "dice_cross_entropy": [(2, _CLASSES, _SIDE, _SIDE + 1)],
+    "region_dice_cross_entropy": [(2, len(_REGIONS), _SIDE, _SIDE + 1)],
     "dice_coefficient": [(2, _CLASSES, _SIDE, _SIDE + 1)],
     "confusion_matrix": [(2, _CLASSES, _SIDE, _SIDE + 1)],
 }
@@ -65,6 +67,13 @@ def _dice(logits: torch.Tensor) -> torch.Tensor:
     p = logits.softmax(1)
     overlap, total = (p * truth).sum((0, 2, 3)), (p + truth).sum((0, 2, 3))
     return ((2 * overlap + 1) / (total + 1)).mean()
+
+
+def _regions(logits: torch.Tensor) -> torch.Tensor:
+    labels, z = _labels(logits), logits if logits.dtype == torch.float64 else logits.float()
+    truth = torch.stack([sum((labels == k).to(z) for k in members) for members in _REGIONS], 1)
+    overlap, total = (z.sigmoid() * truth).sum((0, 2, 3)), (z.sigmoid() + truth).sum((0, 2, 3))
+    return 1 - ((2 * overlap + 1) / (total + 1)).mean() + plain.binary_cross_entropy_with_logits(z, truth)
 
 
 def _confusion(logits: torch.Tensor) -> torch.Tensor:
@@ -88,6 +97,7 @@ _LITERAL: dict[str, Callable] = {
         1 - _dice(z.float() if z.dtype != torch.float64 else z)
         + plain.cross_entropy(z.float() if z.dtype != torch.float64 else z, _labels(z))
     ),
+    "region_dice_cross_entropy": _regions,
     "dice_coefficient": lambda z: _dice(z),
     "confusion_matrix": _confusion,
 }  # fmt: skip
@@ -103,6 +113,8 @@ def _ours(name: str, backend: str) -> Callable:
         return lambda z: function(z.softmax(1), _labels(z))
     if name == "confusion_matrix":
         return lambda z: function(z, _labels(z), _CLASSES, backend=backend)
+    if name.startswith("region"):
+        return lambda z: function(z, _labels(z), _REGIONS, num_classes=_CLASSES, backend=backend)
     if name.startswith("dice"):
         return lambda z: function(z, _labels(z), backend=backend)
     return lambda *operands: function(*operands, backend=backend)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -10,8 +10,11 @@ from matplotlib.figure import Figure
 from fastunet.pictures.overlay import class_colour, png
 
 
-def curves(history: Sequence[dict], class_names: Sequence[str]) -> bytes:
-    """Loss (left) and validation Dice per class (right) over the epochs of ``history``, the rows of the CSV log."""
+def curves(history: Sequence[dict], structures: Mapping[str, str], mean: tuple[str, str]) -> bytes:
+    """Loss (left) and validation Dice (right) over the epochs of ``history``, the rows of the CSV log.
+
+    ``structures`` and ``mean`` say which Dice: name → column of each thin line, and both of the thick one.
+    """
     epochs = [row["epoch"] for row in history]
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -21,12 +24,12 @@ def curves(history: Sequence[dict], class_names: Sequence[str]) -> bytes:
         values = [_number(row.get(key)) for row in history]
         loss_axes.plot(epochs, values, color=colour, label=label, marker=marker, ms=3)
     loss_axes.set_title("Loss")
-    for index, name in enumerate(class_names[1:], start=1):
-        values = [_number(row.get(f"dice_{name} (class)", row.get(f"dice_{name}"))) for row in history]
+    for index, (name, column) in enumerate(structures.items(), start=1):
+        values = [_number(row.get(column)) for row in history]
         colour = _darker(class_colour(index))
         dice_axes.plot(epochs, values, color=colour, label=name, marker=marker, ms=3)
-    mean = [_number(row.get("dice_foreground")) for row in history]
-    dice_axes.plot(epochs, mean, color="#22303c", linewidth=2.4, label="mean of the foreground")
+    values = [_number(row.get(mean[1])) for row in history]
+    dice_axes.plot(epochs, values, color="#22303c", linewidth=2.4, label=mean[0])
     dice_axes.set_title("Dice on validation cases")
     dice_axes.set_ylim(0, 1)
     for axes in (loss_axes, dice_axes):

@@ -25,7 +25,8 @@ def overlay(image: np.ndarray, panels: Sequence[tuple[str, np.ndarray | None]], 
 
     Args:
         image: (H, W) intensities; the 1st to 99.5th percentile of what is not the minimum spans black to white.
-        panels: labels are (H, W) class indices, or None for the plain image.
+        panels: labels are (H, W) class indices, of which those beyond the names are ignored ones, or None for the plain
+            image.
         class_names: names by class index; the legend lists those of the foreground that some panel shows.
     """
     rows, columns = _window(image)
@@ -45,7 +46,8 @@ def overlay(image: np.ndarray, panels: Sequence[tuple[str, np.ndarray | None]], 
         axes.axis("off")
         if labels is not None:
             shown |= _outline(axes, labels[rows, columns])
-    handles = [Line2D([], [], color=class_colour(c), linewidth=5, label=class_names[c]) for c in sorted(shown)]
+    names = {c: class_names[c] if c < len(class_names) else "ignored" for c in sorted(shown)}
+    handles = [Line2D([], [], color=class_colour(c), linewidth=5, label=name) for c, name in names.items()]
     if handles:
         figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False, labelcolor=PALE,
                       fontsize=11, handlelength=1.0, columnspacing=1.6)  # fmt: skip

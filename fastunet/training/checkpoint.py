@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -45,6 +45,7 @@ class ModelCard:
     (name → class indices). ``images``: trained on 2-D images, which are normalised over all pixels, zeros too.
     ``spacing``: the millimetres per pixel (rows, columns) to which slices are resampled, None if they are not.
     ``flips``: the image axes, -2 or -1, along which training mirrored slices.
+    ``regions``: the outputs are sigmoids of the regions, painted as ``labels`` orders them, not a softmax of classes.
     """
 
     model: dict[str, Any]
@@ -56,11 +57,18 @@ class ModelCard:
     images: bool = False
     spacing: tuple[Millimetres, Millimetres] | None = None
     flips: tuple[Literal[-2, -1], ...] = ()
+    regions: bool = False
 
     @property
     def class_names(self) -> list[str]:
         """Names by class index."""
         return list(self.labels["class_names"])
+
+    @property
+    def label_map(self) -> LabelMap:
+        """The label table; its regions have an order only if the network has outputs of them."""
+        labels = LabelMap.from_dict(self.labels)
+        return labels if self.regions else replace(labels, region_order=())
 
 
 @dataclass
@@ -128,8 +136,11 @@ def load_model(path: str | Path, *, backend: str = "auto") -> tuple[torch.nn.Mod
         with torch.device("meta"):
             planned = fastunet.UNet(**card.model)
         _check_weights(planned, tensors, path)
-        if planned.architecture.num_classes != len(labels.class_names):
-            raise ValueError(f"it has {planned.architecture.num_classes} classes and {len(labels.class_names)} names")
+        outputs = labels.outputs if card.regions else labels.class_names
+        if card.regions and not 0 < len(labels.region_order) == len(labels.regions):
+            raise ValueError(f"it has {len(labels.regions)} regions, of which {len(labels.region_order)} have an order")
+        if planned.architecture.num_classes != len(outputs):
+            raise ValueError(f"it has {planned.architecture.num_classes} outputs and {len(outputs)} names")
         if planned.architecture.in_channels != len(card.modalities):
             raise ValueError(f"it takes {planned.architecture.in_channels} channels, named are {len(card.modalities)}")
         model = fastunet.UNet(**card.model, backend=backend)

@@ -7,14 +7,14 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from fastunet.architecture import ACTIVATIONS, NORMS, PRESETS
 from fastunet.errors import UserError
 from fastunet.files import write_text
-from fastunet.schema import read_json
+from fastunet.schema import read_json, to_type
 
 FILE_NAME = "config.json"
 LOSSES = ("ce", "dice", "dice_ce")
@@ -38,6 +38,7 @@ AboveZero = Annotated[float, msgspec.Meta(gt=0)]
 class TrainConfig:
     """Options of ``fastunet train``. Network options left at None take the preset's value.
 
+    ``regions``: "brats" and "none" as the option says; None trains the regions that a ``dataset.json`` orders.
     ``size`` is the side of the square slices (None: as large as they are). ``spacing`` is in millimetres per pixel, or
     "median", to which slices are resampled. ``turns`` lets augmentation mirror both axes and turn by 90 degrees (None:
     of 2-D images, not of volumes), ``elastic`` lets it deform (None: the same). ``border_weights`` weighs gaps between
@@ -56,10 +57,11 @@ class TrainConfig:
     width: Positive | None = None
     depth: Positive | None = None
     dropout: Fraction | None = None
-    norm: Literal["none", NORMS] | None = None
+    norm: Literal[("none", *NORMS)] | None = None
     activation: Literal[ACTIVATIONS] | None = None
     modalities: list[str] | None = None
     edition: str | None = None
+    regions: Literal["brats", "none"] | None = None
     size: Positive | None = None
     axis: Literal[0, 1, 2] = 2
     spacing: AboveZero | Literal["median"] | None = None
@@ -111,7 +113,10 @@ class TrainConfig:
         Raises:
             UserError: the file is missing, is not JSON, or has options that this version does not know or take.
         """
-        return read_json(Path(run) / FILE_NAME, cls)
+        file = Path(run) / FILE_NAME
+        stored = read_json(file, dict[str, Any])
+        stored.setdefault("regions", "none")  # runs older than this option have trained classes
+        return to_type(stored, cls, file)
 
     def resumed_with(self, given: dict) -> TrainConfig:
         """This configuration with the options ``given`` for the continuation.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,8 +28,10 @@ from fastunet.data import (
     split_cases,
 )
 from fastunet.data.checks import check_quickly
+from fastunet.data.label_tables import brats_regions
 from fastunet.data.slices import slice_spacing
 from fastunet.errors import UserError
+from fastunet.functional.dice_regions import MOST_REGIONS
 from fastunet.outputs import check_outputs
 from fastunet.training.config import TrainConfig
 from fastunet.training.display import Display
@@ -98,6 +101,9 @@ def prepare_data(
     """
     cases = _labelled_cases(config, display)
     check_outputs(outputs, [Path(config.data, "dataset.json"), *(path for case in cases for path in case.files)])
+    labels = trained_labels(config.regions, cases[0].label_map, config.data)
+    if labels.region_order and config.border_weights:
+        raise UserError("--border-weights is for exclusive classes, and regions overlap; --regions none trains classes")
     modalities = config.modalities or training_modalities(cases)
     spacing = _target_spacing(config, cases, display)
     problems = check_quickly(cases, modalities, size=config.size, axis=config.axis, spacing=spacing)
@@ -140,10 +146,11 @@ def prepare_data(
         f"training cases: {len(split.train)} ({len(train)} {parts}), validation cases: {len(split.validation)} "
         f"({len(val)} {parts}) of {train.size[0]}×{train.size[1]}{predicted}, {', '.join(modalities)}"
     )
-    display.message(f"classes by label value: {cases[0].label_map}")
-    if cases[0].label_map.region_order:
-        display.message("regions of dataset.json are trained as these exclusive classes, not as overlapping outputs")
-    return TrainingData(train, val, cases[0].label_map, tuple(modalities), config, tile, spacing)
+    display.message(f"classes by label value: {labels}")
+    if labels.region_order:
+        written = [f"{name} (as {labels.values[index]})" for name, index in zip(labels.regions, labels.region_order)]
+        display.message(f"overlapping regions, an output each, written in this order: {', '.join(written)}")
+    return TrainingData(train, val, labels, tuple(modalities), config, tile, spacing)
 
 
 def architecture_of(config: TrainConfig, **overrides: Any) -> Architecture:
@@ -210,6 +217,26 @@ def _target_spacing(config: TrainConfig, cases: Sequence[Case], display: Display
     height, width = middle.tolist() if config.spacing == "median" else (config.spacing,) * 2
     display.message(f"slices are resampled to pixels of {height:.4g} × {width:.4g} mm")
     return height, width
+
+
+def trained_labels(regions: str | None, labels: LabelMap, source: object) -> LabelMap:
+    """``labels`` with an order of the regions that are trained, or without any for exclusive classes.
+
+    Args:
+        regions: "brats", "none", or None for those that the table orders itself.
+        source: of the labels, for messages.
+
+    Raises:
+        UserError: no regions of BraTS, or more than the loss takes.
+    """
+    if regions == "none":
+        return dataclasses.replace(labels, region_order=())
+    if regions == "brats":
+        labels = brats_regions(labels, source)
+    if len(labels.region_order) > MOST_REGIONS:
+        count = len(labels.region_order)
+        raise UserError(f"{source} has {count} regions, more than {MOST_REGIONS}; --regions none trains its classes")
+    return labels
 
 
 def centre_crop(labels: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -11,7 +11,8 @@ import torch
 import fastunet
 from fastunet.data.sampling import Batch
 from fastunet.errors import UserError
-from fastunet.losses import DiceCrossEntropyLoss, DiceLoss
+from fastunet.functional.segmentation_head import finish
+from fastunet.losses import DiceCrossEntropyLoss, RegionDiceCrossEntropyLoss
 from fastunet.training.checkpoint import ModelCard, Progress
 from fastunet.training.config import TrainConfig
 from fastunet.training.dataset import TrainingData, architecture_of, centre_crop
@@ -53,11 +54,13 @@ class Learner:
         options = dict(lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
         self.optimizer = torch.optim.AdamW(self.parameters, **options)
         self.scaler = loss_scaler(self.device, config.precision)
-        self.loss = _loss(config, processes, data.ignored, class_weights(config, data))
+        self.loss = _loss(config, processes, data, class_weights(config, data))
+        self.painted = torch.from_numpy(data.labels.painted).to(self.device)
         self.card = ModelCard(
             model=self.model.config,
             modalities=data.modalities,
             labels=data.labels.to_dict(),
+            regions=bool(data.labels.region_order),
             size=data.tile or config.size,
             axis=config.axis,
             images=data.train.cases[0].is_image,
@@ -125,17 +128,20 @@ class Learner:
 
     @torch.no_grad()
     def validate(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The logits of a batch, its labels where the network predicts, and the loss of the batch of all processes."""
+        """Logits of a batch (for regions: predicted classes), its labels there, and the loss of all processes."""
         images = images.to(self.device).to(memory_format=torch.channels_last)
         with autocast(self.device, self.config.precision):
             logits = self.result(images).float()
         labels = centre_crop(labels.to(self.device), *logits.shape[-2:])
-        return logits, labels, self.loss(logits, labels)
+        loss = self.loss(logits, labels)
+        if self.data.labels.region_order:
+            return self.painted[finish(logits, "regions").long()], labels, loss
+        return logits, labels, loss
 
 
 def build_model(config: TrainConfig, data: TrainingData) -> torch.nn.Module:
     """The untrained network that ``config`` asks for, checked against the size of the slices."""
-    channels, classes = len(data.modalities), len(data.labels.class_names)
+    channels, classes = len(data.modalities), len(data.labels.outputs)
     model = fastunet.UNet(**architecture_of(config, in_channels=channels, num_classes=classes).as_dict())
     try:
         model.output_size(*data.train.size)
@@ -165,16 +171,20 @@ def update_average(average: torch.nn.Module, model: torch.nn.Module, decay: floa
 def class_weights(config: TrainConfig, data: TrainingData) -> list[float] | None:
     """The factors of ``--class-weights``; "balanced" ones are inverse to the pixels of each class, with mean 1.
 
+    Where regions are trained, they are those of the regions.
+
     Raises:
         UserError: another number of factors than classes, all of them 0, or a class without pixels to balance.
     """
-    names, weights = data.labels.class_names, config.class_weights
+    names, weights = data.labels.outputs, config.class_weights
     if weights == "balanced":
         counts = np.zeros(256, dtype=np.int64)
         # Of an image cut into tiles each is an entry: count it once.
         slices = np.stack([data.train.case_index, data.train.slice_index])
         for index in np.unique(slices, axis=1, return_index=True)[1]:
             counts += np.bincount(data.train.whole(index)[1].flatten().numpy(), minlength=256)
+        if data.labels.region_order:
+            counts = np.array([counts[list(members)].sum() for members in data.labels.regions.values()])
         counts = counts[: len(names)]
         if not counts.all():
             missing = names[int(np.argmin(counts))]
@@ -182,17 +192,21 @@ def class_weights(config: TrainConfig, data: TrainingData) -> list[float] | None
         return (1 / counts / np.mean(1 / counts)).tolist()
     if weights is not None and (len(weights) != len(names) or not any(weights)):
         raise UserError(
-            f"--class-weights has {len(weights)} numbers ({weights}); {len(names)} classes need one each, not all 0"
+            f"--class-weights has {len(weights)} numbers ({weights}); {len(names)} outputs need one each, not all 0"
         )
     return weights
 
 
 def _loss(
-    config: TrainConfig, processes: Processes, ignored: int | None, weights: list[float] | None
+    config: TrainConfig, processes: Processes, data: TrainingData, weights: list[float] | None
 ) -> torch.nn.Module:
     # Labels were checked against the label table when they were read; checking again would wait for the GPU.
-    options = dict(sync=processes.world > 1, grad_reduction="sum", check_labels=False, ignore_index=ignored,
-                   class_weights=weights, tversky=config.tversky or (0.5, 0.5))  # fmt: skip
-    if config.loss == "dice":
-        return DiceLoss(**options).to(processes.device)
-    return DiceCrossEntropyLoss(dice_weight=0.0 if config.loss == "ce" else 1.0, **options).to(processes.device)
+    options = dict(sync=processes.world > 1, grad_reduction="sum", check_labels=False, ignore_index=data.ignored,
+                   ce_weight=float(config.loss != "dice"), dice_weight=float(config.loss != "ce"),
+                   tversky=config.tversky or (0.5, 0.5))  # fmt: skip
+    if data.labels.region_order:
+        regions, classes = list(data.labels.regions.values()), len(data.labels.class_names)
+        loss = RegionDiceCrossEntropyLoss(regions, num_classes=classes, region_weights=weights, **options)
+    else:
+        loss = DiceCrossEntropyLoss(class_weights=weights, **options)
+    return loss.to(processes.device)

@@ -28,7 +28,7 @@ from fastunet.training.distributed import Processes
 from fastunet.training.learner import Learner, Step
 from fastunet.training.loading import prefetched
 from fastunet.training.precision import prepare
-from fastunet.training.results import CURVES, LOG, metric_columns, write_curves, write_log
+from fastunet.training.results import CURVES, LOG, judged_by, metric_columns, write_curves, write_log
 
 FILES = (FILE_NAME, LOG, CURVES, BEST, LAST, STATE)
 """What a run folder holds beside its cache."""
@@ -105,7 +105,7 @@ class Trainer:
             row = self._finish_epoch(steps)
             self.display.message(
                 f"epoch {row['epoch']}/{config.epochs}: loss {row['train_loss']:.4f}, validation loss "
-                f"{row['val_loss']:.4f}, Dice {row['dice_foreground']:.3f}, {row['slices_per_second']:.1f} slices/s, "
+                f"{row['val_loss']:.4f}, Dice {judged_by(row):.3f}, {row['slices_per_second']:.1f} slices/s, "
                 f"{100 * row['data_wait_share']:.0f} % waiting for data"
             )
         self._publish(curves=True)
@@ -226,8 +226,8 @@ class Trainer:
         progress.history.append(row)
         progress.epoch, progress.batch = progress.epoch + 1, 0
         progress.loss_sum, progress.counted, progress.seconds, progress.waited = 0.0, 0, 0.0, 0.0
-        best = row["dice_foreground"] > progress.best
-        progress.best = max(progress.best, row["dice_foreground"])
+        best = judged_by(row) > progress.best
+        progress.best = max(progress.best, judged_by(row))
         with self.processes.together():
             if best:
                 # Written before the state: after a crash in between, the same epoch writes the same weights again.
@@ -240,7 +240,8 @@ class Trainer:
         config, data, learner = self.config, self.data.val, self.learner
         rank, world = self.processes.rank, self.processes.world
         names = self.data.labels.class_names
-        metrics = SegmentationMetrics(len(names), names, ignore_index=self.data.ignored)
+        regions = self.data.labels.regions if self.data.labels.region_order else None
+        metrics = SegmentationMetrics(len(names), names, regions=regions, ignore_index=self.data.ignored)
         total = torch.zeros(2, dtype=torch.float64)
         learner.result.eval()
         steps = data.steps(config.batch_size, world=world)
@@ -300,5 +301,5 @@ class Trainer:
         self._save_weights(LAST)
         write_log(self.run, self.progress.history)
         if curves or time.monotonic() - self._drawn_at >= _SECONDS_BETWEEN_CURVES:
-            write_curves(self.run, self.progress.history, self.data.labels.class_names)
+            write_curves(self.run, self.progress.history, self.data.labels)
             self._drawn_at = time.monotonic()

@@ -7,6 +7,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastunet.data import LabelMap
 from fastunet.files import write_bytes, write_text
 from fastunet.metrics import SegmentationMetrics
 
@@ -17,18 +18,28 @@ def metric_columns(metrics: SegmentationMetrics) -> dict[str, float]:
     """The metrics of all pixels as columns of the log.
 
     "dice" is the mean over all classes as in the Keras source; "dice_foreground", precision, sensitivity and
-    specificity are means over the foreground classes; "dice_<class>" follow, " (class)" behind a name that is taken.
+    specificity are means over the foreground classes, "dice_regions" is that over the regions, if there are any;
+    "dice_<region>" and "dice_<class>" follow, " (region)" or " (class)" behind a name that is taken.
     """
     result = metrics.compute()
     foreground = [result["classes"][name] for name in metrics.class_names[1:]]
     columns = {key: result[key] for key in ("accuracy", "mean_iou", "dice")}
     columns["dice_foreground"] = _mean([scores["dice"] for scores in foreground])
+    if metrics.regions:
+        columns["dice_regions"] = _mean([scores["dice"] for scores in result["regions"].values()])
     for key in ("precision", "sensitivity", "specificity"):
         columns[key] = _mean([scores[key] for scores in foreground])
-    for name in metrics.class_names:
-        column = f"dice_{name}"
-        columns[f"{column} (class)" if column in columns else column] = result["classes"][name]["dice"]
+    for kind, names in (("region", metrics.regions), ("class", metrics.class_names)):
+        for name in names:
+            column = f"dice_{name}"
+            scores = result["regions" if kind == "region" else "classes"][name]
+            columns[f"{column} ({kind})" if column in columns else column] = scores["dice"]
     return columns
+
+
+def judged_by(row: dict) -> float:
+    """The Dice of a row of the log by which epochs are compared: the mean over the regions, else over the classes."""
+    return row.get("dice_regions", row["dice_foreground"])
 
 
 def write_log(run: Path, history: Sequence[dict]) -> None:
@@ -40,11 +51,17 @@ def write_log(run: Path, history: Sequence[dict]) -> None:
     write_text(run / LOG, stream.getvalue())
 
 
-def write_curves(run: Path, history: Sequence[dict], class_names: Sequence[str]) -> None:
-    """Writes ``curves.png``."""
+def write_curves(run: Path, history: Sequence[dict], labels: LabelMap) -> None:
+    """Writes ``curves.png``, of the regions if these were trained, else of the foreground classes."""
     from fastunet.pictures.curves import curves
 
-    write_bytes(run / CURVES, curves(history, class_names))
+    kind, names, mean = "class", labels.class_names[1:], "foreground"
+    if labels.region_order:
+        kind, names, mean = "region", labels.outputs, "regions"
+    known = history[0] if history else ()
+    columns = {name: f"dice_{name}" for name in names}
+    columns = {name: own if (own := f"{column} ({kind})") in known else column for name, column in columns.items()}
+    write_bytes(run / CURVES, curves(history, columns, (f"mean of the {mean}", f"dice_{mean}")))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -30,7 +30,8 @@ def max_of_pairs(x):
 @triton.jit
 def head_store(features, head_weight_ptr, head_bias_ptr, out_ptr, pixel, pixel_mask, offs_k, C_out,
                NUM_CLASSES: tl.constexpr, BLOCK_CLASSES: tl.constexpr, OUTPUT: tl.constexpr, PRECISION: tl.constexpr):
-    """1×1 convolution of ``features`` [C_out, pixels] to classes; stores logits, their softmax, or the argmax.
+    """1×1 convolution of ``features`` [C_out, pixels] to classes; stores logits, their softmax, the argmax, or for
+    regions one more than the last positive class.
 
     ``features`` are first rounded to the activations' dtype, as if they had been written and read back, so that the
     fused head sees what a separate one would. ``pixel`` is the flat (n, h, w) index of each column.
@@ -48,6 +49,9 @@ def head_store(features, head_weight_ptr, head_bias_ptr, out_ptr, pixel, pixel_m
         # NaN counts as the maximum, as in torch.argmax, which a comparison alone would never choose
         ranked = tl.where(class_mask[:, None], tl.where(logits != logits, float("inf"), logits), -float("inf"))
         tl.store(out_ptr + pixel, tl.argmax(ranked, axis=0, tie_break_left=True).to(tl.uint8), mask=pixel_mask)
+    elif OUTPUT == "regions":
+        last = tl.max(tl.where(class_mask[:, None] & (logits > 0), offs_class[:, None] + 1, 0), axis=0)
+        tl.store(out_ptr + pixel, last.to(tl.uint8), mask=pixel_mask)
     else:
         if OUTPUT == "probabilities":
             masked = tl.where(class_mask[:, None], logits, -float("inf"))

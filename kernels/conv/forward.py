@@ -56,13 +56,14 @@ def forward_head(x: torch.Tensor, skip: torch.Tensor | None, weight: torch.Tenso
     """:func:`forward` with ReLU and the 1×1 head on its result, which is never written. For inference.
 
     head_weight (classes, C_out, 1, 1) with at most 32 classes and C_out <= 128; ``output`` "logits" or
-    "probabilities" gives (N, classes, H, W) in x's dtype, "labels" uint8 (N, H, W), the first maximum.
+    "probabilities" gives (N, classes, H, W) in x's dtype, "labels" uint8 (N, H, W), the first maximum,
+    "regions" the same of one more than the last positive logit, or 0.
     """
     conv = _forward_convolution(x, skip, weight, bias, pad, 0.0)
     head = Head(head_weight.reshape(head_weight.shape[:2]).contiguous(), head_bias, output)
     if conv.c_out > 128:
         raise ValueError(f"the fused head takes at most 128 features, not {conv.c_out}")
-    if output == "labels":
+    if output in ("labels", "regions"):
         out = _launch.empty((conv.batch, *conv.out_size), torch.uint8, x.device)
     else:
         out = _launch.empty_image((conv.batch, head.classes, *conv.out_size), x.dtype, x.device)

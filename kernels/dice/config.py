@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,6 +22,21 @@ class DiceConfig:
 def choose_config(classes: int, layout: str, itemsize: int) -> DiceConfig:
     """The committed winner on this GPU, else a heuristic."""
     return _tuned.choose("dice", (classes, layout, itemsize), DiceConfig, lambda: _heuristic(classes, layout, itemsize))
+
+
+def choose_regions_config(regions: int, layout: str, itemsize: int) -> DiceConfig:
+    """:func:`choose_config` of overlapping regions, whose kernels hold more of a pixel at a time."""
+
+    def heuristic() -> DiceConfig:
+        config = _heuristic(regions, layout, itemsize)
+        if layout != "planes" or itemsize == 4:
+            return config
+        # Four neighbours to a column up to four regions, where a thread has whole pixels; else half the tile.
+        if regions <= 4:
+            return replace(config, keep=config.block_s // 4)
+        return replace(config, block_s=config.block_s // 2, keep=config.block_s // 4)
+
+    return _tuned.choose("dice_regions", (regions, layout, itemsize), DiceConfig, heuristic)
 
 
 def _heuristic(classes: int, layout: str, itemsize: int) -> DiceConfig:

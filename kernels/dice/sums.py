@@ -16,7 +16,7 @@ import triton.language as tl
 
 from .. import _launch, _reduce
 from .config import DiceConfig, choose_config, layout_of
-from .tiles import fast_exp, load_tile, store_tile
+from .tiles import fast_exp, folded, folded_pair, load_labels, load_tile, store_tile
 
 MOST_SAMPLES = 65535
 """The greatest second side of a CUDA grid; larger batches are taken in pieces."""
@@ -30,20 +30,17 @@ def pieces(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     return zip(*(t.split(MOST_SAMPLES) for t in tensors), strict=True)
 
 
-@triton.jit
-def _labels(targets_ptr, first, S, C: tl.constexpr, BLOCK_S: tl.constexpr, IGNORE: tl.constexpr):
-    """Per pixel the class (-1 where it counts nowhere), whether it counts, and whether it is ignored."""
-    offs_s = first + tl.arange(0, BLOCK_S)
-    inside = offs_s < S
-    label = tl.load(targets_ptr + offs_s, mask=inside, other=0)
-    if label.dtype != tl.int64:
-        label = label.to(tl.int32)
-    valid = inside & (label >= 0) & (label < C + (C == 1))
-    ignored = offs_s < 0
-    if IGNORE is not None:
-        ignored = inside & (label == IGNORE)
-        valid &= label != IGNORE
-    return tl.where(valid, label, -1).to(tl.int32), valid, ignored
+def forward_programs(samples: int, pixels: int, config: DiceConfig) -> int:
+    """How many programs share the pixels of each sample in a forward pass."""
+    return min(_launch.cdiv(pixels, config.block_s), _launch.cdiv(_PROGRAMS, max(samples, 1)))
+
+
+def empty_like_logits(logits: torch.Tensor) -> torch.Tensor:
+    """Uninitialised (N, C, S) in the memory order of ``logits``."""
+    n, c, s = logits.shape
+    if layout_of(logits) == "planes":
+        return _launch.empty((n, c, s), logits.dtype, logits.device)
+    return _launch.empty((n, s, c), logits.dtype, logits.device).transpose(1, 2)
 
 
 @triton.jit
@@ -72,28 +69,6 @@ def _softmax(z, valid, C: tl.constexpr, BLOCK_C: tl.constexpr):
     if C == 1:
         total += fast_exp(-peak)
     return shifted, e * tl.where(valid, 1 / total, 0.0)[None, :], peak, tl.log(total)
-
-
-@triton.jit
-def _folded(x, KEEP: tl.constexpr, LAYOUT: tl.constexpr):
-    """(rows, BLOCK_S) summed to (rows, KEEP) within the threads: over neighbours where a vector is made of pixels."""
-    if x.shape[1] == KEEP:
-        return x
-    elif LAYOUT == "rows":
-        return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // KEEP, KEEP)), axis=1)
-    else:
-        return tl.sum(tl.reshape(x, (x.shape[0], KEEP, x.shape[1] // KEEP)), axis=2)
-
-
-@triton.jit
-def _folded_pair(x, KEEP: tl.constexpr, LAYOUT: tl.constexpr):
-    """:func:`_folded` of (rows, BLOCK_S, 2)."""
-    if x.shape[1] == KEEP:
-        return x
-    elif LAYOUT == "rows":
-        return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // KEEP, KEEP, 2)), axis=1)
-    else:
-        return tl.sum(tl.reshape(x, (x.shape[0], KEEP, x.shape[1] // KEEP, 2)), axis=2)
 
 
 @triton.jit
@@ -134,7 +109,7 @@ def dice_forward_kernel(
             t = load_tile(targets_ptr, first, S, C, BLOCK_C, BLOCK_S, LAYOUT, VECTOR)
             valid = first + tl.arange(0, BLOCK_S) < S
         else:
-            label, valid, ignore = _labels(targets_ptr, first, S, C, BLOCK_S, IGNORE)
+            label, valid, ignore = load_labels(targets_ptr, first, S, C + (C == 1), BLOCK_S, IGNORE)
             true = label[None, :] == (offs_c + (C == 1))[:, None]
             t = true.to(tl.float32)
             if IGNORE is not None:
@@ -142,8 +117,8 @@ def dice_forward_kernel(
             if C == 1:
                 counted += valid.to(tl.int32)
         shifted, p, peak, log_total = _softmax(z, valid, C, BLOCK_C)
-        hits += _folded_pair(tl.join(p * t, t), KEEP, LAYOUT)
-        predicted += _folded(p, KEEP, LAYOUT)
+        hits += folded_pair(tl.join(p * t, t), KEEP, LAYOUT)
+        predicted += folded(p, KEEP, LAYOUT)
         if CROSS_ENTROPY:
             # 0 · -inf, a class that is impossible and not true, is 0
             if SOFT:
@@ -211,7 +186,7 @@ def dice_backward_kernel(
             push += grad_nll * w_background * (1 - tl.sum(t, axis=0))
         valid = first + tl.arange(0, BLOCK_S) < S
     else:
-        label, valid, _ = _labels(targets_ptr, first, S, C, BLOCK_S, IGNORE)
+        label, valid, _ = load_labels(targets_ptr, first, S, C + (C == 1), BLOCK_S, IGNORE)
         true = label[None, :] == (offs_c + (C == 1))[:, None]
         t = true.to(tl.float32)
         push = tl.where(valid, grad_nll, 0.0)
@@ -263,7 +238,7 @@ def sums(
         parts = torch.cat([sums(*piece, *options) for piece in pieces(logits, targets)])
         return parts if per_sample else parts.sum(0, keepdim=True)
     arguments = _Arguments(logits, targets, class_weights, ignore_index, cross_entropy, label_smoothing, config)
-    programs = min(_launch.cdiv(s, arguments.config.block_s), _launch.cdiv(_PROGRAMS, max(n, 1)))
+    programs = forward_programs(n, s, arguments.config)
     partial = _launch.empty((programs, n, 3 * c + 3), torch.float32, logits.device)
     _launch.launch(
         dice_forward_kernel, (programs, n), logits, arguments.targets, class_weights, partial, s,
@@ -292,16 +267,13 @@ def sums_grad(
         grad: float32 scalar, the factor of ``slopes``.
         slopes: (R, 3 C + 3) float32, the loss's derivatives with respect to :func:`sums`, whose other arguments follow.
     """
-    n, c, s = logits.shape
+    n, _, s = logits.shape
     if n > MOST_SAMPLES:
         options = class_weights, ignore_index, cross_entropy, label_smoothing, config
         rows = pieces(slopes.expand(n, -1), logits, targets)
         return torch.cat([sums_grad(grad, *piece, *options) for piece in rows])
     arguments = _Arguments(logits, targets, class_weights, ignore_index, cross_entropy, label_smoothing, config)
-    if arguments.constants["LAYOUT"] == "planes":
-        dlogits = _launch.empty((n, c, s), logits.dtype, logits.device)
-    else:
-        dlogits = _launch.empty((n, s, c), logits.dtype, logits.device).transpose(1, 2)
+    dlogits = empty_like_logits(logits)
     _launch.launch(
         dice_backward_kernel, (_launch.cdiv(s, arguments.config.block_s), n),
         grad, slopes.contiguous(), logits, arguments.targets, class_weights, dlogits, s,

@@ -1,4 +1,4 @@
-"""Tiles of (classes, pixels) in registers, whatever the memory order: shared by the kernels of ``sums.py``.
+"""Tiles of (classes, pixels) in registers, whatever the memory order: what ``sums.py`` and ``regions.py`` share.
 
 ``LAYOUT`` names the memory order of one sample's C × S values and how it is read in 16-byte pieces:
 
@@ -80,6 +80,44 @@ def store_tile(
         tl.store(at + flat, a, mask=flat < last)
         tl.store(at + VECTOR + flat, b, mask=VECTOR + flat < last)
         tl.store(at + 2 * VECTOR + flat, c, mask=2 * VECTOR + flat < last)
+
+
+@triton.jit
+def load_labels(targets_ptr, first, S, CLASSES: tl.constexpr, BLOCK_S: tl.constexpr, IGNORE: tl.constexpr):
+    """Per pixel the class (-1 where it counts nowhere), whether it counts, and whether it is ignored."""
+    offs_s = first + tl.arange(0, BLOCK_S)
+    inside = offs_s < S
+    label = tl.load(targets_ptr + offs_s, mask=inside, other=0)
+    if label.dtype != tl.int64:
+        label = label.to(tl.int32)
+    valid = inside & (label >= 0) & (label < CLASSES)
+    ignored = offs_s < 0
+    if IGNORE is not None:
+        ignored = inside & (label == IGNORE)
+        valid &= label != IGNORE
+    return tl.where(valid, label, -1).to(tl.int32), valid, ignored
+
+
+@triton.jit
+def folded(x, KEEP: tl.constexpr, LAYOUT: tl.constexpr):
+    """(rows, BLOCK_S) summed to (rows, KEEP) within the threads: over neighbours where a vector is made of pixels."""
+    if x.shape[1] == KEEP:
+        return x
+    elif LAYOUT == "rows":
+        return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // KEEP, KEEP)), axis=1)
+    else:
+        return tl.sum(tl.reshape(x, (x.shape[0], KEEP, x.shape[1] // KEEP)), axis=2)
+
+
+@triton.jit
+def folded_pair(x, KEEP: tl.constexpr, LAYOUT: tl.constexpr):
+    """:func:`folded` of (rows, BLOCK_S, 2)."""
+    if x.shape[1] == KEEP:
+        return x
+    elif LAYOUT == "rows":
+        return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // KEEP, KEEP, 2)), axis=1)
+    else:
+        return tl.sum(tl.reshape(x, (x.shape[0], KEEP, x.shape[1] // KEEP, 2)), axis=2)
 
 
 @triton.jit

@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="Triton, which compiles the kernels, is not
 from fastunet.inspection.machine_code import compile_launch, failures, inspect
 from fastunet.kernels import _launch
 from fastunet.kernels.dice import confusion as dice_confusion
+from fastunet.kernels.dice import regions as dice_regions
 from fastunet.kernels.dice import rule as dice_rule
 from fastunet.kernels.dice import sums as dice
 from tests.aot.selection import BEFORE_3_8
@@ -100,6 +101,44 @@ def test_forward_loop_is_short(c, dtype, layout, most, show_table):
     assert per_logit <= most
     if c <= 4:
         assert loop.count("SHFL") == 0
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("architecture, c, dtype", [
+    (architecture, c, dtype) for architecture in (80, 90, 100) for c in (1, 2, 3, 4, 5, 8, 16, 32)
+    for dtype in (torch.float32, torch.bfloat16)
+])  # fmt: skip
+def test_regions(architecture, c, dtype, layout, request, show_table):
+    """With region weights, which take a logarithm a logit, no register is spilled; without, one a pixel is enough."""
+    quick = {(3, torch.float32, "NHWC"), (3, torch.bfloat16, "NHWC"), (4, torch.bfloat16, "NCHW")}
+    full = request.config.getoption("--full", default=False)
+    if not full and (architecture != 90 or (c, dtype, layout) not in quick):
+        pytest.skip("compiled with --full")
+    logits = torch.empty(4, c, PIXELS, dtype=dtype, device="meta")
+    if layout == "NHWC":
+        logits = torch.empty(4, PIXELS, c, dtype=dtype, device="meta").transpose(1, 2)
+    labels = torch.empty(4, PIXELS, dtype=torch.uint8, device="meta")
+    table = torch.empty(4, dtype=torch.int32, device="meta")
+    grad, slopes = torch.empty((), device="meta"), torch.empty(1, 3 * c + 3, device="meta")
+    with _launch.recording(architecture) as found:
+        for weights, ignored in [(torch.empty(c, device="meta"), 255), (None, None)]:
+            dice_regions.sums(logits, labels, weights, table, ignored, True, False)
+            dice_regions.sums_grad(grad, slopes, logits, labels, weights, table, ignored, True)
+    found = [launch for launch in found if "regions" in launch.kernel.__name__]
+    per_logit = []
+    for launch in found:
+        report = inspect(compile_launch(launch, architecture), architecture, around="loads")
+        assert (report.stack, report.spills) == (0, 0), f"{report.kernel}: {report.registers} registers"
+        assert not [text for text in failures(report, launch) if "LDSM" not in text], report.kernel
+        per_logit.append(report.instructions / (launch.args["BLOCK_S"] * c / (32 * launch.num_warps)))
+        if c <= 4 and "forward" in report.kernel:
+            assert report.count("SHFL") == 0
+    numbers = ", ".join(f"{number:.1f}" for number in per_logit)
+    show_table(f"{c} regions, {dtype}, {layout}: {numbers} instructions a logit")
+    if architecture == 90 and 3 <= c <= 4:
+        assert per_logit[0] <= 75
+        assert per_logit[2] <= 55
+        assert max(per_logit[1::2]) <= 40
 
 
 def test_wide_confusion_product_waits_before_its_operands_change():

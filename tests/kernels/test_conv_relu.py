@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastunet.functional.segmentation_head import finish
 from fastunet.kernels import _launch
 from fastunet.kernels.conv import forward as conv_relu
 from fastunet.kernels.conv.convolution import ConvConfig
@@ -198,6 +199,20 @@ def test_head_reads_features_rounded_to_the_activations_dtype(device):
     features = conv_relu.forward(x, None, weight, bias, 1, 0.0, BOX)
     out = conv_relu.forward_head(x, None, weight, bias, 1, head_weight, None, "logits", BOX)
     assert torch.equal(out, features.double().sum(1, keepdim=True).expand(-1, 2, -1, -1).to(torch.float16))
+
+
+@pytest.mark.parametrize("case", [Case(POINTER, 2, 0, 33, 20, 5, 7), Case(TWO_ROWS, 2, 8, 24, 24, 6, 17, crop=2)],
+                         ids=str)  # fmt: skip
+@pytest.mark.parametrize("classes", [1, 3])
+def test_regions_of_the_head(case, classes, device):
+    x, skip, weight, bias = operands(case, torch.float32, device)
+    head = torch.randn(classes, case.c_out, 1, 1, device=device), torch.randn(classes, device=device) / 2
+    logits, regions = (
+        conv_relu.forward_head(x, skip, weight, bias, case.pad, *head, output, case.config)
+        for output in ("logits", "regions")
+    )
+    assert (logits > 0).any()
+    assert torch.equal(regions, finish(logits, "regions"))
 
 
 def test_labels_take_the_first_maximum_and_nan_above_all(device):

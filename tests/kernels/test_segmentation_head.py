@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastunet.functional.segmentation_head import finish
 from fastunet.kernels import segmentation_head
 from fastunet.kernels.segmentation_head import HeadConfig
 
@@ -59,7 +60,9 @@ def test_labels(shape, config, device):
     x, weight, bias, _ = operands(shape, torch.float32, device)
     labels = segmentation_head.forward(x, weight, bias, "labels", config)
     assert labels.dtype == torch.uint8
-    assert torch.equal(labels.long(), segmentation_head.forward(x, weight, bias, "logits", config).argmax(1))
+    logits = segmentation_head.forward(x, weight, bias, "logits", config)
+    assert torch.equal(labels.long(), logits.argmax(1))
+    assert torch.equal(segmentation_head.forward(x, weight, bias, "regions", config), finish(logits, "regions"))
 
 
 def test_labels_of_ties_and_nan(device):
