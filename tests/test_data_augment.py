@@ -258,6 +258,18 @@ def test_defaults_respect_anatomy():
     assert 70 < (centres[:, 0] > 16).sum() < 130
 
 
+def test_a_share_of_the_samples_is_changed():
+    """The others keep their bits."""
+    images, labels = make_batch(200)
+    whole = augment(images, labels, seed=1, epoch=3, positions=range(200))
+    for share, least, most in ((0.0, 0, 0), (0.25, 30, 70), (0.5, 75, 125), (1.0, 200, 200)):
+        changed, moved = augment(images, labels, seed=1, epoch=3, positions=range(200), share=share)
+        touched = (changed != images).flatten(1).any(1)
+        assert least <= touched.sum() <= most
+        assert torch.equal(moved[~touched], labels[~touched])
+        assert equal((changed[touched], moved[touched]), (whole[0][touched], whole[1][touched]))
+
+
 def test_wrong_options_are_refused():
     for options in (dict(flip=(0,)), dict(zoom=1.0)):
         with pytest.raises(ValueError, match=f"{next(iter(options))} is"):

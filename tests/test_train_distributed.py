@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 
+from fastunet.training import dataset
 from tests.cli_helpers import phantoms, run  # noqa: F401
 
 
@@ -17,14 +18,16 @@ from tests.cli_helpers import phantoms, run  # noqa: F401
     ["--loss", "dice_ce", "--class-weights", "0.2,1,2,1"],
     ["--loss", "dice", "--clip-norm", "0.1", "--ema", "0.9"],
 ], ids=["dice_ce", "dice"])  # fmt: skip
-def test_two_processes_equal_one(more, phantoms, tmp_path):  # noqa: F811
+def test_two_processes_equal_one(more, phantoms, tmp_path, monkeypatch):  # noqa: F811
     # 17 validation slices in batches of 8 leave one process of the last step without any.
     options = ["--width", "4", "--depth", "2", "--epochs", "2", "--dropout", "0", "--device", "cpu", "--threads", "1",
                "--augment", *more]  # fmt: skip
     one, two = tmp_path / "one", tmp_path / "two"
+    monkeypatch.setattr(dataset, "_PLAIN_SLICES", 10)  # so that the second epoch is augmented
+    (tmp_path / "script.py").write_text(AUGMENTED)
     assert run("train", phantoms, "--out", one, *options, "--batch-size", "8") == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    line = [*torchrun, "-m", "fastunet", "train", phantoms, "--out", two, *options, "--batch-size", "4"]
+    line = [*torchrun, tmp_path / "script.py", "train", phantoms, "--out", two, *options, "--batch-size", "4"]
     done = subprocess.run(line, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split() == [str(two)], "one process reports"
@@ -49,6 +52,14 @@ def test_the_group_and_its_threads_end_together(tmp_path):
     subprocess.run([*torchrun, script, tmp_path], capture_output=True, timeout=120, check=True)
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["during True after False"] * 2
 
+
+AUGMENTED = """
+import sys
+from fastunet.cli import main
+from fastunet.training import dataset
+dataset._PLAIN_SLICES = 10
+sys.exit(main())
+"""
 
 THREADS = """
 import pathlib

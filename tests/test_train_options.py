@@ -14,7 +14,7 @@ import fastunet
 from fastunet.data import LABEL_MAPS, SliceDataset, discover_cases, read_labels, split_cases
 from fastunet.errors import UserError
 from fastunet.losses import DiceCrossEntropyLoss
-from fastunet.training import learner
+from fastunet.training import dataset, learner
 from fastunet.training.config import TrainConfig
 from fastunet.training.distributed import Processes
 from fastunet.training.loop import train
@@ -79,6 +79,21 @@ def test_options_equal_a_loop_written_out(phantoms, tmp_path):  # noqa: F811
         assert (saved["last"][name] - average[name]).abs().max() <= 2e-5, name
         assert torch.equal(saved["state"][f"average.{name}"], saved["last"][name])
     assert max((saved["state"][f"model.{n}"] - v).abs().max() for n, v in average.items()) > 1e-3
+
+
+def test_augmentation_begins_after_the_first_thousand_slices(phantoms, tmp_path, monkeypatch):  # noqa: F811
+    """Of volumes, and counted in slices, so that neither batch nor processes matter."""
+    shares, augment = [], dataset.augment
+
+    def noted(*args, share, **options):
+        shares.append(share)
+        return augment(*args, share=share, **options)
+
+    monkeypatch.setattr(dataset, "augment", noted)
+    monkeypatch.setattr(dataset, "_PLAIN_SLICES", 90)
+    assert run("train", phantoms, "--out", tmp_path, *TINY, "--epochs", 5) == 0
+    epochs = [shares[start : start + 6] for start in range(0, 30, 6)]
+    assert [set(each) for each in epochs] == [{0.0}, {0.0}, {0.0}, {0.5}, {1.0}]
 
 
 def test_without_decay_adamw_is_adam():

@@ -80,6 +80,7 @@ def augment(
     positions: Sequence[int] | np.ndarray,
     options: Augmentation | None = None,
     weights: torch.Tensor | None = None,
+    share: float = 1.0,
 ) -> tuple[torch.Tensor, ...]:
     """New images (N, M, H, W) and labels (N, H, W), changed at random; intensities of background (0) stay 0.
 
@@ -95,6 +96,7 @@ def augment(
         positions: N integers.
         options: what may happen; None for the defaults.
         weights: of each pixel, (N, H, W).
+        share: of the samples that are changed at all; the others keep their bits.
     """
     options = options or Augmentation()
     if len(positions) != len(images):
@@ -103,13 +105,15 @@ def augment(
     modalities = images.shape[1]
     if weights is not None:
         images = torch.cat([images, weights[:, None].to(images.dtype)], 1)
-    images, labels = _flip_and_turn(images, labels, draw, options)
-    images, labels = _rotate_and_zoom(images, labels, draw, options)
+    moved, classes = _flip_and_turn(images, labels, draw, options)
+    moved, classes = _rotate_and_zoom(moved, classes, draw, options)
     if options.elastic and images.numel():
-        images, labels = deform(images, labels, draw.normal_like(images.new_empty(len(images), 2, GRID, GRID)))
-    images, moved = images[:, :modalities], images[:, modalities:]
-    images = _change_intensities(images, draw, options)
-    return (images, labels) if weights is None else (images, labels, moved[:, 0])
+        moved, classes = deform(moved, classes, draw.normal_like(images.new_empty(len(images), 2, GRID, GRID)))
+    moved = torch.cat([_change_intensities(moved[:, :modalities], draw, options), moved[:, modalities:]], 1)
+    if share < 1:
+        chosen = (draw.uniform(1) < share)[..., None]
+        moved, classes = torch.where(chosen[..., None], moved, images), torch.where(chosen, classes, labels)
+    return (moved, classes) if weights is None else (moved[:, :modalities], classes, moved[:, modalities])
 
 
 def _flip_and_turn(

@@ -38,6 +38,7 @@ from fastunet.training.display import Display
 from fastunet.training.distributed import Processes
 
 _SPACING_THAT_MATTERS = 1.1
+_PLAIN_SLICES = 1000
 _LARGEST_VALID, _LARGEST_SAME = 572, 512
 """Sides of the tiles that images are trained in where nothing else is asked for."""
 
@@ -67,6 +68,15 @@ class TrainingData:
         config = self.config
         return Augmentation.for_slices(axis=config.axis, images=images, turns=config.turns, elastic=config.elastic)
 
+    def share_changed(self, epoch: int) -> float:
+        """Of the slices that augmentation changes in ``epoch``: none while a run has seen less than 1,000 slices of
+        volumes, all from 2,000 on.
+
+        A network gets over its first steps faster with slices as they are, and a short run cannot learn them by heart.
+        """
+        seen = epoch * len(self.train)
+        return 1.0 if self.tile is not None else min(max(seen / _PLAIN_SLICES - 1, 0.0), 1.0)
+
     @property
     def ignored(self) -> int | None:
         """The class index of pixels that count nowhere, if there can be any."""
@@ -86,7 +96,7 @@ class TrainingData:
             return images, labels, *border
         return augment(
             images, labels, seed=self.config.seed, epoch=epoch, positions=positions, options=options,
-            weights=border[0] if border else None,
+            weights=border[0] if border else None, share=self.share_changed(epoch),
         )  # fmt: skip
 
 
