@@ -203,7 +203,9 @@ class ConvBlock(_Block, reference.ConvBlock):
     ``pool`` asks for ``(y, max_pool(y))``, and ``grad_masked`` that the gradient of y comes masked by ``y > 0``.
     """
 
-    def forward(self, x: torch.Tensor, *, checked: bool = False, pool: bool = False, grad_masked: bool = False):
+    def forward(
+        self, x: torch.Tensor, *, checked: bool = False, pool: bool = False, grad_masked: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """(N, C_in, H, W) → (N, C_out, H', W'), with ``pool`` also its 2×2 maximum."""
         if not checked and self._runs_plain():
             return super().forward(x)
@@ -239,7 +241,7 @@ class DecoderBlock(_Block, reference.DecoderBlock):
         grad_masked: bool = False,
         head: nn.Conv2d | None = None,
         output: str = "logits",
-    ):
+    ) -> torch.Tensor:
         """(N, C_in, H, W) and the encoder's (N, C_out, H_s, W_s) → (N, C_out, H', W'), or ``output`` of ``head``."""
         if not checked and self._runs_plain():
             return super().forward(x, skip)

@@ -152,7 +152,7 @@ class UNet(nn.Module):
 
     @classmethod
     @checked
-    def from_preset(cls, name: str, *, backend: str = "auto", **overrides) -> UNet:
+    def from_preset(cls, name: str, *, backend: str = "auto", **overrides: Any) -> UNet:
         """A network of :data:`fastunet.architecture.PRESETS`, arguments overridable."""
         return cls(**Architecture.from_preset(name, **overrides).as_dict(), backend=backend)
 

@@ -137,3 +137,29 @@ def test_the_check_can_fail(tmp_path, file, text, said):
 
 def test_a_circle_is_found():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c", "a"]]
+
+
+def without_hints(text: str) -> list[str]:
+    """The public functions and methods in a module's ``text`` of which a parameter or the result has no type."""
+    found = []
+
+    def visit(body: list[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                visit(node.body, f"{node.name}.")
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                a = node.args
+                every = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))]
+                bare = [each.arg for each in every if each.annotation is None and each.arg not in ("self", "cls")]
+                if bare or node.returns is None:
+                    found.append(prefix + node.name)
+
+    visit(ast.parse(text).body, "")
+    return found
+
+
+def test_public_functions_have_hints():
+    every = {path.name: without_hints(path.read_text()) for path in (ROOT / "fastunet").rglob("*.py")}
+    bare = {name: functions for name, functions in every.items() if functions}
+    assert bare == {}
+    assert without_hints("class A:\n  def f(self, x: int): ...\ndef _g(x): ...\ndef h(y) -> None: ...") == ["A.f", "h"]

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fastunet.errors import UserError
 
+if TYPE_CHECKING:
+    from fastunet.inference.segmenter import Segmenter
 
-def segment_arrays(segmenter, paths: list[Path], args: argparse.Namespace) -> None:
+
+def segment_arrays(segmenter: Segmenter, paths: list[Path], args: argparse.Namespace) -> None:
     """Writes the labels of each image to the output folder under the image's name.
 
     Pixels of the results are label values of the training data. Images are normalised like the slices of a volume.

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastunet.cli.segment import add_model_options, make_segmenter, progress_display
 from fastunet.errors import UserError
+
+if TYPE_CHECKING:
+    from fastunet.data import Case
+    from fastunet.inference.segmenter import Segmenter
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +58,7 @@ def _inputs(args: argparse.Namespace, pairs: list[tuple]) -> list[Path]:
     return found + [checkpoint_file(args.subject), *(path for case in cases for path in case.files)]
 
 
-def labelled_cases(root: Path, modalities, edition: str | None = None) -> list:
+def labelled_cases(root: Path, modalities: Sequence[str] | None, edition: str | None = None) -> list:
     """The cases of ``root`` that have a label; none at all is a ``UserError``."""
     from fastunet.data import discover_cases
 
@@ -63,7 +68,10 @@ def labelled_cases(root: Path, modalities, edition: str | None = None) -> list:
     return cases
 
 
-def evaluate_case(segmenter, case, *, empty: str = "one", on_nan: str = "error", progress=None) -> list:
+def evaluate_case(
+    segmenter: Segmenter, case: Case, *, empty: str = "one", on_nan: str = "error",
+    progress: Callable[[int, int], None] | None = None,
+) -> list:
     """Segments a labelled case and scores the result; also for other callers, such as the demo."""
     from fastunet.data import check_geometry, read_labels
 

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastunet.cli.arguments import add_machine_options, add_nan_option, positive_int, set_threads
 from fastunet.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from fastunet.data import Case, CaseSlices, LabelMap
+    from fastunet.inference.segmenter import Segmenter
 
 ARRAY_SUFFIX = ".npy"
 
@@ -49,14 +57,14 @@ def run(args: argparse.Namespace) -> None:
     segment_arrays(segmenter, arrays, args)
 
 
-def label_path(folder: Path, case, labels) -> Path:
+def label_path(folder: Path, case: Case, labels: LabelMap) -> Path:
     """Where the labels of a case go, in the values of the table ``labels``."""
     from fastunet.data.image_files import mask_suffix
 
     return folder / f"{case.name}{mask_suffix(case, labels) if case.is_image else '.nii.gz'}"
 
 
-def picture_path(folder: Path, case) -> Path:
+def picture_path(folder: Path, case: Case) -> Path:
     """Where the picture of a case goes."""
     return folder / (f"{case.name}_overlay.png" if case.is_image else f"{case.name}.png")
 
@@ -82,7 +90,7 @@ def _outputs(cases: list, arrays: list[Path], segmenter, args: argparse.Namespac
     return outputs
 
 
-def make_segmenter(args: argparse.Namespace, source: Path):
+def make_segmenter(args: argparse.Namespace, source: Path) -> Segmenter:
     """The network in ``source`` on the device that ``args`` name."""
     from fastunet.inference.segmenter import Segmenter
     from fastunet.training.checkpoint import load_model
@@ -97,7 +105,7 @@ def make_segmenter(args: argparse.Namespace, source: Path):
     return Segmenter(model.to(device), card, device, args.batch_size, args.precision, **options)
 
 
-def find_cases(inputs: list[Path], segmenter) -> list:
+def find_cases(inputs: list[Path], segmenter: Segmenter) -> list[Case]:
     """The cases of folders, volumes and images, in order, with names that occur once; bare folders of images count."""
     from fastunet.data import cases_from_files, discover_cases
     from fastunet.data.formats import IMAGE_SUFFIXES, SUFFIXES, is_listed, suffix_of
@@ -121,7 +129,7 @@ def find_cases(inputs: list[Path], segmenter) -> list:
     return cases + (cases_from_files(files, modalities) if files else [])
 
 
-def progress_display(name: str):
+def progress_display(name: str) -> Callable[[int, int], None]:
     """A function (slices done, slices) that shows a bar on a terminal and nothing elsewhere."""
     import sys
 
@@ -154,7 +162,7 @@ def _segment_case(segmenter, case, target: Path, args: argparse.Namespace) -> No
         print(picture)
 
 
-def case_picture(segmenter, slices, labels) -> bytes:
+def case_picture(segmenter: Segmenter, slices: CaseSlices, labels: np.ndarray) -> bytes:
     """The slice of a case that shows most of ``labels``: image, truth if there is one, and prediction."""
     import numpy as np
 

@@ -20,7 +20,7 @@ from fastunet.cli.arguments import (
     two_numbers,
 )
 from fastunet.data.label_tables import LABEL_MAPS
-from fastunet.training.config import LOSSES, PRECISIONS, SCHEDULES
+from fastunet.training.config import LOSSES, PRECISIONS, SCHEDULES, TrainConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,9 +97,9 @@ def run(args: argparse.Namespace) -> None:
         print(args.out)
 
 
-def configuration(out: Path, resume: bool, given: dict):
+def configuration(out: Path, resume: bool, given: dict) -> TrainConfig:
     """The options of the run: those given, or on ``resume`` those stored, checked against those given."""
-    from fastunet.training.config import FILE_NAME, TrainConfig
+    from fastunet.training.config import FILE_NAME
 
     if resume and (out / FILE_NAME).is_file():
         return TrainConfig.read(out).resumed_with(given)

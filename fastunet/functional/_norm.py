@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from fastunet.autograd import tracked
 from fastunet.functional._layout import nhwc
@@ -88,7 +89,9 @@ def _scale_and_shift(weight, bias, mean, rstd):
     return scale[..., None, None], shift[..., None, None]
 
 
-def apply(z, weight, bias, mean, var, eps, slope):
+def apply(
+    z: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float, slope: float
+) -> Tensor:
     """``activation((z - mean) / sqrt(var + eps) * weight + bias)`` in the dtype of ``z``."""
     mean, rstd = (_per_channel(each, z.shape[1]) for each in (mean, (var + eps).rsqrt()))
     scale, shift = _scale_and_shift(weight, bias, mean, rstd)
@@ -110,7 +113,10 @@ def _sums(g, z, mean, rstd):
     return [torch.stack(each) for each in zip(*sums)]
 
 
-def backward(dy, d_pooled, z, weight, bias, mean, var, count, eps, slope, group):
+def backward(
+    dy: Tensor, d_pooled: Tensor | None, z: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor,
+    var: Tensor, count: Tensor, eps: float, slope: float, group: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(dz, dweight, dbias) of :func:`apply` and its statistics; the gradients that are None are zero, not both.
 
     With ``g`` the gradient before the activation, h = (z - mean) rstd and averages over what shares its statistics:

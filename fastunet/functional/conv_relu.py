@@ -6,8 +6,12 @@ The gradient of the pre-activation, ``dz = dy * (y > 0)``, needs y alone, which 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastunet.arguments import checked
 from fastunet.autograd import tracked
@@ -29,7 +33,9 @@ def _slices(weight, skip):
     return weight[:, :split], weight[:, split:]
 
 
-def torch_forward(x, skip, weight, bias, pad, slope):
+def torch_forward(
+    x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor | None, pad: int, slope: float
+) -> Tensor:
     """The PyTorch implementation of ``fastunet::conv_relu``."""
     if skip is not None and accumulates(x) and not tracked(x, skip, weight, bias):
         skip_weight, x_weight = _slices(weight, skip)
@@ -82,12 +88,14 @@ def _masked(gradient, x, mask):
     return masked(gradient, x) if mask else gradient
 
 
-def strided(x, weight, bias, pad):
+def strided(x: Tensor, weight: Tensor, bias: Tensor | None, pad: int) -> Tensor:
     """The convolution with stride 2, by PyTorch on every backend."""
     return nhwc(F.conv2d(nhwc(x), weight, bias, stride=2, padding=pad))
 
 
-def strided_gradients(dz, x, weight, pad, needed):
+def strided_gradients(
+    dz: Tensor, x: Tensor, weight: Tensor, pad: int, needed: Sequence[bool]
+) -> list[Tensor | None]:
     """(dx, dw, db) of :func:`strided`, None where none is ``needed``."""
     geometry = [2, 2], [pad, pad], [1, 1], False, [0, 0], 1
     found = torch.ops.aten.convolution_backward(nhwc(dz), nhwc(x), weight, [weight.shape[0]], *geometry, list(needed))
@@ -107,7 +115,9 @@ def _weight_grad(dz, x, skip, pad, has_bias):
     return nhwc(dw), db if has_bias else dw.new_empty(0)
 
 
-def fake_forward(x, skip, weight, bias, pad, slope):
+def fake_forward(
+    x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor | None, pad: int, slope: float
+) -> Tensor:
     """The shape and strides of ``fastunet::conv_relu``."""
     return empty_nhwc(x, weight.shape[0], x.shape[2] + 2 * pad - 2, x.shape[3] + 2 * pad - 2)
 
@@ -155,7 +165,10 @@ def _differentiate_pool(ctx, dy, d_pooled):
     return dx, dw, db, None, None, None
 
 
-def gradients(ctx, dz, x, skip, weight, need_x, need_skip, need_weight, need_bias):
+def gradients(
+    ctx: Any, dz: Tensor, x: Tensor, skip: Tensor | None, weight: Tensor, need_x: bool, need_skip: bool,
+    need_weight: bool, need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dskip, dw, db) from dz, None where none is needed."""
     pad, has_bias, backend = ctx.options
     dx = dskip = dw = db = None
@@ -264,7 +277,9 @@ def conv_relu_pool(
     return _OPS.conv_relu_pool(x, weight, bias, pad, slope, select_backend(backend, "conv_relu_pool", x))
 
 
-def check_conv(operator, x, skip, weight, bias, padding) -> int:
+def check_conv(
+    operator: str, x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor | None, padding: str
+) -> int:
     """Validates the shapes of a 3×3 convolution's operands and returns the padding in pixels."""
     check_image(operator, x)
     check_tensors(operator, weight=weight, bias=bias)
@@ -287,7 +302,7 @@ def check_conv(operator, x, skip, weight, bias, padding) -> int:
     return PADDINGS[padding]
 
 
-def check_stride(operator, stride, skip, backend) -> None:
+def check_stride(operator: str, stride: int, skip: Tensor | None, backend: str | None) -> None:
     """Raises unless ``stride`` is 1, or 2 of one source where no kernel is asked for."""
     if stride not in (1, 2):
         raise ValueError(f"{operator}: stride is {stride!r}; expected 1 or 2")
@@ -297,7 +312,9 @@ def check_stride(operator, stride, skip, backend) -> None:
         raise ValueError(f"{operator}: backend 'triton' cannot run here: a convolution of stride 2 has no kernel")
 
 
-def check_conv_dtypes(operator, x, skip, weight, bias) -> None:
+def check_conv_dtypes(
+    operator: str, x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor | None
+) -> None:
     """Raises unless the operands share x's dtype and device; called after autocast."""
     for name, tensor in (("skip", skip), ("weight", weight), ("bias", bias)):
         if tensor is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastunet.arguments import checked
 from fastunet.dispatch import define, select_backend
@@ -23,7 +24,7 @@ def _forward(x):
     return nhwc(F.max_pool2d(nhwc(x), 2))
 
 
-def unpooled(d_pooled, d_skip, y, slope):
+def unpooled(d_pooled: Tensor, d_skip: Tensor | None, y: Tensor, slope: float) -> Tensor:
     """The PyTorch implementation of ``fastunet::max_pool2d_backward``."""
     y = nhwc(y)
     _, indices = torch.ops.aten.max_pool2d_with_indices(y, [2, 2])

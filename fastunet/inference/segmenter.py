@@ -78,7 +78,7 @@ class Segmenter:
             return table
         return case.label_map if case.label_map.class_names == table.class_names else None
 
-    def open(self, case, *, on_nan: str = "error") -> CaseSlices:
+    def open(self, case: Case, *, on_nan: str = "error") -> CaseSlices:
         """The slices of ``case`` as this network wants them, uncropped."""
         card = self.card
         return CaseSlices(case, card.modalities, axis=card.axis, on_nan=on_nan, everywhere=card.images,

@@ -7,6 +7,7 @@ traffic, tuning and benchmarks. It mirrors ``fastunet.UNet`` and ``fastunet.func
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +83,7 @@ class Call:
                 tensor.random_(spec.classes, generator=generator)
         return operands
 
-    def launcher(self):
+    def launcher(self) -> Callable[..., Any]:
         """The Triton launcher, to be called with the tensors of :meth:`allocate` or :meth:`random`."""
         return OPERATORS[self.operator].launcher()
 
