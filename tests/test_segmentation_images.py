@@ -72,6 +72,15 @@ def test_images_of_different_sizes_train_a_network_of_same_convolutions(folder, 
     assert "nearest sizes that fit, for height 70: 68 or 72" in capsys.readouterr().err
 
 
+def test_a_run_on_tiles_resumes_in_the_same_bits(folder, tmp_path):
+    line = ["train", folder, "--preset", "isbi", *TINY, "--border-weights", "--threads", "1"]
+    assert run(*line, "--out", tmp_path / "whole", "--epochs", "2") == 0
+    assert run(*line, "--out", tmp_path / "parts") == 0
+    assert run("train", folder, "--out", tmp_path / "parts", "--resume", "--epochs", "2") == 0
+    whole, parts = ((tmp_path / name / "last.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert whole == parts
+
+
 def test_masks_have_the_size_of_the_image_and_the_values_of_the_training(folder, trained, tmp_path):
     assert run("segment", trained, folder, "--out", tmp_path, "--overlay", "--probabilities", "--device", "cpu") == 0
     names = [f"cell_{index}{rest}" for index in range(4) for rest in

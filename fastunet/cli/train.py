@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--edition", choices=tuple(LABEL_MAPS), help="of the data, where its folders do not tell")
     data.add_argument("--regions", choices=("brats", "none"),
                       help="overlapping outputs: BraTS' regions, or none (default: those of dataset.json)")  # fmt: skip
-    data.add_argument("--size", type=positive_int, help="crop or pad slices to this side (default: as they are)")
+    data.add_argument("--size", type=positive_int, help="crop or pad slices, or cut images into tiles, of this side")
     data.add_argument("--axis", type=int, choices=(0, 1, 2), help="slice along this axis (default: 2, axial)")
     data.add_argument("--spacing", type=spacing, metavar="MM|median",
                       help="resample slices to this pixel size (default: as they are)")  # fmt: skip

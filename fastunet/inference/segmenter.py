@@ -133,7 +133,8 @@ class Segmenter:
                 if not is_out_of_memory(error):
                     raise
                 if len(part) == 1:
-                    raise UserError(f"one slice of {part.shape[2:]} needs more memory than {self.device} has") from None
+                    needs = f"one slice of {part.shape[2:]} needs more memory than {self.device} has"
+                    raise UserError(f"{needs}; --tile runs it in parts") from None
                 self.batch_size = len(part) // 2
                 text = f"{self.device} has no memory for {len(part)} slices at a time; going on with {self.batch_size}"
                 warnings.warn(text, DataWarning, stacklevel=4)
