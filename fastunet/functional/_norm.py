@@ -35,11 +35,11 @@ def wide(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _pieces(x: torch.Tensor, per_sample: bool) -> list[list[torch.Tensor]]:
-    """NHWC ``x`` in images (1, C, 1, P), about 32 for each row of statistics, by these rows."""
-    rows = x.permute(0, 2, 3, 1).flatten(1, 2) if per_sample else x.permute(0, 2, 3, 1).reshape(1, -1, x.shape[1])
-    size = min(max(rows.shape[1] // 32, _PIXELS[0]), _PIXELS[1])
-    return [[piece.t()[None, :, None] for piece in row.split(size)] for row in rows]
+def _pieces(x: torch.Tensor, per_sample: bool) -> list[tuple[torch.Tensor, ...]]:
+    """NHWC ``x`` in images (1, C, 1, P), about 16 for each row of statistics, by these rows."""
+    pixels = x.permute(0, 2, 3, 1).reshape(len(x) if per_sample else 1, -1, x.shape[1])
+    size = min(max(pixels.shape[1] // 16, _PIXELS[0]), _PIXELS[1])
+    return [row.split(size, 3) for row in pixels.transpose(1, 2).unsqueeze(2).split(1)]
 
 
 def statistics(z: torch.Tensor, groups: int, per_sample: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,7 +132,12 @@ def backward(
     g, wide_z = dy, wide(z)
     if slope != 1 or d_pooled is not None:
         y = nhwc(activation_(torch.addcmul(shift, wide_z, scale), slope).to(z.dtype))
-        g = activation_gradient(dy, y, slope) if d_pooled is None else unpooled(d_pooled, dy, y, slope)
+        if d_pooled is not None:
+            g = unpooled(d_pooled, dy, y, slope)
+        elif again or slope != 0:
+            g = activation_gradient(dy, y, slope)
+        else:
+            g = _aten.threshold_backward.grad_input(nhwc(dy), y, 0, grad_input=y)
     g = wide(nhwc(g))
     sum_g, sum_gh = _sums(g, wide_z, mean, rstd)
     dweight, dbias = sum_gh.sum(0), sum_g.sum(0)
@@ -148,7 +153,10 @@ def backward(
     rstd, mean = rstd[..., None, None], mean[..., None, None]
     factor = -rstd.square() * average_gh
     constant = -rstd * average_g - factor * mean
-    dz = torch.addcmul(constant, g, scale)
-    dz = torch.addcmul(dz, wide_z, factor) if again else dz.addcmul_(wide_z, factor)
+    if again:
+        dz = torch.addcmul(torch.addcmul(constant, g, scale), wide_z, factor)
+    else:
+        own = None if g is dy or slope == 1 else g  # new memory costs as much as the sums
+        dz = torch.addcmul(constant, g, scale, out=own).addcmul_(wide_z, factor)
     affine = [sums if of is not None else sums.new_empty(0) for of, sums in ((weight, dweight), (bias, dbias))]
     return nhwc(dz.to(z.dtype)), *affine

@@ -27,7 +27,7 @@ from fastunet.functional.conv_relu import (
     gradients,
     output_size,
     strided,
-    strided_gradients,
+    torch_gradients,
 )
 from fastunet.functional.conv_relu import torch_forward as convolution
 from fastunet.functional.max_pool import max_pool2d, pooled_shape
@@ -77,18 +77,19 @@ def _differentiate(ctx, dy, d_pooled, dz_more, d_mean, d_var, _):
     x, skip, weight, norm_weight, norm_bias, z, mean, var, count = ctx.saved_tensors
     dz = d_norm_weight = d_norm_bias = None
     if dy is not None or d_pooled is not None:
-        arguments = dy, d_pooled, z, norm_weight, norm_bias, mean, var, count, *ctx.norm, ctx.options[-1]
+        arguments = dy, d_pooled, z, norm_weight, norm_bias, mean, var, count, *ctx.norm, ctx.options[2]
         dz, d_norm_weight, d_norm_bias = _OPS.norm_backward(*arguments)
     for more in (dz_more, _statistics_backward(d_mean, d_var, z, mean)):  # of second derivatives alone
         dz = more if dz is None else dz if more is None else dz + more
     if dz is None:
         return (None,) * 15
     needed = ctx.needs_input_grad
-    if ctx.stride == 1:
-        dx, dskip, dw, db = gradients(ctx, dz, x, skip, weight, *needed[:4])
+    pad, _, backend = ctx.options
+    if ctx.stride == 2 or (backend == "torch" and skip is None):
+        dskip = None
+        dx, dw, db = torch_gradients(dz, x, weight, pad, ctx.stride, (needed[0], needed[2], needed[3]))
     else:
-        need_x, _, need_weight, need_bias = needed[:4]
-        (dx, dw, db), dskip = strided_gradients(dz, x, weight, ctx.options[0], (need_x, need_weight, need_bias)), None
+        dx, dskip, dw, db = gradients(ctx, dz, x, skip, weight, *needed[:4])
     pairs = ((norm_weight, d_norm_weight), (norm_bias, d_norm_bias))
     d_affine = [None if p is None or d is None else d.to(p.dtype) for p, d in pairs]
     return dx, dskip, dw, db, *d_affine, *[None] * 9

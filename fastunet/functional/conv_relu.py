@@ -93,12 +93,12 @@ def strided(x: Tensor, weight: Tensor, bias: Tensor | None, pad: int) -> Tensor:
     return nhwc(F.conv2d(nhwc(x), weight, bias, stride=2, padding=pad))
 
 
-def strided_gradients(
-    dz: Tensor, x: Tensor, weight: Tensor, pad: int, needed: Sequence[bool]
+def torch_gradients(
+    dz: Tensor, x: Tensor, weight: Tensor, pad: int, stride: int, needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """(dx, dw, db) of :func:`strided`, None where none is ``needed``."""
-    geometry = [2, 2], [pad, pad], [1, 1], False, [0, 0], 1
-    found = torch.ops.aten.convolution_backward(nhwc(dz), nhwc(x), weight, [weight.shape[0]], *geometry, list(needed))
+    """(dx, dw, db) of one source by one call of PyTorch, None where none is ``needed``; in any memory order."""
+    geometry = [stride, stride], [pad, pad], [1, 1], False, [0, 0], 1
+    found = torch.ops.aten.convolution_backward(dz, x, weight, [weight.shape[0]], *geometry, list(needed))
     return [each if need else None for each, need in zip(found, needed)]
 
 
