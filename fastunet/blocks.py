@@ -162,14 +162,14 @@ class _Block:
     def _convolution(self, index: int, x: torch.Tensor, skip: torch.Tensor | None = None, pool: bool = False) -> Any:
         """The convolution of that number, of ``cat([skip, x])``, with what follows it; ``pool``: (y, max_pool(y))."""
         conv, norm, slope = self._modules[f"conv{index}"], self._modules.get(f"norm{index}"), self.style.negative_slope
-        operands, options = (x, *parameters(conv)), dict(skip=skip, padding=self.padding, backend=self.backend)
+        operands, options = (x, *parameters(conv)), dict(slope=slope, padding=self.padding, backend=self.backend)
         try:
-            if conv.stride == (1, 1) and norm is not None:
-                return with_norm(operands, norm, sync=self.sync_norms, slope=slope, pool=pool, **options)
-            if conv.stride == (1, 1) and pool:
-                return conv_relu_pool(*operands, slope=slope, padding=self.padding, backend=self.backend)
-            if conv.stride == (1, 1):
-                return conv_relu(*operands, slope=slope, **options)
+            if norm is None and pool:
+                return conv_relu_pool(*operands, **options)
+            options |= dict(skip=skip, stride=conv.stride[0])
+            if norm is None:
+                return conv_relu(*operands, **options)
+            return with_norm(operands, norm, sync=self.sync_norms, pool=pool, **options)
         except ValueError as error:
             self._refused(error, x)
         x = x if skip is None else torch.cat([reference.centre_crop(skip, *x.shape[2:]), x], 1)

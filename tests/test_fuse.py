@@ -10,6 +10,8 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, reject, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -189,6 +191,11 @@ def over_width(m, x):
     return m.head(F.relu(m.conv2(torch.cat([y, y], 3))))
 
 
+def over_width_too(m, x):
+    y = F.relu(m.conv(x))
+    return m.head(F.relu(m.conv2(torch.cat([y, torch.cat([y, y], 3)[..., :10]], 1))))
+
+
 def called_twice(m, x):
     y = F.relu(m.conv2(F.relu(m.conv2(F.relu(m.conv(x))))))
     return m.head(y)
@@ -286,6 +293,10 @@ CODE = {
     "dilated": Code(usual, conv2=nn.Conv2d(4, 4, 3, padding=2, dilation=2)),
     "grouped": Code(usual, conv2=nn.Conv2d(4, 4, 3, padding=1, groups=2)),
     "reflected": Code(usual, conv2=nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")),
+    "strided, a norm and a pool": Code(norm_and_pool, conv=nn.Conv2d(1, 4, 3, padding=1, stride=2),
+                                       norm2=nn.GroupNorm(2, 4)),
+    "strided behind a concatenation": Code(over_width_too, conv2=nn.Conv2d(8, 4, 3, padding=1, stride=2)),
+    "strided 2×1": Code(usual, conv2=nn.Conv2d(4, 4, 3, padding=1, stride=(2, 1))),
     "strided": Code(usual, conv2=nn.Conv2d(4, 4, 3, padding=1, stride=2)),
     "padded one way": Code(usual, conv2=nn.Conv2d(4, 4, 3, padding=(1, 0))),
     "5×5": Code(usual, conv2=nn.Conv2d(4, 4, 5, padding=2)),
@@ -379,6 +390,65 @@ def test_optional_arguments_run_the_module_itself():
         fused(x, wrong=1)
 
 
+WORDS = st.lists(st.sampled_from([
+    "conv", "conv", "valid", "stride", "conv1", "batch", "instance", "group", "relu", "inplace", "leaky", "F.relu",
+    "tanh", "pool", "dropout", "identity", "transpose", "up2", "keep", "cat", "add",
+]), min_size=2, max_size=9)  # fmt: skip
+
+
+class Random(nn.Module):
+    """Layers and functions by a list of words; "keep" remembers a map that "cat" and "add" take up again."""
+
+    def __init__(self, words):
+        super().__init__()
+        self.words, self.layers, channels, kept = words, nn.ModuleList(), 2, 2
+        for word in words:
+            other = channels + kept if word == "cat" else channels
+            layer = {
+                "conv": lambda c: nn.Conv2d(c, 4, 3, padding=1), "valid": lambda c: nn.Conv2d(c, 4, 3, bias=False),
+                "stride": lambda c: nn.Conv2d(c, 6, 3, 2, 1), "conv1": lambda c: nn.Conv2d(c, 4, 1),
+                "batch": nn.BatchNorm2d, "instance": nn.InstanceNorm2d, "group": lambda c: nn.GroupNorm(2, c),
+                "relu": lambda c: nn.ReLU(), "inplace": lambda c: nn.ReLU(inplace=True),
+                "leaky": lambda c: nn.LeakyReLU(0.2, inplace=True), "pool": lambda c: nn.MaxPool2d(2),
+                "dropout": lambda c: nn.Dropout(0.0), "identity": lambda c: nn.Identity(),
+                "transpose": lambda c: nn.ConvTranspose2d(c, 4, 2, 2), "up2": lambda c: nn.Conv2d(c, 4, 2),
+                "cat": lambda c: nn.Conv2d(c, 4, 3, padding=1), "tanh": lambda c: nn.Tanh(),
+            }.get(word, lambda c: nn.Identity())(other)  # fmt: skip
+            self.layers.append(layer)
+            channels = getattr(layer, "out_channels", channels)
+            kept = channels if word == "keep" else kept
+        self.head = nn.Conv2d(channels, 2, 1)
+
+    def forward(self, x):
+        kept = x
+        for word, layer in zip(self.words, self.layers):
+            if word == "keep":
+                kept = x
+            elif word in ("cat", "add"):
+                again = F.interpolate(kept, size=x.shape[2:])
+                x = layer(torch.cat([again, x], 1)) if word == "cat" else x + again.mean(1, keepdim=True)
+            elif word == "F.relu":
+                x = F.relu(x)
+            elif word == "up2":
+                x = layer(F.pad(F.interpolate(x, scale_factor=2), (0, 1, 0, 1)))
+            else:
+                x = layer(x)
+        return self.head(x)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(WORDS, st.booleans())
+def test_random_networks_give_what_they_gave(words, training):
+    torch.manual_seed(0)
+    net = randomised(Random(words).double()).train(training)
+    x = torch.randn(2, 2, 20, 18, dtype=torch.float64)
+    try:
+        outcome(copy.deepcopy(net), x)
+    except (RuntimeError, ValueError):  # maps that vanish, or gradients that PyTorch refuses: no network of anyone
+        reject()
+    same(fuse(net)[0], net, x)
+
+
 # What happens to the module afterwards -----------------------------------------------------------
 
 
@@ -420,7 +490,7 @@ def inserted(net):
     net.downs[1] = nn.Sequential(net.downs[1], nn.Tanh())
 
 
-def settings(net):
+def other_settings(net):
     net.inc.double_conv[3].padding_mode = "circular"
     net.inc.double_conv[3]._reversed_padding_repeated_twice = [1, 1, 1, 1]
 
@@ -444,7 +514,7 @@ def moved(net):
     net.to(memory_format=torch.channels_last)
 
 
-AFTERWARDS = [hook, block_hook, root_hook, backward_hook, patched, another_layer, appended, inserted, settings,
+AFTERWARDS = [hook, block_hook, root_hook, backward_hook, patched, another_layer, appended, inserted, other_settings,
               parametrised, swapped, frozen_norms, moved]  # fmt: skip
 
 

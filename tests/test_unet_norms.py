@@ -10,8 +10,13 @@ import torch
 from torch import nn
 
 from bench.workloads.common_unet import CommonUNet
-from fastunet import UNet, fuse, reference
+from fastunet import UNet, fuse, reference, to_onnx
 from fastunet.architecture import PRESETS, Architecture
+from fastunet.errors import UserError
+from fastunet.interop import save_keras_weights
+from fastunet.pictures.summary import layers
+from fastunet.training.config import TrainConfig
+from fastunet.training.dataset import architecture_of
 from tests.test_fuse import randomised, same
 from tests.tolerance import assert_within_budget
 
@@ -136,6 +141,59 @@ def test_wrong_styles_are_named(wrong, said):
 def test_images_too_small_for_odd_sizes_are_named():
     with pytest.raises(ValueError, match=r"both sides must be at least 4 for 2 poolings"):
         UNet(**SMALL, odd="zeros")(torch.zeros(1, 1, 3, 9))
+
+
+def test_training_options_reach_the_network():
+    def asked(**options):
+        return architecture_of(TrainConfig(data="x", **options))
+
+    assert asked(norm="batch", activation="leaky_relu").norm == "batch"
+    assert asked(preset="milesial").norm == "batch"
+    assert asked(preset="milesial", norm="none").norm is None
+    with pytest.raises(UserError, match="groups is 8"):
+        asked(norm="group", width=4)
+
+
+@pytest.mark.parametrize(("preset", "size"), [("milesial", 50), ("monai_basic", 37), ("nnunet2d", 50)])
+def test_summaries_count_every_parameter_and_show_the_sizes(preset, size):
+    with torch.device("meta"):
+        model = reference.UNet.from_preset(preset, width=4, depth=3)
+    seen = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            module.register_forward_hook(lambda m, i, y, name=name: seen.update({name: tuple(y.shape[1:])}))
+    model(torch.empty(1, model.architecture.in_channels, size, size, device="meta"))
+    rows = layers(model, size, size)
+    assert sum(row.parameters for row in rows) == sum(p.numel() for p in model.parameters())
+    assert {row.name: row.shape for row in rows if row.name in seen} == seen
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
+def test_keras_files_are_refused_for_norms(suffix, tmp_path):
+    pytest.importorskip("h5py", reason="h5py is not installed")
+    with pytest.raises(ValueError, match=r"norms|pooling alone"):
+        save_keras_weights(UNet(**SMALL, norm="batch"), tmp_path / f"m{suffix}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_onnx_files_of_norms_that_hang_on_the_image_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="instance norm is not exported for every size"):
+        to_onnx(UNet(**SMALL, norm="instance"), tmp_path / "m.onnx")
+    assert not (tmp_path / "m.onnx").exists()
+
+
+@pytest.mark.parametrize("style", ["zeros"])
+def test_onnx_files_hold_norms(style, tmp_path):
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    model, plain, _ = builds(STYLES[style], False, torch.float32)
+    to_onnx(model, tmp_path / "m.onnx")
+    session = runtime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    for shape in ((1, 1, 16, 24), (2, 1, 13, 18)):
+        x = torch.randn(shape)
+        with torch.no_grad():
+            want = plain(x)
+        (got,) = session.run(None, {"images": x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(got), want, rtol=1e-4, atol=1e-4)
 
 
 # Presets against their originals ------------------------------------------------------------------

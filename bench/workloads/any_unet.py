@@ -42,8 +42,10 @@ def _monai() -> nn.Module:
 def _nnunet() -> nn.Module:
     from dynamic_network_architectures.architectures.unet import PlainConvUNet
 
-    return PlainConvUNet(_CHANNELS, 6, (32, 64, 128, 256, 512, 512), nn.Conv2d, 3, (1, 2, 2, 2, 2, 2), 2, _CLASSES, 2,
-                         True, nn.InstanceNorm2d, {"affine": True}, None, None, nn.LeakyReLU, {"inplace": True})
+    net = PlainConvUNet(_CHANNELS, 6, (32, 64, 128, 256, 512, 512), nn.Conv2d, 3, (1, 2, 2, 2, 2, 2), 2, _CLASSES, 2,
+                        True, nn.InstanceNorm2d, {"affine": True}, None, None, nn.LeakyReLU, {"inplace": True})
+    net.decoder.seg_layers = net.decoder.seg_layers[-1:]  # the others are for deep supervision alone
+    return net
 
 
 NETWORKS: dict[str, tuple[str, Callable[[], nn.Module]]] = {

@@ -30,7 +30,7 @@ def to_onnx(model: reference.UNet, path: str | Path) -> None:
 
     Raises:
         ValueError: onnx or onnxscript is not installed, the model is no U-Net of this package or has hooks or a forward
-            of its own, or the file cannot be written.
+            of its own, it has instance or group norm, or the file cannot be written.
     """
     if not isinstance(model, reference.UNet):
         raise ValueError(f"to_onnx takes a fastunet.UNet or fastunet.reference.UNet, not {type(model).__name__}")
@@ -39,6 +39,9 @@ def to_onnx(model: reference.UNet, path: str | Path) -> None:
     own = type(model).forward not in _FORWARDS or "forward" in vars(model)
     if own or model._forward_hooks or model._forward_pre_hooks:
         raise ValueError("to_onnx exports what is inside of the model: take off its own hooks, or its own forward")
+    if model.architecture.norm in ("instance", "group"):
+        raise ValueError(f"to_onnx writes networks with batch norm or none: {model.architecture.norm} norm is not "
+                         "exported for every size")  # fmt: skip
     try:
         import onnx
         import onnxscript  # noqa: F401 - what the exporter is written in

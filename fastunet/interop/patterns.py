@@ -107,7 +107,7 @@ class _Rewriter:
             self.found.left[str(node.target)] = reason
             return None
         chain = self.chain(node)
-        cat = self.concatenation(node)
+        cat = None if steps.fits_conv3(conv, skip=True) else self.concatenation(node)
         if len(chain.nodes) == 1 and cat is None:
             self.found.left[str(node.target)] = "nothing follows it that an operator takes with it"
             return None

@@ -21,13 +21,14 @@ from fastunet.interop.trace import hooked
 DROPOUTS = nn.Dropout, nn.Dropout2d
 
 
-def fits_conv3(conv: nn.Module) -> str | None:
-    """Why no operator takes a convolution as a 3×3 one, or None."""
+def fits_conv3(conv: nn.Module, skip: bool = False) -> str | None:
+    """Why no operator takes a convolution as a 3×3 one, of two maps if ``skip``, or None."""
     if conv.kernel_size != (3, 3):
         return f"it is {conv.kernel_size[0]}×{conv.kernel_size[1]}, not 3×3"
     if conv.padding not in ("same", "valid", (1, 1), (0, 0)):
         return f"it is padded by {conv.padding}"
-    return _usual(conv, (1, 1))
+    strided = conv.stride == (2, 2) and not skip and conv.padding != "same"
+    return _usual(conv, (2, 2) if strided else (1, 1))
 
 
 def _usual(conv: nn.Module, stride: tuple[int, int]) -> str | None:
@@ -98,7 +99,7 @@ def convolution(x: torch.Tensor, skip: torch.Tensor | None, layers: list[nn.Modu
     or pooling, that is a function and no layer.
     """
     if not any(isinstance(layer, DROPOUTS) and layer.training and layer.p for layer in layers):
-        reason = _why_plain(layers)
+        reason = _why_plain(layers, skip is not None)
         if reason is None and skip is not None and skip.shape[2:] != x.shape[2:]:
             reason = "its inputs differ in size"
         if reason is None:
@@ -126,7 +127,7 @@ def as_layers_leave_it(y: Any, plain: bool) -> Any:
     return y.contiguous() if plain and isinstance(y, torch.Tensor) and y.dim() == 4 else y
 
 
-def _why_plain(layers: list[nn.Module]) -> str | None:
+def _why_plain(layers: list[nn.Module], skip: bool) -> str | None:
     for layer in layers:
         if reason := touched(layer):
             return reason
@@ -138,7 +139,7 @@ def _why_plain(layers: list[nn.Module]) -> str | None:
             reason = fits_pool(layer)
         if reason is not None:
             return reason
-    return fits_conv3(layers[0])
+    return fits_conv3(layers[0], skip)
 
 
 def _convolution(x: torch.Tensor, skip: torch.Tensor | None, layers: list[nn.Module], slope: float | None,
@@ -147,12 +148,13 @@ def _convolution(x: torch.Tensor, skip: torch.Tensor | None, layers: list[nn.Mod
     norm = next((layer for layer in layers if isinstance(layer, NORMS)), None)
     pool = pool or isinstance(layers[-1], nn.MaxPool2d)
     operands = x, conv.weight, conv.bias
-    padding = "same" if conv.padding in ("same", (1, 1)) else "valid"
+    options = dict(padding="same" if conv.padding in ("same", (1, 1)) else "valid", slope=slope)
+    if norm is None and pool and skip is None and conv.stride == (1, 1):
+        return functional.conv_relu_pool(*operands, **options)
+    options |= dict(skip=skip, stride=conv.stride[0])
     if norm is not None:
-        return with_norm(operands, norm, skip=skip, padding=padding, slope=slope, pool=pool)
-    if pool and skip is None:
-        return functional.conv_relu_pool(*operands, padding=padding, slope=slope)
-    y = functional.conv_relu(*operands, skip=skip, padding=padding, slope=slope)
+        return with_norm(operands, norm, pool=pool, **options)
+    y = functional.conv_relu(*operands, **options)
     return (y, functional.max_pool2d(y)) if pool else y
 
 
