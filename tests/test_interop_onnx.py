@@ -67,7 +67,7 @@ def test_the_model_is_left_alone_and_what_hangs_on_it_goes_along(tmp_path):
 
 @pytest.mark.parametrize("wrong", [torch.nn.Conv2d(1, 1, 1), None, "model.pt"])
 def test_what_is_no_u_net_is_refused(wrong, tmp_path):
-    with pytest.raises(ValueError, match=r"to_onnx takes a fastunet\.UNet"):
+    with pytest.raises(TypeError, match=r"to_onnx: model is .*; expected reference\.UNet"):
         fastunet.to_onnx(wrong, tmp_path / "m.onnx")
     assert not (tmp_path / "m.onnx").exists()
 

@@ -115,12 +115,12 @@ def test_a_resumed_run_has_the_same_average(phantoms, tmp_path, monkeypatch):  #
     assert run("train", phantoms, "--out", tmp_path / "whole", *options) == 0
     step, left = learner.Learner.step, 8
 
-    def interrupted(self, *args):
+    def interrupted(self, *args, **options):
         nonlocal left
         left -= 1
         if left == 0:
             raise UserError("the power is off")
-        return step(self, *args)
+        return step(self, *args, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(learner.Learner, "step", interrupted)
@@ -164,13 +164,14 @@ def test_balanced_weights_are_inverse_to_the_pixels(phantoms, tmp_path):  # noqa
     weights = learner.class_weights(config, holder)
     assert np.mean(weights) == pytest.approx(1)
     assert np.ptp(weights * counts) < 1e-9 * weights[0] * counts[0]
-    one_more = type("Labels", (), dict(class_names=[*LABEL_MAPS["brats2021"].class_names, "cavity"]))
+    names = [*LABEL_MAPS["brats2021"].class_names, "cavity"]
+    one_more = type("Labels", (), dict(class_names=names, outputs=names, region_order=()))
     with pytest.raises(UserError, match="no training slice holds cavity"):
         learner.class_weights(config, type("Data", (), dict(train=data, labels=one_more)))
 
 
 @pytest.mark.parametrize("options, words", [
-    (["--class-weights", "1,2"], ["2 numbers", "4 classes"]),
+    (["--class-weights", "1,2"], ["2 numbers", "4 outputs"]),
     (["--class-weights", "0,0,0,0"], ["not all 0"]),
     (["--tversky", "0.3,0.7", "--loss", "ce"], ["--tversky 0.3,0.7", "not ce"]),
     (["--tversky", "0,0"], ["--tversky 0,0"]),

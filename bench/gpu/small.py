@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastunet.architecture import Architecture
-from fastunet.inspection.layers import Call, network_calls, standalone_calls
+from fastunet.inspection.layers import Call, Tensor, network_calls, standalone_calls
 
 NETWORKS = (
     (Architecture(width=16, depth=1), (12, 20)),
@@ -23,7 +23,35 @@ def small_calls() -> list[Call]:
         found += network_calls(network, 2, height, width)
         found += network_calls(network, 2, height, width, training=False, output="labels")
         found += standalone_calls(network, 2, height, width)
+    for channels in (16, 33):
+        found += norm_calls(channels)
+        found += region_calls(channels)
     return list({f"{call.operator} {call.arguments}": call for call in found}.values())
+
+
+def norm_calls(channels: int) -> list[Call]:
+    """A convolution with its norm, a group for each channel, and the norm's gradient."""
+    x, z, pooled = (Tensor((2, channels, *size)) for size in ((10, 14), (10, 14), (5, 7)))
+    weight, vector = Tensor((channels, channels, 3, 3)), Tensor((channels,))
+    statistics = Tensor((2, channels), torch.float32)
+    affine = dict(norm_weight=vector, norm_bias=vector)
+    options = dict(eps=1e-5, slope=0.1)
+    forward = dict(x=x, skip=None, weight=weight, bias=vector, **affine, pad=1, stride=1, groups=channels,
+                   per_sample=True, **options, pool=True, process_group="")  # fmt: skip
+    backward = dict(dy=z, d_pooled=pooled, z=z, **affine, mean=statistics, var=statistics,
+                    count=Tensor((0,), torch.float32), **options, process_group="")  # fmt: skip
+    return [Call("norm", "conv_norm", forward, 0), Call("norm", "norm_backward", backward, 0)]
+
+
+def region_calls(regions: int) -> list[Call]:
+    """The sums of the loss of overlapping regions of four classes, and their gradient."""
+    regions = min(regions, 32)
+    read = dict(logits=Tensor((2, regions, 140), pixel_major=True), labels=Tensor((2, 140), torch.uint8, classes=4),
+                region_weights=None, members=Tensor((4,), torch.int32, classes=8), ignore_index=None,
+                cross_entropy=True)  # fmt: skip
+    sums = dict(grad=Tensor((), torch.float32), slopes=Tensor((1, 3 * regions + 3), torch.float32))
+    return [Call("loss", "dice_region_sums", read | dict(per_sample=False), 0),
+            Call("loss", "dice_region_sums_grad", sums | read, 0)]  # fmt: skip
 
 
 def main(device: str = "cuda") -> None:

@@ -126,7 +126,9 @@ class _Search:
         if module in self.seen:
             return
         self.seen.add(module)
-        if hasattr(type(module), "fused_from") or type(module).__module__.startswith("fastunet"):
+        if type(module).__module__ == "fastunet.reference":
+            self.reasons[path] = "fastunet.UNet is this network on the operators"
+        elif hasattr(type(module), "fused_from") or type(module).__module__.startswith("fastunet."):
             self.reasons[path] = "it runs on fastunet's operators already"
         elif is_layer(module) or isinstance(module, nn.ModuleList | nn.ModuleDict):
             self.children(module, path)
