@@ -184,7 +184,11 @@ class UNet(nn.Module):
         return top_left(self.logits_of_padded(self._pad(x)), height, width)
 
     def logits_of_padded(self, x: torch.Tensor) -> torch.Tensor:
-        """Layer by layer: the logits of images of a size that fits."""
+        """Layer by layer: the logits of images that :meth:`forward` has checked and padded.
+
+        Raises:
+            RuntimeError: other images, in the words of the layer that cannot take them; NotImplementedError is one.
+        """
         skips = []
         for encoder in self.encoders:
             x = encoder(x)
