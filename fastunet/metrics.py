@@ -175,8 +175,10 @@ class SegmentationMetrics:
         """:meth:`compute` of every case."""
         return {name: self.compute(name) for name in self._cases}
 
-    def _scores(self, hits, predicted, truth, total) -> dict[str, torch.Tensor]:
-        rule = dict(smooth=self.smooth, empty=self.empty)
+    def _scores(
+        self, hits: torch.Tensor, predicted: torch.Tensor, truth: torch.Tensor, total: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        rule: dict[str, Any] = dict(smooth=self.smooth, empty=self.empty)
         return {
             "dice": dice_score(hits, predicted, truth, **rule),
             "iou": iou_score(hits, predicted, truth, **rule),
