@@ -28,7 +28,8 @@ def checked(thing: Thing) -> Thing:
 
     ``int`` is a whole number of at most 64 bits, ``float`` any finite number; True and False are neither, and NumPy's
     scalars become Python's. A tensor is dense and real, an array holds numbers, a path may be any ``os.PathLike``,
-    a tuple of any length also a list, and text is no sequence of texts. Under ``torch.compile`` nothing is checked.
+    a tuple of any length also a list, and text is no sequence of texts. Nothing is checked under ``torch.compile``, and
+    under ``torch.jit.trace``, for which sizes are tensors.
 
     Raises:
         TypeError: (the call) an argument of another type; the message shows it.
@@ -60,7 +61,7 @@ def checked(thing: Thing) -> Thing:
 
     @functools.wraps(thing)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[no-untyped-call, attr-defined]
             return thing(*args, **kwargs)
         args = *map(fitting, names, args), *args[len(names) :]
         return thing(*args, **{name: fitting(name, value) for name, value in kwargs.items()})

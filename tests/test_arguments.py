@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastunet import UNet, functional
+from fastunet import UNet, functional, reference
 from fastunet.arguments import checked
 
 X = torch.zeros(2, 2)
@@ -72,3 +72,10 @@ def test_functions_keep_limits_of_recompilation_of_their_own():
     codes = {getattr(functional, name).__code__ for name in functional.__all__}
     assert len(codes) == len(functional.__all__)
     assert functional.conv_relu.__code__.co_name == "conv_relu"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_the_plain_build_can_be_traced():
+    """As TensorBoard's ``add_graph`` does: sizes are tensors then."""
+    model, x = reference.UNet(width=4, depth=1).eval(), torch.randn(1, 2, 8, 8)
+    torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))

@@ -29,13 +29,10 @@ def to_onnx(model: reference.UNet, path: str | Path) -> None:
     What hangs on a module or sits in a layer's place is exported with it.
 
     Raises:
-        ValueError: onnx or onnxscript is not installed, the model is no U-Net of this package or has hooks or a forward
-            of its own, it has instance or group norm, or the file cannot be written.
+        TypeError: the model is no U-Net of this package.
+        ValueError: onnx or onnxscript is not installed, the model has hooks or a forward of its own, or instance or
+            group norm, or the file cannot be written.
     """
-    if not isinstance(model, reference.UNet):
-        raise ValueError(f"to_onnx takes a fastunet.UNet or fastunet.reference.UNet, not {type(model).__name__}")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError("to_onnx takes the model itself, not a scripted one")
     own = type(model).forward not in _FORWARDS or "forward" in vars(model)
     if own or model._forward_hooks or model._forward_pre_hooks:
         raise ValueError("to_onnx exports what is inside of the model: take off its own hooks, or its own forward")
