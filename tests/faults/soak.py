@@ -24,12 +24,12 @@ def campaign(work: Path, trials: int, seed: int, time: Deadline) -> Outcome:
     _run("train", data, "--out", work / "first", *TINY, "--epochs", "1")
     step = learner.Learner.step
 
-    def counted(self, *args):
+    def counted(self, *args, **options):
         nonlocal steps
         steps += 1
         if steps % max(3 * trials, 1) == 0:
             seen.append(_state())
-        return step(self, *args)
+        return step(self, *args, **options)
 
     learner.Learner.step = counted
     try:
