@@ -101,8 +101,11 @@ def indices_of_one_hot(labels: torch.Tensor) -> torch.Tensor:
 
 
 def cannot_raise(x: torch.Tensor) -> bool:
-    """Whether values cannot be read now: under torch.compile and torch.func, and while a CUDA graph is captured."""
-    return torch.compiler.is_compiling() or transformed() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    """Whether values cannot be read now: of meta tensors, under torch.compile and torch.func, and while a CUDA graph is
+    captured."""
+    if x.is_meta or torch.compiler.is_compiling() or transformed():
+        return True
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def raise_for_wrong(count: int, greatest: int, classes: int) -> None:

@@ -42,6 +42,8 @@ SCALARS = [None, True, False, 0, 1, 2, -1, 300, 10**12, 2**63, 10**400, 0.5, 1.5
 CPU_SECONDS, MEMORY = 20, 4 << 30
 _REPLACED = {
     "fastunet.data.phantoms.phantom": lambda *_: (np.zeros((4, 2, 2, 2), np.int16), np.zeros((2, 2, 2), np.uint8)),
+    "fastunet.data.cells.cells": lambda *_: (np.zeros((16, 16), np.uint8), np.zeros((16, 16), np.uint8)),
+    "fastunet.data.cells.range": lambda count: range(min(count, 3)),
     "torch.onnx.export": unittest.mock.Mock(side_effect=ValueError("exporting takes seconds")),
 }  # fmt: skip
 """What takes seconds once the arguments are found right, and something in its place."""
@@ -145,7 +147,7 @@ def _call_wrongly(work: Path, name: str, function: Callable, pool: list[Any], ca
 
     with ExitStack() as stack:
         for target, stand_in in _REPLACED.items():
-            stack.enter_context(unittest.mock.patch(target, stand_in))
+            stack.enter_context(unittest.mock.patch(target, stand_in, create=True))
         if inspect.isclass(function) and issubclass(function, torch.nn.Module):
             stack.enter_context(torch.device("meta"))  # a network may be as large as one likes
         call()
