@@ -10,6 +10,7 @@ import torch
 from fastunet import dispatch
 from tests import differentiation
 
+
 @pytest.mark.parametrize("name", differentiation.OPERATORS)
 def test_operators(name, device):
     function, literal, shapes = differentiation.OPERATORS[name]
