@@ -138,6 +138,16 @@ def bfi(e: Emission) -> list[str]:
     return e.put(name, f"bfi({e.value(a, bits)}, {e.value(b, bits)}, {e.value(position, 32)}, {e.value(length, 32)})")
 
 
+@instruction("shf.l.wrap.b32", "shf.r.wrap.b32")
+def funnel_shift(e: Emission) -> list[str]:
+    """Of the 64 bits {b, a} the upper half after a shift to the left, or the lower one after a shift to the right."""
+    name, a, b, count = e.ops
+    whole = f"({e.full(b, 32)}.astype(U64) << U64(32) | {e.full(a, 32)})"
+    count = f"({e.full(count, 32)} & U32(31))"
+    left = e.op[1] == "l"
+    return e.put(name, f"({whole} << {count} >> U64(32)).astype(U32)" if left else f"({whole} >> {count}).astype(U32)")
+
+
 @instruction("prmt.b32")
 def prmt(e: Emission) -> list[str]:
     return e.put(e.ops[0], f"prmt({', '.join(e.full(o, 32) for o in e.ops[1:])})")

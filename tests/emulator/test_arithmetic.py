@@ -86,6 +86,16 @@ def test_shifts_past_the_width(kind):
         assert got.tolist() == [(read(x) >> int(s)) % (1 << bits) for x, s in zip(a, n)]
 
 
+def test_funnel_shifts():
+    a, b, _ = integers(32)
+    n = np.resize(np.array([0, 1, 5, 31, 32, 200], np.uint32), len(a))
+    whole = [int(y) << 32 | int(x) for x, y in zip(a, b)]
+    left = [(w << int(s) % 32 >> 32) % (1 << 32) for w, s in zip(whole, n)]
+    assert each("shf.l.wrap.b32 {d}, {a}, {b}, {c};", np.uint32, a, b, n).tolist() == left
+    right = [(w >> int(s) % 32) % (1 << 32) for w, s in zip(whole, n)]
+    assert each("shf.r.wrap.b32 {d}, {a}, {b}, {c};", np.uint32, a, b, n).tolist() == right
+
+
 def test_wide_products():
     a, b, _ = integers(32)
     assert each("mul.wide.u32 {d}, {a}, {b};", np.uint64, a, b).tolist() == [int(x) * int(y) for x, y in zip(a, b)]
