@@ -62,7 +62,7 @@ def test_soft_labels_and_weights_that_want_a_gradient_are_refused():
         functional.dice_loss(logits, labels, class_weights=torch.ones(4, requires_grad=True))
 
 
-@pytest.mark.parametrize("name", differentiation.NETWORKS)
+@pytest.mark.parametrize("name", ["brats", "isbi"])
 def test_networks(name):
     differentiation.check_network_penalty(name, "torch", torch.float64)
     differentiation.check_network_torch_func(name, "torch", torch.float64)
@@ -70,7 +70,7 @@ def test_networks(name):
 
 
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("name", differentiation.NETWORKS)
+@pytest.mark.parametrize("name", ["brats", "isbi"])
 def test_an_exported_program_trains_every_parameter(name, strict):
     differentiation.check_export_trains(name, "torch", strict)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,12 +87,12 @@ class Learner:
         *border: torch.Tensor,
         progress: Progress,
         steps: int,
-        wish: bool,
+        wishes: Callable[[], bool],
     ) -> Step:
         """One optimiser step; its loss is that of the whole batch, of all processes.
 
         ``border`` is the term of ``border_weights.border_term``, if the run uses it; ``steps`` is the number in an
-        epoch, ``wish`` whether this process wants to stop.
+        epoch, and ``wishes`` is asked, once the gradients are there, whether this process wants to stop.
         """
         config = self.config
         images = images.to(self.device, non_blocking=True).to(memory_format=torch.channels_last)
@@ -107,7 +108,7 @@ class Learner:
         loss = self.loss(logits.float(), labels, *(self._pixel_weights(labels, term) for term in border))
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
-        stop = self.processes.sum_gradients(self.parameters, float(wish))
+        stop = self.processes.sum_gradients(self.parameters, float(wishes()))
         if config.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.parameters, config.clip_norm)

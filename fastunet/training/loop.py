@@ -145,9 +145,8 @@ class Trainer:
         with closing(prefetched(batches)) as loader:
             clock = time.perf_counter()
             for (batch, images, labels, *border), waited in loader:
-                wish = bool(self._requested()) or self._failure is not None
-                step = self.learner.step(batch, images, labels, *border, progress=progress, steps=steps, wish=wish)
-                waiting.append(step)
+                waiting.append(self.learner.step(batch, images, labels, *border, progress=progress, steps=steps,
+                                                 wishes=self._wants_to_stop))  # fmt: skip
                 progress.batch += 1
                 progress.step += 1
                 now = time.perf_counter()
@@ -162,6 +161,9 @@ class Trainer:
                     self._save_state_alone()
         self._settle(waiting, 0)
         self.display.stop()
+
+    def _wants_to_stop(self) -> bool:
+        return bool(self._requested()) or self._failure is not None
 
     def _settle(self, waiting: deque[Step], left: int) -> tuple[float | None, bool]:
         """Accounts for the steps that wait, but for the last ``left``; returns the last loss and whether to stop.

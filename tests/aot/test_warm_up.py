@@ -44,7 +44,7 @@ def test_nothing_is_left_to_compile(tmp_path, monkeypatch, request):
         for call in network_calls(NETWORK, 2, 16, 16, training=False, output="labels"):
             call.launcher()(*call.random(torch.bfloat16, "cpu"))
     assert kernels(tmp_path) == ready
-    assert len(hits) > 20
+    assert len(hits) > 10  # some kernels are in memory already, from other tests
     assert all(hits)
 
 
