@@ -16,6 +16,7 @@ from torch import nn
 
 from fastunet import functional, reference
 from fastunet.chains import NORMS, why_not_norm, with_norm
+from fastunet.dispatch import select_backend
 from fastunet.interop.trace import hooked
 
 DROPOUTS = nn.Dropout, nn.Dropout2d
@@ -95,10 +96,11 @@ def convolution(x: torch.Tensor, skip: torch.Tensor | None, layers: list[nn.Modu
                 slope: float | None = None, pool: bool = False) -> Any:
     """A 3×3 convolution of ``cat([skip, x], 1)`` and what ``layers`` has behind it; with a pooling (y, pooled).
 
-    Dropout among the layers makes them run one by one while it drops. ``slope`` and ``pool`` stand for an activation,
-    or pooling, that is a function and no layer.
+    Dropout among the layers makes them run one by one while it drops, and so do norms on a CPU. ``slope`` and
+    ``pool`` stand for an activation, or pooling, that is a function and no layer.
     """
-    if not any(isinstance(layer, DROPOUTS) and layer.training and layer.p for layer in layers):
+    drops = any(isinstance(layer, DROPOUTS) and layer.training and layer.p for layer in layers)
+    if not drops and not _layers_are_faster(x, layers):
         reason = _why_plain(layers, skip is not None)
         if reason is None and skip is not None and skip.shape[2:] != x.shape[2:]:
             reason = "its inputs differ in size"
@@ -115,6 +117,13 @@ def convolution(x: torch.Tensor, skip: torch.Tensor | None, layers: list[nn.Modu
         y = layer(y)
     y = y if slope is None else reference.activation(y, slope)
     return (y, F.max_pool2d(y, 2)) if pool else y
+
+
+def _layers_are_faster(x: torch.Tensor, layers: list[nn.Module]) -> bool:
+    """Norms on a CPU: BasicUNet's training steps took 1.2 to 1.4 times as long by the operator, evaluation 1.1 to 1.7
+    times (batch, instance and group norm, two cores, 2×2×128×128)."""
+    norm = any(isinstance(layer, NORMS) for layer in layers)
+    return norm and x.device.type == "cpu" and select_backend(None, "conv_norm", x) == "torch"
 
 
 def is_plain(x: torch.Tensor, conv: nn.Module) -> bool:
