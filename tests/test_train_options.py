@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 
 import fastunet
 from fastunet.data import LABEL_MAPS, SliceDataset, discover_cases, read_labels, split_cases
-from fastunet.errors import UserError
+from fastunet.errors import DataWarning, UserError
 from fastunet.losses import DiceCrossEntropyLoss
 from fastunet.training import dataset, learner
 from fastunet.training.config import TrainConfig
@@ -200,3 +201,13 @@ def test_precision_is_that_asked_for_whatever_the_process_inherits():
             assert not cudnn.allow_tf32
     finally:
         torch.backends.fp32_precision = before
+
+
+def test_a_run_of_an_older_version_says_that_its_augmentation_was_another(tmp_path):
+    TrainConfig(data="d").write(tmp_path)
+    TrainConfig.read(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    del stored["turns"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.warns(DataWarning, match="older version"):
+        TrainConfig.read(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,7 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from fastunet.architecture import ACTIVATIONS, NORMS, PRESETS
-from fastunet.errors import UserError
+from fastunet.errors import DataWarning, UserError
 from fastunet.files import write_text
 from fastunet.schema import read_json, to_type
 
@@ -116,6 +117,9 @@ class TrainConfig:
         file = Path(run) / FILE_NAME
         stored = read_json(file, dict[str, Any])
         stored.setdefault("regions", "none")  # runs older than this option have trained classes
+        if "turns" not in stored and stored.get("augment", True):
+            warnings.warn(f"{file} is of an older version, which changed slices at random in another way",
+                          DataWarning, stacklevel=2)  # fmt: skip
         return to_type(stored, cls, file)
 
     def resumed_with(self, given: dict) -> TrainConfig:
