@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 
 _PATIENCE_SECONDS = 5.0
 """How long one signal counts as the same request: `torchrun` and schedulers send each signal more than once."""
+
+_IMPORT_SECONDS = 0.1
+"""After which a signal that came during an import is sent again."""
 
 _noted: list[tuple[int, float]] | None = None
 """What has come in a ``deferred`` block: signal numbers and times. None outside of one."""
@@ -69,8 +74,19 @@ def deferred() -> Iterator[Callable[[], int]]:
         raise Interrupted(noted[0][0])
 
 
-def _handle(number: int, frame: object) -> None:
+def _handle(number: int, frame: types.FrameType | None) -> None:
     now = time.monotonic()
-    if _noted is None or (_noted and now - _noted[0][1] > _PATIENCE_SECONDS):
+    if _noted is not None and (not _noted or now - _noted[0][1] <= _PATIENCE_SECONDS):
+        _noted.append((number, now))
+    elif _importing(frame):
+        # an exception that comes through the start of a compiled module ends the process with SIGABRT
+        threading.Timer(_IMPORT_SECONDS, os.kill, (os.getpid(), number)).start()
+    else:
         raise Interrupted(number)
-    _noted.append((number, now))
+
+
+def _importing(frame: types.FrameType | None) -> bool:
+    """Whether a module is being imported where ``frame`` is."""
+    while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+        frame = frame.f_back
+    return frame is not None

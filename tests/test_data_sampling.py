@@ -98,7 +98,7 @@ def test_the_orders_of_this_version():
     assert order.tolist() == [7, 5, 8, 8, 0, 9, 4, 2, 0, 4]
 
 
-@pytest.mark.parametrize(("batch", "rank", "world"), [(0, 0, 1), (4, 2, 2), (4, -1, 2)])
+@pytest.mark.parametrize(("batch", "rank", "world"), [(0, 0, 1), (10**12, 0, 1), (4, 2, 2), (4, -1, 2)])
 def test_bad_ranks(batch, rank, world):
     with pytest.raises(ValueError, match="out of range"):
         next(split_into_batches(np.arange(5), batch, rank=rank, world=world))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,6 +105,20 @@ def test_finished_run_is_completed_from_its_state(phantoms, uninterrupted, capsy
     (uninterrupted / "log.csv").write_text("stale\n")
     assert run(*arguments(phantoms, uninterrupted), "--resume") == 0
     assert {name: (uninterrupted / name).read_bytes() for name in wanted} == wanted
+
+
+def test_a_run_that_ended_in_its_first_state_begins_anew(phantoms, uninterrupted, tmp_path, capsys):  # noqa: F811
+    """A full disk held the best weights and not the state; weights of later epochs without one are not replaced."""
+    out = tmp_path / "run"
+    for name in ("config.json", "best.safetensors", "log.csv"):
+        out.mkdir(exist_ok=True)
+        shutil.copy(uninterrupted / name, out)
+    assert_user_error(capsys, run(*arguments(phantoms, out), "--resume"), "no state.safetensors")
+    (out / "log.csv").unlink()
+    (out / "best.safetensors").write_bytes(b"of a first epoch")
+    assert run(*arguments(phantoms, out), "--resume") == 0
+    for name in ("best.safetensors", "last.safetensors"):
+        assert (out / name).read_bytes() == (uninterrupted / name).read_bytes()
 
 
 def test_resume_refuses_what_would_change_the_results(phantoms, uninterrupted, tmp_path, capsys):  # noqa: F811

@@ -94,6 +94,21 @@ def test_a_second_signal_after_a_while_is_not_put_off(monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_a_signal_during_an_import_waits_for_its_end(monkeypatch, tmp_path):
+    """An exception in the start of a compiled module, as Triton's, would abort the process."""
+    module = "import os, signal, sys; os.kill(os.getpid(), signal.SIGTERM); sys.set_whole = all([True] * 1000)"
+    (tmp_path / "interrupted_import.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "set_whole", False, raising=False)
+    with signals.handled():
+        import interrupted_import  # noqa: F401
+
+        assert sys.set_whole
+        with pytest.raises(Interrupted) as stopped:
+            time.sleep(30)
+    assert stopped.value.number == signal.SIGTERM
+
+
 def test_ignored_signals_stay_ignored():
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

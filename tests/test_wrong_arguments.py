@@ -49,3 +49,8 @@ def test_number_of_classes(number):
     for call in (lambda: functional.confusion_matrix(X, LABELS, number), lambda: SegmentationMetrics(number)):
         with pytest.raises((ValueError, TypeError), match="num_classes is"):
             call()
+
+
+def test_metrics_of_tensors_without_values():
+    with pytest.raises(ValueError, match="meta device"):
+        SegmentationMetrics(3).update(X.to("meta"), LABELS.to("meta"))

@@ -39,8 +39,10 @@ def make_cells(
         sizes: (height, width) of the images, taken in turn.
 
     Raises:
-        UserError: a size that is too small, or a file that cannot be written.
+        UserError: no size or one that is too small, or a file that cannot be written.
     """
+    if not sizes:
+        raise UserError("pictures of cells need at least one size")
     root = Path(root)
     images, masks = (make_output_folder(root / name) for name in ("images", "masks"))
     for index in range(count):

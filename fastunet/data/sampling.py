@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+_MOST_SAMPLES = 1 << 20
+"""In one batch, more than any device holds; an epoch's last batch repeats samples until it is full."""
+
 
 class Batch(NamedTuple):
     """The samples of one process for one step.
@@ -70,7 +73,7 @@ def split_into_batches(
             and a process left without samples skips it.
         epoch: handed on to the batches.
     """
-    if batch_size < 1 or not 0 <= rank < world:
+    if not 1 <= batch_size <= _MOST_SAMPLES or not 0 <= rank < world:
         raise ValueError(f"batch_size {batch_size} or rank {rank} of {world} is out of range")
     steps = count_steps(len(order), batch_size, world)
     total = steps * batch_size * world if wrap else len(order)

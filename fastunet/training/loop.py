@@ -64,7 +64,9 @@ def _check_run(run: Path, resume: bool) -> None:
     found = [name for name in (STATE, BEST, LAST) if (run / name).exists()]
     if found and not resume:
         raise UserError(f"{run} holds a run already; --resume continues it, or choose another folder")
-    if found and STATE not in found:
+    # a run's best weights and no log: the disk was full, or the process gone, before the first state was whole
+    in_first_state = found == [BEST] and (run / FILE_NAME).exists() and not (run / LOG).exists()
+    if found and STATE not in found and not in_first_state:
         raise UserError(f"{run} holds weights but no {STATE} to continue from; choose another folder")
 
 
