@@ -127,6 +127,15 @@ def test_nnunet_folders(tmp_path, capsys, damage):
         assert word in out
 
 
+def test_the_order_in_which_regions_are_painted(tmp_path, capsys):
+    labels = {"background": 0, "whole": [1, 2], "core": [2]}
+    root = nnunet_folder(tmp_path, names=("a", "b", "c"), labels=labels)
+    table = json.loads((root / "dataset.json").read_text()) | {"regions_class_order": [1, 2]}
+    (root / "dataset.json").write_text(json.dumps(table))
+    assert run("check", root) == 0
+    assert "(regions_class_order): whole (as 1), core (as 2)" in capsys.readouterr().out
+
+
 def test_images(tmp_path, capsys):
     assert run("check", folder_of(tmp_path), "--size", "8") == 0
     out = capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -230,3 +231,20 @@ def test_the_format_of_a_mask(folder):
     assert mask_suffix(case, LabelMap("masks", (0, 65535), ("a", "b"))) == ".png"
     assert mask_suffix(case, LabelMap("masks", (0, RED), ("a", "b"))) == ".png"
     assert mask_suffix(case, LabelMap("masks", (0, 65536), ("a", "b"))) == ".tif"
+
+
+def test_colour_images_are_refused_by_a_network_of_grey_ones(folder, trained, tmp_path, capsys):
+    colour = shutil.copytree(folder, tmp_path / "colour")
+    for path in (colour / "images").iterdir():
+        Image.open(path).convert("RGB").save(path)
+    out, first = tmp_path / "out", str(colour / "images" / "cell_0.png")
+    for source in (colour, colour / "images", colour / "images" / "cell_0.png"):
+        assert_user_error(capsys, run("segment", trained, source, "--out", out, "--device", "cpu"), first, "grey")
+    assert_user_error(capsys, run("evaluate", trained, colour, "--device", "cpu"), first, "grey")
+    again = shutil.copytree(trained, tmp_path / "run")
+    assert_user_error(capsys, run("train", colour, "--out", again, "--resume", "--epochs", "2"), first, "grey")
+    Image.open(folder / "images" / "cell_0.png").save(first)
+    code = run("segment", trained, colour, "--out", out, "--device", "cpu")
+    said = capsys.readouterr().err
+    assert code == 2
+    assert f"grey and colour images, such as {colour / 'images' / 'cell_1.png'}" in said

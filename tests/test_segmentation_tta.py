@@ -43,11 +43,17 @@ def test_the_mean_of_mirrored_copies(options, tile, shape, flips):
         np.testing.assert_allclose(np.flip(mirrored, axis), maps, atol=1e-6)
 
 
-def test_only_mirror_images_that_training_saw(phantoms, checkpoint, tmp_path, capsys):  # noqa: F811
+def test_only_mirror_images_that_training_saw(phantoms, checkpoint, tmp_path, capsys, monkeypatch):  # noqa: F811
     code = run("segment", checkpoint, phantoms, "--out", tmp_path / "out", "--tta", "--device", "cpu")
     assert_user_error(capsys, code, "--tta", "without mirrored slices")
-    assert run("train", phantoms, "--out", tmp_path / "run", *TINY, "--epochs", 1) == 0
-    assert load_model(tmp_path / "run")[1].flips == (-2,)
     run_folder = tmp_path / "run"
+    assert run("train", phantoms, "--out", run_folder, *TINY, "--epochs", 1) == 0
+    code = run("segment", run_folder, phantoms, "--out", tmp_path / "out", "--tta", "--device", "cpu")
+    assert_user_error(capsys, code, "--tta", "too short a run")
+    # the first epoch leaves slices as they are, and the second one mirrors some
+    monkeypatch.setattr("fastunet.training.dataset._PLAIN_SLICES", 20)
+    assert run("train", phantoms, "--out", run_folder, "--resume", "--epochs", 2) == 0
+    assert load_model(run_folder / "last.safetensors")[1].flips == (-2,)
+    run_folder = run_folder / "last.safetensors"
     for command in (["segment", run_folder, phantoms, "--out", tmp_path / "out"], ["evaluate", run_folder, phantoms]):
         assert run(*command, "--tta", "--device", "cpu") == 0

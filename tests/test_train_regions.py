@@ -129,10 +129,16 @@ def test_the_run_is_resumed_segmented_and_scored(nnunet, trained, tmp_path, caps
     assert set(np.unique(again)) <= {0, 1, 2, 4}
     capsys.readouterr()
     assert run("evaluate", trained, nnunet, "--device", "cpu", "--csv", tmp_path / "scores.csv") == 0
-    assert "whole tumour" in capsys.readouterr().out
+    said = capsys.readouterr().out
     with open(tmp_path / "scores.csv", newline="") as file:
-        kinds = {(row["structure"], row["kind"]) for row in csv.DictReader(file)}
-    assert {(name, "region") for name in ("whole tumour", "tumour core", "enhancing tumour")} <= kinds
+        rows = list(csv.DictReader(file))
+    regions = [row for row in rows if row["kind"] == "region" and row["case"] != "mean"]
+    assert {row["structure"] for row in regions} == {"whole tumour", "tumour core", "enhancing tumour"}
+    mean = np.mean([float(row["dice"]) for row in regions])
+    assert f"Mean region Dice: {mean:.3f}." in said
+    overall = {row["structure"]: row for row in rows if row["kind"] == "mean"}
+    assert float(overall["regions"]["dice"]) == pytest.approx(mean, abs=1e-6)
+    assert overall.keys() == {"foreground", "regions"}
 
 
 def test_mirror_images_are_averaged_before_regions_are_painted(trained):

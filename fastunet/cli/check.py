@@ -122,7 +122,8 @@ def _label_table(labelled: Sequence) -> list[str]:
         rows.append(
             (value_name(value), named.get(value, "NOT IN THE TABLE"), f"{voxels[value]}", share, f"{cases[value]}")
         )
-    return [*_aligned(rows), ""]
+    painted = f"regions, each painted over those before it (regions_class_order): {table.painting}"
+    return [*_aligned(rows), *([painted] if table.region_order else []), ""]
 
 
 def _intensity_table(reports: Sequence) -> list[str]:

@@ -60,8 +60,12 @@ class Case:
 
 def check_modalities(case: Case, modalities: Iterable[str]) -> None:
     """Raises ``UserError`` unless ``case`` has all ``modalities``."""
+    modalities = list(modalities)
     missing = [modality for modality in modalities if modality not in case.modalities]
     if missing:
-        folder = case.files[0].parent
         has = ", ".join(case.modalities) or "no modality"
+        if case.is_image:
+            wanted = ", ".join(modalities)
+            raise UserError(f"{case.files[0]} is read as {has}, and {wanted} is asked for: convert the images to that")
+        folder = case.files[0].parent
         raise UserError(f"{folder}: case {case.name} has no {' and no '.join(missing)} (it has {has})")

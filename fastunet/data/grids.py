@@ -31,6 +31,8 @@ def check_geometry(case: Case, modalities: Iterable[str], *, label: bool = True)
     for path, channel in sources:
         shape = grids[path].shape
         if channel is None and len(shape) > 3:
+            if case.is_image:
+                raise UserError(f"{path} has {shape[3]} channels, and a grey image is asked for: convert it to that")
             raise UserError(f"{path}: expected one volume of 3 axes, got shape {shape}")
         grey_as_colour = case.is_image and len(shape) == 3 and len(sources) == 3
         if channel is not None and channel >= (*shape[3:], 1)[0] and not grey_as_colour:

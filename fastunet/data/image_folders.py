@@ -35,15 +35,16 @@ def image_folder_cases(root: Path, refused: Refusal = refuse) -> list[Case]:
     if not pairs:
         return []
     channels = {name: _channels(image) for name, (image, _) in pairs.items()}
-    colour = any(count == 3 for count in channels.values())
+    colour = next((pairs[name][0] for name, count in channels.items() if count == 3), None)
     if colour and len(set(channels.values())) > 1:
-        warn_once(f"grey among colour in {root}", f"{root} holds grey and colour images; the grey ones count as colour")
+        mixed = f"{root} holds grey and colour images, such as {colour}; the grey ones count as colour"
+        warn_once(f"grey among colour in {root}", mixed)
     labels = [mask for _, mask in pairs.values() if mask is not None]
     table = mask_table(labels) if labels else _UNLABELLED
     cases = []
     for name, (image, mask) in pairs.items():
         if colour:
-            sources = {colour: Source(image, index) for index, colour in enumerate(_COLOURS)}
+            sources = {channel: Source(image, index) for index, channel in enumerate(_COLOURS)}
         else:
             sources = {"grey": Source(image)}
         cases.append(Case(name, name, sources, mask, table.edition, table))

@@ -129,6 +129,12 @@ class LabelMap:
         return np.array([0, *self.region_order], np.uint8)
 
     @property
+    def painting(self) -> str:
+        """The regions in the order in which they are written, and the file value of each, for messages."""
+        written = zip(self.regions, self.region_order)
+        return ", ".join(f"{name} (as {value_name(self.values[index])})" for name, index in written)
+
+    @property
     def outputs(self) -> tuple[str, ...]:
         """What a network trained on this table has outputs of: the regions if they have an order, else the classes."""
         return tuple(self.regions) if self.region_order else self.class_names

@@ -67,8 +67,13 @@ def mean_foreground_dice(scores: Sequence[Score]) -> float:
     return _mean([s.dice for s in scores if s.kind == "class"])
 
 
+def mean_region_dice(scores: Sequence[Score]) -> float:
+    """The mean Dice over all cases and regions; NaN if there are none."""
+    return _mean([s.dice for s in scores if s.kind == "region"])
+
+
 def text_table(scores: Sequence[Score], *, empty: str = "one") -> str:
-    """Dice per case (rows) and structure (columns), the mean below, and the rule for empty structures."""
+    """Dice per case (rows) and structure (columns), the means below, and the rule for empty structures."""
     means = mean_scores(scores)
     structures = [(s.kind, s.structure) for s in means]
     by_case: dict[str, dict[tuple[str, str], Score]] = {}
@@ -84,23 +89,37 @@ def text_table(scores: Sequence[Score], *, empty: str = "one") -> str:
 
     rule = "-" * (sum(widths) + 2 * len(structures))
     lines = [*map(line, header), rule, *map(line, body[:-1]), rule, line(body[-1])]
-    return "\n".join([*lines, f"Mean foreground Dice: {_cell(mean_foreground_dice(scores))}. {EMPTY_RULES[empty]}"])
+    regions = mean_region_dice(scores)
+    over_regions = "" if math.isnan(regions) else f" Mean region Dice: {_cell(regions)}."
+    lines.append(f"Mean foreground Dice: {_cell(mean_foreground_dice(scores))}.{over_regions} {EMPTY_RULES[empty]}")
+    return "\n".join(lines)
 
 
 def csv_table(scores: Sequence[Score]) -> str:
-    """Every score of every case and structure, then the means, as CSV; undefined scores are empty cells."""
+    """Every score of every case and structure, then the means, as CSV; undefined scores are empty cells.
+
+    Rows of kind "mean" are means over the cases and all foreground classes ("foreground") or all regions ("regions").
+    """
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(["case", "structure", "kind", *COLUMNS, "truth_voxels", "predicted_voxels"])
     for s in [*scores, *mean_scores(scores)]:
-        values = ["" if math.isnan(v := getattr(s, column)) else f"{v:.6f}" for column in COLUMNS]
+        values = [_number(getattr(s, column)) for column in COLUMNS]
         writer.writerow([s.case, s.structure, s.kind, *values, s.truth_voxels, s.predicted_voxels])
+    for structure, kind in (("foreground", "class"), ("regions", "region")):
+        if group := [s for s in scores if s.kind == kind]:
+            means = [_number(_mean([getattr(s, column) for s in group])) for column in COLUMNS]
+            writer.writerow(["mean", structure, "mean", *means, "", ""])
     return stream.getvalue()
 
 
 def _mean(values: Sequence[float]) -> float:
     defined = [v for v in values if not math.isnan(v)]
     return sum(defined) / len(defined) if defined else float("nan")
+
+
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.6f}"
 
 
 def _cell(value: float) -> str:

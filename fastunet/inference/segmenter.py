@@ -58,7 +58,8 @@ class Segmenter:
 
     def __post_init__(self):
         if self.tta and not self.card.flips:
-            raise UserError("--tta: this network was trained without mirrored slices, which it would take for others")
+            seen = "this network was trained without mirrored slices, which it would take for others"
+            raise UserError(f"--tta: {seen} (--no-augment, sagittal slices, or too short a run)")
         self._network = self.model.freeze() if isinstance(self.model, UNet) else self.model
         self._painted = self.label_map.painted if self.card.regions else None
 

@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -76,6 +76,11 @@ class TrainingData:
         """
         seen = epoch * len(self.train)
         return 1.0 if self.tile is not None else min(max(seen / _PLAIN_SLICES - 1, 0.0), 1.0)
+
+    def mirrored(self, epochs: int) -> tuple[Literal[-2, -1], ...]:
+        """The image axes along which the first ``epochs`` epochs have mirrored slices."""
+        options = self.augmentation
+        return options.flip if options is not None and epochs and self.share_changed(epochs - 1) > 0 else ()
 
     @property
     def ignored(self) -> int | None:
@@ -158,8 +163,7 @@ def prepare_data(
     )
     display.message(f"classes by label value: {labels}")
     if labels.region_order:
-        written = [f"{name} (as {labels.values[index]})" for name, index in zip(labels.regions, labels.region_order)]
-        display.message(f"overlapping regions, an output each, written in this order: {', '.join(written)}")
+        display.message(f"overlapping regions, an output each, written in this order: {labels.painting}")
     return TrainingData(train, val, labels, tuple(modalities), config, tile, spacing)
 
 
@@ -256,7 +260,7 @@ def centre_crop(labels: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def _labelled_cases(config: TrainConfig, display: Display) -> list[Case]:
-    found = discover_cases(config.data, modalities=config.modalities, edition=config.edition)
+    found = discover_cases(config.data, modalities=None, edition=config.edition)  # check_quickly asks for modalities
     cases = [case for case in found if case.label is not None]
     if not cases:
         raise UserError(f"{config.data} holds no labelled cases")

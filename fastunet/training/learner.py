@@ -66,7 +66,6 @@ class Learner:
             axis=config.axis,
             images=data.train.cases[0].is_image,
             spacing=data.spacing,
-            flips=data.augmentation.flip if data.augmentation else (),
         )
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shlex
 import signal
@@ -78,7 +79,7 @@ def _train(config: TrainConfig, run: Path, processes: Processes, display: Displa
         if (run / STATE).exists():
             trainer.restore()
         elif processes.leader:
-            config.write(run)
+            dataclasses.replace(config, modalities=list(data.modalities)).write(run)
     with deferred() as requested:
         trainer.fit(requested)
 
@@ -294,7 +295,8 @@ class Trainer:
     def _save_weights(self, name: str) -> None:
         if self.processes.leader:
             try:
-                checkpoint.save_weights(self.run / name, self.learner.result, self.learner.card)
+                card = dataclasses.replace(self.learner.card, flips=self.data.mirrored(self.progress.epoch))
+                checkpoint.save_weights(self.run / name, self.learner.result, card)
             except NotFinite as error:
                 raise self._diverged(str(error), self._last_batch) from error
 
