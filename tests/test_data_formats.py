@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gzip
 import os
+import sys
 import threading
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -138,10 +140,36 @@ def test_meta_image(tmp_path):
 
 
 def test_meta_image_without_its_reader(tmp_path, monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "SimpleITK", None)
     with pytest.raises(UserError, match=r"a\.mha: MetaImage files need SimpleITK: pip install 'fastunet\[metaimage\]'"):
+        read_volume(tmp_path / "a.mha")
+
+
+@pytest.mark.parametrize("components", [1, 2])
+def test_meta_image_as_its_reader_gives_it(tmp_path, monkeypatch, components):
+    """SimpleITK's arrays run (z, y, x, component), its axes to the left, the back and the top; this is in its place."""
+    data = np.random.default_rng(0).normal(size=(6, 5, 4, components)).astype(np.float32)
+    turned = np.array([[0.0, 1, 0], [1, 0, 0], [0, 0, -1]])
+    image = SimpleNamespace(
+        SetImageIO=lambda name: None, SetFileName=lambda name: None, ReadImageInformation=lambda: None,
+        GetSize=lambda: (4, 5, 6), GetNumberOfComponents=lambda: components, GetOrigin=lambda: (10.0, 20.0, 30.0),
+        GetSpacing=lambda: (1.0, 2.0, 3.0), GetDirection=lambda: tuple(turned.ravel()), Execute=lambda: data,
+    )  # fmt: skip
+    reader = SimpleNamespace(ImageFileReader=lambda: image,
+                             GetArrayFromImage=lambda found: found[..., 0] if components == 1 else found)  # fmt: skip
+    monkeypatch.setitem(sys.modules, "SimpleITK", reader)
+    (tmp_path / "a.mha").touch()
+    volume = read_volume(tmp_path / "a.mha")
+    expected = data.transpose(2, 1, 0, 3)
+    np.testing.assert_array_equal(volume.data, expected[..., 0] if components == 1 else expected)
+    np.testing.assert_array_equal(read_volume(tmp_path / "a.mha", channel=components - 1).data, expected[..., -1])
+    np.testing.assert_array_equal(volume.affine, [[0, -2, 0, -10], [-1, 0, 0, -20], [0, 0, -3, 30], [0, 0, 0, 1]])
+
+    def damaged():
+        raise RuntimeError("Exception thrown in SimpleITK ImageFileReader_Execute")
+
+    image.ReadImageInformation = damaged
+    with pytest.raises(UserError, match=r"a\.mha is not a MetaImage file that can be read: .*ImageFileReader_Execute"):
         read_volume(tmp_path / "a.mha")
 
 
