@@ -14,13 +14,31 @@ from fastunet.functional.dice_rule import check_rule, check_tversky
 from fastunet.functional.weighted_cross_entropy import weighted_cross_entropy
 
 
+class _LossOfSums(nn.Module):
+    """A loss whose options are those of a function, and whose ``weights`` are a buffer that no state dict holds."""
+
+    def __init__(self, name: str, weights: Any, **options: Any):
+        super().__init__()
+        check_rule(options["empty"], options["smooth"])
+        check_tversky(options["tversky"])
+        if weights is not None:
+            weights = torch.as_tensor(weights, dtype=torch.float32)
+        self.register_buffer(name, weights, persistent=False)
+        self.options = options
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
 @checked
-class DiceCrossEntropyLoss(nn.Module):
+class DiceCrossEntropyLoss(_LossOfSums):
     """``dice_weight · Dice loss + ce_weight · cross-entropy`` of logits and labels.
 
     The options are those of :func:`fastunet.functional.dice.dice_cross_entropy`. ``class_weights``, a sequence or
     tensor of one weight per class, becomes a buffer that moves with the module and is not saved with its state.
     """
+
+    class_weights: torch.Tensor | None
 
     def __init__(
         self,
@@ -41,14 +59,9 @@ class DiceCrossEntropyLoss(nn.Module):
         grad_reduction: str = "mean",
         backend: str | None = None,
     ):
-        super().__init__()
-        check_rule(empty, smooth)
-        check_tversky(tversky)
-        if class_weights is not None:
-            class_weights = torch.as_tensor(class_weights, dtype=torch.float32)
-        self.class_weights: torch.Tensor | None
-        self.register_buffer("class_weights", class_weights, persistent=False)
-        self.options = dict(
+        super().__init__(
+            "class_weights",
+            class_weights,
             ce_weight=ce_weight,
             dice_weight=dice_weight,
             smooth=smooth,
@@ -83,9 +96,6 @@ class DiceCrossEntropyLoss(nn.Module):
         likelihood = weighted_cross_entropy(logits, labels, pixel_weights, **options)
         return torch.add(overlap, likelihood, alpha=self.options["ce_weight"])
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
-
 
 @checked
 class DiceLoss(DiceCrossEntropyLoss):
@@ -102,7 +112,7 @@ class DiceLoss(DiceCrossEntropyLoss):
 
 
 @checked
-class RegionDiceCrossEntropyLoss(nn.Module):
+class RegionDiceCrossEntropyLoss(_LossOfSums):
     """``dice_weight · Dice loss + ce_weight · binary cross-entropy`` of overlapping regions of classes.
 
     ``regions`` gives for each output of the network the class indices that it stands for, as ``[(1, 2, 3), (1, 3),
@@ -110,6 +120,9 @@ class RegionDiceCrossEntropyLoss(nn.Module):
     :func:`fastunet.functional.dice_regions.region_dice_cross_entropy`; ``region_weights`` may be a sequence. The table
     of regions and the weights are buffers that move with the module and are not saved with its state.
     """
+
+    table: torch.Tensor
+    region_weights: torch.Tensor | None
 
     def __init__(
         self,
@@ -130,17 +143,9 @@ class RegionDiceCrossEntropyLoss(nn.Module):
         grad_reduction: str = "mean",
         backend: str | None = None,
     ):
-        super().__init__()
-        check_rule(empty, smooth)
-        check_tversky(tversky)
-        self.regions = [tuple(members) for members in regions]
-        if region_weights is not None:
-            region_weights = torch.as_tensor(region_weights, dtype=torch.float32)
-        self.table: torch.Tensor
-        self.region_weights: torch.Tensor | None
-        self.register_buffer("table", dice_regions.region_table(self.regions, num_classes), persistent=False)
-        self.register_buffer("region_weights", region_weights, persistent=False)
-        self.options = dict(
+        super().__init__(
+            "region_weights",
+            region_weights,
             ce_weight=ce_weight,
             dice_weight=dice_weight,
             smooth=smooth,
@@ -154,6 +159,8 @@ class RegionDiceCrossEntropyLoss(nn.Module):
             grad_reduction=grad_reduction,
             backend=backend,
         )
+        self.regions = [tuple(members) for members in regions]
+        self.register_buffer("table", dice_regions.region_table(self.regions, num_classes), persistent=False)
 
     def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The loss, a scalar, of (N, R, H, W) ``logits`` of R regions and (N, H, W) class indices."""
@@ -164,4 +171,4 @@ class RegionDiceCrossEntropyLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return ", ".join([f"{self.regions}", *(f"{name}={value!r}" for name, value in self.options.items())])
+        return f"{self.regions}, {super().extra_repr()}"

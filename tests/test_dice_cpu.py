@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastunet.functional import dice_cpu
+from fastunet.functional import dice_confusion, dice_cpu
 from fastunet.functional.dice import dice_cross_entropy, dice_loss
 from tests.dice_cases import batch, literal
 from tests.tolerance import assert_within_budget
@@ -24,7 +24,7 @@ def test_chunks_of_several_images(c, ignore, monkeypatch):
         loss = dice_cross_entropy(leaf, labels, ignore_index=ignore, reduction="sample")
         gradient = torch.autograd.grad(loss, leaf)[0]
         sums = dice_cpu.sums(flat, targets, None, ignore, True, True)
-        found.append((sums, gradient, dice_cpu.confusion(flat, targets, max(c, 2), ignore)))
+        found.append((sums, gradient, dice_confusion.confusion(flat, targets, max(c, 2), ignore)))
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-15)
 

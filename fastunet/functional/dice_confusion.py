@@ -1,4 +1,4 @@
-"""The confusion matrix of logits or predicted labels, from one read."""
+"""The confusion matrix of logits or predicted labels, from one read; on a CPU chunk by chunk, as ``dice_cpu`` walks."""
 
 from __future__ import annotations
 
@@ -17,9 +17,48 @@ from fastunet.functional.dice_arguments import (
     raise_for_wrong,
 )
 
+NONE_WRONG = -(2**31)
+"""Stands for "no value is out of range" in :func:`confusion`."""
+
+
+def confusion(predictions: torch.Tensor, labels: torch.Tensor, classes: int, ignore_index: int | None) -> torch.Tensor:
+    """Counts of (truth, prediction) pairs per sample, and of the values that are out of range.
+
+    Args:
+        predictions: (N, C, S) logits, of which the first maximum is the prediction (of one logit: the second of two
+            classes where it is positive), or (N, S) integer labels.
+        labels: (N, S) integers.
+        classes: K, at least C.
+
+    Returns:
+        (N, K² + 2) int64: the matrix row by row (rows truth), the number of pixels left out because their label or
+        prediction is out of range, and the greatest such value (:data:`NONE_WRONG` if there is none).
+    """
+    n = len(labels)
+    result = torch.zeros(n, classes * classes + 2, dtype=torch.int64, device=labels.device)
+    result[:, -1] = NONE_WRONG
+    channels = predictions if predictions.ndim == 3 else predictions[:, None]
+    for samples, pixels, block in dice_cpu.chunks(channels, max(channels.shape[1], 2), 1):
+        truth = labels[samples, pixels].long()
+        if predictions.ndim == 3:
+            predicted = dice_cpu.class_logits(block[0], predictions[samples, :, pixels]).argmax(1)
+        else:
+            predicted = predictions[samples, pixels].long()
+        counted = torch.ones_like(truth, dtype=torch.bool) if ignore_index is None else truth != ignore_index
+        truth_wrong, predicted_wrong = (counted & ((v < 0) | (v >= classes)) for v in (truth, predicted))
+        wrong = truth_wrong | predicted_wrong
+        # The entry after the matrix collects the wrong pixels; ignored ones add nothing to it.
+        pair = torch.where(counted & ~wrong, truth * classes + predicted, classes * classes)
+        result[samples, :-1].scatter_add_(1, pair, counted.long())
+        greatest = result[samples, -1]
+        for values, out_of_range in ((truth, truth_wrong), (predicted, predicted_wrong)):
+            torch.maximum(greatest, torch.where(out_of_range, values, NONE_WRONG).amax(1), out=greatest)
+    return result
+
+
 dispatch.define(
     "confusion_counts(Tensor predictions, Tensor labels, int classes, int? ignore_index, str backend) -> Tensor",
-    torch_impl=dice_cpu.confusion,
+    torch_impl=confusion,
     triton_impl="dice.confusion:confusion",
     fake=lambda predictions, labels, classes, ignore_index: labels.new_empty(
         (labels.shape[0], classes * classes + 2), dtype=torch.int64

@@ -1,4 +1,4 @@
-"""The Dice operators' sums in plain PyTorch: the specification of ``kernels/dice/sums.py``, and its form on a CPU.
+"""The sums of the Dice losses in plain PyTorch: the specification of ``kernels/dice/sums.py``, and its form on a CPU.
 
 The batch is walked in chunks of images or of pixels, a few megabytes each, so that no one-hot tensor of a whole batch
 exists, and its softmax only in the memory of the gradient. Pixels whose label is ``ignore_index`` or out of range count
@@ -13,9 +13,6 @@ from collections.abc import Iterator
 import torch
 
 from fastunet.autograd import tracked
-
-NONE_WRONG = -(2**31)
-"""Stands for "no value is out of range" in :func:`confusion`."""
 
 _CHUNK_BYTES = 4 * 1024 * 1024
 """Of a chunk's probabilities, for two threads. Each operation on a chunk ends with threads that wait for each other."""
@@ -59,7 +56,7 @@ def sums(
     for samples, pixels, block in chunks(logits, k, 1 + cross_entropy, in_place=keep is not None):
         t, z = block[0], logits[samples, :, pixels]
         product = block[1] if cross_entropy else t
-        p = torch.softmax(_classes(t, z), 1, out=block[-1] if keep is None else keep[samples, :, pixels])
+        p = torch.softmax(class_logits(t, z), 1, out=block[-1] if keep is None else keep[samples, :, pixels])
         ignored[samples] += _fill_memberships(t, targets[samples, ..., pixels], numbers, ignore_index)
         if not complete:
             p *= t.sum(1, keepdim=True)
@@ -72,9 +69,8 @@ def sums(
             totals[3, samples] += _log_likelihood(product, t, z, labels=targets.ndim == 2 and not label_smoothing)
     weights = totals.new_ones(k) if class_weights is None else class_weights.double()
     wrong = pixel_count - totals[2].sum(1) - ignored if targets.ndim == 2 else torch.zeros_like(ignored)
-    scalars = torch.stack([-(totals[3] * weights).sum(1), (totals[2] * weights).sum(1), wrong], 1)
-    rows = torch.cat([*totals[:3, :, k - c :], scalars], 1)
-    return (rows if per_sample else rows.sum(0, keepdim=True)).to(sum_dtype(logits))
+    scalars = -(totals[3] * weights).sum(1), (totals[2] * weights).sum(1), wrong
+    return rows_of_sums(totals[:3, :, k - c :], scalars, per_sample).to(sum_dtype(logits))
 
 
 def sums_grad(
@@ -108,11 +104,10 @@ def sums_grad(
         return _sums_grad_plainly(grad, slopes, logits, targets, *options)
     c = logits.shape[1]
     k = max(c, 2)
-    grad = (grad * slopes).expand(len(logits), -1)
-    grad_i, grad_p = (torch.nn.functional.pad(grad[:, j * c : (j + 1) * c], (k - c, 0))[..., None] for j in (0, 1))
-    grad_nll = grad[:, 3 * c, None, None]
+    *grads, grad_nll = slopes_of_sums(grad, slopes, logits)
+    grad_i, grad_p = (torch.nn.functional.pad(slope, (0, 0, k - c, 0)) for slope in grads)
     if class_weights is not None:
-        grad_nll = grad_nll * class_weights.to(grad.dtype)[:, None]
+        grad_nll = grad_nll * class_weights.to(grad_nll.dtype)[:, None]
     result, numbers = torch.empty_like(logits) if kept is None else kept, _class_numbers(logits)
     complete = every_pixel_counts(targets, k, ignore_index)
     # Where the result has the layout of a chunk, p is in it until dz takes its place.
@@ -121,7 +116,7 @@ def sums_grad(
         t, dz = block[0], result[samples, :, pixels]
         h, p = block[1] if cross_entropy else t, dz if in_place else block[-1]
         if kept is None:
-            torch.softmax(_classes(t, logits[samples, :, pixels]), 1, out=p)
+            torch.softmax(class_logits(t, logits[samples, :, pixels]), 1, out=p)
         _fill_memberships(t, targets[samples, ..., pixels], numbers, ignore_index)
         if kept is None and not complete:
             p *= t.sum(1, keepdim=True)
@@ -145,15 +140,15 @@ def _sums_grad_plainly(grad, slopes, logits, targets, class_weights, ignore_inde
     p = z.softmax(1)
     if targets.ndim == 2:
         p = p * t.sum(1, keepdim=True)
-    grad = (grad * slopes).expand(len(logits), -1)
-    grad_i, grad_p = (torch.nn.functional.pad(grad[:, j * c : (j + 1) * c], (z.shape[1] - c, 0)) for j in (0, 1))
-    h = p * (grad_i[..., None] * t + grad_p[..., None])
+    *grads, grad_nll = slopes_of_sums(grad, slopes, logits)
+    grad_i, grad_p = (torch.nn.functional.pad(slope, (0, 0, z.shape[1] - c, 0)) for slope in grads)
+    h = p * (grad_i * t + grad_p)
     if cross_entropy:
         if label_smoothing:
             t = t.clone()  # autograd keeps the other
             _smooth(t, targets, label_smoothing)
         weights = t.new_ones(z.shape[1]) if class_weights is None else class_weights.to(t.dtype)
-        h = h - grad[:, 3 * c, None, None] * weights[:, None] * t
+        h = h - grad_nll * weights[:, None] * t
     return (h - p * h.sum(1, keepdim=True))[:, z.shape[1] - c :].to(logits.dtype)
 
 
@@ -167,44 +162,24 @@ def room_for_probabilities(logits: torch.Tensor) -> torch.Tensor | None:
     return torch.empty_like(logits) if kept else None
 
 
-def confusion(predictions: torch.Tensor, labels: torch.Tensor, classes: int, ignore_index: int | None) -> torch.Tensor:
-    """Counts of (truth, prediction) pairs per sample, and of the values that are out of range.
-
-    Args:
-        predictions: (N, C, S) logits, of which the first maximum is the prediction (of one logit: the second of two
-            classes where it is positive), or (N, S) integer labels.
-        labels: (N, S) integers.
-        classes: K, at least C.
-
-    Returns:
-        (N, K² + 2) int64: the matrix row by row (rows truth), the number of pixels left out because their label or
-        prediction is out of range, and the greatest such value (:data:`NONE_WRONG` if there is none).
-    """
-    n = len(labels)
-    result = torch.zeros(n, classes * classes + 2, dtype=torch.int64, device=labels.device)
-    result[:, -1] = NONE_WRONG
-    channels = predictions if predictions.ndim == 3 else predictions[:, None]
-    for samples, pixels, block in chunks(channels, max(channels.shape[1], 2), 1):
-        truth = labels[samples, pixels].long()
-        if predictions.ndim == 3:
-            predicted = _classes(block[0], predictions[samples, :, pixels]).argmax(1)
-        else:
-            predicted = predictions[samples, pixels].long()
-        counted = torch.ones_like(truth, dtype=torch.bool) if ignore_index is None else truth != ignore_index
-        truth_wrong, predicted_wrong = (counted & ((v < 0) | (v >= classes)) for v in (truth, predicted))
-        wrong = truth_wrong | predicted_wrong
-        # The entry after the matrix collects the wrong pixels; ignored ones add nothing to it.
-        pair = torch.where(counted & ~wrong, truth * classes + predicted, classes * classes)
-        result[samples, :-1].scatter_add_(1, pair, counted.long())
-        greatest = result[samples, -1]
-        for values, out_of_range in ((truth, truth_wrong), (predicted, predicted_wrong)):
-            torch.maximum(greatest, torch.where(out_of_range, values, NONE_WRONG).amax(1), out=greatest)
-    return result
-
-
 def sum_dtype(logits: torch.Tensor) -> torch.dtype:
     """float64 for float64 logits, else float32."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def rows_of_sums(totals: torch.Tensor, scalars: tuple[torch.Tensor, ...], per_sample: bool) -> torch.Tensor:
+    """(R, 3 C + 3) of ``totals``, (3, N, C) with I, P and T, and three ``scalars``, (N,) each."""
+    rows = torch.cat([*totals, torch.stack(scalars, 1)], 1)
+    return rows if per_sample else rows.sum(0, keepdim=True)
+
+
+def slopes_of_sums(
+    grad: torch.Tensor, slopes: torch.Tensor, logits: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dL/dI and dL/dP, (N, C, 1), and dL/d(cross-entropy sum), (N, 1, 1), of ``grad`` times rows of ``slopes``."""
+    n, c, _ = logits.shape
+    rows = (grad * slopes).expand(n, -1)[..., None]
+    return rows[:, :c], rows[:, c : 2 * c], rows[:, 3 * c, None]
 
 
 def chunks(
@@ -287,7 +262,7 @@ def _log_likelihood(product: torch.Tensor, t: torch.Tensor, logits: torch.Tensor
             least = true.amin().item()
         if least >= _LEAST_PROBABILITY:
             return torch.mul(t, true.log_(), out=product).sum(-1)
-    log_p = torch.log_softmax(_classes(product, logits), 1).mul_(t)
+    log_p = torch.log_softmax(class_logits(product, logits), 1).mul_(t)
     # 0 · -inf, a class that is impossible and not true, is 0. NaN logits still show: in P.
     return log_p.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf).sum(-1)
 
@@ -297,7 +272,7 @@ def like_chunks(logits: torch.Tensor, rows: int) -> bool:
     return logits.is_contiguous() and logits.shape[1] == rows and logits.dtype == sum_dtype(logits)
 
 
-def _classes(memory: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+def class_logits(memory: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """(N, C, chunk) logits as dense (N, K, chunk) in the dtype of ``memory``, where they are copied if they differ."""
     if memory.shape == logits.shape and memory.dtype == logits.dtype and logits.is_contiguous():
         return logits

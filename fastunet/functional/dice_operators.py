@@ -52,38 +52,30 @@ def _differentiate_rule(ctx, grad, _, d_slopes):
     return d_sums, *[None] * 10
 
 
-dispatch.define(
-    "dice_sums(Tensor logits, Tensor targets, Tensor? class_weights, int? ignore_index, bool cross_entropy,"
-    " bool per_sample, float label_smoothing, str backend) -> Tensor",
-    torch_impl=dice_cpu.sums,
-    triton_impl="dice.sums:sums",
-    fake=lambda logits, *arguments: _sums_like(logits, arguments[4]),
-    setup=_setup_sums(tensors=3),
-    backward=_differentiate_sums("dice_sums_grad"),
-)
-dispatch.define(
-    "dice_sums_grad(Tensor grad, Tensor slopes, Tensor logits, Tensor targets, Tensor? class_weights,"
-    " int? ignore_index, bool cross_entropy, float label_smoothing, str backend) -> Tensor",
-    torch_impl=dice_cpu.sums_grad,
-    triton_impl="dice.sums:sums_grad",
-    fake=lambda grad, slopes, logits, *arguments: torch.empty_like(logits),
-)
-dispatch.define(
-    "dice_region_sums(Tensor logits, Tensor labels, Tensor? region_weights, Tensor members, int? ignore_index,"
-    " bool cross_entropy, bool per_sample, str backend) -> Tensor",
-    torch_impl=dice_regions_cpu.sums,
-    triton_impl="dice.regions:sums",
-    fake=lambda logits, *arguments: _sums_like(logits, arguments[5]),
-    setup=_setup_sums(tensors=4),
-    backward=_differentiate_sums("dice_region_sums_grad"),
-)
-dispatch.define(
-    "dice_region_sums_grad(Tensor grad, Tensor slopes, Tensor logits, Tensor labels, Tensor? region_weights,"
-    " Tensor members, int? ignore_index, bool cross_entropy, str backend) -> Tensor",
-    torch_impl=dice_regions_cpu.sums_grad,
-    triton_impl="dice.regions:sums_grad",
-    fake=lambda grad, slopes, logits, *arguments: torch.empty_like(logits),
-)
+def _define_sums(name: str, tensors: str, others: str, on_cpu: Any, kernels: str) -> None:
+    """Defines ``fastunet::<name>``, the sums of logits and what else ``tensors`` lists, and ``fastunet::<name>_grad``,
+    the gradient of a loss of them with respect to the logits; ``others`` are arguments that both have last."""
+    options, count = "int? ignore_index, bool cross_entropy", len(tensors.split(", "))
+    dispatch.define(
+        f"{name}({tensors}, {options}, bool per_sample{others}, str backend) -> Tensor",
+        torch_impl=on_cpu.sums,
+        triton_impl=f"{kernels}:sums",
+        fake=lambda *arguments: _sums_like(arguments[0], arguments[count + 2]),
+        setup=_setup_sums(count),
+        backward=_differentiate_sums(f"{name}_grad"),
+    )
+    dispatch.define(
+        f"{name}_grad(Tensor grad, Tensor slopes, {tensors}, {options}{others}, str backend) -> Tensor",
+        torch_impl=on_cpu.sums_grad,
+        triton_impl=f"{kernels}:sums_grad",
+        fake=lambda grad, slopes, logits, *arguments: torch.empty_like(logits),
+    )
+
+
+_define_sums("dice_sums", "Tensor logits, Tensor targets, Tensor? class_weights", ", float label_smoothing",
+             dice_cpu, "dice.sums")  # fmt: skip
+_define_sums("dice_region_sums", "Tensor logits, Tensor labels, Tensor? region_weights, Tensor members", "",
+             dice_regions_cpu, "dice.regions")  # fmt: skip
 dispatch.define(
     "dice_rule(Tensor sums, Tensor? class_weights, float smooth, str empty, bool include_background,"
     " float dice_weight, float ce_weight, bool nan_if_wrong, float alpha, float beta, str backend)"

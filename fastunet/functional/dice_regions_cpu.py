@@ -10,7 +10,14 @@ from __future__ import annotations
 import torch
 
 from fastunet.autograd import tracked
-from fastunet.functional.dice_cpu import chunks, every_pixel_counts, like_chunks, sum_dtype
+from fastunet.functional.dice_cpu import (
+    chunks,
+    every_pixel_counts,
+    like_chunks,
+    rows_of_sums,
+    slopes_of_sums,
+    sum_dtype,
+)
 
 
 def sums(
@@ -61,9 +68,8 @@ def sums(
         if ignore_index is not None:
             ignored[samples] += (labels[samples, pixels] == ignore_index).sum(1)
     weights = totals.new_ones(c) if region_weights is None else region_weights.double()
-    scalars = [(totals[3] * weights).sum(1), weights.sum() * (pixel_count - left_out), left_out - ignored]
-    rows = torch.cat([*totals[:3], torch.stack(scalars, 1)], 1)
-    return (rows if per_sample else rows.sum(0, keepdim=True)).to(sum_dtype(logits))
+    scalars = (totals[3] * weights).sum(1), weights.sum() * (pixel_count - left_out), left_out - ignored
+    return rows_of_sums(totals[:3], scalars, per_sample).to(sum_dtype(logits))
 
 
 def sums_grad(
@@ -93,16 +99,15 @@ def sums_grad(
     c = logits.shape[1]
     chosen = _Labels(logits, labels, members, ignore_index)
     again = tracked(grad, slopes, logits)
-    grad = (grad * slopes).expand(len(logits), -1)
-    grad_i, grad_p, grad_ce = grad[:, :c, None], grad[:, c : 2 * c, None], grad[:, 3 * c, None, None]
+    grad_i, grad_p, grad_ce = slopes_of_sums(grad, slopes, logits)
     if region_weights is not None:
-        grad_ce = grad_ce * region_weights.to(grad.dtype)[:, None]
+        grad_ce = grad_ce * region_weights.to(grad_ce.dtype)[:, None]
     if again:  # in ordinary PyTorch, which autograd can follow
         everything = slice(None), slice(None)
-        t = torch.empty_like(logits, dtype=grad.dtype)
+        t = torch.empty_like(logits, dtype=grad_i.dtype)
         chosen.fill(t, *everything)
         counts = (chosen.rows(*everything) < len(members))[:, None]
-        p = torch.where(counts, logits, -torch.inf).to(grad.dtype).sigmoid()
+        p = torch.where(counts, logits, -torch.inf).to(grad_i.dtype).sigmoid()
         dz = p * (1 - p) * (grad_i * t + grad_p)
         return ((dz + grad_ce * (p - t)) if cross_entropy else dz).to(logits.dtype)
     result = torch.empty_like(logits) if kept is None else kept

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastunet.functional import dice_cpu
+from fastunet.functional import dice_confusion as specification
 from fastunet.kernels.dice import confusion as dice_confusion
 from fastunet.kernels.dice import sums as dice
 from tests.kernels.dice_cases import LABEL_DTYPES, LAYOUTS, inputs
@@ -20,7 +20,7 @@ def test_confusion_of_logits(c, layout, ignore_index, device):
     counts = dice_confusion.confusion(logits, labels, k, ignore_index)
     classes = logits if c > 1 else torch.cat([torch.zeros_like(logits), logits], 1)
     assert torch.equal(counts, slow_confusion(classes.argmax(1), labels, k, ignore_index))
-    assert torch.equal(counts, dice_cpu.confusion(logits, labels, k, ignore_index))
+    assert torch.equal(counts, specification.confusion(logits, labels, k, ignore_index))
 
 
 @pytest.mark.parametrize("label_dtype", LABEL_DTYPES, ids=str)
@@ -44,7 +44,7 @@ def test_confusion_of_nothing(device):
     logits, labels = inputs(2, 4, 0, torch.float32, device)
     counts = dice_confusion.confusion(logits, labels, 4, None)
     assert torch.equal(counts[:, :-1], torch.zeros(2, 17, dtype=torch.int64, device=device))
-    assert (counts[:, -1] == dice_cpu.NONE_WRONG).all()
+    assert (counts[:, -1] == specification.NONE_WRONG).all()
 
 
 def test_more_samples_than_a_grid_holds(device, monkeypatch):
@@ -58,7 +58,7 @@ def slow_confusion(predictions, labels, k, ignore_index):
     """Pixel by pixel."""
     rows = []
     for predicted, truth in zip(predictions.tolist(), labels.tolist()):
-        row, wrong = [0] * (k * k + 1), [dice_cpu.NONE_WRONG]
+        row, wrong = [0] * (k * k + 1), [specification.NONE_WRONG]
         for p, t in zip(predicted, truth):
             if t == ignore_index:
                 continue
