@@ -13,10 +13,11 @@ import torch
 
 import fastunet
 from fastunet.errors import UserError
-from fastunet.training import checkpoint
-from fastunet.training.checkpoint import NotFinite, Progress, load_model, load_state, save_state, save_weights
+from fastunet.training import tensor_file
+from fastunet.training.checkpoint import Progress, load_model, load_state, save_state, save_weights
 from fastunet.training.config import TrainConfig
 from fastunet.training.precision import loss_scaler
+from fastunet.training.tensor_file import NotFinite
 from tests.cli_helpers import TINY, assert_user_error, phantoms, run, write_checkpoint  # noqa: F401
 
 
@@ -47,11 +48,11 @@ def read(path: Path):
 
 def signed(path: Path, facts: object = None, change_tensors=lambda tensors: tensors) -> None:
     """Rewrites the file, with other facts or tensors and a digest that fits, as a hostile author would."""
-    tensors, metadata = safetensors.torch.load(path.read_bytes()), checkpoint._read(path)[1]
+    tensors, metadata = safetensors.torch.load(path.read_bytes()), tensor_file.read_tensors(path)[1]
     key = next(key for key in metadata if key.startswith("fastunet"))
     text = facts if isinstance(facts, str) else metadata[key] if facts is None else json.dumps(facts)
-    header, body = checkpoint._split(safetensors.torch.save(change_tensors(tensors), {key: text}), path)
-    header["__metadata__"]["digest"] = checkpoint._digest(header, body)
+    header, body = tensor_file.split(safetensors.torch.save(change_tensors(tensors), {key: text}), path)
+    header["__metadata__"]["digest"] = tensor_file.digest(header, body)
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(body))
 
@@ -95,7 +96,7 @@ def places(facts, here=()):
 def test_every_wrong_type_is_one_sentence(name, weights, state):
     """Facts of any type in any place are read as they were or refused; a network of depth 10⁶ is not built."""
     path = {"weights": weights, "state": state}[name]
-    whole, metadata = path.read_bytes(), checkpoint._read(path)[1]
+    whole, metadata = path.read_bytes(), tensor_file.read_tensors(path)[1]
     facts = json.loads(next(value for key, value in metadata.items() if key.startswith("fastunet")))
     trials = [(place, value) for place in places(facts) for value in FACTS]
     for place, value in random.Random(0).sample(trials, 30):

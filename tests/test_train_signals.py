@@ -14,7 +14,7 @@ import torch
 
 from fastunet import signals
 from fastunet.signals import Interrupted
-from fastunet.training import checkpoint, learner, loop
+from fastunet.training import checkpoint, learner, loop, tensor_file
 from tests.cli_helpers import TINY, assert_user_error, files_below, phantoms, run  # noqa: F401
 
 OPTIONS = [*TINY, "--epochs", "2", "--dropout", "0.3", "--seed", "11", "--threads", "1", "--batch-size", "4"]
@@ -132,7 +132,7 @@ def test_two_processes_stop_at_one_step(who, phantoms, tmp_path):  # noqa: F811
     assert error.count("fastunet: stopped by SIGTERM; the state is saved") == 1, error
     assert [(tmp_path / f"code{rank}").read_text() for rank in range(2)] == ["143", "143"]
     assert "Traceback" not in error.partition("elastic")[0]
-    state = checkpoint._read(out / "state.safetensors")[1]["fastunet_state"]
+    state = tensor_file.read_tensors(out / "state.safetensors")[1]["fastunet_state"]
     assert '"batch": ' in state
 
 

@@ -7,34 +7,26 @@ all that it holds, which is checked when it is read, and never a value that is n
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
-import safetensors
-import safetensors.torch
 import torch
 
 from fastunet.data import LabelMap
 from fastunet.errors import UserError
-from fastunet.files import reason, write_bytes
 from fastunet.schema import parse_json, to_type
+from fastunet.training.tensor_file import read_tensors, write_tensors
 
 BEST, LAST, STATE = "best.safetensors", "last.safetensors", "state.safetensors"
-_CARD_KEY, _STATE_KEY, _DIGEST_KEY = "fastunet", "fastunet_state", "digest"
+_CARD_KEY, _STATE_KEY = "fastunet", "fastunet_state"
 _SLOTS = frozenset({"step", "exp_avg", "exp_avg_sq"})  # what Adam keeps for each parameter
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
 Millimetres = Annotated[float, msgspec.Meta(gt=0)]
-
-
-class NotFinite(UserError):
-    """NaN or infinity where a checkpoint holds numbers."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +104,7 @@ class State:
 
 def save_weights(path: Path, model: torch.nn.Module, card: ModelCard) -> None:
     """Writes ``model``'s state dict and ``card`` to one file; a value that is not finite is ``NotFinite``."""
-    _write(path, model.state_dict(), _CARD_KEY, asdict(card))
+    write_tensors(path, model.state_dict(), _CARD_KEY, asdict(card))
 
 
 def load_model(path: str | Path, *, backend: str = "auto") -> tuple[torch.nn.Module, ModelCard]:
@@ -124,7 +116,7 @@ def load_model(path: str | Path, *, backend: str = "auto") -> tuple[torch.nn.Mod
     import fastunet
 
     path = checkpoint_file(path)
-    tensors, metadata = _read(path)
+    tensors, metadata = read_tensors(path)
     if _CARD_KEY not in metadata:
         raise UserError(f"{path} is not a fastunet checkpoint: it does not say of which network")
     card = parse_json(metadata[_CARD_KEY], ModelCard, path)
@@ -181,7 +173,7 @@ def save_state(
     for name, parameter in model.named_parameters():
         for slot, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{slot}.{name}"] = value
-    _write(path, tensors, _STATE_KEY, {"progress": asdict(progress), "scaler": scaler.state_dict()})
+    write_tensors(path, tensors, _STATE_KEY, {"progress": asdict(progress), "scaler": scaler.state_dict()})
 
 
 def load_state(
@@ -196,7 +188,7 @@ def load_state(
     Raises:
         UserError: the file is damaged, is no training state, or belongs to another architecture.
     """
-    tensors, metadata = _read(path)
+    tensors, metadata = read_tensors(path)
     if _STATE_KEY not in metadata:
         raise UserError(f"{path} holds no training state")
     state = parse_json(metadata[_STATE_KEY], State, path)
@@ -261,61 +253,3 @@ def _check_moments(parameters: Mapping[str, torch.Tensor], moments: Mapping[str,
         if value.shape != wanted or not value.is_floating_point():
             found = f"{tuple(value.shape)} of {value.dtype}"
             raise UserError(f"{path} is no whole training state: optimizer.{key} is {found}")
-
-
-def _write(path: Path, tensors: Mapping[str, torch.Tensor], key: str, facts: dict) -> None:
-    packed = {}
-    for name, tensor in tensors.items():
-        packed[name] = tensor.detach().to("cpu", memory_format=torch.contiguous_format).contiguous()
-        _require_finite(name, packed[name], path)
-    metadata = {key: json.dumps(facts, allow_nan=False)}
-    header, body = _split(safetensors.torch.save(packed, metadata), path)
-    header["__metadata__"] = metadata | {_DIGEST_KEY: _digest(header, body)}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    write_bytes(path, b"".join([len(text).to_bytes(8, "little"), text, body]))
-
-
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of a whole, undamaged file of finite numbers."""
-    try:
-        if path.exists() and not path.is_file():
-            raise UserError(f"{path} is not a file")
-        data = path.read_bytes()
-        tensors = safetensors.torch.load(data)
-    except FileNotFoundError as error:
-        raise UserError(f"there is no checkpoint {path}") from error
-    except OSError as error:
-        raise UserError(f"cannot read the checkpoint {path}: {reason(error)}") from error
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is not a whole safetensors file: {error}") from error
-    header, body = _split(data, path)
-    metadata = header.get("__metadata__", {})
-    if _DIGEST_KEY not in metadata:
-        raise UserError(f"{path} is not a fastunet checkpoint: it has no digest of its content")
-    if metadata[_DIGEST_KEY] != _digest(header, body):
-        raise UserError(f"{path} is damaged: its content is not what was written")
-    for name, tensor in tensors.items():
-        _require_finite(name, tensor, path)
-    return tensors, metadata
-
-
-def _split(data: bytes, path: Path) -> tuple[dict, memoryview]:
-    """The header of a safetensors file and the bytes of its tensors."""
-    start = 8 + int.from_bytes(data[:8], "little")
-    return parse_json(data[8:start], dict[str, dict[str, Any]], path), memoryview(data)[start:]
-
-
-def _digest(header: dict, body: memoryview) -> str:
-    """Of all facts and tensors, the digest itself left out."""
-    metadata = {key: value for key, value in header["__metadata__"].items() if key != _DIGEST_KEY}
-    digest = hashlib.blake2b(json.dumps(header | {"__metadata__": metadata}, sort_keys=True).encode(), digest_size=16)
-    digest.update(body)
-    return digest.hexdigest()
-
-
-def _require_finite(name: str, tensor: torch.Tensor, path: Path) -> None:
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-        raise NotFinite(f"{name} in {path} is not finite: it has NaN or infinity")

@@ -21,7 +21,7 @@ from fastunet.files import locked, make_output_folder
 from fastunet.metrics import SegmentationMetrics
 from fastunet.signals import Interrupted, deferred
 from fastunet.training import checkpoint
-from fastunet.training.checkpoint import BEST, LAST, STATE, NotFinite, Progress
+from fastunet.training.checkpoint import BEST, LAST, STATE, Progress
 from fastunet.training.config import FILE_NAME, TrainConfig
 from fastunet.training.dataset import TrainingData, prepare_data
 from fastunet.training.display import Display
@@ -30,6 +30,7 @@ from fastunet.training.learner import Learner, Step
 from fastunet.training.loading import prefetched
 from fastunet.training.precision import prepare
 from fastunet.training.results import CURVES, LOG, judged_by, metric_columns, write_curves, write_log
+from fastunet.training.tensor_file import NotFinite
 
 FILES = (FILE_NAME, LOG, CURVES, BEST, LAST, STATE)
 """What a run folder holds beside its cache."""

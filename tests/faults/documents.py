@@ -11,7 +11,7 @@ import safetensors.torch
 
 from fastunet.data import discover_cases
 from fastunet.errors import UserError
-from fastunet.training import checkpoint
+from fastunet.training import checkpoint, tensor_file
 from fastunet.training.config import TrainConfig
 from tests.cli_helpers import write_checkpoint
 from tests.data_files import msd_folder
@@ -84,8 +84,8 @@ def _changed(data: bytes, draw: random.Random) -> bytes:
     facts = draw.choice(TEXTS).decode("latin1") if draw.random() < 0.1 else None
     facts = facts or json.dumps(_replaced(json.loads(metadata[key]), draw))
     packed = safetensors.torch.save(safetensors.torch.load(data), {key: facts})
-    header, body = checkpoint._split(packed, Path("file"))
-    header["__metadata__"]["digest"] = checkpoint._digest(header, body)
+    header, body = tensor_file.split(packed, Path("file"))
+    header["__metadata__"]["digest"] = tensor_file.digest(header, body)
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + bytes(body)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
-from fastunet.training import checkpoint
+from fastunet.training import tensor_file
 from tests.data_files import msd_folder
 from tests.faults.trials import TINY, Deadline, Outcome, command, finish, is_one_sentence, left_behind, start
 
@@ -43,7 +43,7 @@ def damage(folder: Path) -> list[str]:
     for path in folder.rglob("*"):
         try:
             if path.suffix == ".safetensors" and not path.name.startswith("."):
-                checkpoint._read(path)
+                tensor_file.read_tensors(path)
             elif path.name.endswith(".nii.gz") and not path.name.startswith("."):
                 np.asarray(nibabel.load(path).dataobj)
         except Exception as error:
