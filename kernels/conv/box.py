@@ -13,7 +13,7 @@ from .. import _launch
 from .._launch import mma
 from .convolution import ConvConfig, Convolution, Head
 from .descriptors import image_boxes, tap_sources
-from .epilogue import bias_activation, head_store, max_of_pairs
+from .epilogue import bias_activation, head_store, max_of_pairs, tile_statistics
 
 
 @triton.jit
@@ -49,10 +49,10 @@ def accumulate_boxes(x_desc, x_weight_desc, x_channels, skip_desc, skip_weight_d
 
 @triton.jit(do_not_specialize=["x_channels", "skip_channels", "offset", "C_out", "tiles"])
 def conv_relu_box_kernel(x_desc, x_weight_desc, x_channels, skip_desc, skip_weight_desc, skip_channels,
-                         offset, bias_ptr, mask_desc, y_desc, pooled_desc, C_out, tiles, SLOPE: tl.constexpr,
-                         BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
-                         BLOCK_C: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):
-    """``y = relu(conv(skip) + conv(x) + bias) * (mask > 0)`` and its 2×2 max-pool, each part optional.
+                         offset, bias_ptr, mask_desc, y_desc, pooled_desc, statistics_ptr, C_out, tiles,
+                         SLOPE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+                         BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):
+    """``y = relu(conv(skip) + conv(x) + bias) * (mask > 0)``, its 2×2 max-pool and tile statistics, each part optional.
 
     Boxes: x, skip [BN, BH, BW, BC]; weights [1, BK, BC] of (9, C_out, C); mask, y [BN, BH, BW, BK]; pooled halves
     BH and BW, and tiles start on even pixels, so no window crosses a tile. ``tiles`` counts (h, w, C_out) tiles.
@@ -64,7 +64,8 @@ def conv_relu_box_kernel(x_desc, x_weight_desc, x_channels, skip_desc, skip_weig
     n0 = tile // (tiles_w * tiles_h) * BLOCK_N
     acc = accumulate_boxes(x_desc, x_weight_desc, x_channels, skip_desc, skip_weight_desc, skip_channels,
                            offset, n0, h0, w0, k0, BLOCK_K, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_C, STAGES, PRECISION)
-    y = bias_activation(acc, bias_ptr, k0 + tl.arange(0, BLOCK_K), C_out, SLOPE)
+    offs_k = k0 + tl.arange(0, BLOCK_K)
+    y = bias_activation(acc, bias_ptr, offs_k, C_out, SLOPE)
     if mask_desc is not None:
         mask = tl.reshape(mask_desc.load([n0, h0, w0, k0]), (BLOCK_N * BLOCK_H * BLOCK_W, BLOCK_K)).T
         y = tl.where(mask > 0, y, 0.0)
@@ -76,6 +77,11 @@ def conv_relu_box_kernel(x_desc, x_weight_desc, x_channels, skip_desc, skip_weig
         pooled = tl.reshape(pooled.to(pooled_desc.dtype), (BLOCK_K, rows * BLOCK_W // 2))
         pooled_desc.store([n0, h0 // 2, w0 // 2, k0],
                           tl.reshape(pooled.T, (BLOCK_N, BLOCK_H // 2, BLOCK_W // 2, BLOCK_K)))
+    if statistics_ptr is not None:
+        offs_p = tl.arange(0, BLOCK_N * BLOCK_H * BLOCK_W)
+        n, h, w = n0 + offs_p // (BLOCK_H * BLOCK_W), h0 + offs_p // BLOCK_W % BLOCK_H, w0 + offs_p % BLOCK_W
+        inside = (n < y_desc.shape[0]) & (h < y_desc.shape[1]) & (w < y_desc.shape[2])
+        tile_statistics(statistics_ptr, y, inside, tile, offs_k, C_out, y_desc.dtype)
 
 
 @triton.jit(do_not_specialize=["x_channels", "skip_channels", "offset", "y_shape", "tiles"])
@@ -110,17 +116,17 @@ def box_tiles(conv: Convolution, config: ConvConfig) -> tuple[int, tuple[int, in
     return _launch.cdiv(conv.batch, config.block_n) * tiles[0] * tiles[1] * tiles[2], tiles
 
 
-def launch_box(conv: Convolution, y, pooled, config: ConvConfig) -> None:
-    """Writes the convolution to ``y``, and its 2×2 max-pool to ``pooled`` unless that is None."""
+def launch_box(conv: Convolution, y, pooled, statistics, config: ConvConfig) -> None:
+    """Writes the convolution to ``y``, its 2×2 max-pool to ``pooled`` and each tile's ``statistics``, unless None."""
     n, h, w = config.block_n, config.block_h, config.block_w
     programs, tiles = box_tiles(conv, config)
     box, half = (n, h, w, config.block_k), (n, h // 2, w // 2, config.block_k)
     _launch.launch(conv_relu_box_kernel, (programs,), *tap_sources(conv, (n, h, w, config.block_c), config.block_k),
                    conv.offset, conv.bias, None if conv.mask is None else image_boxes(conv.mask, box),
-                   image_boxes(y, box), None if pooled is None else image_boxes(pooled, half), conv.c_out, tiles,
-                   SLOPE=conv.slope, BLOCK_K=config.block_k, BLOCK_N=n, BLOCK_H=h, BLOCK_W=w, BLOCK_C=config.block_c,
-                   STAGES=config.num_stages, PRECISION=_launch.dot_precision(y.dtype), num_warps=config.num_warps,
-                   num_stages=config.num_stages)
+                   image_boxes(y, box), None if pooled is None else image_boxes(pooled, half), statistics, conv.c_out,
+                   tiles, SLOPE=conv.slope, BLOCK_K=config.block_k, BLOCK_N=n, BLOCK_H=h, BLOCK_W=w,
+                   BLOCK_C=config.block_c, STAGES=config.num_stages, PRECISION=_launch.dot_precision(y.dtype),
+                   num_warps=config.num_warps, num_stages=config.num_stages)
 
 
 def launch_box_head(conv: Convolution, head: Head, out, config: ConvConfig) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from .. import _launch
 from .convolution import ConvConfig, Convolution
+from .rows import ROWS
 
 
 @dataclass(frozen=True)
@@ -122,10 +123,13 @@ def cost(conv: Convolution, config: ConvConfig, *, pool: bool = False, classes: 
 
 def programs(conv: Convolution, config: ConvConfig) -> int:
     """Programs of one split."""
+    return pixel_tiles(conv, config) * _launch.cdiv(conv.c_out, config.block_k)
+
+
+def pixel_tiles(conv: Convolution, config: ConvConfig) -> int:
+    """Tiles of output pixels, image by image."""
     (h, w), n = conv.out_size, conv.batch
     if config.variant in ("pointer", "first"):
-        tiles = _launch.cdiv(n * h * w, config.pixels)
-    else:
-        block_h = config.block_h * (2 if config.variant == "two_rows" else 1)
-        tiles = _launch.cdiv(n, config.block_n) * _launch.cdiv(h, block_h) * _launch.cdiv(w, config.block_w)
-    return tiles * _launch.cdiv(conv.c_out, config.block_k)
+        return _launch.cdiv(n * h * w, config.pixels)
+    block_h = {"rows": ROWS, "two_rows": 2 * config.block_h}.get(config.variant, config.block_h)
+    return _launch.cdiv(n, config.block_n) * _launch.cdiv(h, block_h) * _launch.cdiv(w, config.block_w)

@@ -1,4 +1,5 @@
-"""What every variant of the 3×3 convolution does with its accumulator: bias, ReLU, mask, max-pool windows, the head.
+"""What every variant of the 3×3 convolution does with its accumulator: bias, ReLU, mask, max-pool windows, the head, or
+statistics for the norm that follows.
 
 Accumulators are fp32 tiles [C_out, pixels]: output channels by rows, pixels by columns.
 """
@@ -25,6 +26,32 @@ def max_of_pairs(x):
     """Maximum over a last axis of two. NaN wins, as in PyTorch's pooling."""
     first, second = tl.split(x)
     return tl.maximum(first, second, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def store_statistics(partial_ptr, mean, rest, squares, count, tile, offs_k, C_out):
+    """partial[tile] (4, C_out) = mean, what rounding left of it, sum of squared distances from both, number of them."""
+    at = partial_ptr + tile.to(tl.int64) * (4 * C_out) + offs_k
+    k_mask = offs_k < C_out
+    tl.store(at, mean, mask=k_mask)
+    tl.store(at + C_out, rest, mask=k_mask)
+    tl.store(at + 2 * C_out, squares, mask=k_mask)
+    tl.store(at + 3 * C_out, tl.full(mean.shape, 0.0, tl.float32) + count, mask=k_mask)
+
+
+@triton.jit
+def tile_statistics(partial_ptr, y, inside, tile, offs_k, C_out, dtype: tl.constexpr):
+    """Stores the statistics of ``y`` [C_out, pixels] over the pixels ``inside``, of which there is one at least.
+
+    They are those of ``y`` rounded to ``dtype``, as it is written: of what the norm reads.
+    """
+    y = y.to(dtype).to(tl.float32)
+    count = tl.sum(inside.to(tl.float32), axis=0)
+    mean = tl.sum(tl.where(inside[None, :], y, 0.0), axis=1) / count
+    off = tl.where(inside[None, :], y - mean[:, None], 0.0)
+    rest = tl.sum(off, axis=1) / count
+    squares = tl.sum(off * off, axis=1) - rest * rest * count
+    store_statistics(partial_ptr, mean, rest, squares, count, tile, offs_k, C_out)
 
 
 @triton.jit

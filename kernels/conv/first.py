@@ -17,10 +17,11 @@ from .pointer import store_tile, unflatten
 
 
 @triton.jit(do_not_specialize=["x_shape", "offset", "y_shape"])
-def conv_relu_first_kernel(x_ptr, weight_ptr, x_shape, offset, bias_ptr, y_ptr, pooled_ptr, y_shape,
-                           C_IN: tl.constexpr, SLOPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-                           BLOCK_P: tl.constexpr, VECTOR_OUT: tl.constexpr, PRECISION: tl.constexpr):
-    """``y = relu(conv(x) + bias)`` and, unless ``pooled_ptr`` is None, its 2×2 max-pool.
+def conv_relu_first_kernel(x_ptr, weight_ptr, x_shape, offset, bias_ptr, y_ptr, pooled_ptr, statistics_ptr,
+                           y_shape, C_IN: tl.constexpr, SLOPE: tl.constexpr, BLOCK_R: tl.constexpr,
+                           BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, VECTOR_OUT: tl.constexpr,
+                           PRECISION: tl.constexpr):
+    """``y = relu(conv(x) + bias)`` and, unless None, its 2×2 max-pool and tile statistics.
 
     ``x_shape`` (H, W), ``y_shape`` (N, H, W, C_out), weights (C_out, 9·C_IN); BLOCK_R >= 9·C_IN.
     """
@@ -44,17 +45,18 @@ def conv_relu_first_kernel(x_ptr, weight_ptr, x_shape, offset, bias_ptr, y_ptr, 
     acc = mma(weight, x, tl.zeros((BLOCK_K, BLOCK_P), tl.float32), PRECISION)
     y = bias_activation(acc, bias_ptr, offs_k, C_out, SLOPE)
     first = unflatten(tile * BLOCK_P, y_shape, pooled_ptr is not None)
-    store_tile(y, None, y_ptr, pooled_ptr, y_shape, first, n, h, w, p_mask, offs_k, VECTOR_OUT)
+    store_tile(y, None, y_ptr, pooled_ptr, statistics_ptr, y_shape, tile, first, n, h, w, p_mask, offs_k, VECTOR_OUT)
 
 
-def launch_first(conv: Convolution, y, pooled, config: ConvConfig) -> None:
-    """Writes the convolution of one source without a mask to ``y``, and its 2×2 max-pool to ``pooled`` unless None."""
+def launch_first(conv: Convolution, y, pooled, statistics, config: ConvConfig) -> None:
+    """Writes the convolution of one source without a mask to ``y``, its 2×2 max-pool to ``pooled`` and each tile's
+    ``statistics``, unless None."""
     n, c_out, h, w = y.shape
     c_in = conv.x.shape[1]
     pixels = n * h * w if pooled is None else n * _launch.cdiv(h, 2) * _launch.cdiv(w, 2) * 4
     grid = (_launch.cdiv(pixels, config.pixels) * _launch.cdiv(c_out, config.block_k),)
     _launch.launch(conv_relu_first_kernel, grid, conv.x, conv.taps()[0], tuple(conv.x.shape[2:]), conv.offset,
-                   conv.bias, y, pooled, (n, h, w, c_out), C_IN=c_in, SLOPE=conv.slope,
+                   conv.bias, y, pooled, statistics, (n, h, w, c_out), C_IN=c_in, SLOPE=conv.slope,
                    BLOCK_R=max(16, _launch.next_power_of_2(9 * c_in)), BLOCK_K=config.block_k, BLOCK_P=config.pixels,
                    VECTOR_OUT=_launch.vector_width(y), PRECISION=_launch.dot_precision(y.dtype),
                    num_warps=config.num_warps, num_stages=config.num_stages)

@@ -16,10 +16,11 @@ from .. import _launch
 from .box import launch_box, launch_box_head
 from .config import choose_config, why_not
 from .convolution import ConvConfig, Convolution, Head
+from .cost import pixel_tiles
 from .first import launch_first
 from .pointer import launch_pointer, launch_pointer_head
 from .rows import launch_rows, launch_rows_head
-from .split import launch_box_split
+from .split import JOINED_PIXELS, launch_box_split
 from .two_rows import launch_two_rows, launch_two_rows_head
 
 _LAUNCH = {"pointer": launch_pointer, "first": launch_first, "box": launch_box, "rows": launch_rows,
@@ -38,6 +39,31 @@ def forward(x: torch.Tensor, skip: torch.Tensor | None, weight: torch.Tensor, bi
     conv = _forward_convolution(x, skip, weight, bias, pad, slope)
     y = _launch.empty_image((conv.batch, conv.c_out, *conv.out_size), x.dtype, x.device)
     return _run(conv, y, None, config)
+
+
+def forward_statistics(x: torch.Tensor, skip: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None,
+                       pad: int, per_sample: bool, config: ConvConfig | None = None
+                       ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """:func:`forward` without an activation, and what a norm needs of it, written by the same kernel.
+
+    That is (tiles, 4, C_out) fp32, image by image: see :func:`epilogue.store_statistics`. None of an empty result, and
+    where a tile would join pixels of several images though ``per_sample``.
+    """
+    conv = _forward_convolution(x, skip, weight, bias, pad, 1.0)
+    y = _launch.empty_image((conv.batch, conv.c_out, *conv.out_size), x.dtype, x.device)
+    if not y.numel():
+        return y, None
+    config = config or choose_config(conv)
+    (h, w), n = conv.out_size, conv.batch
+    if config.splits > 1:
+        tiles, separate = n * _launch.cdiv(h * w, JOINED_PIXELS), True
+    else:
+        tiles = pixel_tiles(conv, config)
+        separate = config.block_n == 1 and (config.variant not in ("pointer", "first") or h * w % config.pixels == 0)
+    statistics = None
+    if separate or n == 1 or not per_sample:
+        statistics = _launch.empty((tiles, 4, conv.c_out), torch.float32, x.device)
+    return _run(conv, y, None, config, statistics), statistics
 
 
 def forward_pool(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pad: int, slope: float,
@@ -103,11 +129,12 @@ def _forward_convolution(x, skip, weight, bias, pad: int, slope: float) -> Convo
                        slope)
 
 
-def _run(conv: Convolution, y: torch.Tensor, pooled: torch.Tensor | None, config: ConvConfig | None) -> torch.Tensor:
+def _run(conv: Convolution, y: torch.Tensor, pooled: torch.Tensor | None, config: ConvConfig | None,
+         statistics: torch.Tensor | None = None) -> torch.Tensor:
     if y.numel():
         config = _checked(config, conv, 0) if config else choose_config(conv, pool=pooled is not None)
         run = launch_box_split if config.splits > 1 else _LAUNCH[config.variant]
-        run(conv, y, pooled, config)
+        run(conv, y, pooled, statistics, config)
     return y
 
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from .. import _launch
 from .._launch import mma
 from .convolution import ConvConfig, Convolution, Head
-from .epilogue import bias_activation, head_store, max_of_pairs
+from .epilogue import bias_activation, head_store, max_of_pairs, tile_statistics
 
 
 @triton.jit
@@ -59,11 +59,11 @@ def add_source(acc, x_ptr, weight_ptr, x_shape, offset, n, h, w, p_mask, offs_k,
 
 @triton.jit(do_not_specialize=["x_shape", "skip_shape", "offset", "y_shape", "WEIGHT_TAP"])
 def conv_relu_pointer_kernel(x_ptr, x_weight_ptr, x_shape, skip_ptr, skip_weight_ptr, skip_shape, offset,
-                             bias_ptr, mask_ptr, y_ptr, pooled_ptr, y_shape, WEIGHT_TAP, SLOPE: tl.constexpr,
-                             BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-                             VECTOR: tl.constexpr, VECTOR_OUT: tl.constexpr, STAGES: tl.constexpr,
-                             PRECISION: tl.constexpr):
-    """``y = relu(conv(skip) + conv(x) + bias) * (mask > 0)`` and its 2×2 max-pool, each part optional.
+                             bias_ptr, mask_ptr, y_ptr, pooled_ptr, statistics_ptr, y_shape, WEIGHT_TAP,
+                             SLOPE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
+                             BLOCK_C: tl.constexpr, VECTOR: tl.constexpr, VECTOR_OUT: tl.constexpr,
+                             STAGES: tl.constexpr, PRECISION: tl.constexpr):
+    """``y = relu(conv(skip) + conv(x) + bias) * (mask > 0)``, its 2×2 max-pool and tile statistics, each part optional.
 
     ``x_shape`` (H, W, C, stride of an image, stride of a row), ``y_shape`` (N, H, W, C_out); a weight row holds 9 taps
     of WEIGHT_TAP channels.
@@ -83,12 +83,15 @@ def conv_relu_pointer_kernel(x_ptr, x_weight_ptr, x_shape, skip_ptr, skip_weight
                      WEIGHT_TAP, BLOCK_C, VECTOR, STAGES, PRECISION)
     y = bias_activation(acc, bias_ptr, offs_k, C_out, SLOPE)
     first = unflatten(tile * BLOCK_P, y_shape, pooled_ptr is not None)
-    store_tile(y, mask_ptr, y_ptr, pooled_ptr, y_shape, first, n, h, w, p_mask, offs_k, VECTOR_OUT)
+    store_tile(y, mask_ptr, y_ptr, pooled_ptr, statistics_ptr, y_shape, tile, first, n, h, w, p_mask, offs_k,
+               VECTOR_OUT)
 
 
 @triton.jit
-def store_tile(y, mask_ptr, y_ptr, pooled_ptr, y_shape, first, n, h, w, p_mask, offs_k, VECTOR: tl.constexpr):
-    """Stores ``y`` [C_out, pixels], times (mask > 0), and the maxima of its 2×2 windows (see :func:`unflatten`).
+def store_tile(y, mask_ptr, y_ptr, pooled_ptr, statistics_ptr, y_shape, tile, first, n, h, w, p_mask, offs_k,
+               VECTOR: tl.constexpr):
+    """Stores ``y`` [C_out, pixels], times (mask > 0), the maxima of its 2×2 windows (see :func:`unflatten`), and its
+    statistics.
 
     Offsets are 32 bits wide from the 64-bit one of the tile's ``first`` (n, h, w): ragged channels are stored one by
     one, and twice the address registers spill.
@@ -112,6 +115,8 @@ def store_tile(y, mask_ptr, y_ptr, pooled_ptr, y_shape, first, n, h, w, p_mask, 
         window = tl.max(tl.reshape(window, (QUADS, 4)), axis=1)  # the four pixels of a window agree on its index
         tl.store(pooled_ptr + window.to(tl.int64)[None, :] * C_out + offs_k[:, None],
                  pooled.to(pooled_ptr.dtype.element_ty), mask=k_mask[:, None] & (window >= 0)[None, :])
+    if statistics_ptr is not None:
+        tile_statistics(statistics_ptr, y, p_mask, tile, offs_k, C_out, y_ptr.dtype.element_ty)
 
 
 @triton.jit(do_not_specialize=["x_shape", "skip_shape", "offset", "y_shape", "WEIGHT_TAP"])
@@ -150,16 +155,17 @@ def _sources(conv: Convolution) -> tuple:
     return tuple(args)
 
 
-def launch_pointer(conv: Convolution, y, pooled, config: ConvConfig) -> None:
-    """Writes the convolution to ``y``, and its 2×2 max-pool to ``pooled`` unless that is None."""
+def launch_pointer(conv: Convolution, y, pooled, statistics, config: ConvConfig) -> None:
+    """Writes the convolution to ``y``, its 2×2 max-pool to ``pooled`` and each tile's ``statistics``, unless None."""
     n, c_out, h, w = y.shape
     pixels = n * h * w if pooled is None else n * _launch.cdiv(h, 2) * _launch.cdiv(w, 2) * 4
     grid = (_launch.cdiv(pixels, config.pixels) * _launch.cdiv(c_out, config.block_k),)
     _launch.launch(conv_relu_pointer_kernel, grid, *_sources(conv), conv.offset, conv.bias,
-                   conv.mask, y, pooled, (n, h, w, c_out), sum(conv.channels), SLOPE=conv.slope, BLOCK_K=config.block_k,
-                   BLOCK_P=config.pixels, BLOCK_C=config.block_c, VECTOR=min(map(_launch.vector_width, conv.images)),
-                   VECTOR_OUT=_launch.vector_width(y), STAGES=config.num_stages,
-                   PRECISION=_launch.dot_precision(y.dtype), num_warps=config.num_warps, num_stages=config.num_stages)
+                   conv.mask, y, pooled, statistics, (n, h, w, c_out), sum(conv.channels), SLOPE=conv.slope,
+                   BLOCK_K=config.block_k, BLOCK_P=config.pixels, BLOCK_C=config.block_c,
+                   VECTOR=min(map(_launch.vector_width, conv.images)), VECTOR_OUT=_launch.vector_width(y),
+                   STAGES=config.num_stages, PRECISION=_launch.dot_precision(y.dtype), num_warps=config.num_warps,
+                   num_stages=config.num_stages)
 
 
 def launch_pointer_head(conv: Convolution, head: Head, out, config: ConvConfig) -> None:

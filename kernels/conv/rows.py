@@ -13,7 +13,7 @@ from .. import _launch
 from .._launch import mma
 from .convolution import ConvConfig, Convolution, Head
 from .descriptors import image_boxes, tap_sources
-from .epilogue import bias_activation, head_store, max_of_pairs
+from .epilogue import bias_activation, head_store, max_of_pairs, tile_statistics
 
 ROWS = 4
 
@@ -89,10 +89,10 @@ def pool_rows(upper, lower, pooled_desc, n, h, w, k0):
 
 @triton.jit(do_not_specialize=["x_channels", "skip_channels", "offset", "C_out", "tiles"])
 def conv_relu_rows_kernel(x_desc, x_weight_desc, x_channels, skip_desc, skip_weight_desc, skip_channels, offset,
-                          bias_ptr, mask_desc, y_desc, pooled_desc, C_out, tiles, SLOPE: tl.constexpr,
+                          bias_ptr, mask_desc, y_desc, pooled_desc, statistics_ptr, C_out, tiles, SLOPE: tl.constexpr,
                           BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
                           PRECISION: tl.constexpr):
-    """``y = relu(conv(skip) + conv(x) + bias) * (mask > 0)`` and its 2×2 max-pool, each part optional.
+    """``y = relu(conv(skip) + conv(x) + bias) * (mask > 0)``, its 2×2 max-pool and tile statistics, each part optional.
 
     Boxes: x, skip [1, 1, BW, BC]; weights [1, BK, BC] of (9, C_out, C); mask, y [1, 1, BW, BK]; pooled half as wide.
     ``tiles`` counts the tiles along (h, w, C_out).
@@ -110,6 +110,11 @@ def conv_relu_rows_kernel(x_desc, x_weight_desc, x_channels, skip_desc, skip_wei
     y3 = finish_row(y3, bias_ptr, mask_desc, y_desc, n, h0 + 3, w0, k0, C_out, SLOPE)
     if pooled_desc is not None:
         pool_rows(y2, y3, pooled_desc, n, h0 // 2 + 1, w0 // 2, k0)
+    if statistics_ptr is not None:
+        offs_p = tl.arange(0, 4 * BLOCK_W)
+        y = tl.reshape(tl.join(tl.join(y0, y2), tl.join(y1, y3)), (BLOCK_K, 4 * BLOCK_W))  # rows side by side
+        inside = (h0 + offs_p % 4 < y_desc.shape[1]) & (w0 + offs_p // 4 < y_desc.shape[2])
+        tile_statistics(statistics_ptr, y, inside, tile, k0 + tl.arange(0, BLOCK_K), C_out, y_desc.dtype)
 
 
 @triton.jit
@@ -152,16 +157,17 @@ def _tiles(conv: Convolution, config: ConvConfig) -> tuple[int, tuple[int, int, 
     return conv.batch * tiles[0] * tiles[1] * tiles[2], tiles
 
 
-def launch_rows(conv: Convolution, y, pooled, config: ConvConfig) -> None:
-    """Writes the convolution to ``y``, and its 2×2 max-pool to ``pooled`` unless that is None."""
+def launch_rows(conv: Convolution, y, pooled, statistics, config: ConvConfig) -> None:
+    """Writes the convolution to ``y``, its 2×2 max-pool to ``pooled`` and each tile's ``statistics``, unless None."""
     programs, tiles = _tiles(conv, config)
     row, half = (1, 1, config.block_w, config.block_k), (1, 1, config.block_w // 2, config.block_k)
     _launch.launch(conv_relu_rows_kernel, (programs,),
                    *tap_sources(conv, (1, 1, config.block_w, config.block_c), config.block_k), conv.offset, conv.bias,
                    None if conv.mask is None else image_boxes(conv.mask, row), image_boxes(y, row),
-                   None if pooled is None else image_boxes(pooled, half), conv.c_out, tiles, SLOPE=conv.slope,
-                   BLOCK_K=config.block_k, BLOCK_W=config.block_w, BLOCK_C=config.block_c, STAGES=config.num_stages,
-                   PRECISION=_launch.dot_precision(y.dtype), num_warps=config.num_warps, num_stages=config.num_stages)
+                   None if pooled is None else image_boxes(pooled, half), statistics, conv.c_out, tiles,
+                   SLOPE=conv.slope, BLOCK_K=config.block_k, BLOCK_W=config.block_w, BLOCK_C=config.block_c,
+                   STAGES=config.num_stages, PRECISION=_launch.dot_precision(y.dtype), num_warps=config.num_warps,
+                   num_stages=config.num_stages)
 
 
 def launch_rows_head(conv: Convolution, head: Head, out, config: ConvConfig) -> None:

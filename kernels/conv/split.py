@@ -12,12 +12,12 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import _launch, max_pool
-from .._launch import activation
 from .box import add_box_source, box_tiles
 from .convolution import ConvConfig, Convolution
 from .descriptors import tap_sources
+from .epilogue import bias_activation, tile_statistics
 
-_TILE = 1024
+_JOINED_CHANNELS, JOINED_PIXELS = 16, 64
 
 
 @triton.jit(do_not_specialize=["x_channels", "skip_channels", "offset", "tiles"])
@@ -46,33 +46,39 @@ def conv_relu_box_split_kernel(x_desc, x_weight_desc, x_channels, skip_desc, ski
     partial_desc.store([split, n0, h0, w0, k0], tl.reshape(acc.T, (1, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_K)))
 
 
-@triton.jit(do_not_specialize=["splits", "count", "H", "W"])
-def conv_relu_join_kernel(partial_ptr, bias_ptr, mask_ptr, mask_strides, y_ptr, splits, count, H, W, C_out,
-                          SLOPE: tl.constexpr, BLOCK: tl.constexpr):
-    """``y = relu(sum of partial (splits, count) + bias) * (mask > 0)`` of ``count`` NHWC elements, each part optional.
+@triton.jit(do_not_specialize=["splits", "H", "W"])
+def conv_relu_join_kernel(partial_ptr, bias_ptr, mask_ptr, mask_strides, y_ptr, statistics_ptr, splits, count, H, W,
+                          C_out, SLOPE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr):
+    """``y = relu(sum of partial (splits, count) + bias) * (mask > 0)`` of ``count`` NHWC elements, and tile statistics,
+    each part optional.
 
-    ``mask_strides`` are those of the mask's images, rows and pixels. All of partial has fewer than 2³¹ elements.
+    A tile is of one image. ``mask_strides`` are those of the mask's images, rows and pixels. All of partial has fewer
+    than 2³¹ elements.
     """
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = offs < count
-    acc = tl.zeros((BLOCK,), tl.float32)
+    tiles_k, tiles_p = tl.cdiv(C_out, BLOCK_K), tl.cdiv(H * W, BLOCK_P)
+    tile = tl.program_id(0) // tiles_k
+    offs_k = tl.program_id(0) % tiles_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    n, offs_p = tile // tiles_p, tile % tiles_p * BLOCK_P + tl.arange(0, BLOCK_P)
+    inside = offs_p < H * W
+    y_mask = (offs_k < C_out)[:, None] & inside[None, :]
+    offs_y = (n * H * W + offs_p)[None, :] * C_out + offs_k[:, None]
+    acc = tl.zeros((BLOCK_K, BLOCK_P), tl.float32)
     for split in range(splits):
-        acc += tl.load(partial_ptr + split * count + offs, mask=inside, other=0.0)
-    k, pixel = offs % C_out, offs // C_out
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + k, mask=inside, other=0.0).to(tl.float32)
-    acc = activation(acc, SLOPE)
+        acc += tl.load(partial_ptr + split * count + offs_y, mask=y_mask, other=0.0)
+    y = bias_activation(acc, bias_ptr, offs_k, C_out, SLOPE)
     if mask_ptr is not None:
-        n, h, w = pixel // (H * W), pixel // W % H, pixel % W
         stride_n, stride_h, stride_w = mask_strides
-        at = n.to(tl.int64) * stride_n + h.to(tl.int64) * stride_h + w * stride_w + k
-        mask = tl.load(mask_ptr + at, mask=inside, other=0.0)
-        acc = tl.where(mask > 0, acc, 0.0)
-    tl.store(y_ptr + offs, acc.to(y_ptr.dtype.element_ty), mask=inside)
+        at = n.to(tl.int64) * stride_n + (offs_p // W).to(tl.int64) * stride_h + offs_p % W * stride_w
+        y = tl.where(tl.load(mask_ptr + at[None, :] + offs_k[:, None], mask=y_mask, other=0.0) > 0, y, 0.0)
+    tl.store(y_ptr + offs_y, y.to(y_ptr.dtype.element_ty), mask=y_mask)
+    if statistics_ptr is not None:
+        tile_statistics(statistics_ptr, y, inside, tile, offs_k, C_out, y_ptr.dtype.element_ty)
 
 
-def launch_box_split(conv: Convolution, y: torch.Tensor, pooled: torch.Tensor | None, config: ConvConfig) -> None:
-    """Writes the convolution to ``y``, and its 2×2 max-pool to ``pooled`` unless that is None."""
+def launch_box_split(conv: Convolution, y: torch.Tensor, pooled: torch.Tensor | None, statistics: torch.Tensor | None,
+                     config: ConvConfig) -> None:
+    """Writes the convolution to ``y``, its 2×2 max-pool to ``pooled`` and ``statistics`` of each JOINED_PIXELS of an
+    image, unless None."""
     n, (h, w), k = conv.batch, conv.out_size, conv.c_out
     partial = _launch.empty((config.splits, n, h, w, k), torch.float32, y.device)
     box = (config.block_n, config.block_h, config.block_w, config.block_c)
@@ -83,7 +89,8 @@ def launch_box_split(conv: Convolution, y: torch.Tensor, pooled: torch.Tensor | 
                    BLOCK_W=config.block_w, BLOCK_C=config.block_c, STAGES=config.num_stages,
                    PRECISION=_launch.dot_precision(y.dtype), num_warps=config.num_warps, num_stages=config.num_stages)
     mask, strides = conv.mask, None if conv.mask is None else (*conv.mask.stride()[::2], conv.mask.stride(3))
-    _launch.launch(conv_relu_join_kernel, (_launch.cdiv(y.numel(), _TILE),), partial, conv.bias, mask, strides, y,
-                   config.splits, y.numel(), h, w, k, SLOPE=conv.slope, BLOCK=_TILE)
+    tiles = n * _launch.cdiv(h * w, JOINED_PIXELS) * _launch.cdiv(k, _JOINED_CHANNELS)
+    _launch.launch(conv_relu_join_kernel, (tiles,), partial, conv.bias, mask, strides, y, statistics, config.splits,
+                   y.numel(), h, w, k, SLOPE=conv.slope, BLOCK_K=_JOINED_CHANNELS, BLOCK_P=JOINED_PIXELS)
     if pooled is not None:
         max_pool.pool_into(y, pooled)

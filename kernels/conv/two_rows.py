@@ -16,7 +16,7 @@ from .._launch import mma
 from .._weights import stacked_rows
 from .convolution import ConvConfig, Convolution, Head
 from .descriptors import image_boxes, matrix_boxes, row_pair_boxes
-from .epilogue import bias_activation, head_store, max_of_pairs
+from .epilogue import bias_activation, head_store, max_of_pairs, tile_statistics
 
 
 @triton.jit
@@ -47,13 +47,24 @@ def accumulate_row_pairs(x_desc, x_weight_desc, x_channels, skip_desc, skip_weig
                                 BLOCK_H, BLOCK_W, BLOCK_C, STAGES, PRECISION)
 
 
+@triton.jit
+def unstacked(y, i0, w0, BLOCK_W: tl.constexpr):
+    """``y`` as [channels, (odd row's, even row's) pixels], and (h, w) of these pixels."""
+    BLOCK_K: tl.constexpr = y.shape[0] // 2
+    PIXELS: tl.constexpr = y.shape[1]
+    offs_p = tl.arange(0, 2 * PIXELS)
+    h = 2 * (i0 + offs_p % PIXELS // BLOCK_W) + 1 - offs_p // PIXELS
+    y = tl.reshape(tl.permute(tl.reshape(y, (2, BLOCK_K, PIXELS)), (1, 0, 2)), (BLOCK_K, 2 * PIXELS))
+    return y, h, w0 + offs_p % BLOCK_W
+
+
 @triton.jit(do_not_specialize=["x_channels", "skip_channels", "offset", "y_shape", "tiles"])
 def conv_relu_two_rows_kernel(x_desc, x_weight_desc, x_channels, skip_desc, skip_weight_desc, skip_channels, offset,
-                              bias_ptr, mask_ptr, y_ptr, pooled_desc, y_shape, tiles, SLOPE: tl.constexpr,
-                              BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
-                              BLOCK_C: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
-                              PRECISION: tl.constexpr):
-    """``y = relu(conv(skip) + conv(x) + bias) * (mask > 0)`` and its 2×2 max-pool, each part optional.
+                              bias_ptr, mask_ptr, y_ptr, pooled_desc, statistics_ptr, y_shape, tiles,
+                              SLOPE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
+                              BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, VECTOR: tl.constexpr,
+                              STAGES: tl.constexpr, PRECISION: tl.constexpr):
+    """``y = relu(conv(skip) + conv(x) + bias) * (mask > 0)``, its 2×2 max-pool and tile statistics, each part optional.
 
     Boxes: x, skip [1, BH, 1, BW, BC] of (N, H/2, 2, W, C); weights [1, 2·BK, BC] of (3, 3·BK, C);
     pooled [1, BH, BW/2, BK]. ``y_shape`` (N, H, W, C_out <= BK); ``tiles`` counts the tiles along (row pairs, columns).
@@ -81,6 +92,10 @@ def conv_relu_two_rows_kernel(x_desc, x_weight_desc, x_channels, skip_desc, skip
         pooled = max_of_pairs(tl.permute(pairs, (1, 2, 0)))
         pooled_desc.store([n, i0, w0 // 2, 0],
                           tl.reshape(pooled.to(pooled_desc.dtype).T, (1, BLOCK_H, BLOCK_W // 2, BLOCK_K)))
+    if statistics_ptr is not None:
+        y, h, w = unstacked(y, i0, w0, BLOCK_W)
+        tile_statistics(statistics_ptr, y, (h < H) & (w < W), tile, tl.arange(0, BLOCK_K), C_out,
+                        y_ptr.dtype.element_ty)
 
 
 @triton.jit(do_not_specialize=["x_channels", "skip_channels", "offset", "y_shape", "tiles"])
@@ -92,18 +107,13 @@ def conv_relu_two_rows_head_kernel(x_desc, x_weight_desc, x_channels, skip_desc,
                                    PRECISION: tl.constexpr):
     """The same convolution and the 1×1 head on its channels; only the head is written."""
     _, H, W, C_out = y_shape
-    PIXELS: tl.constexpr = BLOCK_H * BLOCK_W
     tiles_h, tiles_w = tiles
     tile = tl.program_id(0)
     w0, i0, n = tile % tiles_w * BLOCK_W, tile // tiles_w % tiles_h * BLOCK_H, tile // (tiles_w * tiles_h)
     acc = accumulate_row_pairs(x_desc, x_weight_desc, x_channels, skip_desc, skip_weight_desc, skip_channels, offset,
                                n, i0, w0, BLOCK_K, BLOCK_H, BLOCK_W, BLOCK_C, STAGES, PRECISION)
     y = bias_activation(acc, bias_ptr, tl.arange(0, 2 * BLOCK_K) % BLOCK_K, C_out, SLOPE)
-    y = y.to(head_weight_ptr.dtype.element_ty)
-    y = tl.reshape(tl.permute(tl.reshape(y, (2, BLOCK_K, PIXELS)), (1, 0, 2)), (BLOCK_K, 2 * PIXELS))
-    offs_p = tl.arange(0, 2 * PIXELS)
-    h = 2 * (i0 + offs_p % PIXELS // BLOCK_W) + 1 - offs_p // PIXELS
-    w = w0 + offs_p % BLOCK_W
+    y, h, w = unstacked(y.to(head_weight_ptr.dtype.element_ty), i0, w0, BLOCK_W)
     head_store(y, head_weight_ptr, head_bias_ptr, out_ptr, (n.to(tl.int64) * H + h) * W + w, (h < H) & (w < W),
                tl.arange(0, BLOCK_K), C_out, NUM_CLASSES, BLOCK_CLASSES, OUTPUT, PRECISION)
 
@@ -128,15 +138,16 @@ def _tiles(conv: Convolution, config: ConvConfig) -> tuple[int, tuple[int, int]]
     return conv.batch * tiles[0] * tiles[1], tiles
 
 
-def launch_two_rows(conv: Convolution, y, pooled, config: ConvConfig) -> None:
-    """Writes the convolution to ``y``, and its 2×2 max-pool to ``pooled`` unless that is None."""
+def launch_two_rows(conv: Convolution, y, pooled, statistics, config: ConvConfig) -> None:
+    """Writes the convolution to ``y``, its 2×2 max-pool to ``pooled`` and each tile's ``statistics``, unless None."""
     programs, tiles = _tiles(conv, config)
     half = (1, config.block_h, config.block_w // 2, config.block_k)
     _launch.launch(conv_relu_two_rows_kernel, (programs,), *_sources(conv, config), conv.offset, conv.bias, conv.mask,
-                   y, None if pooled is None else image_boxes(pooled, half), (conv.batch, *conv.out_size, conv.c_out),
-                   tiles, SLOPE=conv.slope, BLOCK_K=config.block_k, BLOCK_H=config.block_h, BLOCK_W=config.block_w,
-                   BLOCK_C=config.block_c, VECTOR=_launch.vector_width(y), STAGES=config.num_stages,
-                   PRECISION=_launch.dot_precision(y.dtype), num_warps=config.num_warps, num_stages=config.num_stages)
+                   y, None if pooled is None else image_boxes(pooled, half), statistics,
+                   (conv.batch, *conv.out_size, conv.c_out), tiles, SLOPE=conv.slope,
+                   BLOCK_K=config.block_k, BLOCK_H=config.block_h, BLOCK_W=config.block_w, BLOCK_C=config.block_c,
+                   VECTOR=_launch.vector_width(y), STAGES=config.num_stages, PRECISION=_launch.dot_precision(y.dtype),
+                   num_warps=config.num_warps, num_stages=config.num_stages)
 
 
 def launch_two_rows_head(conv: Convolution, head: Head, out, config: ConvConfig) -> None:

@@ -1,4 +1,4 @@
-"""Convolution → norm → activation → [max-pool]: the convolution, its statistics, and one pass that reads it once."""
+"""Convolution → norm → activation → [max-pool]: the convolution with its statistics, and a pass that reads it once."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from .. import _launch
-from ..conv.forward import forward as convolution
-from .statistics import statistics
+from ..conv.forward import forward_statistics
+from .statistics import merge, statistics
 from .tiles import (
     NormConfig,
     activated,
@@ -74,10 +74,14 @@ def forward(
     if process_group:
         raise ValueError("the norm kernels take the statistics of one process")
     if stride == 1:
-        z = convolution(x, skip, weight, bias, pad, 1.0)
+        z, partial = forward_statistics(x, skip, weight, bias, pad, per_sample)
     else:
+        partial = None
         z = _launch.channels_last(F.conv2d(_launch.channels_last(x), weight, bias, stride=2, padding=pad))
-    mean, var = statistics(z, groups, per_sample)
+    if partial is None:
+        mean, var = statistics(z, groups, per_sample)
+    else:
+        mean, var = merge(partial, len(z) if per_sample else 1, groups)
     y, pooled = normalise(z, mean, var, norm_weight, norm_bias, eps, slope, pool)
     return y, pooled, z, mean, var, _launch.empty((0,), torch.float32, z.device)
 

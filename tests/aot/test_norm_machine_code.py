@@ -1,4 +1,5 @@
-"""The norm kernels compiled for GPUs that need not be there: whole-vector loads and stores, no spills."""
+"""The norm kernels, and convolutions with statistics, compiled for GPUs that need not be there: whole-vector loads and
+stores, no spills, no launch too many."""
 
 import pytest
 import torch
@@ -27,6 +28,41 @@ def launches(architecture, dtype, c):
         forward.normalise(z, mean, var, affine, affine, 1e-5, 0.01, True)
         backward.backward(z, pooled, z, affine, affine, mean, var, mean, 1e-5, 0.01, "")
     return [launch for launch in found if launch.kernel.__name__.startswith("norm_")]
+
+
+REST = ["norm_merge_kernel", "norm_forward_kernel"]
+CONVOLUTIONS = [
+    (90, torch.bfloat16, (16, 32, 32, 240), ["conv_relu_rows_kernel", *REST]),
+    (90, torch.bfloat16, (16, 1, 32, 240), ["conv_relu_first_kernel", *REST]),
+    (90, torch.bfloat16, (16, 256, 256, 30), ["conv_relu_box_kernel", *REST]),
+    (90, torch.bfloat16, (16, 512, 512, 8), ["conv_relu_box_split_kernel", "conv_relu_join_kernel", *REST]),
+    (80, torch.bfloat16, (16, 32, 32, 240), ["conv_relu_pointer_kernel", *REST]),
+    (80, torch.bfloat16, (16, 64, 64, 120), ["conv_relu_pointer_kernel", "norm_statistics_kernel", *REST]),
+    (90, torch.float32, (2, 32, 32, 64), ["conv_relu_two_rows_kernel", *REST]),
+    (100, torch.bfloat16, (16, 64, 64, 120), ["conv_relu_rows_kernel", *REST]),
+]
+"""(architecture, dtype, (N, C_in, C_out, side), kernels of instance norm); 120² is no multiple of a tile of 128 pixels,
+which then would hold two images."""
+
+
+@pytest.mark.parametrize("architecture, dtype, size, kernels", CONVOLUTIONS)
+def test_a_convolution_with_its_norm(architecture, dtype, size, kernels):
+    n, c_in, c_out, side = size
+    image = torch.channels_last
+    x = torch.empty(n, c_in, side, side, dtype=dtype, device="meta", memory_format=image)
+    weight = torch.empty(c_out, c_in, 3, 3, dtype=dtype, device="meta", memory_format=image)
+    affine = torch.empty(c_out, device="meta")
+    with _launch.recording(architecture) as found:
+        forward.forward(
+            x, None, weight, affine.to(dtype), affine, affine, 1, 1, c_out, True, 1e-5, 0.01, True, ""
+        )  # fmt: skip
+    found = [
+        launch for launch in found if launch.kernel.__name__ != "permuted_taps_kernel"
+    ]  # two_rows stacks its weights
+    assert [launch.kernel.__name__ for launch in found] == kernels
+    for launch in found:
+        report = inspect(compile_launch(launch, architecture), architecture)
+        assert (report.stack, report.spills) == (0, 0), f"{launch.kernel.__name__}: {report.registers} registers"
 
 
 @pytest.mark.parametrize("architecture, dtype, c", sorted({*QUICK, *ALL}, key=str))

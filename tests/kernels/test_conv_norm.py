@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from fastunet.kernels import _launch
+from fastunet.kernels.conv import forward as conv_relu
+from fastunet.kernels.conv.convolution import ConvConfig
 from fastunet.kernels.norm import backward, forward, statistics
 from fastunet.kernels.norm.tiles import NormConfig
 from tests.kernels.conftest import COMPILED
@@ -135,14 +137,88 @@ def test_the_pool_s_gradient_alone(device):
 
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
 def test_statistics_far_from_zero(offset, device):
-    """Within 1000 eps, the rounding of the values; sums of squares in float32 would be off by 1000² eps = 0.1."""
+    """Sums of squares in float32 would be off by 1000² eps = 0.1."""
     z = (torch.randn(2, 24, 7, 20, generator=torch.Generator().manual_seed(0)) + offset).to(device)
     z = z.contiguous(memory_format=torch.channels_last)
     for per_sample, groups, dims in ((False, 24, (0, 3, 4)), (True, 24, (3, 4)), (True, 4, (2, 3, 4))):
         mean, var = statistics.statistics(z, groups, per_sample)
-        exact_var, exact_mean = torch.var_mean(z.double().unflatten(1, (groups, -1)), dims, correction=0)
+        values = z.unflatten(1, (groups, -1))
+        expected = (torch.var_mean(v, dims, correction=0) for v in (values, values.double()))
+        (same_var, _), (exact_var, exact_mean) = expected
         torch.testing.assert_close(mean.double(), exact_mean.view(mean.shape), rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(var.double(), exact_var.view(var.shape), rtol=2e-4, atol=0)
+        assert_within_budget(var, same_var.view(var.shape), exact_var.view(var.shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class Fused:
+    """A convolution of (c_skip, c_x) channels with a tile of its own; whether per sample it gives statistics."""
+
+    config: ConvConfig | None
+    n: int
+    c_skip: int
+    c_x: int
+    c_out: int
+    h: int
+    w: int
+    pad: int = 1
+    per_sample: bool = True
+
+    def __str__(self):
+        splits = "-split" if self.config and self.config.splits > 1 else ""
+        name = self.config.variant if self.config else "chosen"
+        return f"{name}{splits}-{self.n}x{self.c_skip}+{self.c_x}-{self.c_out}x{self.h}x{self.w}-pad{self.pad}"
+
+
+BOX, POINTER = ConvConfig("box", 64, 16, 4, block_c=16), ConvConfig("pointer", 32, 64, block_c=32)
+FUSED = [
+    Fused(POINTER, 3, 5, 33, 48, 3, 7, per_sample=False),
+    Fused(POINTER, 2, 0, 24, 20, 8, 16),
+    Fused(POINTER, 1, 0, 3, 33, 9, 9, pad=0),
+    Fused(ConvConfig("first", 16, 64), 2, 0, 2, 24, 9, 15, per_sample=False),
+    Fused(ConvConfig("first", 16, 64), 2, 0, 1, 8, 8, 8),
+    Fused(BOX, 2, 8, 24, 72, 9, 17),
+    Fused(ConvConfig("box", 64, 8, 8, 2, 32), 3, 0, 16, 40, 7, 9, per_sample=False),
+    Fused(dataclasses.replace(BOX, splits=3), 2, 0, 24, 40, 9, 11, pad=0),
+    Fused(ConvConfig("box", 64, 8, 8, 2, 16, splits=3), 3, 0, 24, 24, 8, 8),
+    Fused(ConvConfig("rows", 64, 16, block_c=32), 2, 0, 16, 72, 7, 17),
+    Fused(ConvConfig("two_rows", 32, 16, 4, block_c=16), 2, 8, 24, 24, 10, 17),
+]
+
+
+@pytest.mark.parametrize("case, dtype", [
+    pytest.param(case, dtype, id=f"{case}-{dtype}".replace("torch.", ""),
+                 marks=COMPILED if dtype == torch.bfloat16 else [])
+    for i, case in enumerate(FUSED) for dtype in ((torch.float32, torch.float16)[i % 2], torch.bfloat16)
+])  # fmt: skip
+def test_statistics_written_by_the_convolution(case, dtype, device):
+    """Those of the rounded result, which the second pass reads, of batch, instance and group norm; in float32 far from
+    zero, where sums of squares would be off by 1000² eps = 0.1."""
+    far = 1000 if dtype == torch.float32 else 8
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    x, skip = normal(case.n, case.c_x, case.h, case.w), None
+    if case.c_skip:
+        skip = normal(case.n, case.c_skip, case.h + 2, case.w)
+    weight = normal(case.c_out, case.c_skip + case.c_x, 3, 3) / 3 / (case.c_skip + case.c_x) ** 0.5
+    operands = x, skip, weight, normal(case.c_out) + far, case.pad
+    plain = conv_relu.forward(*operands, 1.0, case.config)
+    z, partial = conv_relu.forward_statistics(*operands, True, case.config)
+    assert torch.equal(z, plain)
+    assert (partial is not None) == case.per_sample
+    again = conv_relu.forward_statistics(*operands, False, case.config)[1]
+    assert partial is None or torch.equal(partial, again)
+    c = case.c_out
+    for groups, per_sample in ((c, False), *((groups, True) for groups in (c, c // 4, 1) if case.per_sample)):
+        rows, groups = case.n if per_sample else 1, groups if c % groups == 0 else 3
+        mean, var = statistics.merge(again, rows, groups)
+        values = (z if per_sample else z.transpose(0, 1)[None]).reshape(rows, groups, -1)
+        same_var, same_mean = torch.var_mean(values.float(), 2, correction=0)
+        exact_var, exact_mean = torch.var_mean(values.double(), 2, correction=0)
+        assert_within_budget(mean, same_mean, exact_mean, "mean")
+        assert_within_budget(var, same_var, exact_var, "var")
 
 
 def test_an_empty_batch(device):
@@ -156,16 +232,18 @@ def test_an_empty_batch(device):
         assert dz.shape == z.shape
 
 
-def test_the_whole_operator(device):
+@pytest.mark.parametrize("norm, groups", [("batch", None), ("instance", None), ("group", 2)])
+def test_the_whole_operator(norm, groups, device):
     """Through the convolution, with bias and skip: the operator's result is that of its parts."""
     x, skip, weight = torch.randn(2, 3, 6, 7), torch.randn(2, 2, 8, 8), torch.randn(8, 5, 3, 3)
     x, skip, weight, bias = (t.to(device) for t in (x, skip, weight, torch.randn(8)))
     y, pooled, z, _, _, count = forward.forward(
-        x, skip, weight, bias, bias, weight[:, 0, 0, 0], 1, 1, 2, True, 1e-5, 0.1, True, ""
+        x, skip, weight, bias, bias, weight[:, 0, 0, 0], 1, 1, groups or 8, norm != "batch", 1e-5, 0.1, True, ""
     )
     exact = F.conv2d(torch.cat([skip[:, :, 1:7, :7], x], 1).double(), weight.double(), bias.double(), padding=1)
     torch.testing.assert_close(z.double(), exact, rtol=1e-5, atol=1e-5)
-    exact = F.leaky_relu(F.group_norm(exact, 2, bias.double(), weight[:, 0, 0, 0].double()), 0.1)
+    case = Case(norm, exact.shape, groups, slope=0.1)
+    exact = reference(case, exact, bias.double(), weight[:, 0, 0, 0].double(), exact, None)[0]
     torch.testing.assert_close(y.double(), exact, rtol=1e-4, atol=1e-4)
     assert torch.equal(pooled, F.max_pool2d(y, 2))
     assert count.numel() == 0
