@@ -58,6 +58,17 @@ def dtype(request) -> torch.dtype:
     return request.param
 
 
+@pytest.fixture(autouse=True, scope="session")
+def brisk_interpreter():
+    if not INTERPRETER:
+        yield
+        return
+    from .interpreter import brisk
+
+    with brisk():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def poisoned_outputs():
     """Every tensor that a launcher allocates starts as NaN, so an element that no program writes fails the test."""
