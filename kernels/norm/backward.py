@@ -12,6 +12,7 @@ from .tiles import (
     channel_numbers,
     choose_config,
     contiguous,
+    program_tile,
     shares,
     store_corner,
     window_gradients,
@@ -27,11 +28,7 @@ def norm_sums_kernel(
 ):  # fmt: skip
     """partial[0 | 1, s, c, split] = sum g | sum g (z - mean) rstd of the split's windows, g before the activation."""
     C = C // VECTOR * VECTOR
-    blocks_c = tl.cdiv(C, BLOCK_C)
-    pid = tl.program_id(0)
-    offs_c = pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    split, s = pid // blocks_c % splits, pid // blocks_c // splits
-    c_mask = offs_c < C
+    offs_c, c_mask, split, s = program_tile(splits, C, BLOCK_C)
     numbers = channel_numbers(mean_ptr, var_ptr, weight_ptr, bias_ptr, s, offs_c, c_mask, C, CHANNELS_A_GROUP, eps)
     sum_g = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     sum_gh = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
@@ -88,11 +85,7 @@ def norm_data_grad_kernel(
 ):  # fmt: skip
     """dz = rstd (weight g - averages[0] - (z - mean) rstd averages[1])."""
     C = C // VECTOR * VECTOR
-    blocks_c = tl.cdiv(C, BLOCK_C)
-    pid = tl.program_id(0)
-    offs_c = pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    tile, s = pid // blocks_c % tiles, pid // blocks_c // tiles
-    c_mask = offs_c < C
+    offs_c, c_mask, tile, s = program_tile(tiles, C, BLOCK_C)
     numbers = channel_numbers(mean_ptr, var_ptr, weight_ptr, bias_ptr, s, offs_c, c_mask, C, CHANNELS_A_GROUP, eps)
     at = s * (C // CHANNELS_A_GROUP) + offs_c // CHANNELS_A_GROUP
     rstd = numbers[1]

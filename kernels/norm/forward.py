@@ -17,6 +17,7 @@ from .tiles import (
     choose_config,
     contiguous,
     load_corner,
+    program_tile,
     store_corner,
     window_pixels,
 )
@@ -29,11 +30,7 @@ def norm_forward_kernel(
 ):  # fmt: skip
     """y = activation((z - mean) / sqrt(var + eps) * weight + bias), and its 2×2 maxima where ``pooled_ptr`` is."""
     C = C // VECTOR * VECTOR
-    blocks_c = tl.cdiv(C, BLOCK_C)
-    pid = tl.program_id(0)
-    offs_c = pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    tile, s = pid // blocks_c % tiles, pid // blocks_c // tiles
-    c_mask = offs_c < C
+    offs_c, c_mask, tile, s = program_tile(tiles, C, BLOCK_C)
     numbers = channel_numbers(mean_ptr, var_ptr, weight_ptr, bias_ptr, s, offs_c, c_mask, C, CHANNELS_A_GROUP, eps)
     pixel, masks, pooled = window_pixels(tile * BLOCK_P, s, IMAGES, H, W, BLOCK_P)
     y00 = activated(load_corner(z_ptr, pixel, masks[0], offs_c, c_mask, C), numbers, SLOPE)

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .. import _launch
 from ..conv.epilogue import store_statistics
-from .tiles import NormConfig, choose_config, shares
+from .tiles import NormConfig, choose_config, program_tile, shares
 
 _MERGED = 4096
 """Elements of one step of the merge: few steps, each of which waits for memory."""
@@ -28,11 +28,8 @@ def norm_statistics_kernel(
     lanes are merged at the end.
     """
     C = C // VECTOR * VECTOR  # shows the compiler that it may load VECTOR elements at once
-    blocks_c = tl.cdiv(C, BLOCK_C)
-    pid = tl.program_id(0)
-    offs_c = pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    split, s = pid // blocks_c % splits, (pid // blocks_c // splits).to(tl.int64)
-    c_mask = offs_c < C
+    offs_c, c_mask, split, s = program_tile(splits, C, BLOCK_C)
+    s = s.to(tl.int64)
     begin = split * rows_a_share
     end = tl.minimum(begin + rows_a_share, rows)
     near = tl.load(z_ptr + (s * rows + begin) * C + offs_c, mask=c_mask, other=0.0).to(tl.float32)

@@ -53,6 +53,15 @@ def shares(tiles: int, columns: int) -> tuple[int, int]:
 
 
 @triton.jit
+def program_tile(steps, C, BLOCK_C: tl.constexpr):
+    """Of this program, channels varying first: its channels, which of them exist, its step of ``steps``, and its s."""
+    blocks_c = tl.cdiv(C, BLOCK_C)
+    pid = tl.program_id(0)
+    offs_c = pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    return offs_c, offs_c < C, pid // blocks_c % steps, pid // blocks_c // steps
+
+
+@triton.jit
 def channel_numbers(mean_ptr, var_ptr, weight_ptr, bias_ptr, s, offs_c, c_mask, C, CHANNELS_A_GROUP, eps):
     """(mean, 1 / sqrt(var + eps), weight, bias) of each channel, fp32."""
     at = s * (C // CHANNELS_A_GROUP) + offs_c // CHANNELS_A_GROUP

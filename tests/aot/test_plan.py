@@ -14,6 +14,7 @@ import torch
 import triton
 
 from bench.gpu.host_driver import host_driver
+from bench.gpu.small import norm_calls
 from fastunet.architecture import Architecture
 from fastunet.inspection.layers import network_calls
 from fastunet.kernels import _launch, _plan, relu
@@ -40,6 +41,8 @@ def calls(networks):
         for training in (True, False):
             for call in network_calls(architecture, 2, *size, training=training):
                 yield f"{name} {'training' if training else 'inference'} {call.layer} {call.operator}", call
+    for call in norm_calls(16):
+        yield call.operator, call
 
 
 def addressless(value, tensors):
