@@ -5,6 +5,7 @@ build that both are checked against. Importing this package needs no Triton and 
 """
 
 import importlib
+from typing import Any
 
 from fastunet import functional, reference
 from fastunet.unet import UNet
@@ -17,7 +18,7 @@ _LAZY = ("data", "interop", "losses", "metrics")
 __all__ = ["UNet", "__version__", "functional", "fuse", "reference", "to_onnx", *_LAZY]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return importlib.import_module(f"fastunet.{name}")
     if name in ("fuse", "to_onnx"):

@@ -12,13 +12,14 @@ import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing  # what annotations name, which NumPy before 2 does not import by itself
 import torch
 
-Thing = TypeVar("Thing", bound=Callable)
+Thing = TypeVar("Thing", bound=Callable[..., Any])
+Problem = type[TypeError] | type[ValueError] | None
 _MOST = 2**63 - 1
 """The greatest whole number that PyTorch and NumPy take."""
 
@@ -67,11 +68,12 @@ def checked(thing: Thing) -> Thing:
         return thing(*args, **{name: fitting(name, value) for name, value in kwargs.items()})
 
     # torch.compile counts recompilations by code object, which all calls would share
-    call.__code__ = call.__code__.replace(co_name=thing.__name__)
-    return call  # type: ignore[return-value]
+    function: Any = call
+    function.__code__ = function.__code__.replace(co_name=thing.__name__)
+    return cast(Thing, function)
 
 
-def mismatch(value: object, hint: Any) -> type[TypeError] | type[ValueError] | None:
+def mismatch(value: object, hint: Any) -> Problem:
     """The error that ``value`` deserves where ``hint`` is asked for, or None if it fits."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
@@ -87,8 +89,8 @@ def mismatch(value: object, hint: Any) -> type[TypeError] | type[ValueError] | N
         return TypeError if kind not in (str, bytes) or not isinstance(value, kind) else None
     if isinstance(value, Mapping) and inner:
         return _first(mismatch(each, part) for pair in value.items() for each, part in zip(pair, inner))
-    if kind is tuple and inner and Ellipsis not in inner:
-        return ValueError if len(value) != len(inner) else _first(map(mismatch, value, inner))  # type: ignore[arg-type]
+    if isinstance(value, tuple) and kind is tuple and inner and Ellipsis not in inner:
+        return ValueError if len(value) != len(inner) else _first(map(mismatch, value, inner))
     if isinstance(value, Collection) and inner and issubclass(kind, Iterable):
         if getattr(value, "ndim", 1) == 0:  # a tensor or array of one number has nothing to go through
             return TypeError
@@ -96,11 +98,11 @@ def mismatch(value: object, hint: Any) -> type[TypeError] | type[ValueError] | N
     return None
 
 
-def _first(problems: Iterable[type[TypeError] | type[ValueError] | None]) -> Any:
+def _first(problems: Iterable[Problem]) -> Problem:
     return next((problem for problem in problems if problem is not None), None)
 
 
-def _whole(value: object) -> Any:
+def _whole(value: object) -> Problem:
     if isinstance(value, torch.SymInt):
         return None
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral):
@@ -108,7 +110,7 @@ def _whole(value: object) -> Any:
     return None if abs(int(value)) <= _MOST else ValueError
 
 
-def _real(value: object) -> Any:
+def _real(value: object) -> Problem:
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
         return TypeError
     try:
@@ -117,19 +119,19 @@ def _real(value: object) -> Any:
         return ValueError
 
 
-def _tensor(value: object) -> Any:
+def _tensor(value: object) -> Problem:
     if not isinstance(value, torch.Tensor):
         return TypeError
     return None if value.layout == torch.strided and not value.is_quantized and not value.is_complex() else ValueError
 
 
-def _array(value: object) -> Any:
+def _array(value: object) -> Problem:
     if not isinstance(value, np.ndarray):
         return TypeError
     return None if value.dtype.kind in "biuf" else ValueError
 
 
-_RULES: dict[Any, Callable[[object], Any]] = {
+_RULES: dict[Any, Callable[[object], Problem]] = {
     int: _whole,
     float: _real,
     bool: lambda value: None if isinstance(value, bool | np.bool_) else TypeError,

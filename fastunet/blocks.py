@@ -18,6 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import is_parametrized
 
 from fastunet import reference
+from fastunet.architecture import Architecture
 from fastunet.chains import with_norm
 from fastunet.dispatch import select_backend
 from fastunet.functional.blocks import conv_block, decoder_block, decoder_block_head, encoder_block
@@ -33,11 +34,11 @@ class Made(NamedTuple):
 
     kind: type
     attributes: int
-    geometry: tuple
+    geometry: tuple[Any, ...]
     has_bias: bool
 
 
-def _class_forwards() -> tuple:
+def _class_forwards() -> tuple[Any, ...]:
     return nn.Conv2d.forward, nn.Conv2d._conv_forward, nn.ConvTranspose2d.forward, nn.Dropout.forward
 
 
@@ -68,7 +69,7 @@ def why_touched(module: nn.Module, kind: type) -> str | None:
 _SETTINGS_OF_NORMS = "num_features", "num_channels", "num_groups", "eps", "momentum", "affine", "track_running_stats"
 
 
-def _geometry(d: dict) -> tuple:
+def _geometry(d: dict[str, Any]) -> tuple[Any, ...]:
     """What a layer's attributes ``d`` say of its sums, besides the parameters."""
     if "kernel_size" not in d:
         return tuple(d.get(name) for name in _SETTINGS_OF_NORMS)
@@ -99,6 +100,8 @@ def why_not_layer(layer: nn.Module | None, layer_made: Made) -> str | None:
     """Why the parameters of ``layer`` do not say all that calling it would do, or None."""
     if _as_made(layer, layer_made):
         return None
+    if layer is None:
+        return f"is None, not a {layer_made.kind.__name__}"
     reason = why_touched(layer, layer_made.kind)
     if reason is not None:
         return reason
@@ -120,7 +123,7 @@ def why_not_layer(layer: nn.Module | None, layer_made: Made) -> str | None:
     return None
 
 
-def parameters(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+def parameters(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight and bias, each read once: a parametrisation runs when it is read."""
     return layer.weight, layer.bias
 
@@ -131,7 +134,7 @@ def warn_plain(name: str, reason: str) -> None:
         warnings.warn(f"{name} of fastunet.UNet runs through its modules, not fused: {reason}", stacklevel=2)
 
 
-class _Block:
+class _Block(nn.Module):
     """What both kinds of fused block share; comes before a block of the plain build among the bases.
 
     Attributes:
@@ -139,6 +142,8 @@ class _Block:
         backend: "auto", "triton" or "torch".
         sync_norms: batch norms take the statistics of all processes in training.
     """
+
+    style: Architecture
 
     def __init__(self, in_channels: int, out_channels: int, padding: str, *others: Any, **keywords: Any):
         super().__init__(in_channels, out_channels, padding, *others, **keywords)
@@ -156,13 +161,15 @@ class _Block:
                     return f"{name} {reason}"
         return None
 
-    def _tensors(self) -> list[torch.Tensor]:
-        return [tensor for name in self._made for tensor in parameters(self._modules[name])]
+    def _tensors(self) -> list[Any]:
+        """Weight and bias of each layer in the order of use."""
+        return [tensor for name in self._made for tensor in parameters(getattr(self, name))]
 
     def _convolution(self, index: int, x: torch.Tensor, skip: torch.Tensor | None = None, pool: bool = False) -> Any:
         """The convolution of that number, of ``cat([skip, x])``, with what follows it; ``pool``: (y, max_pool(y))."""
-        conv, norm, slope = self._modules[f"conv{index}"], self._modules.get(f"norm{index}"), self.style.negative_slope
-        operands, options = (x, *parameters(conv)), dict(slope=slope, padding=self.padding, backend=self.backend)
+        conv, norm, slope = getattr(self, f"conv{index}"), self._modules.get(f"norm{index}"), self.style.negative_slope
+        operands = (x, *parameters(conv))
+        options: dict[str, Any] = dict(slope=slope, padding=self.padding, backend=self.backend)
         try:
             if norm is None and pool:
                 return conv_relu_pool(*operands, **options)
@@ -203,7 +210,7 @@ class ConvBlock(_Block, reference.ConvBlock):
     ``pool`` asks for ``(y, max_pool(y))``, and ``grad_masked`` that the gradient of y comes masked by ``y > 0``.
     """
 
-    def forward(
+    def forward(  # type: ignore[override]  # a pair where the network asks for the pooled map
         self, x: torch.Tensor, *, checked: bool = False, pool: bool = False, grad_masked: bool = False
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """(N, C_in, H, W) → (N, C_out, H', W'), with ``pool`` also its 2×2 maximum."""
@@ -212,7 +219,7 @@ class ConvBlock(_Block, reference.ConvBlock):
         if not self.style.is_classic:
             y = self._convolution(2, self._convolution(1, x), pool=pool)
             return y if checked else like(x, y)
-        tensors, common = self._tensors(), {"padding": self.padding, "backend": self.backend}
+        tensors, common = self._tensors(), dict[str, Any](padding=self.padding, backend=self.backend)
         try:
             if pool:
                 return encoder_block(x, *tensors, **common)
@@ -250,10 +257,11 @@ class DecoderBlock(_Block, reference.DecoderBlock):
             up = up if up.shape[2:] == skip.shape[2:] else reference.padded_to(up, skip, self.style.odd)
             y = self._convolution(2, self._convolution(1, up, skip))
             return y if checked else like(x, y)
-        tensors, common = self._tensors(), {"up": self.up_kind, "padding": self.padding, "backend": self.backend}
+        tensors = self._tensors()
+        common: dict[str, Any] = dict(up=self.up_kind, padding=self.padding, backend=self.backend)
         try:
             if head is not None:
-                return decoder_block_head(x, skip, *tensors, *parameters(head), output=output, **common)
+                return decoder_block_head(x, skip, *[*tensors, *parameters(head)], output=output, **common)
             y = decoder_block(x, skip, *tensors, mask_input=mask_input, grad_masked=grad_masked, **common)
         except ValueError as error:
             self._refused(error, x)
@@ -284,7 +292,7 @@ def fused_head(head: nn.Conv2d, x: torch.Tensor, *, output: str, mask_input: boo
         return finish(logits, output)
 
 
-def runs_as(block: nn.Module, kind: type) -> bool:
+def runs_as(block: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling ``block`` runs the forward of ``kind``, whatever hangs on it."""
     return getattr(type(block), "forward", None) is kind.forward and "forward" not in block.__dict__
 

@@ -13,7 +13,7 @@ from fastunet.functional.conv_norm import conv_norm
 NORMS = nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d, nn.GroupNorm
 
 
-def why_not_norm(norm: nn.Module, channels: int) -> str | None:
+def why_not_norm(norm: Any, channels: int) -> str | None:
     """Why the operator does not take a norm behind a convolution to so many channels, or None."""
     made_for = norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features
     if made_for != channels:
@@ -25,7 +25,8 @@ def why_not_norm(norm: nn.Module, channels: int) -> str | None:
     return None
 
 
-def with_norm(operands: tuple, norm: nn.Module, *, sync: bool = False, **options: Any) -> Any:
+def with_norm(operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None], norm: Any, *, sync: bool = False,
+              **options: Any) -> Any:  # fmt: skip
     """:func:`fastunet.functional.conv_norm` of ``operands`` (x, weight, bias) as a layer of :data:`NORMS` would act.
 
     Args:
@@ -35,15 +36,16 @@ def with_norm(operands: tuple, norm: nn.Module, *, sync: bool = False, **options
     Raises:
         ValueError: what the operator does not take; running statistics are as before.
     """
-    affine = dict(norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps)
+    x, weight, bias = operands
+    options |= dict(norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps)
     if isinstance(norm, nn.GroupNorm):
-        return conv_norm(*operands, norm="group", groups=norm.num_groups, **affine, **options)
+        return conv_norm(x, weight, bias, norm="group", groups=norm.num_groups, **options)
     if isinstance(norm, nn.InstanceNorm2d):
-        return conv_norm(*operands, norm="instance", **affine, **options)
+        return conv_norm(x, weight, bias, norm="instance", **options)
     own = norm.running_mean is None  # no statistics but those of the images
     running = not own and (norm.track_running_stats or not norm.training)
     result = conv_norm(
-        *operands, norm="batch", **affine, **options, training=norm.training or own, momentum=norm.momentum or 0.0,
+        x, weight, bias, norm="batch", **options, training=norm.training or own, momentum=norm.momentum or 0.0,
         running_mean=norm.running_mean if running else None, running_var=norm.running_var if running else None,
         process_group=_processes(norm, sync),
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +28,9 @@ class ConvBlock(nn.Module):
     ``style`` says which norm and activation; ``stride`` is that of the first convolution.
     """
 
+    conv1: nn.Conv2d
+    conv2: nn.Conv2d
+
     def __init__(self, in_channels: int, out_channels: int, padding: str, style: Architecture = _CLASSIC,
                  stride: int = 1):  # fmt: skip
         super().__init__()
@@ -44,9 +48,13 @@ class DecoderBlock(nn.Module):
     the layer that the constructor made.
     """
 
+    conv1: nn.Conv2d
+    conv2: nn.Conv2d
+
     def __init__(self, in_channels: int, out_channels: int, padding: str, up: str, style: Architecture = _CLASSIC):
         super().__init__()
         self.up_kind, self.style = up, style
+        self.up: nn.Module
         if up == "upsample":
             self.up = nn.Conv2d(in_channels, out_channels, 2)
         else:
@@ -56,10 +64,11 @@ class DecoderBlock(nn.Module):
     def upsampled(self, x: torch.Tensor) -> torch.Tensor:
         """(N, C_in, H, W) → (N, C_out, 2H, 2W)."""
         transpose = self.up_kind == "transpose" and not isinstance(self.up, nn.Conv2d)
+        up: Callable[[torch.Tensor], torch.Tensor] = self.up
         if transpose or isinstance(self.up, nn.ConvTranspose2d):
-            return self.up(x)
+            return up(x)
         # Keras pads an even kernel at the bottom and right only.
-        x = self.up(F.pad(F.interpolate(x, scale_factor=2, mode="nearest"), (0, 1, 0, 1)))
+        x = up(F.pad(F.interpolate(x, scale_factor=2, mode="nearest"), (0, 1, 0, 1)))
         return activation(x, self.style.negative_slope)
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
@@ -92,9 +101,10 @@ def _convolutions(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def convolution(block: nn.Module, index: int, x: torch.Tensor) -> torch.Tensor:
     """The convolution of that number of a block, with its norm, if any, and activation."""
-    x = block._modules[f"conv{index}"](x)
+    x = getattr(block, f"conv{index}")(x)
     norm = block._modules.get(f"norm{index}")
-    return activation(x if norm is None else norm(x), block.style.negative_slope)
+    style: Any = block.style
+    return activation(x if norm is None else norm(x), style.negative_slope)
 
 
 def activation(x: torch.Tensor, negative_slope: float) -> torch.Tensor:
@@ -157,7 +167,7 @@ class UNet(nn.Module):
         return cls(**Architecture.from_preset(name, **overrides).as_dict(), backend=backend)
 
     @property
-    def config(self) -> dict:
+    def config(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this architecture, ready for JSON."""
         return self.architecture.as_dict()
 
@@ -197,15 +207,17 @@ class UNet(nn.Module):
         x = self.dropout(self.bottleneck(x))
         for decoder in self.decoders:
             x = decoder(x, skips.pop())
-        return self.head(x)
+        logits: torch.Tensor = self.head(x)
+        return logits
 
     def predict_proba(self, x: torch.Tensor) -> torch.Tensor:
         """Class probabilities (N, num_classes, H', W'): the softmax of the logits over the classes."""
-        return self(x).softmax(dim=1)
+        probabilities: torch.Tensor = self(x).softmax(dim=1)
+        return probabilities
 
     def predict(self, x: torch.Tensor) -> torch.Tensor:
         """Labels (N, H', W') uint8: the class with the largest logit, the first one where several are equal."""
-        logits = self(x)
+        logits: torch.Tensor = self(x)
         if logits.shape[1] > 256:
             raise ValueError(f"{logits.shape[1]} classes do not fit uint8 labels")
         return logits.argmax(dim=1).to(torch.uint8)

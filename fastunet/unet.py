@@ -178,7 +178,7 @@ class UNet(reference.UNet):
             reasons["head"] = reason
         return reasons
 
-    def _blocks(self) -> Iterator[tuple[str, nn.Module, type]]:
+    def _blocks(self) -> Iterator[tuple[str, Any, type[nn.Module]]]:
         """Name, block and the class it was made of, in order of use."""
         yield from ((f"encoders.{i}", block, ConvBlock) for i, block in enumerate(self.encoders))
         yield "bottleneck", self.bottleneck, ConvBlock
@@ -191,10 +191,10 @@ class UNet(reference.UNet):
         return why_not_anywhere() or why_touched(self, type(self))
 
     def _check(self, x: torch.Tensor) -> tuple[int, int]:
-        if torch.jit.is_tracing():
+        if torch.jit.is_tracing():  # type: ignore[no-untyped-call, attr-defined]
             raise ValueError(_NO_TORCHSCRIPT)
         size = super()._check(x)
-        first = self.encoders[0] if len(self.encoders) else self.bottleneck
+        first: Any = self.encoders[0] if len(self.encoders) else self.bottleneck
         weight = first.conv1._parameters.get("weight") if type(first) is ConvBlock else None
         if weight is not None and x.dtype != weight.dtype and not autocasts(x.device.type):
             raise ValueError(f"the images are {x.dtype}, but the first layer's parameters {weight.dtype}")
@@ -209,9 +209,9 @@ class UNet(reference.UNet):
             raise ValueError("activation_checkpointing would count each batch twice in the running statistics of norms")
         images, x = x, nhwc(self._pad(x))  # once, not in each operator that reads it
 
-        def run(name: str, block: nn.Module, *inputs: torch.Tensor, **links):
+        def run(name: str, block: nn.Module, *inputs: torch.Tensor, **links: Any) -> Any:
             if name in apart:  # called as the plain build would, with inputs in the memory format it would give
-                inputs, links = [like(images, each) for each in inputs], {}
+                inputs, links = tuple(like(images, each) for each in inputs), {}
             else:
                 links["checked"] = True
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -257,6 +257,6 @@ class UNet(reference.UNet):
                 self._warned[name] = reason
 
 
-def _why_apart(block: nn.Module, kind: type) -> str | None:
+def _why_apart(block: Any, kind: type[nn.Module]) -> str | None:
     """Why a block is no part of one fused network with its neighbours, or None."""
     return why_touched(block, kind) or block.why_not_fused()

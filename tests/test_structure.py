@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "functional": {"arguments", "autograd", "dispatch", "errors", "reference"},
     "losses": {"arguments", "functional"}, "metrics": {"arguments", "functional"},
     "chains": {"functional"},
-    "blocks": {"chains", "dispatch", "functional", "reference"},
+    "blocks": {"architecture", "chains", "dispatch", "functional", "reference"},
     "unet": {"arguments", "blocks", "dispatch", "functional", "inference", "reference"},
     "data": BASE,
     "inference": BASE | NETWORK | {"data", "kernels", "metrics", "training"} - {"unet"},

@@ -19,7 +19,7 @@ from fastunet.functional.dice_regions import region_table
 from fastunet.inference.segmenter import Segmenter
 from fastunet.losses import RegionDiceCrossEntropyLoss
 from fastunet.metrics import SegmentationMetrics
-from fastunet.training.checkpoint import load_model
+from fastunet.training.checkpoint import Progress, load_model
 from fastunet.training.config import TrainConfig
 from fastunet.training.dataset import trained_labels
 from fastunet.training.distributed import Processes
@@ -231,3 +231,11 @@ def test_the_loss_of_a_run_is_that_of_its_options():
     assert all(loss.region_weights.tolist() == [1, 2, 3] for loss in found.values())
     weights = {name: (loss.options["ce_weight"], loss.options["dice_weight"]) for name, loss in found.items()}
     assert weights == {"ce": (1, 0), "dice": (0, 1), "dice_ce": (1, 1)}
+
+
+def test_patience_counts_from_the_best_epoch_of_the_regions():
+    """The Dice by which epochs are compared is that of the regions, whatever the classes have."""
+    row = dict(step=1, train_loss=0.5, dice_foreground=0.3)
+    history = [row | dict(epoch=1, dice_regions=0.4), row | dict(epoch=2, dice_regions=0.6),
+               row | dict(epoch=3, dice_regions=0.5)]  # fmt: skip
+    assert Progress(epoch=3, best=0.6, history=history).best_epoch == 2

@@ -11,6 +11,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import NoReturn, TextIO
 
 from fastunet.cli import check, demo, evaluate, info, segment, summary, train, warm_up
 from fastunet.errors import DataWarning, UserError, is_out_of_memory
@@ -38,7 +39,7 @@ class _Parser(argparse.ArgumentParser):
     def format_help(self) -> str:
         return f"example: {self.example}\n\n{super().format_help()}"
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
@@ -88,7 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None,
+    line: str | None = None,
+) -> None:  # fmt: skip
     """A warning about the data is one line; others look as Python has them."""
     if issubclass(category, DataWarning):
         print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)

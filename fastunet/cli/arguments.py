@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
+from typing import TypeVar
+
+Number = TypeVar("Number", int, float)
 
 
 def positive_int(text: str) -> int:
@@ -86,7 +90,7 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive_int, help="CPU threads (default: PyTorch's choice)")
 
 
-def add_nan_option(parser: argparse.ArgumentParser, default: str = "error") -> None:
+def add_nan_option(parser: argparse._ActionsContainer, default: str = "error") -> None:
     """``--on-nan``."""
     choices = ("error", "zero")
     parser.add_argument("--on-nan", choices=choices, default=default, help="NaN or infinity: stop, or replace by 0")
@@ -102,7 +106,7 @@ def set_threads(count: int | None) -> None:
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-def _number(kind: type, text: str, description: str):
+def _number(kind: Callable[[str], Number], text: str, description: str) -> Number:
     try:
         return kind(text)
     except ValueError:

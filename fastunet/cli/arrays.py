@@ -20,7 +20,7 @@ def segment_arrays(segmenter: Segmenter, paths: list[Path], args: argparse.Names
     Pixels of the results are label values of the training data. Images are normalised like the slices of a volume.
     """
     for path in paths:
-        image = read_array(path, segmenter.model.architecture.in_channels)
+        image = read_array(path, len(segmenter.card.modalities))
         values = segmenter.label_map.decode(segmenter.predict(_normalised(image, segmenter.card.images)[None])[0])
         target = args.out / path.name
         _write(target, values)
@@ -57,10 +57,10 @@ def read_array(path: Path, channels: int) -> np.ndarray:
         image = image[None]
     if image.ndim != 3 or image.shape[0] != channels or 0 in image.shape or image.dtype.kind not in "buif":
         raise UserError(f"{path} has shape {image.shape} and type {image.dtype}; the network takes {channels} channels")
-    image = image.astype(np.float32)
-    if not np.isfinite(image).all():
+    values: np.ndarray = image.astype(np.float32)
+    if not np.isfinite(values).all():
         raise UserError(f"{path} holds NaN or infinity")
-    return image
+    return values
 
 
 def _normalised(image: np.ndarray, everywhere: bool) -> np.ndarray:

@@ -7,10 +7,14 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastunet.cli.arguments import add_nan_option, names, positive_int
 from fastunet.data.label_tables import LABEL_MAPS
 from fastunet.errors import UserError
+
+if TYPE_CHECKING:
+    from fastunet.data.checks import CaseReport
 
 _MOST_SIZES = 4
 
@@ -58,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     print("\nno problem found")
 
 
-def _without_foreground(reports: Sequence) -> list[str]:
+def _without_foreground(reports: Sequence[CaseReport]) -> list[str]:
     from fastunet.data.checks import foreground
 
     labelled = [report for report in reports if report.case.label is not None and not report.problems]
@@ -67,7 +71,7 @@ def _without_foreground(reports: Sequence) -> list[str]:
     return []
 
 
-def _described(data: Path, reports: Sequence, modalities: Sequence[str]) -> list[str]:
+def _described(data: Path, reports: Sequence[CaseReport], modalities: Sequence[str]) -> list[str]:
     """The report as lines: cases, then label values, intensities, and what differs between cases."""
     if not reports:
         return [f"{data} holds no case that can be used"]
@@ -86,7 +90,7 @@ def _described(data: Path, reports: Sequence, modalities: Sequence[str]) -> list
     ]
 
 
-def _case_table(reports: Sequence) -> list[str]:
+def _case_table(reports: Sequence[CaseReport]) -> list[str]:
     from fastunet.data.checks import foreground
 
     rows = [("case", "size", "spacing in mm", "axes", "foreground")]
@@ -98,7 +102,7 @@ def _case_table(reports: Sequence) -> list[str]:
     return _aligned(rows)
 
 
-def _label_table(labelled: Sequence) -> list[str]:
+def _label_table(labelled: Sequence[CaseReport]) -> list[str]:
     from fastunet.data.labels import value_name
 
     if not labelled:
@@ -126,7 +130,7 @@ def _label_table(labelled: Sequence) -> list[str]:
     return [*_aligned(rows), *([painted] if table.region_order else []), ""]
 
 
-def _intensity_table(reports: Sequence) -> list[str]:
+def _intensity_table(reports: Sequence[CaseReport]) -> list[str]:
     rows = [("channel", "least", "mean", "greatest", "zeros")]
     for name in dict.fromkeys(name for report in reports for name in report.intensities):
         found = [report.intensities[name] for report in reports if name in report.intensities]
@@ -136,7 +140,7 @@ def _intensity_table(reports: Sequence) -> list[str]:
     return _aligned(rows)
 
 
-def _differences(reports: Sequence) -> list[str]:
+def _differences(reports: Sequence[CaseReport]) -> list[str]:
     """Lines on what training allows to differ between cases, where it does."""
     lines = []
     for what, values in (

@@ -7,10 +7,16 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastunet.cli.arguments import add_machine_options, seed, set_threads
 from fastunet.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastunet.data import Case
+    from fastunet.inference.scores import Score
 
 _MARKER = "fastunet-demo"
 _MADE = (_MARKER, "data", "run", "segmentation", "scores.csv", "network.svg", "network.png", "report.html")
@@ -106,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{time.monotonic() - started:.0f} s; open {report.resolve()}")
 
 
-def _test(out: Path, unseen: list, device) -> tuple[list, dict[str, bytes], Path]:
+def _test(out: Path, unseen: list[Case], device: torch.device) -> tuple[list[Score], dict[str, bytes], Path]:
     """Scores of the unseen cases, a picture of each, and the label file written for the median one."""
     from fastunet.cli.evaluate import evaluate_case
     from fastunet.cli.segment import case_picture, label_path, picture_path
@@ -136,7 +142,8 @@ def _test(out: Path, unseen: list, device) -> tuple[list, dict[str, bytes], Path
 
 
 def _report(
-    plan: Plan, out: Path, scores: list, pictures: dict[str, bytes], segmented: Path, seconds: float, device
+    plan: Plan, out: Path, scores: list[Score], pictures: dict[str, bytes], segmented: Path, seconds: float,
+    device: torch.device,
 ) -> str:
     from fastunet.inference.scores import mean_foreground_dice
     from fastunet.pictures import report

@@ -5,14 +5,19 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from fastunet.cli.segment import add_model_options, make_segmenter, progress_display
 from fastunet.errors import UserError
 
 if TYPE_CHECKING:
-    from fastunet.data import Case
+    import numpy as np
+
+    from fastunet.data import Case, LabelMap
+    from fastunet.inference.scores import Score
     from fastunet.inference.segmenter import Segmenter
+
+    Pair = tuple[str, Path, Path, LabelMap]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
         write_text(args.csv, csv_table(scores))
 
 
-def _inputs(args: argparse.Namespace, pairs: list[tuple]) -> list[Path]:
+def _inputs(args: argparse.Namespace, pairs: list[Pair]) -> list[Path]:
     """Every file that will be read."""
     from fastunet.training.checkpoint import checkpoint_file
 
@@ -58,7 +63,7 @@ def _inputs(args: argparse.Namespace, pairs: list[tuple]) -> list[Path]:
     return found + [checkpoint_file(args.subject), *(path for case in cases for path in case.files)]
 
 
-def labelled_cases(root: Path, modalities: Sequence[str] | None, edition: str | None = None) -> list:
+def labelled_cases(root: Path, modalities: Sequence[str] | None, edition: str | None = None) -> list[Case]:
     """The cases of ``root`` that have a label; none at all is a ``UserError``."""
     from fastunet.data import discover_cases
 
@@ -71,7 +76,7 @@ def labelled_cases(root: Path, modalities: Sequence[str] | None, edition: str | 
 def evaluate_case(
     segmenter: Segmenter, case: Case, *, empty: str = "one", on_nan: str = "error",
     progress: Callable[[int, int], None] | None = None,
-) -> list:
+) -> list[Score]:
     """Segments a labelled case and scores the result; also for other callers, such as the demo."""
     from fastunet.data import check_geometry, read_labels
 
@@ -81,7 +86,7 @@ def evaluate_case(
         raise UserError(f"{case.label}: its classes are {names}; the model knows {known}")
     check_geometry(case, segmenter.card.modalities)
     slices = segmenter.open(case, on_nan=on_nan)
-    truth = read_labels(case.label, table)
+    truth = read_labels(cast(Path, case.label), table)
     return _scored(case.name, segmenter.labels(slices, progress), truth, table, empty)
 
 
@@ -91,14 +96,14 @@ def _is_model(path: Path) -> bool:
     return path.suffix == ".safetensors" or any((path / name).is_file() for name in (BEST, LAST))
 
 
-def _model_scores(args: argparse.Namespace) -> Iterator:
+def _model_scores(args: argparse.Namespace) -> Iterator[Score]:
     segmenter = make_segmenter(args, args.subject)
     for case in labelled_cases(args.truth, segmenter.card.modalities, args.labels):
         progress = progress_display(case.name)
         yield from evaluate_case(segmenter, case, empty=args.empty, on_nan=args.on_nan, progress=progress)
 
 
-def _file_scores(pairs: list[tuple], empty: str) -> Iterator:
+def _file_scores(pairs: list[Pair], empty: str) -> Iterator[Score]:
     from fastunet.data import IGNORED, read_geometry, read_labels
     from fastunet.data.grids import check_same_grid
 
@@ -113,7 +118,7 @@ def _file_scores(pairs: list[tuple], empty: str) -> Iterator:
         yield from _scored(name, predicted, truth, labels, empty)
 
 
-def _pairs(args: argparse.Namespace) -> list[tuple]:
+def _pairs(args: argparse.Namespace) -> list[Pair]:
     """(case, prediction, truth, label table) for every truth; each must have its prediction."""
     from fastunet.data.formats import is_listed, stem_of
 
@@ -127,7 +132,9 @@ def _pairs(args: argparse.Namespace) -> list[tuple]:
     plain = sorted(path for path in args.truth.iterdir() if is_listed(path) and path.is_file())
     if not plain or (args.truth / "dataset.json").is_file():
         cases = labelled_cases(args.truth, None, args.labels)
-        return [(case.name, _prediction(args.subject, case.name), case.label, case.label_map) for case in cases]
+        return [
+            (case.name, _prediction(args.subject, case.name), case.label, case.label_map) for case in cases if case.label
+        ]
     predictions = [_prediction(args.subject, stem_of(path)) for path in plain]
     table = _table([*plain, *predictions], args)
     return [(stem_of(path), predicted, path, table) for path, predicted in zip(plain, predictions, strict=True)]
@@ -146,7 +153,7 @@ def _prediction(folder: Path, name: str) -> Path:
     return found[0]
 
 
-def _table(files: list[Path], args: argparse.Namespace):
+def _table(files: list[Path], args: argparse.Namespace) -> LabelMap:
     """The table of plain label files: the one that is named, that of a ``dataset.json`` nearby, or the values found."""
     from fastunet.data import LABEL_MAPS, LabelMap
     from fastunet.data.dataset_json import read_label_map
@@ -171,7 +178,7 @@ def _table(files: list[Path], args: argparse.Namespace):
     return table
 
 
-def _scored(name: str, predicted, truth, labels, empty: str) -> list:
+def _scored(name: str, predicted: np.ndarray, truth: np.ndarray, labels: LabelMap, empty: str) -> list[Score]:
     import torch
 
     from fastunet.data import IGNORED

@@ -7,8 +7,12 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fastunet.architecture import PRESETS
+from fastunet.architecture import PRESETS, Architecture
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("fastunet", "torch", "triton", "numpy", "nibabel", "safetensors", "matplotlib")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -45,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
         _kernels()
 
 
-def _operators(device) -> None:
+def _operators(device: torch.device) -> None:
     """A row per operator: the backend for each dtype; below, why Triton is not used where it is not."""
     import torch
 
@@ -56,7 +60,8 @@ def _operators(device) -> None:
     forced = os.environ.get("FASTUNET_BACKEND", "auto")
     if forced not in ("auto", "triton", "torch"):
         raise UserError(f"FASTUNET_BACKEND is {forced!r}; expected auto, triton or torch")
-    choices, reasons = {}, {}
+    choices: dict[str, str] = {}
+    reasons: dict[str, list[str]] = {}
     for name in DTYPES:
         reason = why_not_triton(device, getattr(torch, name))
         if forced == "torch":
@@ -77,12 +82,12 @@ def _operators(device) -> None:
         print(f"not Triton for {', '.join(dtypes)}: {reason}")
 
 
-def _blocks(run: Path | None, preset: str | None) -> None:
+def _blocks(run: Path | None, preset: str) -> None:
     """A row per part of a network: fused, or through its modules, and why."""
     from fastunet import UNet
     from fastunet.training.checkpoint import load_model
 
-    model = load_model(run)[0] if run else UNet.from_preset(preset)
+    model = load_model(run)[0] if run else UNet(**Architecture.from_preset(preset).as_dict())
     reasons = model.why_not_fused()
     print(f"{run or preset}: {model.config}")
     for name in ("encoders", "bottleneck", "dropout", "decoders", "head"):
@@ -91,7 +96,7 @@ def _blocks(run: Path | None, preset: str | None) -> None:
             print(f"{each:12}{'through its modules: ' + reasons[each] if each in reasons else 'fused'}")
 
 
-def _check(device) -> None:
+def _check(device: torch.device) -> None:
     """A line per operator and dtype, with its error and what is allowed."""
     import torch
 
@@ -120,7 +125,7 @@ def _kernels() -> None:
     print(kernel_table())
 
 
-def _describe(device) -> str:
+def _describe(device: torch.device) -> str:
     import torch
 
     if device.type != "cuda":

@@ -69,14 +69,14 @@ def picture_path(folder: Path, case: Case) -> Path:
     return folder / (f"{case.name}_overlay.png" if case.is_image else f"{case.name}.png")
 
 
-def _inputs(cases: list, args: argparse.Namespace) -> list[Path]:
+def _inputs(cases: list[Case], args: argparse.Namespace) -> list[Path]:
     from fastunet.training.checkpoint import checkpoint_file
 
     folders = [path / "dataset.json" for path in args.inputs]
     return [checkpoint_file(args.model), *args.inputs, *folders, *(path for case in cases for path in case.files)]
 
 
-def _outputs(cases: list, arrays: list[Path], segmenter, args: argparse.Namespace) -> list[Path]:
+def _outputs(cases: list[Case], arrays: list[Path], segmenter: Segmenter, args: argparse.Namespace) -> list[Path]:
     from fastunet.cli.arrays import overlay_path
     from fastunet.inference.segmenter import probability_path
 
@@ -146,7 +146,7 @@ def progress_display(name: str) -> Callable[[int, int], None]:
     return show
 
 
-def _segment_case(segmenter, case, target: Path, args: argparse.Namespace) -> None:
+def _segment_case(segmenter: Segmenter, case: Case, target: Path, args: argparse.Namespace) -> None:
     from fastunet.inference.segmenter import write_case
 
     slices = segmenter.open(case, on_nan=args.on_nan)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fastunet.architecture import ACTIVATIONS, NORMS, PRESETS
+from fastunet.architecture import ACTIVATIONS, NORMS, PRESETS, Architecture
 from fastunet.cli.arguments import positive_int
 from fastunet.errors import UserError
+
+if TYPE_CHECKING:
+    from fastunet.reference import UNet
 
 ELEMENT_SIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
@@ -53,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
         print("wrote " + " and ".join(map(str, written)))
 
 
-def _peaks(architecture, height: int, width: int, element_size: int) -> tuple[float, float]:
+def _peaks(architecture: Architecture, height: int, width: int, element_size: int) -> tuple[float, float]:
     """MiB of activations alive at once during inference on one image: of ``fastunet.UNet`` and of the plain build."""
     import torch
 
@@ -67,10 +71,10 @@ def _peaks(architecture, height: int, width: int, element_size: int) -> tuple[fl
         with torch.device("meta"):
             model = kind(**architecture.as_dict()).to(dtype).eval()
         found.append(inference_bytes(model, image)[0] / 2**20)
-    return tuple(found)
+    return found[0], found[1]
 
 
-def _network(args: argparse.Namespace):
+def _network(args: argparse.Namespace) -> tuple[UNet, str, int]:
     """The network, what to call it, and its usual input side."""
     if args.model:
         if args.width or args.depth or args.norm or args.activation:
@@ -88,7 +92,7 @@ def _network(args: argparse.Namespace):
     given = {name: None if value == "none" else value for name, value in given.items()}
     try:
         with torch.device("meta"):
-            model = UNet.from_preset(args.preset, **given)
+            planned = UNet.from_preset(args.preset, **given)
     except ValueError as error:
         raise UserError(str(error)) from error
-    return model, f"preset {args.preset}", 572 if args.preset == "isbi" else 128
+    return planned, f"preset {args.preset}", 572 if args.preset == "isbi" else 128

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from fastunet.architecture import ACTIVATIONS, NORMS, PRESETS
 from fastunet.cli.arguments import (
@@ -97,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
         print(args.out)
 
 
-def configuration(out: Path, resume: bool, given: dict) -> TrainConfig:
+def configuration(out: Path, resume: bool, given: dict[str, Any]) -> TrainConfig:
     """The options of the run: those given, or on ``resume`` those stored, checked against those given."""
     from fastunet.training.config import FILE_NAME
 

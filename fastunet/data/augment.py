@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -151,8 +152,8 @@ def _rotate_and_zoom(
     for choice, *parts in drawn.tolist():
         angle, zoom, down, right = (2 * part - 1 for part in parts)
         angle, zoom = math.radians(options.rotate * angle), 1 + options.zoom * zoom
-        move = options.translate * height * down, options.translate * width * right
-        placed.append([choice < options.probability, math.cos(angle) / zoom, math.sin(angle) / zoom, *move])
+        moves = options.translate * height * down, options.translate * width * right
+        placed.append([choice < options.probability, math.cos(angle) / zoom, math.sin(angle) / zoom, *moves])
     chosen, cosine, sine, down, right = draw.to_device(np.array(placed)).to(dtype).T[..., None, None]
     y = torch.arange(height, dtype=dtype, device=images.device)[:, None] - (height - 1) / 2 - down
     x = torch.arange(width, dtype=dtype, device=images.device) - (width - 1) / 2 - right
@@ -222,9 +223,9 @@ class _Draws:
         return _mix(self._states)
 
 
-def _mix(x: np.ndarray | np.uint64) -> np.ndarray:
+def _mix(x: Any) -> np.ndarray:
     """The finaliser of SplitMix64 (Steele, Lea and Flood 2014), a bijection of 64-bit integers."""
     x = np.atleast_1d(x)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    return np.asarray(x ^ (x >> np.uint64(31)))

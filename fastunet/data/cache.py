@@ -18,13 +18,13 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 import msgspec
 import numpy as np
 
 from fastunet.data.border_weights import border_term
-from fastunet.data.case import Case
+from fastunet.data.case import Case, Source
 from fastunet.data.grids import check_geometry
 from fastunet.data.labels import IGNORED
 from fastunet.data.resampling import resample_labels
@@ -114,7 +114,7 @@ class CachedCase:
             raise DamagedCacheError(f"the cache file {self.path} cannot be read: {error.strerror}") from error
         if len(data) < size or zlib.crc32(data) != self.checksums[number]:
             raise DamagedCacheError(f"the cache file {self.path} was changed or cut short")
-        return np.frombuffer(data, self.dtype)[0]
+        return cast(np.void, np.frombuffer(data, self.dtype)[0])
 
     def discard(self) -> None:
         """Removes the files, so that they are made again."""
@@ -190,10 +190,11 @@ def _states(case: Case) -> list[tuple[int, int] | None]:
     return states
 
 
-def _content_key(case: Case, modalities: Sequence[str], options: list) -> str:
+def _content_key(case: Case, modalities: Sequence[str], options: list[Any]) -> str:
     digest = hashlib.blake2b(json.dumps(options).encode(), digest_size=16)
     files = {}
-    for path, channel in [*(case.modalities[modality] for modality in modalities), (case.label, None)]:
+    sources: list[Source] = [case.modalities[modality] for modality in modalities]
+    for path, channel in [*sources, Source(cast(Path, case.label))]:
         if path not in files:
             files[path] = _file_digest(path)
         digest.update(files[path] + str(channel).encode())
@@ -220,11 +221,11 @@ def _write_records(
     on_nan: str,
     spacing: tuple[float, float] | None,
     border: bool,
-    states: list,
+    states: list[Any],
 ) -> None:
     check_geometry(case, modalities)
     slices = CaseSlices(case, modalities, axis=axis, normalise=normalise, on_nan=on_nan, spacing=spacing)
-    labels = slices.stack(read_labels(case.label, case.label_map))
+    labels = slices.stack(read_labels(cast(Path, case.label), case.label_map))
     if slices.grid != slices.slice_shape:
         labels = resample_labels(labels, slices.grid)
     if _states(case) != states:  # the records would not be those that their name promises
@@ -251,9 +252,14 @@ def _write_records(
                 checksums.append(zlib.crc32(data))
                 file.write(data)
     foreground = np.flatnonzero(((labels != 0) & (labels != IGNORED)).any(axis=(1, 2))).tolist()
-    table = _Description(case.name, labels.shape, tuple(box), foreground, offset, checksums)
+    table = _Description(case.name, labels.shape, (box[0], box[1], box[2]), foreground, offset, checksums)
     table.digest = table.own_digest()
     write_text(path.with_suffix(".json"), msgspec.json.encode(table).decode())
+
+
+def fields_of(dtype: np.dtype) -> dict[str, np.dtype]:
+    """The fields of a record by name, each with its shape."""
+    return {name: dtype[name] for name in dtype.names or ()}
 
 
 def _record_dtype(channels: int, box: Sequence[tuple[int, int]], border: bool) -> np.dtype:

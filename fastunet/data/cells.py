@@ -57,7 +57,8 @@ def cells(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, 
     """One picture: grey values uint8 (H, W), and a mask uint8 (H, W), 255 in cells and 0 between them."""
     if min(size) < _SMALLEST_SIDE:
         raise UserError(f"pictures of cells need sides of at least {_SMALLEST_SIDE} pixels, got {size[0]} × {size[1]}")
-    rows, columns = np.indices(size, dtype=np.float32)
+    mesh: np.ndarray = np.indices(size, dtype=np.float32)
+    rows, columns = mesh
     knots = max(size) // 14
     rows, columns = rows + 2.5 * smooth_field(rng, size, knots), columns + 2.5 * smooth_field(rng, size, knots)
     # A jittered grid of middles, some of them missing: those make the ground.

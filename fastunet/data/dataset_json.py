@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import msgspec
 
@@ -58,7 +59,7 @@ class _DatasetJson(msgspec.Struct):
     training: list[_Listed | str | list[str]] | None = None
     dataset: dict[str, _Listed] | None = None
     numTraining: int | float | None = None
-    name: str | int | float | list | dict | bool | None = None
+    name: str | int | float | list[Any] | dict[str, Any] | bool | None = None
 
 
 def dataset_json_cases(root: Path, edition: str | None, refused: Refusal = refuse) -> list[Case]:

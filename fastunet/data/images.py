@@ -11,7 +11,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from fastunet.data.labels import COLOUR
 from fastunet.data.stored import Stored, header_of
 from fastunet.data.streams import open_stream
 from fastunet.errors import UserError, warn_once
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])
 _PLAUSIBLE_BYTES = 100 << 20
@@ -122,7 +125,7 @@ def _bit_depth(raw: BinaryIO) -> int:
     return depth
 
 
-def _plain_mode(image, path: Path) -> str:
+def _plain_mode(image: Image, path: Path) -> str:
     """The mode without palette, transparency and single bits: L, I;16, I, F or RGB."""
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         warn_once(f"transparency in {path.parent}", f"{path} has transparent pixels; they keep their colour")

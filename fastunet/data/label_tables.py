@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from fastunet.data.labels import MAX_CLASSES, LabelMap
 from fastunet.errors import UserError
@@ -213,13 +214,13 @@ def _with_regions(
     check_class_names(regions, file)
     index = {value: number for number, value in enumerate(values)}
     table = {name: tuple(index[value] for value in dict.fromkeys(listed)) for name, listed in regions.items()}
-    raw = {}
+    raw: dict[str, Any] = {}
     if set(map(frozenset, table.values())) == set(map(frozenset, _REGIONS.values())):
         raw = _raw_brats(tuple(values))
     return LabelMap(edition, tuple(values), names, table, tuple(index[value] for value in order), ignore, **raw)
 
 
-def _raw_brats(values: tuple[int, ...]) -> dict:
+def _raw_brats(values: tuple[int, ...]) -> dict[str, Any]:
     """How a table of the classes of BraTS takes files whose labels were left as BraTS 2018-2021 numbers them."""
     if values in ((0, 1, 2, 3), (0, 1, 2, 4)):
         return {"aliases": {4 if values[3] == 3 else 3: 3}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -99,7 +100,7 @@ class LabelMap:
             raise TypeError(f"classes are of type {classes.dtype}; expected whole numbers")
         if classes.size and not (classes.min() >= 0 and classes.max() < 256 and allowed[np.unique(classes)].all()):
             raise ValueError(f"classes from {classes.min()} to {classes.max()}; expected 0 to {len(self.values) - 1}")
-        return table[classes]
+        return np.asarray(table[classes])
 
     def encode_regions(self, classes: np.ndarray) -> np.ndarray:
         """Class indices (...) → whether each region holds the pixel, uint8 (regions, ...).
@@ -148,7 +149,7 @@ class LabelMap:
                 return np.dtype(dtype)
         raise UserError(f"the label values {self.values} of {self.edition} do not fit 32 bits")
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """The table as JSON types; ``LabelMap.from_dict`` reads it back. Empty and unset fields are left out."""
         table = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         table["regions"] = {name: list(classes) for name, classes in self.regions.items()}
@@ -157,7 +158,7 @@ class LabelMap:
         return {name: value for name, value in table.items() if name not in optional or value not in (None, (), {}, "")}
 
     @classmethod
-    def from_dict(cls, table: Mapping, source: object = "the label table") -> LabelMap:
+    def from_dict(cls, table: Mapping[str, Any], source: object = "the label table") -> LabelMap:
         """The table that ``to_dict`` wrote.
 
         Raises:

@@ -12,7 +12,7 @@ import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -73,7 +73,7 @@ def _read_header(stream: DataStream, path: Path, pair: bool) -> Stored:
     block += stream.read(540 - 348) if second else b""
     if len(block) < sizes[endian]:
         raise EOFError
-    header_class = nibabel.Nifti2Header if second else nibabel.Nifti1Header
+    header_class: Any = nibabel.Nifti2Header if second else nibabel.Nifti1Header
     header: Nifti1Header = header_class(block, "<" if endian == "little" else ">", check=False)
     _check_magic(block[4:12] if second else block[344:348], path, pair, second)
     dtype = _dtype(header, path)
@@ -104,7 +104,7 @@ def _dtype(header: Nifti1Header, path: Path) -> np.dtype:
     code, bits = int(header["datatype"]), int(header["bitpix"])
     if code not in _TYPES:
         raise UserError(f"{path}: voxels are of NIfTI type {code}, expected real numbers of 8 to 64 bits")
-    dtype = np.dtype(header.endianness + _TYPES[code])
+    dtype: np.dtype = np.dtype(f"{header.endianness}{_TYPES[code]}")
     if bits != 8 * dtype.itemsize:
         raise UserError(f"{path}: the header contradicts itself: {bits} bits a voxel (bitpix), but type {dtype.name}")
     return dtype
@@ -162,7 +162,7 @@ def _affine(header: Nifti1Header, path: Path) -> np.ndarray:
             header[field] = 0
         zooms = header["pixdim"][1:4]
         header["pixdim"][1:4] = np.where(np.isfinite(zooms), np.abs(zooms), 0)
-    return affine
+    return np.asarray(affine)
 
 
 def _qform(header: Nifti1Header) -> np.ndarray | str:
@@ -196,6 +196,7 @@ def _read_extensions(stream: DataStream, header: Nifti1Header, count: int) -> No
     block = stream.read(count)
     if block[:1] == b"\0":
         return
+    reader: Any = Nifti1Extensions
     with contextlib.suppress(Exception):
         swapped = (header.endianness == "<") != (sys.byteorder == "little")
-        header.extensions = Nifti1Extensions.from_fileobj(io.BytesIO(block[4:]), count - 4, swapped)
+        header.extensions = reader.from_fileobj(io.BytesIO(block[4:]), count - 4, swapped)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,6 +23,9 @@ from fastunet.data.cases import discover_cases
 from fastunet.data.label_tables import LABEL_MAPS
 from fastunet.data.volumes import save_nifti
 from fastunet.errors import UserError
+
+if TYPE_CHECKING:
+    from nibabel.nifti1 import Nifti1Image
 
 FIELD_OF_VIEW = (200.0, 200.0, 155.0)
 _HEAD = (80.0, 95.0, 74.0)
@@ -180,7 +184,7 @@ def _draw_anatomy(rng: np.random.Generator, position: np.ndarray, depth: np.ndar
         tissue[where] = _TISSUES[name]
 
     def ellipsoid(*axes: tuple[np.ndarray, float, float]) -> np.ndarray:
-        return sum(((values - middle) / radius) ** 2 for values, middle, radius in axes)
+        return np.asarray(sum(((values - middle) / radius) ** 2 for values, middle, radius in axes))
 
     cortex = inner < _CORTEX_MM * (0.55 + 0.12 * ripple)
     midline = (np.abs(x + 0.8 * ripple) < 5.0) & (z > 8 + 4 * ripple)
@@ -243,7 +247,7 @@ def smooth_field(rng: np.random.Generator, shape: Sequence[int], cells: int) -> 
     field = rng.standard_normal([cells + 3] * len(shape), dtype=np.float32)
     for size in shape:  # each pass consumes the first axis and appends the fine one
         field = np.tensordot(field, _spline_basis(size, cells), axes=(0, 0))
-    return field / field.std()
+    return np.asarray(field / field.std())
 
 
 def _spline_basis(size: int, cells: int) -> np.ndarray:
@@ -255,7 +259,7 @@ def _spline_basis(size: int, cells: int) -> np.ndarray:
     return np.where(distance < 1, near, far).astype(np.float32)
 
 
-def _image(voxels: np.ndarray):
+def _image(voxels: np.ndarray) -> Nifti1Image:
     """The NIfTI image of voxels that run left, back, up, centred on the scanner's origin."""
     import nibabel
 

@@ -8,12 +8,13 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from fastunet.arguments import checked
-from fastunet.data.cache import CachedCase, DamagedCacheError, cache_case
+from fastunet.data.cache import CachedCase, DamagedCacheError, cache_case, fields_of
 from fastunet.data.case import DEFAULT_MODALITIES, Case, check_modalities
 from fastunet.data.sampling import Batch, count_steps, epoch_order, split_into_batches
 from fastunet.data.slices import overlap, slice_size
@@ -24,7 +25,7 @@ _MOST_WORKERS = 4
 
 
 @checked
-class SliceDataset(torch.utils.data.Dataset):
+class SliceDataset(torch.utils.data.Dataset[tuple[torch.Tensor, ...]]):
     """Slices of labelled cases as (image float32 (modalities, H, W), labels uint8 (H, W)).
 
     Labels are class indices, and 255 (``fastunet.data.IGNORED``) where the data say that a pixel counts nowhere.
@@ -79,7 +80,9 @@ class SliceDataset(torch.utils.data.Dataset):
         for case in self.cases:
             check_modalities(case, self.modalities)
         self._folder = make_output_folder(cache_dir)
-        self._options = dict(axis=axis, normalise=normalise, on_nan=on_nan, spacing=spacing, border=border)
+        self._options: dict[str, Any] = dict(
+            axis=axis, normalise=normalise, on_nan=on_nan, spacing=spacing, border=border
+        )
         self._cached: list[CachedCase] = []
         with ThreadPoolExecutor(min(_MOST_WORKERS, os.cpu_count() or 1)) as pool:
             for cached in pool.map(self._prepare, self.cases):
@@ -172,12 +175,12 @@ class SliceDataset(torch.utils.data.Dataset):
         """The fields of a record in the slice's own size, 0 outside the box."""
         case, number = self.case_index[index], self.slice_index[index]
         record, cached = self._record(case, number), self._cached[case]
-        window = tuple(slice(*interval) for interval in cached.box[1:])
+        rows, columns = (slice(*interval) for interval in cached.box[1:])
         planes = []
-        for name, (kind, _) in cached.dtype.fields.items():
+        for name, kind in fields_of(cached.dtype).items():
             planes.append(np.zeros((*kind.shape[:-2], *cached.shape[1:]), kind.base))
             if record is not None:
-                planes[-1][(..., *window)] = record[name]
+                planes[-1][..., rows, columns] = record[name]
         return planes
 
     def _prepare(self, case: Case) -> CachedCase:
@@ -213,11 +216,12 @@ class SliceDataset(torch.utils.data.Dataset):
 
     def _windows(self, cached: CachedCase) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
         """Where the common part of the cached box and the fitted slice lies in each of the two."""
-        into, window = [], []
+        into: list[slice] = []
+        window: list[slice] = []
         for length, target, (start, stop) in zip(cached.shape[1:], self.size, cached.box[1:]):
             in_target, in_slice = overlap(length, target)
             first, last = max(start, in_slice.start), max(start, in_slice.start, min(stop, in_slice.stop))
             shift = in_target.start - in_slice.start
             into.append(slice(first + shift, last + shift))
             window.append(slice(first - start, last - start))
-        return tuple(into), tuple(window)
+        return (into[0], into[1]), (window[0], window[1])

@@ -91,7 +91,7 @@ def mirror(index: np.ndarray, length: int) -> np.ndarray:
     if length == 1:
         return np.zeros_like(index)
     index = index % (2 * (length - 1))
-    return np.minimum(index, 2 * (length - 1) - index)
+    return np.asarray(np.minimum(index, 2 * (length - 1) - index))
 
 
 def brain_statistics(volume: np.ndarray, *, everywhere: bool = False) -> tuple[float, float]:
@@ -203,10 +203,10 @@ class CaseSlices:
         """Where any modality is not 0, bool (slices, H, W) before cropping or padding; of an image, everywhere."""
         if self.case.is_image:
             return np.ones(self._stacks[0].shape, bool)
-        found = np.logical_or.reduce([stack != 0 for stack in self._stacks])
+        found: np.ndarray = np.logical_or.reduce([stack != 0 for stack in self._stacks])
         if self.grid == self.slice_shape:
             return found
-        return resample(found[None].astype(np.float32), self.grid)[0] > 0
+        return np.asarray(resample(found[None].astype(np.float32), self.grid)[0] > 0)
 
     def batches(self, batch_size: int) -> Iterator[tuple[int, np.ndarray]]:
         """Yields (index of the first slice, slices as ``read`` gives them) over the whole case."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -108,7 +108,8 @@ def header_of(shape: tuple[int, ...], affine: np.ndarray) -> Nifti1Header:
     """A NIfTI header for the grid of a file of another format."""
     import nibabel
 
-    header = (nibabel.Nifti1Header if max(shape) < _NIFTI1_LENGTHS else nibabel.Nifti2Header)()
+    kind: Any = nibabel.Nifti1Header if max(shape) < _NIFTI1_LENGTHS else nibabel.Nifti2Header
+    header: Nifti1Header = kind()
     header.set_data_shape(shape)
     header.set_zooms(np.linalg.norm(affine[:3, : len(shape)], axis=0))
     header.set_xyzt_units("mm")

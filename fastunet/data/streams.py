@@ -39,7 +39,7 @@ class DataStream:
 
     def read(self, count: int) -> bytes:
         """The next ``count`` bytes, fewer at the end of the file."""
-        data = self._stream.read(count)
+        data: bytes = self._stream.read(count)
         self._position += len(data)
         return data
 
@@ -57,7 +57,7 @@ class DataStream:
         """The next ``count`` bytes as uint8; ``EOFError`` if there are fewer."""
         self.check_holds(self._position + count)
         data = np.empty(count, np.uint8)  # costs memory only as it is filled
-        view, filled = memoryview(data), 0
+        view, filled = memoryview(data.data), 0
         while filled < count:
             got = self._stream.readinto(view[filled : filled + _CHUNK_BYTES])
             if not got:

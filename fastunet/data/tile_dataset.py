@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastunet.data.cache import fields_of
 from fastunet.data.case import Case
 from fastunet.data.labels import IGNORED
 from fastunet.data.sampling import Batch
@@ -80,7 +81,7 @@ class TileDataset(SliceDataset):
 
     def _room(self, count: int) -> list[np.ndarray]:
         """Of each field of a record, room for ``count`` tiles."""
-        kinds = (kind for kind, _ in self._cached[0].dtype.fields.values())
+        kinds = fields_of(self._cached[0].dtype).values()
         return [np.empty((count, *kind.shape[:-2], *self.size), kind.base) for kind in kinds]
 
     def _random_corner(self, rng: np.random.Generator, classes: np.ndarray) -> np.ndarray:
@@ -92,7 +93,7 @@ class TileDataset(SliceDataset):
             if inside.size:
                 pixel = np.array(np.unravel_index(rng.choice(inside), classes.shape))
                 return np.clip(pixel - rng.integers(0, self.output, 2), least, most)
-        return rng.integers(least, most + 1)
+        return np.asarray(rng.integers(least, most + 1))
 
     def _cut(self, planes: Sequence[np.ndarray], corner: np.ndarray, tile: Sequence[np.ndarray]) -> None:
         """Writes the tile whose middle begins at ``corner``, of each field of a record, into ``tile``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -171,7 +171,7 @@ def _write(path: Path, values: np.ndarray, like: Volume) -> None:
         values = values[..., 0]  # a plane stays a plane
     header.set_data_dtype(values.dtype)
     header["cal_min"] = header["cal_max"] = 0  # the display window of the intensities would hide the labels
-    image_class = nibabel.Nifti2Image if header["sizeof_hdr"] == 540 else nibabel.Nifti1Image
+    image_class: Any = nibabel.Nifti2Image if header["sizeof_hdr"] == 540 else nibabel.Nifti1Image
     save_nifti(path, image_class(values, like.affine, header))
 
 

@@ -42,6 +42,8 @@ class FrozenUNet(torch.nn.Module):
             their largest forward pass. Under autocast a copy of the model in its dtype is kept, too.
     """
 
+    model: Any  # a fastunet.UNet, which this module cannot import
+
     def __init__(self, model: torch.nn.Module, graphs: int = 8):
         if graphs < 1:
             raise ValueError(f"graphs is {graphs}; expected at least 1")
@@ -52,7 +54,7 @@ class FrozenUNet(torch.nn.Module):
         self._lock = threading.RLock()
         self.refresh()
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return FrozenUNet, (self.model, self.graphs)
 
     def refresh(self) -> None:
@@ -63,8 +65,8 @@ class FrozenUNet(torch.nn.Module):
             self._seen = [tensor.detach() for tensor in self._tensors()]
             self._packed: frozen_cpu.PackedNetwork | None = None
             self._casts: dict[torch.dtype, FrozenUNet] = {}
-            self._kept: dict[tuple, Any] = {}
-            self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()
+            self._kept: dict[tuple[Any, ...], Any] = {}
+            self._graphs: OrderedDict[tuple[Any, ...], _Graph] = OrderedDict()
             self._memory: _Memory | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -83,8 +85,12 @@ class FrozenUNet(torch.nn.Module):
         """The last region found, (N, H', W') uint8, as :meth:`fastunet.UNet.predict_regions`."""
         return self._infer(x, "regions")
 
-    @torch.no_grad()
     def _infer(self, x: torch.Tensor, output: str) -> torch.Tensor:
+        result: torch.Tensor = self._inferred(x, output)
+        return result
+
+    @torch.no_grad()
+    def _inferred(self, x: torch.Tensor, output: str) -> Any:
         if self.model.training:
             raise RuntimeError("a frozen network needs its model in evaluation mode: call model.eval()")
         if self.model.runs_apart():  # what hangs on a module must run, in each call
@@ -103,7 +109,7 @@ class FrozenUNet(torch.nn.Module):
                 return cast._infer(x.to(dtype), output)
         if x.is_cuda and x.numel() and not torch.cuda.is_current_stream_capturing():
             # one after the other: the graphs share their memory
-            return self._prepared(lambda: self._graph(x, output)(x))
+            return self._prepared(lambda: self._graph(x, output).forward(x))
         if self.model.backend == "triton" or x.dtype != weight.dtype or not _onednn.packs(x):
             return self.model._run(x, output)
         x = self.model._pad(x)
@@ -129,7 +135,7 @@ class FrozenUNet(torch.nn.Module):
     def _tensors(self) -> list[torch.Tensor]:
         return [*self.model.parameters(), *self.model.buffers()]
 
-    def _fingerprint(self) -> tuple:
+    def _fingerprint(self) -> tuple[Any, ...]:
         """What changes when a parameter is written in place or replaced, and nothing that needs the device."""
         return tuple((t.data_ptr(), None if t.is_inference() else t._version, t.dtype) for t in self._tensors())
 
@@ -144,7 +150,7 @@ class FrozenUNet(torch.nn.Module):
         self._graphs.move_to_end(key)
         return self._graphs[key]
 
-    def _run_kept(self, images: torch.Tensor, output: str) -> torch.Tensor:
+    def _run_kept(self, images: torch.Tensor, output: str) -> Any:
         """The forward pass with the weights reordered for the kernels once: what is captured does not do it again."""
         if not triton_installed():
             return self.model._run(images, output)

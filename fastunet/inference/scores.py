@@ -46,7 +46,8 @@ def score_case(case: str, metrics: SegmentationMetrics) -> list[Score]:
         # The metrics give 0 for 0 / 0, as Keras does; in a table that would read as a failure.
         values["precision"] = values["precision"] if predicted else float("nan")
         values["sensitivity"] = values["sensitivity"] if truth else float("nan")
-        scores.append(Score(case, name, kind, *(values[c] for c in COLUMNS), truth, predicted))
+        columns = {column: float(values[column]) for column in COLUMNS}
+        scores.append(Score(case, name, kind, truth_voxels=truth, predicted_voxels=predicted, **columns))
     return scores
 
 
@@ -56,10 +57,15 @@ def mean_scores(scores: Sequence[Score]) -> list[Score]:
     for score in scores:
         grouped.setdefault((score.kind, score.structure), []).append(score)
     return [
-        Score("mean", structure, kind, *(_mean([getattr(s, column) for s in group]) for column in COLUMNS),
-              sum(s.truth_voxels for s in group), sum(s.predicted_voxels for s in group))
+        Score("mean", structure, kind, truth_voxels=sum(s.truth_voxels for s in group),
+              predicted_voxels=sum(s.predicted_voxels for s in group), **column_means(group))
         for (kind, structure), group in grouped.items()
     ]  # fmt: skip
+
+
+def column_means(scores: Sequence[Score]) -> dict[str, float]:
+    """The mean of each column over the scores for which it is defined."""
+    return {column: _mean([getattr(score, column) for score in scores]) for column in COLUMNS}
 
 
 def mean_foreground_dice(scores: Sequence[Score]) -> float:
@@ -108,8 +114,7 @@ def csv_table(scores: Sequence[Score]) -> str:
         writer.writerow([s.case, s.structure, s.kind, *values, s.truth_voxels, s.predicted_voxels])
     for structure, kind in (("foreground", "class"), ("regions", "region")):
         if group := [s for s in scores if s.kind == kind]:
-            means = [_number(_mean([getattr(s, column) for s in group])) for column in COLUMNS]
-            writer.writerow(["mean", structure, "mean", *means, "", ""])
+            writer.writerow(["mean", structure, "mean", *map(_number, column_means(group).values()), "", ""])
     return stream.getvalue()
 
 

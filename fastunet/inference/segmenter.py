@@ -9,10 +9,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
 
+from fastunet.architecture import Architecture
 from fastunet.arguments import checked
 from fastunet.data import Case, CaseSlices, LabelMap, write_labels, write_map
 from fastunet.data.formats import is_image, stem_of
@@ -56,11 +58,12 @@ class Segmenter:
     tile: int | None = None
     tta: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.tta and not self.card.flips:
             seen = "this network was trained without mirrored slices, which it would take for others"
             raise UserError(f"--tta: {seen} (--no-augment, sagittal slices, or too short a run)")
-        self._network = self.model.freeze() if isinstance(self.model, UNet) else self.model
+        self._network: Any = self.model.freeze() if isinstance(self.model, UNet) else self.model
+        self._architecture = cast(Architecture, self.model.architecture)
         self._painted = self.label_map.painted if self.card.regions else None
 
     @property
@@ -103,7 +106,8 @@ class Segmenter:
 
     def probabilities(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Classes, uint8 (N, H, W), and probabilities, float32 (N, classes or regions, H, W)."""
-        return self._in_parts(self._probabilities, images)
+        labels, maps = self._in_parts(self._probabilities, images)
+        return labels, maps
 
     def restored(self, slices: CaseSlices, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """:meth:`probabilities` of slices that were read from ``slices``, on the pixels of the files.
@@ -119,12 +123,15 @@ class Segmenter:
     def _classes(self, maps: np.ndarray) -> np.ndarray:
         """The classes of probabilities (N, classes or regions, H, W): the greatest, or what the regions paint."""
         if self._painted is None:
-            return maps.argmax(1).astype(np.uint8)
+            return np.asarray(maps.argmax(1), np.uint8)
         return self.label_map.decode_regions(maps.swapaxes(0, 1) > 0.5)
 
-    def _in_parts(self, compute: Callable, images: np.ndarray) -> tuple[np.ndarray, ...]:
+    def _in_parts(
+        self, compute: Callable[[np.ndarray], tuple[np.ndarray, ...]], images: np.ndarray
+    ) -> tuple[np.ndarray, ...]:
         """``compute`` of as many images at a time as the device's memory takes, which is found out."""
-        results, done = [], 0
+        results: list[tuple[np.ndarray, ...]] = []
+        done = 0
         while not results or done < len(images):
             part = images[done : done + self.batch_size]
             try:
@@ -144,7 +151,7 @@ class Segmenter:
         return tuple(map(np.concatenate, zip(*results))) if len(results) > 1 else results[0]
 
     @torch.inference_mode()
-    def _predict(self, images: np.ndarray) -> tuple[np.ndarray]:
+    def _predict(self, images: np.ndarray) -> tuple[np.ndarray, ...]:
         if self.tta:
             return self._averaged(images)[:1]
         out = np.empty((len(images), *images.shape[2:]), dtype=np.uint8)
@@ -169,7 +176,7 @@ class Segmenter:
             maps[:, :, rows, columns] = probabilities.cpu().numpy()
         return labels if self._painted is None else self._painted[labels], maps
 
-    def _proba(self, images: torch.Tensor) -> torch.Tensor:
+    def _proba(self, images: torch.Tensor) -> Any:
         return self._network.predict_proba(images) if self._painted is None else self._network(images).float().sigmoid()
 
     @torch.inference_mode()
@@ -186,14 +193,16 @@ class Segmenter:
         total /= len(copies)
         return self._classes(total), total
 
-    def _run(self, forward: Callable, images: np.ndarray) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    def _run(
+        self, forward: Callable[[torch.Tensor], torch.Tensor], images: np.ndarray
+    ) -> Iterator[tuple[slice, slice, torch.Tensor]]:
         batch = torch.from_numpy(images).to(self.device).to(memory_format=torch.channels_last)
         with autocast(self.device, self.precision):
-            if self.tile is None and self.model.architecture.padding == "same":
+            if self.tile is None and self._architecture.padding == "same":
                 yield slice(None), slice(None), forward(batch)
             else:
                 largest = self.card.size if self.card.images else None
-                yield from segment_tiled(forward, self.model.architecture, batch, self.tile, largest)
+                yield from segment_tiled(forward, self._architecture, batch, self.tile, largest)
 
 
 @checked
@@ -237,7 +246,7 @@ def probability_path(target: Path, class_name: str) -> Path:
     return target.with_name(f"{stem_of(target)}_prob_{name_for_file(class_name)}{suffix}")
 
 
-def _gather(slices: CaseSlices, spool, batch_size: int) -> np.ndarray:
+def _gather(slices: CaseSlices, spool: IO[bytes], batch_size: int) -> np.ndarray:
     """The volume whose slices were written to ``spool`` one after the other."""
     volume = slices.new_volume(np.float32)
     height, width = slices.slice_shape

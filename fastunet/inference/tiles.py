@@ -69,7 +69,7 @@ def border_width(architecture: Architecture) -> int:
     reach += 2
     for _ in range(architecture.depth):
         reach = 2 * reach + 1 + 2
-    unit = 2**architecture.depth
+    unit: int = 2**architecture.depth
     return -(-reach // unit) * unit
 
 
@@ -92,7 +92,7 @@ def _step(architecture: Architecture, side: int, border: int, unit: int) -> int:
 
 def _fitting(architecture: Architecture, side: int, border: int) -> int:
     """The smallest input side whose result, cut to the pooling grid, is at least ``side``."""
-    unit = 2**architecture.depth
+    unit: int = 2**architecture.depth
     wanted = 2 * border + -(-side // unit) * unit
     if architecture.padding == "same":
         return wanted

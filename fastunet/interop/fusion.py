@@ -191,13 +191,13 @@ class Program:
     arguments: tuple[str, ...]
     states: tuple[State, ...]
 
-    def __deepcopy__(self, memo: dict) -> Program:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         return self
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
 
-    def bind(self, args: tuple, kwargs: dict[str, Any]) -> list[torch.Tensor] | None:
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor] | None:
         """The tensors of a call with just the arguments that were followed, or None."""
         given = [*args, *(kwargs[name] for name in self.arguments[len(args) :] if name in kwargs)]
         fits = len(given) == len(args) + len(kwargs) == len(self.arguments)
@@ -246,7 +246,8 @@ class _FusedForward:
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        function, arguments, *rest = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        function, arguments, *rest = reduced
         arguments = tuple(self.fused_from if a is type(self) else a for a in arguments)
         return (_made_fused, (function, arguments), *rest)
 
@@ -261,13 +262,13 @@ class _FusedForward:
                 self.__class__ = kind
 
 
-def _made_fused(function: Callable, arguments: tuple) -> nn.Module:
-    module: nn.Module = function(*arguments)
+def _made_fused(function: Callable[..., nn.Module], arguments: tuple[Any, ...]) -> nn.Module:
+    module = function(*arguments)
     module.__class__ = _fused_class(type(module))
     return module
 
 
 @functools.cache
-def _fused_class(kind: type[nn.Module]) -> type[nn.Module]:
+def _fused_class(kind: Any) -> type[nn.Module]:
     members = {"fused_from": kind, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
     return type(kind.__name__, (_FusedForward, kind), members)

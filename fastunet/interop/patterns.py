@@ -18,8 +18,8 @@ from fastunet.interop import steps
 from fastunet.interop.trace import layer_kind
 
 _CATS = torch.cat, torch.concat, torch.concatenate
-_RELUS: tuple = F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"
-_LEAKY: tuple = F.leaky_relu, F.leaky_relu_
+_RELUS: tuple[Any, ...] = F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"
+_LEAKY: tuple[Any, ...] = F.leaky_relu, F.leaky_relu_
 _NOTHING = *steps.DROPOUTS, nn.Identity
 COUNTED = nn.Conv2d, nn.ConvTranspose2d, *NORMS, nn.MaxPool2d, nn.Upsample
 """The layers that a report names."""
@@ -58,10 +58,11 @@ class _Rewriter:
         for node in list(self.graph.nodes):
             layer = self.layer(node)
             kind = None if layer is None else layer_kind(layer)
-            if kind is nn.Conv2d:
+            if kind is nn.Conv2d and isinstance(layer, nn.Conv2d):
                 self.convolution(node, layer)
-            elif kind is nn.ConvTranspose2d:
-                self.single(node, "transposed conv 2×2", steps.fits_transpose(layer), steps.transposed_convolution)
+            elif kind is nn.ConvTranspose2d and isinstance(layer, nn.ConvTranspose2d):
+                reason = steps.fits_transpose(layer)
+                self.single(node, layer, "transposed conv 2×2", reason, steps.transposed_convolution)
         for node in list(self.graph.nodes):
             if node.op == "call_module" and isinstance(layer := self.layer(node), COUNTED):
                 self.found.left.setdefault(str(node.target), _why_alone(layer))
@@ -85,7 +86,8 @@ class _Rewriter:
             if node.op == "call_method" and node.target == "view" and not any(
                     isinstance(a, torch.dtype) for a in node.args):
                 node.target = "reshape"
-            own = node.op == "call_module" and not layer_kind(self.layer(node)).__module__.startswith("torch.nn.")
+            layer = self.layer(node)
+            own = layer is not None and not layer_kind(layer).__module__.startswith("torch.nn.")
             if own or node.op == "output":
                 with self.graph.inserting_before(node):
                     node.args = torch.fx.map_arg(node.args, lambda a: self.graph.call_function(
@@ -96,17 +98,17 @@ class _Rewriter:
     def layer(self, node: Node) -> nn.Module | None:
         return self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
 
-    def convolution(self, node: Node, conv: nn.Module) -> None:
+    def convolution(self, node: Node, conv: nn.Conv2d) -> None:
         if conv.kernel_size == (1, 1):
-            return self.single(node, "conv 1×1", steps.fits_head(conv), steps.head)
-        up = self.upsampling(node)
+            return self.single(node, conv, "conv 1×1", steps.fits_head(conv), steps.head)
+        up = self.upsampling(node, conv)
         if up is not None:
-            return self.upsampled(node, up)
+            return self.upsampled(node, conv, up)
         reason = steps.fits_conv3(conv) or steps.touched(conv)
         if reason is not None:
             self.found.left[str(node.target)] = reason
             return None
-        chain = self.chain(node)
+        chain = self.chain(node, conv)
         cat = None if steps.fits_conv3(conv, skip=True) else self.concatenation(node)
         if len(chain.nodes) == 1 and cat is None:
             self.found.left[str(node.target)] = "nothing follows it that an operator takes with it"
@@ -130,7 +132,7 @@ class _Rewriter:
         self.found.fused.append((" + ".join((["cat"] if cat is not None else []) + chain.words), chain.layers))
         return None
 
-    def chain(self, node: Node, norms: bool = True) -> _Chain:
+    def chain(self, node: Node, conv: nn.Conv2d, norms: bool = True) -> _Chain:
         """What follows a convolution and can be computed with it."""
         chain = _Chain([node], [str(node.target)], ["conv 3×3"])
         nodes, layers, last, norm = [node], [str(node.target)], node, False
@@ -144,7 +146,8 @@ class _Rewriter:
             if isinstance(layer, _NOTHING):
                 continue
             kind = None if layer is None else layer_kind(layer)
-            if kind in NORMS and norms and not norm and self.takes(layer, node, last):
+            behind = norms and not norm and kind in NORMS
+            if behind and isinstance(layer, NORMS) and self.takes(layer, conv, node, last):
                 norm = True
                 chain = _Chain([*nodes], [*layers], [*chain.words, _words(kind)])
                 continue
@@ -156,11 +159,11 @@ class _Rewriter:
             self.pooling(chain)
         return chain
 
-    def takes(self, norm: nn.Module, conv: Node, node: Node) -> bool:
+    def takes(self, norm: nn.Module, conv: nn.Conv2d, before: Node, node: Node) -> bool:
         """Whether the operator takes a norm; raises ValueError for one that cannot stand there."""
-        reason = why_not_norm(norm, self.layer(conv).out_channels)
+        reason = why_not_norm(norm, conv.out_channels)
         if reason is not None and "channels" in reason and not isinstance(norm, nn.InstanceNorm2d):
-            raise ValueError(f"{node.target} is in a wrong place behind {conv.target}: {reason}")
+            raise ValueError(f"{node.target} is in a wrong place behind {before.target}: {reason}")
         if self.calls[norm] > 1:
             reason = "it is called more than once"
         if reason is not None:
@@ -170,10 +173,12 @@ class _Rewriter:
     def pooling(self, chain: _Chain) -> None:
         for user in chain.nodes[-1].users:
             layer = self.layer(user)
-            if layer is not None and layer_kind(layer) is nn.MaxPool2d:
+            if isinstance(layer, nn.MaxPool2d) and layer_kind(layer) is nn.MaxPool2d:
                 fits = not steps.fits_pool(layer) and not steps.touched(layer)
             else:
-                fits = user.target is F.max_pool2d and not steps.pool_arguments(*user.args[1:], **user.kwargs)
+                args: Any = user.args[1:]
+                options: Any = user.kwargs
+                fits = user.target is F.max_pool2d and not steps.pool_arguments(*args, **options)
             if fits:
                 chain.pool, chain.words = user, [*chain.words, "max-pool"]
                 chain.layers = [*chain.layers, str(user.target)] if layer is not None else chain.layers
@@ -190,9 +195,8 @@ class _Rewriter:
             return None
         return None if self.written_between(cat, node) else cat
 
-    def upsampling(self, node: Node) -> list[Node] | None:
+    def upsampling(self, node: Node, conv: nn.Conv2d) -> list[Node] | None:
         """A nearest ×2 upsampling, and its padding, that are read by this 2×2 convolution only, or None."""
-        conv = self.layer(node)
         found = [node.args[0]]
         if steps.fits_up(conv) or conv.padding not in ("same", "valid", (0, 0)):
             return None
@@ -223,8 +227,8 @@ class _Rewriter:
         return (node.target is F.interpolate and len(node.args) == 1 and options.get("size") is None
                 and options.get("scale_factor") in (2, (2, 2), [2, 2]) and options.get("mode", "nearest") == "nearest")
 
-    def upsampled(self, node: Node, before: list[Node]) -> None:
-        chain = self.chain(node, norms=False)
+    def upsampled(self, node: Node, conv: nn.Conv2d, before: list[Node]) -> None:
+        chain = self.chain(node, conv, norms=False)
         if len(chain.nodes) == 1 or chain.pool is not None:
             self.found.left[str(node.target)] = "no activation follows it that the operator takes with it"
             return
@@ -239,8 +243,8 @@ class _Rewriter:
         names = [str(each.target) for each in before if each.op == "call_module"]
         self.found.fused.append((f"upsampling ×2 + conv 2×2 + {chain.words[-1]}", names + chain.layers))
 
-    def single(self, node: Node, words: str, reason: str | None, step: Any) -> None:
-        reason = reason or steps.touched(self.layer(node))
+    def single(self, node: Node, conv: nn.Module, words: str, reason: str | None, step: Any) -> None:
+        reason = reason or steps.touched(conv)
         if reason is not None or not _alone(node):
             self.found.left[str(node.target)] = reason or "it is called with more than its input"
             return

@@ -22,7 +22,7 @@ from fastunet.interop.trace import hooked
 DROPOUTS = nn.Dropout, nn.Dropout2d
 
 
-def fits_conv3(conv: nn.Module, skip: bool = False) -> str | None:
+def fits_conv3(conv: nn.Conv2d, skip: bool = False) -> str | None:
     """Why no operator takes a convolution as a 3×3 one, of two maps if ``skip``, or None."""
     if conv.kernel_size != (3, 3):
         return f"it is {conv.kernel_size[0]}×{conv.kernel_size[1]}, not 3×3"
@@ -32,7 +32,7 @@ def fits_conv3(conv: nn.Module, skip: bool = False) -> str | None:
     return _usual(conv, (2, 2) if strided else (1, 1))
 
 
-def _usual(conv: nn.Module, stride: tuple[int, int]) -> str | None:
+def _usual(conv: nn.Conv2d | nn.ConvTranspose2d, stride: tuple[int, int]) -> str | None:
     if conv.stride != stride:
         return f"its stride is {conv.stride}"
     if conv.dilation != (1, 1):
@@ -44,26 +44,26 @@ def _usual(conv: nn.Module, stride: tuple[int, int]) -> str | None:
     return None
 
 
-def fits_up(conv: nn.Module) -> str | None:
+def fits_up(conv: nn.Conv2d) -> str | None:
     """Why no operator takes a 2×2 convolution behind an upsampling, or None."""
     return f"it is {conv.kernel_size}, not 2×2" if conv.kernel_size != (2, 2) else _usual(conv, (1, 1))
 
 
-def fits_transpose(conv: nn.Module) -> str | None:
+def fits_transpose(conv: nn.ConvTranspose2d) -> str | None:
     """Why no operator takes a transposed convolution, or None."""
     if conv.kernel_size != (2, 2) or conv.padding != (0, 0) or conv.output_padding != (0, 0):
         return f"its kernel is {conv.kernel_size}, its padding {conv.padding}; the operator takes 2×2 without"
     return _usual(conv, (2, 2))
 
 
-def fits_head(conv: nn.Module) -> str | None:
+def fits_head(conv: nn.Conv2d) -> str | None:
     """Why no operator takes a convolution as the 1×1 head, or None."""
     if conv.kernel_size != (1, 1) or conv.padding not in ("same", "valid", (0, 0)):
         return "it is no 1×1 convolution"
     return f"it has {conv.out_channels} channels, a head at most 32" if conv.out_channels > 32 else _usual(conv, (1, 1))
 
 
-def fits_pool(pool: nn.Module) -> str | None:
+def fits_pool(pool: nn.MaxPool2d) -> str | None:
     """Why no operator takes a max-pool, or None."""
     return pool_arguments(pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.return_indices,
                           pool.ceil_mode)  # fmt: skip
@@ -92,7 +92,7 @@ def touched(layer: nn.Module) -> str | None:
     return None
 
 
-def convolution(x: torch.Tensor, skip: torch.Tensor | None, layers: list[nn.Module], name: str,
+def convolution(x: torch.Tensor, skip: torch.Tensor | None, layers: list[Any], name: str,
                 slope: float | None = None, pool: bool = False) -> Any:
     """A 3×3 convolution of ``cat([skip, x], 1)`` and what ``layers`` has behind it; with a pooling (y, pooled).
 
@@ -126,7 +126,7 @@ def _layers_are_faster(x: torch.Tensor, layers: list[nn.Module]) -> bool:
     return norm and x.device.type == "cpu" and select_backend(None, "conv_norm", x) == "torch"
 
 
-def is_plain(x: torch.Tensor, conv: nn.Module) -> bool:
+def is_plain(x: torch.Tensor, conv: nn.Conv2d | nn.ConvTranspose2d) -> bool:
     """Whether a module's layers would leave their results in NCHW memory, as its image and weights say."""
     return x.is_contiguous() and conv.weight.is_contiguous()
 
@@ -136,7 +136,7 @@ def as_layers_leave_it(y: Any, plain: bool) -> Any:
     return y.contiguous() if plain and isinstance(y, torch.Tensor) and y.dim() == 4 else y
 
 
-def _why_plain(layers: list[nn.Module], skip: bool) -> str | None:
+def _why_plain(layers: list[Any], skip: bool) -> str | None:
     for layer in layers:
         if reason := touched(layer):
             return reason
@@ -151,13 +151,13 @@ def _why_plain(layers: list[nn.Module], skip: bool) -> str | None:
     return fits_conv3(layers[0], skip)
 
 
-def _convolution(x: torch.Tensor, skip: torch.Tensor | None, layers: list[nn.Module], slope: float | None,
+def _convolution(x: torch.Tensor, skip: torch.Tensor | None, layers: list[Any], slope: float | None,
                  pool: bool) -> Any:
     conv, slope = layers[0], _slope(layers, slope)
     norm = next((layer for layer in layers if isinstance(layer, NORMS)), None)
     pool = pool or isinstance(layers[-1], nn.MaxPool2d)
     operands = x, conv.weight, conv.bias
-    options = dict(padding="same" if conv.padding in ("same", (1, 1)) else "valid", slope=slope)
+    options: dict[str, Any] = dict(padding="same" if conv.padding in ("same", (1, 1)) else "valid", slope=slope)
     if norm is None and pool and skip is None and conv.stride == (1, 1):
         return functional.conv_relu_pool(*operands, **options)
     options |= dict(skip=skip, stride=conv.stride[0])
@@ -177,7 +177,7 @@ def _slope(layers: list[nn.Module], slope: float | None) -> float:
     return 1.0 if slope is None else slope
 
 
-def upsampled_convolution(x: torch.Tensor, layers: list[nn.Module], name: str,
+def upsampled_convolution(x: torch.Tensor, layers: list[Any], name: str,
                           slope: float | None = None) -> torch.Tensor:
     """Nearest ×2, a 2×2 convolution that sees zeros at the bottom and right, activation; ``layers``: the last two."""
     conv = layers[0]
@@ -195,25 +195,27 @@ def upsampled_convolution(x: torch.Tensor, layers: list[nn.Module], name: str,
     return y if slope is None else reference.activation(y, slope)
 
 
-def transposed_convolution(x: torch.Tensor, conv: nn.Module, name: str) -> torch.Tensor:
+def transposed_convolution(x: torch.Tensor, conv: nn.ConvTranspose2d, name: str) -> torch.Tensor:
     """A 2×2 transposed convolution with stride 2."""
     return _single(x, conv, name, fits_transpose, functional.conv_transpose2d)
 
 
-def head(x: torch.Tensor, conv: nn.Module, name: str) -> torch.Tensor:
+def head(x: torch.Tensor, conv: nn.Conv2d, name: str) -> torch.Tensor:
     """A 1×1 convolution to few channels."""
     return _single(x, conv, name, fits_head, functional.segmentation_head)
 
 
-def _single(x: torch.Tensor, conv: nn.Module, name: str, fits: Any, operator: Any) -> torch.Tensor:
+def _single(x: torch.Tensor, conv: Any, name: str, fits: Any, operator: Any) -> torch.Tensor:
     reason = fits(conv) or touched(conv)
     if reason is None:
         try:
-            return operator(x, conv.weight, conv.bias)
+            y: torch.Tensor = operator(x, conv.weight, conv.bias)
+            return y
         except ValueError as error:
             reason = str(error)
     say_plain(name, reason)
-    return conv(x)
+    y = conv(x)
+    return y
 
 
 @functools.cache

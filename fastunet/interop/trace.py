@@ -69,8 +69,8 @@ def inlined(root: nn.Module, kept: set[nn.Module]) -> Iterator[tuple[str, nn.Mod
 class _Value(torch.fx.Proxy):
     """What stands for a tensor while a forward pass is followed."""
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         asks = sys._getframe(1).f_globals.get("__name__", "")
         if not asks.startswith(("torch.fx.", "torch.nn.parameter")):
             raise Untraceable("it asks for the type of its input")
@@ -81,7 +81,7 @@ class _Value(torch.fx.Proxy):
             raise AttributeError(name)
         return super().__getattr__(name)
 
-    def _in_place(function: Callable) -> Callable:  # type: ignore[misc]
+    def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
 
     __iadd__, __isub__, __imul__, __itruediv__ = map(
@@ -105,7 +105,9 @@ class _Tracer(torch.fx.Tracer):
     def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
         return _Value(node, self)
 
-    def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         if self.is_leaf_module(m, ""):
             return super().call_module(m, forward, args, kwargs)
         self.inside.append(m)  # stays there if it raises
@@ -113,7 +115,10 @@ class _Tracer(torch.fx.Tracer):
         self.inside.pop()
         return result
 
-    def create_node(self, kind: str, target: Any, args: tuple, kwargs: dict, name: Any = None, type_expr: Any = None):
+    def create_node(
+        self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: Any = None,
+        type_expr: Any = None,
+    ) -> torch.fx.Node:  # fmt: skip
         if kind == "get_attr" and str(target).startswith("_tensor_constant"):
             raise Untraceable("it makes tensors of its own")
         if _modes() != self.modes:
@@ -123,7 +128,7 @@ class _Tracer(torch.fx.Tracer):
         return node
 
 
-def _modes() -> tuple:
+def _modes() -> tuple[Any, ...]:
     kinds = ("cpu", "cuda")
     return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
             *((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds))  # fmt: skip
@@ -162,7 +167,7 @@ def required(module: nn.Module) -> tuple[str, ...]:
     return tuple(p.name for p in parameters if p.default is p.empty)
 
 
-_CALLS: tuple[Callable, ...] = (
+_CALLS: tuple[Callable[..., Any], ...] = (
     lambda forward: None,
     lambda forward: lambda self, a: forward(self, a),
     lambda forward: lambda self, a, b: forward(self, a, b),

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from fastunet.pictures.overlay import class_colour, png
 
 
-def curves(history: Sequence[dict], structures: Mapping[str, str], mean: tuple[str, str]) -> bytes:
+def curves(history: Sequence[Mapping[str, int | float]], structures: Mapping[str, str], mean: tuple[str, str]) -> bytes:
     """Loss (left) and validation Dice (right) over the epochs of ``history``, the rows of the CSV log.
 
     ``structures`` and ``mean`` say which Dice: name → column of each thin line, and both of the thick one.
@@ -49,5 +49,5 @@ def _darker(colour: str) -> str:
     return "#" + "".join(f"{int(c * factor):02x}" for c in channels)
 
 
-def _number(value: object) -> float:
-    return float("nan") if value is None or value == "" else float(value)
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else float(value)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
@@ -87,15 +89,15 @@ def _places(rows: list[Layer]) -> dict[str, tuple[float, float]]:
     return places
 
 
-def _box(axes, row: Layer, x: float, y: float) -> None:
+def _box(axes: Axes, row: Layer, x: float, y: float) -> None:
     colour = next((c for prefix, c in COLOURS.items() if row.kind.startswith(prefix)), "#f4f4f4")
     corner = (x - BOX_WIDTH / 2, y - BOX_HEIGHT / 2)
-    style = {"boxstyle": "round,pad=0,rounding_size=0.06", "linewidth": 0.9, "edgecolor": INK}
+    style: dict[str, Any] = {"boxstyle": "round,pad=0,rounding_size=0.06", "linewidth": 0.9, "edgecolor": INK}
     axes.add_patch(FancyBboxPatch(corner, BOX_WIDTH, BOX_HEIGHT, facecolor="white", **style))
     axes.add_patch(Rectangle((corner[0], y), BOX_WIDTH, BOX_HEIGHT / 2, facecolor=colour, edgecolor="none", zorder=1.5))
     axes.add_patch(FancyBboxPatch(corner, BOX_WIDTH, BOX_HEIGHT, facecolor="none", zorder=2, **style))
     axes.plot([corner[0], corner[0] + BOX_WIDTH], [y, y], color=INK, linewidth=0.6, zorder=2)
-    text = {"ha": "center", "va": "center", "color": INK, "zorder": 3}
+    text: dict[str, Any] = {"ha": "center", "va": "center", "color": INK, "zorder": 3}
     label = row.kind if row.name.lower() == row.kind.lower() else f"{row.name}  ({row.kind})"
     axes.text(x, y + BOX_HEIGHT / 4, label, fontsize=7.6 if len(label) < 44 else 6.6, weight="bold", **text)
     inputs = ", ".join(_shape(s) for s in row.input_shapes)
@@ -103,7 +105,7 @@ def _box(axes, row: Layer, x: float, y: float) -> None:
     axes.text(x, y - BOX_HEIGHT / 4, shapes, fontsize=7.4 if len(shapes) < 46 else 6.4, **text)
 
 
-def _arrow(axes, source: Layer, target: Layer, places: dict[str, tuple[float, float]]) -> None:
+def _arrow(axes: Axes, source: Layer, target: Layer, places: dict[str, tuple[float, float]]) -> None:
     (x0, y0), (x1, y1) = places[source.name], places[target.name]
     if x0 == x1:
         side = BOX_HEIGHT / 2 if y1 > y0 else -BOX_HEIGHT / 2

@@ -6,6 +6,7 @@ import io
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -74,7 +75,7 @@ def upright(plane: np.ndarray, axis: int) -> np.ndarray:
     return plane.T if axis == 2 else plane.T[::-1]
 
 
-def _outline(axes, labels: np.ndarray) -> set[int]:
+def _outline(axes: Axes, labels: np.ndarray) -> set[int]:
     """Fills and outlines each foreground class, small ones on top; returns those present."""
     areas = np.bincount(labels.reshape(-1))
     present = {int(c) for c in np.flatnonzero(areas) if c}
@@ -109,7 +110,7 @@ def _stretch(image: np.ndarray) -> np.ndarray:
         return np.zeros_like(image)
     low, high = np.percentile(inside, (1, 99.5))
     low = min(low, float(np.percentile(image, 50)), float(inside.min()))
-    return np.clip((image - low) / max(high - low, 1e-6), 0, 1)
+    return np.asarray(np.clip((image - low) / max(high - low, 1e-6), 0, 1))
 
 
 def png(figure: Figure) -> bytes:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-
-import torch
+from typing import Any
 
 from fastunet.architecture import Architecture
 
@@ -83,7 +82,7 @@ class _Builder:
         return "LeakyReLU" if self.style.negative_slope else "ReLU"
 
 
-def layers(model: torch.nn.Module, height: int, width: int) -> list[Layer]:
+def layers(model: Any, height: int, width: int) -> list[Layer]:
     """The layers of ``model`` (a ``UNet`` of this package) for inputs of ``height`` × ``width``, in order of use.
 
     Raises:

@@ -18,7 +18,9 @@ import torch
 from fastunet.data import LabelMap
 from fastunet.errors import UserError
 from fastunet.schema import parse_json, to_type
+from fastunet.training.results import Row, judged_by
 from fastunet.training.tensor_file import read_tensors, write_tensors
+from fastunet.unet import UNet
 
 BEST, LAST, STATE = "best.safetensors", "last.safetensors", "state.safetensors"
 _CARD_KEY, _STATE_KEY = "fastunet", "fastunet_state"
@@ -81,17 +83,17 @@ class Progress:
     seconds: Seconds = 0.0
     waited: Seconds = 0.0
     best: float = -1.0
-    history: list[dict[str, int | float]] = field(default_factory=list)
+    history: list[Row] = field(default_factory=list)
     fingerprint: str = ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.history) != self.epoch:
             raise ValueError(f"{self.epoch} epochs are done, but the log has {len(self.history)}")
 
     @property
     def best_epoch(self) -> int:
         """The first epoch (from 1) with the best validation Dice; 0 before there is any."""
-        return next((row["epoch"] for row in self.history if row["dice_foreground"] == self.best), 0)
+        return next((int(row["epoch"]) for row in self.history if judged_by(row) == self.best), 0)
 
 
 @dataclass(frozen=True)
@@ -107,14 +109,12 @@ def save_weights(path: Path, model: torch.nn.Module, card: ModelCard) -> None:
     write_tensors(path, model.state_dict(), _CARD_KEY, asdict(card))
 
 
-def load_model(path: str | Path, *, backend: str = "auto") -> tuple[torch.nn.Module, ModelCard]:
+def load_model(path: str | Path, *, backend: str = "auto") -> tuple[UNet, ModelCard]:
     """The network in evaluation mode and its card, from a checkpoint file or a run folder (its best, else its last).
 
     Raises:
         UserError: nothing there, a damaged file, no card, or weights that are not finite or of another architecture.
     """
-    import fastunet
-
     path = checkpoint_file(path)
     tensors, metadata = read_tensors(path)
     if _CARD_KEY not in metadata:
@@ -126,7 +126,7 @@ def load_model(path: str | Path, *, backend: str = "auto") -> tuple[torch.nn.Mod
         if not 0 <= card.model.get("depth", 0) <= len(tensors):
             raise ValueError(f"its depth is {card.model['depth']}, but there are {len(tensors)} tensors")
         with torch.device("meta"):
-            planned = fastunet.UNet(**card.model)
+            planned = UNet(**card.model)
         _check_weights(planned, tensors, path)
         outputs = labels.outputs if card.regions else labels.class_names
         if card.regions and not 0 < len(labels.region_order) == len(labels.regions):
@@ -135,7 +135,7 @@ def load_model(path: str | Path, *, backend: str = "auto") -> tuple[torch.nn.Mod
             raise ValueError(f"it has {planned.architecture.num_classes} outputs and {len(outputs)} names")
         if planned.architecture.in_channels != len(card.modalities):
             raise ValueError(f"it takes {planned.architecture.in_channels} channels, named are {len(card.modalities)}")
-        model = fastunet.UNet(**card.model, backend=backend)
+        model = UNet(**card.model, backend=backend)
     except UserError:
         raise
     except (TypeError, ValueError) as error:

@@ -8,7 +8,7 @@ import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
@@ -35,6 +35,18 @@ AtLeastZero = Annotated[float, msgspec.Meta(ge=0)]
 AboveZero = Annotated[float, msgspec.Meta(gt=0)]
 
 
+if TYPE_CHECKING:  # checkers know choices that are written out only
+    Preset = str
+    Norm = str
+    Activation = str
+    Loss = str
+    Schedule = str
+    Precision = str
+else:
+    Preset, Norm = Literal[tuple(PRESETS)], Literal[("none", *NORMS)]
+    Activation, Loss, Schedule, Precision = (Literal[each] for each in (ACTIVATIONS, LOSSES, SCHEDULES, PRECISIONS))
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Options of ``fastunet train``. Network options left at None take the preset's value.
@@ -54,12 +66,12 @@ class TrainConfig:
     """
 
     data: str
-    preset: Literal[tuple(PRESETS)] = "brats"
+    preset: Preset = "brats"
     width: Positive | None = None
     depth: Positive | None = None
     dropout: Fraction | None = None
-    norm: Literal[("none", *NORMS)] | None = None
-    activation: Literal[ACTIVATIONS] | None = None
+    norm: Norm | None = None
+    activation: Activation | None = None
     modalities: list[str] | None = None
     edition: str | None = None
     regions: Literal["brats", "none"] | None = None
@@ -68,17 +80,17 @@ class TrainConfig:
     spacing: AboveZero | Literal["median"] | None = None
     epochs: Positive = 20
     batch_size: Positive = 8
-    loss: Literal[LOSSES] = "dice_ce"
+    loss: Loss = "dice_ce"
     tversky: tuple[AtLeastZero, AtLeastZero] | None = None
     class_weights: list[AtLeastZero] | Literal["balanced"] | None = None
     learning_rate: AboveZero = 1e-3
-    schedule: Literal[SCHEDULES] = "constant"
+    schedule: Schedule = "constant"
     warm_up: AtLeastZero = 0.0
     weight_decay: AtLeastZero = 0.0
     clip_norm: AboveZero | None = None
     ema: Annotated[float, msgspec.Meta(gt=0, lt=1)] | None = None
     patience: Positive | None = None
-    precision: Literal[PRECISIONS] = "fp32"
+    precision: Precision = "fp32"
     foreground_fraction: Fraction = 0.5
     augment: bool = True
     turns: bool | None = None
@@ -122,7 +134,7 @@ class TrainConfig:
                           DataWarning, stacklevel=2)  # fmt: skip
         return to_type(stored, cls, file)
 
-    def resumed_with(self, given: dict) -> TrainConfig:
+    def resumed_with(self, given: dict[str, Any]) -> TrainConfig:
         """This configuration with the options ``given`` for the continuation.
 
         Raises:
@@ -147,7 +159,7 @@ class TrainConfig:
             return self.learning_rate * (step + 1) / warm_up
         done = (step - warm_up) / max(self.epochs * steps - warm_up, 1)
         if self.schedule == "poly":
-            return self.learning_rate * (1 - done) ** 0.9
+            return self.learning_rate * float((1 - done) ** 0.9)
         if self.schedule == "cosine":
             return self.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
         return self.learning_rate

@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -80,7 +80,9 @@ class TrainingData:
     def mirrored(self, epochs: int) -> tuple[Literal[-2, -1], ...]:
         """The image axes along which the first ``epochs`` epochs have mirrored slices."""
         options = self.augmentation
-        return options.flip if options is not None and epochs and self.share_changed(epochs - 1) > 0 else ()
+        if options is None or not epochs or not self.share_changed(epochs - 1):
+            return ()
+        return cast("tuple[Literal[-2, -1], ...]", options.flip)
 
     @property
     def ignored(self) -> int | None:
@@ -129,9 +131,12 @@ def prepare_data(
     if not config.val_fraction:
         raise UserError("--val-fraction is 0, but validation needs at least one patient")
     split = split_cases(cases, validation=config.val_fraction, seed=config.seed)
-    options = dict(cache_dir=cache, modalities=modalities, axis=config.axis, on_nan=config.on_nan, spacing=spacing)
-    drawn = dict(foreground_fraction=config.foreground_fraction, skip_empty=True, seed=config.seed)
-    tile = output = None
+    options: dict[str, Any] = dict(
+        cache_dir=cache, modalities=modalities, axis=config.axis, on_nan=config.on_nan, spacing=spacing
+    )
+    drawn: dict[str, Any] = dict(foreground_fraction=config.foreground_fraction, skip_empty=True, seed=config.seed)
+    tile: int | None = None
+    output = 0
     if cases[0].is_image:
         smallest = min(min(read_geometry(case.files[0]).shape[:2]) for case in cases)
         tile, output = tile_sides(architecture_of(config), config.size, smallest)
@@ -146,7 +151,6 @@ def prepare_data(
                             **options, **drawn)  # fmt: skip
         return train, TileDataset(split.validation, size=tile, output=output, **options)
 
-    train = val = None
     for leaders_turn in (True, False):
         with processes.together():
             if processes.leader == leaders_turn:
@@ -156,7 +160,7 @@ def prepare_data(
     parts = "slices" if tile is None else "tiles"
     if config.batch_size > len(train):
         raise UserError(f"--batch-size is {config.batch_size}, but there are only {len(train)} training {parts}")
-    predicted = "" if output == tile else f" (of which {output}×{output} are predicted)"
+    predicted = "" if tile is None or output == tile else f" (of which {output}×{output} are predicted)"
     display.message(
         f"training cases: {len(split.train)} ({len(train)} {parts}), validation cases: {len(split.validation)} "
         f"({len(val)} {parts}) of {train.size[0]}×{train.size[1]}{predicted}, {', '.join(modalities)}"

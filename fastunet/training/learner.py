@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-import fastunet
 from fastunet.data.sampling import Batch
 from fastunet.errors import UserError
 from fastunet.functional.segmentation_head import finish
@@ -19,6 +19,7 @@ from fastunet.training.config import TrainConfig
 from fastunet.training.dataset import TrainingData, architecture_of, centre_crop
 from fastunet.training.distributed import Processes
 from fastunet.training.precision import autocast, loss_scaler
+from fastunet.unet import UNet
 
 _STREAM_DROPOUT = 1
 
@@ -47,13 +48,14 @@ class Learner:
         self.config, self.processes, self.data = config, processes, data
         self.device = processes.device
         torch.manual_seed(config.seed)
-        self.model = build_model(config, data).to(self.device, memory_format=torch.channels_last)
+        self.model = build_model(config, data)
+        self.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model.sync_norms = processes.world > 1
         self.parameters = list(self.model.parameters())
         self.average = copy.deepcopy(self.model).requires_grad_(False) if config.ema else None
         # Without decay AdamW computes what Adam does.
-        options = dict(lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
-        self.optimizer = torch.optim.AdamW(self.parameters, **options)
+        rate, decay = config.learning_rate, config.weight_decay
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=decay, fused=True)
         self.scaler = loss_scaler(self.device, config.precision)
         self.loss = _loss(config, processes, data, class_weights(config, data))
         self.painted = torch.from_numpy(data.labels.painted).to(self.device)
@@ -71,10 +73,10 @@ class Learner:
     @property
     def learning_rate(self) -> float:
         """That of the last step."""
-        return self.optimizer.param_groups[0]["lr"]
+        return float(self.optimizer.param_groups[0]["lr"])
 
     @property
-    def result(self) -> torch.nn.Module:
+    def result(self) -> UNet:
         """The network that is validated and saved: with averaged weights, if the run has them."""
         return self.model if self.average is None else self.average
 
@@ -96,15 +98,15 @@ class Learner:
         config = self.config
         images = images.to(self.device, non_blocking=True).to(memory_format=torch.channels_last)
         others = [part.to(self.device, non_blocking=True) for part in (labels, *border)]
-        images, labels, *border = self.data.augment(images, *others, epoch=progress.epoch, positions=batch.positions)
+        images, labels, *terms = self.data.augment(images, *others, epoch=progress.epoch, positions=batch.positions)
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(progress.step, steps)
         # Dropout draws from a generator that each batch seeds anew, so no random state has to be saved.
         torch.manual_seed(batch_seed(config.seed, progress.epoch, progress.batch, self.processes.rank))
         with autocast(self.device, config.precision):
             logits = self.model(images)
-        labels, *border = (centre_crop(part, *logits.shape[-2:]) for part in (labels, *border))
-        loss = self.loss(logits.float(), labels, *(self._pixel_weights(labels, term) for term in border))
+        labels, *terms = (centre_crop(part, *logits.shape[-2:]) for part in (labels, *terms))
+        loss = self.loss(logits.float(), labels, *(self._pixel_weights(labels, term) for term in terms))
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         stop = self.processes.sum_gradients(self.parameters, float(wishes()))
@@ -114,7 +116,7 @@ class Learner:
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.average is not None:
+        if self.average is not None and config.ema is not None:
             update_average(self.average, self.model, config.ema, progress.step)
         skipped = self.scaler.is_enabled() and self.scaler.get_scale() < scale
         report = torch.zeros(2, dtype=torch.float64, device=self.device)
@@ -123,7 +125,7 @@ class Learner:
 
     def _pixel_weights(self, labels: torch.Tensor, border: torch.Tensor) -> torch.Tensor:
         """``w_c(x) + border``, with w_c the weight of a pixel's class; of pixels that are ignored it is any number."""
-        weights = self.loss.class_weights
+        weights: Any = self.loss.class_weights
         return border + (1 if weights is None else weights[labels.long().clamp(max=len(weights) - 1)])
 
     @torch.no_grad()
@@ -139,10 +141,10 @@ class Learner:
         return logits, labels, loss
 
 
-def build_model(config: TrainConfig, data: TrainingData) -> torch.nn.Module:
+def build_model(config: TrainConfig, data: TrainingData) -> UNet:
     """The untrained network that ``config`` asks for, checked against the size of the slices."""
     channels, classes = len(data.modalities), len(data.labels.outputs)
-    model = fastunet.UNet(**architecture_of(config, in_channels=channels, num_classes=classes).as_dict())
+    model = UNet(**architecture_of(config, in_channels=channels, num_classes=classes).as_dict())
     try:
         model.output_size(*data.train.size)
     except ValueError as error:
@@ -189,7 +191,7 @@ def class_weights(config: TrainConfig, data: TrainingData) -> list[float] | None
         if not counts.all():
             missing = names[int(np.argmin(counts))]
             raise UserError(f"--class-weights balanced: no training slice holds {missing}; give the weights as numbers")
-        return (1 / counts / np.mean(1 / counts)).tolist()
+        return [float(factor) for factor in 1 / counts / np.mean(1 / counts)]
     if weights is not None and (len(weights) != len(names) or not any(weights)):
         raise UserError(
             f"--class-weights has {len(weights)} numbers ({weights}); {len(names)} outputs need one each, not all 0"
@@ -199,14 +201,15 @@ def class_weights(config: TrainConfig, data: TrainingData) -> list[float] | None
 
 def _loss(
     config: TrainConfig, processes: Processes, data: TrainingData, weights: list[float] | None
-) -> torch.nn.Module:
+) -> DiceCrossEntropyLoss | RegionDiceCrossEntropyLoss:
     # Labels were checked against the label table when they were read; checking again would wait for the GPU.
-    options = dict(sync=processes.world > 1, grad_reduction="sum", check_labels=False, ignore_index=data.ignored,
-                   ce_weight=float(config.loss != "dice"), dice_weight=float(config.loss != "ce"),
-                   tversky=config.tversky or (0.5, 0.5))  # fmt: skip
+    options: dict[str, Any] = dict(
+        sync=processes.world > 1, grad_reduction="sum", check_labels=False, ignore_index=data.ignored,
+        ce_weight=float(config.loss != "dice"), dice_weight=float(config.loss != "ce"),
+        tversky=config.tversky or (0.5, 0.5),
+    )  # fmt: skip
     if data.labels.region_order:
         regions, classes = list(data.labels.regions.values()), len(data.labels.class_names)
-        loss = RegionDiceCrossEntropyLoss(regions, num_classes=classes, region_weights=weights, **options)
-    else:
-        loss = DiceCrossEntropyLoss(class_weights=weights, **options)
-    return loss.to(processes.device)
+        regional = RegionDiceCrossEntropyLoss(regions, num_classes=classes, region_weights=weights, **options)
+        return regional.to(processes.device)
+    return DiceCrossEntropyLoss(class_weights=weights, **options).to(processes.device)

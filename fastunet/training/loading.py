@@ -5,18 +5,18 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any
 
 _END = object()
 
 
-def prefetched(batches: Iterable[Any], depth: int = 2) -> Iterator[tuple[Any, float]]:
+def prefetched(batches: Iterable[Any], depth: int = 2) -> Generator[tuple[Any, float], None, None]:
     """Yields (batch, seconds waited for it), reading ahead by up to ``depth`` batches in another thread.
 
     An exception in ``batches`` is raised here. Closing the iterator ends the thread.
     """
-    ready: queue.Queue = queue.Queue(depth)
+    ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(depth)
     stopped = threading.Event()
 
     def put(item: Any) -> bool:

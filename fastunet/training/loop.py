@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ from fastunet.training.distributed import Processes
 from fastunet.training.learner import Learner, Step
 from fastunet.training.loading import prefetched
 from fastunet.training.precision import prepare
-from fastunet.training.results import CURVES, LOG, judged_by, metric_columns, write_curves, write_log
+from fastunet.training.results import CURVES, LOG, Row, judged_by, metric_columns, write_curves, write_log
 from fastunet.training.tensor_file import NotFinite
 
 FILES = (FILE_NAME, LOG, CURVES, BEST, LAST, STATE)
@@ -199,7 +200,8 @@ class Trainer:
             slices.setdefault(data.cases[data.case_index[index]].name, []).append(str(data.slice_index[index] + 1))
         named = [f"{case} slice{'s'[: len(n) > 1]} {', '.join(n)}" for case, n in slices.items()]
         more = f" and {len(named) - _MOST_NAMED_CASES} more cases" if len(named) > _MOST_NAMED_CASES else ""
-        held = f", batch {batch.step + 1} ({'; '.join(named[:_MOST_NAMED_CASES])}{more})" if named else ""
+        number = batch.step + 1 if batch is not None else 0
+        held = f", batch {number} ({'; '.join(named[:_MOST_NAMED_CASES])}{more})" if named else ""
         kept = "the weights saved before are kept" if (self.run / STATE).exists() else "no weights were saved"
         advice = "try a lower --learning-rate, or look at these images"
         return UserError(f"{what} in epoch {self.progress.epoch + 1}{held}; {kept}; {advice}")
@@ -216,10 +218,10 @@ class Trainer:
         said = f"stopped by {signal.Signals(number).name}; the state is saved, go on with: {line}"
         raise Interrupted(number, said if self.processes.leader else "")
 
-    def _finish_epoch(self, steps: int) -> dict:
+    def _finish_epoch(self, steps: int) -> Row:
         """Validates, logs and saves; returns the epoch's row of the log."""
         progress = self.progress
-        row = {"epoch": progress.epoch + 1, "step": progress.step}
+        row: Row = {"epoch": progress.epoch + 1, "step": progress.step}
         row["train_loss"] = progress.loss_sum / max(progress.counted, 1)
         row |= self._validate()
         slices = steps * self.config.batch_size * self.processes.world
@@ -242,7 +244,7 @@ class Trainer:
             self._publish()
         return row
 
-    def _validate(self) -> dict:
+    def _validate(self) -> Row:
         config, data, learner = self.config, self.data.val, self.learner
         rank, world = self.processes.rank, self.processes.world
         names = self.data.labels.class_names
@@ -257,7 +259,8 @@ class Trainer:
         with closing(prefetched(batches)) as loader:
             for _ in range(steps):
                 # The last step can leave a process without slices; it still takes part in the sums of the loss.
-                (batch, images, labels), waited = next(loader, ((None, *data.load([])), 0.0))
+                nothing: tuple[Any, float] = (None, *data.load([])), 0.0
+                (batch, images, labels), waited = next(loader, nothing)
                 here = [float(len(images)), float(bool(self._requested()))]
                 count, stop = self.processes.sum(torch.tensor(here, device=self.device)).tolist()
                 if stop:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 
@@ -11,7 +12,7 @@ from fastunet.errors import UserError
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
     """The autocast context of ``precision``; does nothing for "fp32" and "tf32"."""
     if precision not in _AUTOCAST:
         return contextlib.nullcontext()
@@ -26,7 +27,8 @@ def prepare(device: torch.device, precision: str, *, deterministic: bool = False
     """
     if precision == "tf32" and device.type != "cuda":
         raise UserError(f"--precision tf32 needs a CUDA device, this run uses {device}")
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
     matmul.allow_tf32 = cudnn.allow_tf32 = precision == "tf32"
     if hasattr(matmul, "fp32_precision"):
         # Since PyTorch 2.9 these decide, and inherit where the older switches alone were written. Both are written:

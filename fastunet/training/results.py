@@ -12,6 +12,8 @@ from fastunet.files import write_bytes, write_text
 from fastunet.metrics import SegmentationMetrics
 
 LOG, CURVES = "log.csv", "curves.png"
+Row = dict[str, int | float]
+"""Of the log: the numbers of an epoch by column."""
 
 
 def metric_columns(metrics: SegmentationMetrics) -> dict[str, float]:
@@ -37,12 +39,12 @@ def metric_columns(metrics: SegmentationMetrics) -> dict[str, float]:
     return columns
 
 
-def judged_by(row: dict) -> float:
+def judged_by(row: Row) -> float:
     """The Dice of a row of the log by which epochs are compared: the mean over the regions, else over the classes."""
     return row.get("dice_regions", row["dice_foreground"])
 
 
-def write_log(run: Path, history: Sequence[dict]) -> None:
+def write_log(run: Path, history: Sequence[Row]) -> None:
     """Writes ``log.csv``, a row per finished epoch."""
     stream = io.StringIO()
     writer = csv.DictWriter(stream, list(history[0]) if history else ["epoch"], lineterminator="\n")
@@ -51,7 +53,7 @@ def write_log(run: Path, history: Sequence[dict]) -> None:
     write_text(run / LOG, stream.getvalue())
 
 
-def write_curves(run: Path, history: Sequence[dict], labels: LabelMap) -> None:
+def write_curves(run: Path, history: Sequence[Row], labels: LabelMap) -> None:
     """Writes ``curves.png``, of the regions if these were trained, else of the foreground classes."""
     from fastunet.pictures.curves import curves
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -48,8 +49,8 @@ class TrainingStep:
         self._device = parameter.device
         if self._device.type == "cuda" and not all(group.get("capturable") for group in optimizer.param_groups):
             raise ValueError(f"{type(optimizer).__name__} cannot be captured: construct it with capturable=True")
-        self._calls: dict[tuple, int] = {}
-        self._graphs: dict[tuple, tuple] = {}
+        self._calls: dict[tuple[Any, ...], int] = {}
+        self._graphs: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -64,7 +65,8 @@ class TrainingStep:
                 graph.replay()
                 # the replay wrote them without PyTorch's knowledge, and frozen networks ask
                 torch.autograd.graph.increment_version([p for p in self.model.parameters() if p.requires_grad])
-                return static_loss.clone()
+                loss: torch.Tensor = static_loss.clone()
+                return loss
             del self._graphs[key], self._calls[key]
         self._calls[key] = self._calls.get(key, 0) + 1
         if self._calls[key] <= _WARM_UP:
@@ -89,7 +91,7 @@ class TrainingStep:
         torch.cuda.current_stream(self._device).wait_stream(stream)
         return loss
 
-    def _capture(self, images: torch.Tensor, labels: torch.Tensor) -> tuple:
+    def _capture(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[Any, ...]:
         static_images, static_labels = images.clone(), labels.clone()
         graph = torch.cuda.CUDAGraph()
         # Gradients are made inside the graph's own memory, so that replays write where the optimiser reads.
@@ -98,7 +100,7 @@ class TrainingStep:
             static_loss = self._step(static_images, static_labels)
         return graph, static_images, static_labels, static_loss, self._captured()
 
-    def _captured(self) -> tuple:
+    def _captured(self) -> tuple[Any, ...]:
         """What a replay takes for granted."""
         tensors = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
         options = [(name, value.data_ptr() if isinstance(value, torch.Tensor) else value)
