@@ -132,9 +132,8 @@ def _pairs(args: argparse.Namespace) -> list[Pair]:
     plain = sorted(path for path in args.truth.iterdir() if is_listed(path) and path.is_file())
     if not plain or (args.truth / "dataset.json").is_file():
         cases = labelled_cases(args.truth, None, args.labels)
-        return [
-            (case.name, _prediction(args.subject, case.name), case.label, case.label_map) for case in cases if case.label
-        ]
+        return [(case.name, _prediction(args.subject, case.name), cast(Path, case.label), case.label_map)
+                for case in cases]  # fmt: skip
     predictions = [_prediction(args.subject, stem_of(path)) for path in plain]
     table = _table([*plain, *predictions], args)
     return [(stem_of(path), predicted, path, table) for path, predicted in zip(plain, predictions, strict=True)]

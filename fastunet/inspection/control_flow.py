@@ -6,6 +6,7 @@ move waiting loops behind the end of a kernel, and their way back looks like a l
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -101,3 +102,11 @@ def _reaching(block: int, header: int, predecessors: list[list[int]]) -> set[int
             found.add(current)
             pending += predecessors[current]
     return found
+
+
+def found_in(pattern: str, text: str) -> re.Match[str]:
+    """The first match in a compiler's output; ``ValueError`` where it is written in another way than is known here."""
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(f"cannot read {text[:80]!r}: expected {pattern}")
+    return match

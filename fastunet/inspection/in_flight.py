@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from fastunet.inspection.control_flow import Instruction, basic_blocks, block_successors
+from fastunet.inspection.control_flow import Instruction, basic_blocks, block_successors, found_in
 
 _MOST_GROUPS = 32
 """Groups told apart at a time; older ones are taken together."""
@@ -59,7 +59,7 @@ def touched(instructions: list[Instruction], dialect: str) -> list[str]:
     pending, found = [0], set()
     while pending:
         index = pending.pop()
-        state = entering[index]
+        state = entering[index] or ()
         for instruction in blocks[index]:
             effect = effects[instruction.address]
             flying = _Group()
@@ -117,7 +117,7 @@ def parse_ptx(text: str) -> list[Instruction]:
                 continue
             guard, opcode, rest = found.groups()
             branch = rest.split()[-1] if opcode.startswith("bra") else None
-            branch = local.get(branch, branch)
+            branch = branch and local.get(branch, branch)
             ends = guard is None and opcode.startswith(("bra", "ret", "exit", "trap"))
             address = len(instructions)
             statement = f"{opcode} {rest}"
@@ -129,14 +129,14 @@ def parse_ptx(text: str) -> list[Instruction]:
 def _ptx_effect(text: str) -> _Effect:
     opcode, _, rest = text.partition(" ")
     if opcode.startswith("wgmma.mma_async"):
-        sums, operand = re.match(r"\{([^}]*)\}\s*,\s*(\{[^}]*\})?", rest).groups()
+        sums, operand = found_in(r"^\{([^}]*)\}\s*,\s*(\{[^}]*\})?", rest).groups()
         return _Effect(started=_Group(_registers(sums), _registers(operand or "")))
     if opcode.startswith("wgmma"):
         leaves = int(rest) if "wait_group" in opcode else None
         return _Effect(closes="commit_group" in opcode, leaves=leaves)
     if opcode.startswith(("st.", "stmatrix", "cp.", "mbarrier", "red.", "bra")):
         return _Effect(read=_registers(rest))
-    target = re.match(r"\{[^}]*\}|[^,]*", rest)[0]
+    target = found_in(r"^(\{[^}]*\}|[^,]*)", rest)[0]
     return _Effect(read=_registers(rest[len(target) :]), written=_registers(target))
 
 

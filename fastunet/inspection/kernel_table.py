@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -51,6 +52,7 @@ class Row:
 def launches(call: Call, dtype: torch.dtype, architecture: int, gpu: str | None = None) -> list[Launch]:
     """The launches of an operator call; ``gpu`` names committed winners (``kernels/tuned``) to use."""
     recorded_for = 80 if architecture == GFX942 else architecture
+    records: list[Launch]
     with _tuned.using(gpu), _launch.recording(recorded_for) as records:
         call.launcher()(*call.allocate(dtype))
     return records
@@ -153,15 +155,17 @@ def _cells(row: Row) -> tuple[str, ...]:
 def predicted(use: Use, traffic: Traffic, gpu: Device) -> float:
     """Seconds that a launch should take on ``gpu`` by :mod:`fastunet.kernels.conv.cost`."""
     programs = math.prod(use.launch.grid)
-    return Cost(programs, traffic.flop // (2 * programs), traffic.read // programs,
-                min(use.call.floor_bytes(use.dtype), traffic.bytes), 1, use.dtype.itemsize,
-                "pointer" in use.launch.kernel.__name__).seconds(gpu)  # fmt: skip
+    cost: Any = Cost(programs, traffic.flop // (2 * programs), traffic.read // programs,
+                     min(use.call.floor_bytes(use.dtype), traffic.bytes), 1, use.dtype.itemsize,
+                     "pointer" in use.launch.kernel.__name__)  # fmt: skip
+    return float(cost.seconds(gpu))
 
 
 def floor(call: Call, dtype: torch.dtype, gpu: Device, multiplies: bool) -> float:
     """Seconds that an operator call cannot take less than: its bytes once, and, if it ``multiplies``, its products."""
     macs = call.macs // gpu.multiprocessors if multiplies else 0
-    return Cost(gpu.multiprocessors, macs, 0, call.floor_bytes(dtype), 0, dtype.itemsize, False).seconds(gpu)
+    cost: Any = Cost(gpu.multiprocessors, macs, 0, call.floor_bytes(dtype), 0, dtype.itemsize, False)
+    return float(cost.seconds(gpu))
 
 
 def _predicted(row: Row) -> tuple[str, str]:

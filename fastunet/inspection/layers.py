@@ -18,6 +18,9 @@ from fastunet.dispatch import OPERATORS
 from fastunet.functional import blocks, dice  # noqa: F401  (their imports define every operator)
 from fastunet.functional._layout import nhwc_strides
 
+Shape = tuple[int, ...]
+Step = Callable[[], None]
+
 CASES: dict[str, tuple[Architecture, tuple[int, int]]] = {
     "brats 128": (Architecture.from_preset("brats"), (128, 128)),
     "brats 240": (Architecture.from_preset("brats"), (240, 240)),
@@ -43,7 +46,7 @@ class Tensor:
     def allocate(self, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
         """An uninitialised tensor of this shape and memory layout."""
         if len(self.shape) == 4:
-            strides = nhwc_strides(self.shape)
+            strides: Shape = nhwc_strides(self.shape)
         elif self.pixel_major:
             _, channels, pixels = self.shape
             strides = (channels * pixels, 1, channels)
@@ -56,13 +59,13 @@ class Tensor:
 class Call:
     """One call of operator ``fastunet::<operator>`` by a layer.
 
-    ``arguments`` are those of the operator's schema but ``backend``, in order. ``macs`` counts the multiply-adds that
-    the layer needs, after sub-pixel upsampling has saved its share.
+    ``arguments`` are those of the operator's schema but ``backend``, in order, with a :class:`Tensor` for each tensor.
+    ``macs`` counts the multiply-adds that the layer needs, after sub-pixel upsampling has saved its share.
     """
 
     layer: str
     operator: str
-    arguments: dict[str, Tensor | int | str | bool | None]
+    arguments: dict[str, Any]
     macs: int
 
     def allocate(self, dtype: torch.dtype, device: torch.device | str = "meta") -> list[Any]:
@@ -102,7 +105,7 @@ class Call:
         )
         results = OPERATORS[self.operator].fake(*self.allocate(dtype))
         results = results if isinstance(results, tuple) else (results,)
-        return read + sum(r.numel() * r.element_size() for r in results)
+        return read + sum(int(r.numel() * r.element_size()) for r in results)
 
 
 def network_calls(architecture: Architecture, batch: int, height: int, width: int, *, training: bool = True,
@@ -151,7 +154,7 @@ def standalone_calls(architecture: Architecture, batch: int, height: int, width:
         if name == "conv_relu_pool":
             y = Tensor(_convolved(arguments["x"].shape, arguments["weight"].shape, arguments["pad"]))
             pooled = Tensor((*y.shape[:2], y.shape[2] // 2, y.shape[3] // 2))
-            variants = [
+            variants: list[tuple[str, dict[str, Any]]] = [
                 ("relu_backward", dict(dy=y, y=y, slope=0.0)),
                 ("max_pool2d", dict(x=y)),
                 ("max_pool2d_backward", dict(d_pooled=pooled, d_skip=None, y=y, slope=1.0)),
@@ -168,7 +171,7 @@ def standalone_calls(architecture: Architecture, batch: int, height: int, width:
     return list(found.values())
 
 
-def _convolved(x: tuple[int, ...], weight: tuple[int, ...], pad: int) -> tuple[int, int, int, int]:
+def _convolved(x: Shape, weight: Shape, pad: int) -> Shape:
     return x[0], weight[0], x[2] + 2 * pad - 2, x[3] + 2 * pad - 2
 
 
@@ -180,14 +183,16 @@ class _Walk:
         self.pad = 1 if architecture.padding == "same" else 0
         self.calls: list[Call] = []
 
-    def add(self, layer: str, operator: str, macs: int, **arguments) -> None:
+    def add(self, layer: str, operator: str, macs: int, **arguments: Any) -> None:
         self.calls.append(Call(layer, operator, arguments, macs))
 
-    def forward(self, height: int, width: int, output: str, training: bool) -> list:
+    def forward(self, height: int, width: int, output: str, training: bool) -> list[Step]:
         a = self.architecture
         if a.padding == "same":
             height, width = a.padded_size(height, width)
-        x, skips, backward = (self.batch, a.in_channels, height, width), [], []
+        x: Shape = self.batch, a.in_channels, height, width
+        skips: list[Shape] = []
+        backward: list[Step] = []
         for level, channels in enumerate(a.widths[:-1]):
             y1, step1 = self.conv(f"encoders.{level}.conv1", x, None, channels, input_grad=level > 0, mask=False)
             y2, step2 = self.conv(f"encoders.{level}.conv2", y1, None, channels, mask=True, pool=True)
@@ -208,7 +213,10 @@ class _Walk:
             backward += [step0, step1, step2]
         return [*backward, self.head(x, output)]
 
-    def conv(self, layer, x, skip, channels, *, mask, input_grad=True, pool=False):
+    def conv(
+        self, layer: str, x: Shape, skip: Shape | None, channels: int, *, mask: bool, input_grad: bool = True,
+        pool: bool = False,
+    ) -> tuple[Shape, Step]:  # fmt: skip
         c_in = x[1] + (skip[1] if skip else 0)
         weight, pad = Tensor((channels, c_in, 3, 3)), self.pad
         y = _convolved(x, weight.shape, pad)
@@ -220,7 +228,7 @@ class _Walk:
         else:
             self.add(layer, "conv_relu", macs, x=Tensor(x), skip=crop, weight=weight, bias=bias, pad=pad, slope=0.0)
 
-        def step():
+        def step() -> None:
             dz = Tensor(y)
             self.add(layer, "conv_relu_weight_grad", macs, dz=dz, x=Tensor(x), skip=crop, pad=pad, has_bias=True)
             if input_grad:
@@ -229,28 +237,28 @@ class _Walk:
 
         return y, step
 
-    def pool_step(self, layer, y, pooled):
+    def pool_step(self, layer: str, y: Shape, pooled: Shape) -> Step:
         return lambda: self.add(layer, "max_pool2d_backward", 0, d_pooled=Tensor(pooled), d_skip=Tensor(y),
                                 y=Tensor(y), slope=0.0)
 
-    def up(self, layer, x, channels):
+    def up(self, layer: str, x: Shape, channels: int) -> tuple[Shape, Step]:
         n, c_in, height, width = x
         u = (n, channels, 2 * height, 2 * width)
         transpose = self.architecture.up == "transpose"
         operator = "conv_transpose2d" if transpose else "upsample_conv_relu"
         weight = Tensor((c_in, channels, 2, 2) if transpose else (channels, c_in, 2, 2))
         macs = (4 if transpose else 9) * channels * math.prod(x)
-        options = {} if transpose else dict(slope=0.0)
+        options: dict[str, Any] = {} if transpose else dict(slope=0.0)
         self.add(layer, operator, macs, x=Tensor(x), weight=weight, bias=Tensor((channels,)), **options)
 
-        def step():
+        def step() -> None:
             gradient = {"dy" if transpose else "dz": Tensor(u)}
             self.add(layer, f"{operator}_weight_grad", macs, **gradient, x=Tensor(x), has_bias=True)
             self.add(layer, f"{operator}_data_grad", macs, **gradient, weight=weight, x=Tensor(x), mask_x=True)
 
         return u, step
 
-    def head(self, x, output):
+    def head(self, x: Shape, output: str) -> Step:
         classes = self.architecture.num_classes
         weight = Tensor((classes, x[1], 1, 1))
         macs = classes * math.prod(x)
@@ -259,7 +267,7 @@ class _Walk:
         return lambda: self.add("head", "segmentation_head_backward", 2 * macs, d_logits=logits, x=Tensor(x),
                                 weight=weight, mask_x=True, has_bias=True)
 
-    def fused_head(self, layer, x, channels, output):
+    def fused_head(self, layer: str, x: Shape, channels: int, output: str) -> None:
         weight, classes = Tensor((channels, x[1], 3, 3)), self.architecture.num_classes
         features = _convolved(x, weight.shape, self.pad)
         macs = 9 * x[1] * math.prod(features) + classes * math.prod(features)

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from fastunet.inspection.control_flow import Instruction, innermost_loops
+from fastunet.inspection.control_flow import Instruction, found_in, innermost_loops
 from fastunet.inspection.in_flight import parse_ptx, touched
 from fastunet.kernels import _launch
 from fastunet.kernels._launch import Launch
@@ -135,7 +135,7 @@ def inspect(compiled: Any, architecture: int, around: str = "products") -> Repor
     products = {i.address for i in instructions if _PRODUCT.match(i.opcode)}
     marked = products if around == "products" else {i.address for i in instructions if _LOAD.match(i.opcode)}
     loops = innermost_loops(instructions, marked)
-    touched_in_flight = ()
+    touched_in_flight: tuple[str, ...] = ()
     if architecture == 90:
         touched_in_flight = (*touched(parse_ptx(compiled.asm["ptx"]), "ptx"), *touched(instructions, "sass"))
     bodies = loops or [instructions]
@@ -246,8 +246,9 @@ def _read_cubin(compiled: Any) -> tuple[int, int, int, list[Instruction]]:
         file.flush()
         usage = _run("cuobjdump", "--dump-resource-usage", file.name)
         text = _run("nvdisasm", "-c", "-ndf", file.name)  # without data flow: the same text, sooner
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    instructions, labels = [], []
+    registers, stack = map(int, found_in(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    instructions: list[Instruction] = []
+    labels: list[str] = []
     for line in text.splitlines():
         if label := re.match(r"(\.L_\w+):", line):
             labels.append(label[1])
@@ -258,7 +259,7 @@ def _read_cubin(compiled: Any) -> tuple[int, int, int, list[Instruction]]:
 
 
 def _sass(address: int, text: str, labels: tuple[str, ...]) -> Instruction:
-    guard, opcode, rest = re.match(r"(@!?U?P\w+\s+)?(\S+)\s*(.*)", text).groups()
+    guard, opcode, rest = found_in(r"^(@!?U?P\w+\s+)?(\S+)\s*(.*)", text).groups()
     branch = re.search(r"`\((\.L_\w+)\)", rest) if opcode.startswith("BRA") else None
     # a branch is conditional by its guard or by a predicate operand: "BRA.U UP0, `(.L_x_1)"
     conditional = guard is not None or "P" in rest.partition("`")[0]
@@ -271,7 +272,8 @@ def _read_amdgcn(compiled: Any) -> tuple[int, int, int, list[Instruction]]:
     """Registers, scratch bytes, instructions on scratch and the instructions of an AMD assembly text."""
     text = compiled.asm["amdgcn"]
     code = text.partition("s_endpgm")[0] + "s_endpgm"
-    instructions, labels = [], []
+    instructions: list[Instruction] = []
+    labels: list[str] = []
     for line in code.splitlines():
         if label := re.match(r"(\.LBB\w+):", line):
             labels.append(label[1])
@@ -283,7 +285,7 @@ def _read_amdgcn(compiled: Any) -> tuple[int, int, int, list[Instruction]]:
             labels = []
     # registers that the compiler calls spilled but keeps in other registers cost no memory traffic
     spills = sum(i.opcode.startswith("scratch_") for i in instructions)
-    registers, scratch = (int(re.search(rf"\.{field}:\s+(\d+)", text)[1])
+    registers, scratch = (int(found_in(rf"\.{field}:\s+(\d+)", text)[1])
                           for field in ("vgpr_count", "private_segment_fixed_size"))  # fmt: skip
     return registers, scratch, spills, instructions
 

@@ -9,6 +9,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ def rotation(bytes_of_a_call: float, cache_bytes: int) -> int:
     return min(max(math.ceil(2 * cache_bytes / max(bytes_of_a_call, 1)), 1), _MOST_SETS)
 
 
-def rotated(operands: Sequence, cache_bytes: int) -> list[list]:
+def rotated(operands: Sequence[Any], cache_bytes: int) -> list[list[Any]]:
     """``operands`` and copies of its tensors, as many as :func:`rotation` asks for."""
     moved = sum(a.numel() * a.element_size() for a in operands if isinstance(a, torch.Tensor))
     copies = [[a.clone() if isinstance(a, torch.Tensor) else a for a in operands]
@@ -72,7 +73,7 @@ class Runner:
         self._results = results[0]
 
 
-def device_microseconds(function: Function, operand_sets: Sequence[Sequence], repeats: int = 10) -> float:
+def device_microseconds(function: Function, operand_sets: Sequence[Sequence[Any]], repeats: int = 10) -> float:
     """Median microseconds of a call on the current CUDA device, from replays of a graph of all operand sets."""
     runner = Runner(function, operand_sets, graph=True)
     runner()
@@ -82,4 +83,5 @@ def device_microseconds(function: Function, operand_sets: Sequence[Sequence], re
         runner()
         mark.record()
     marks[-1].synchronize()
-    return 1000 * statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks)) / runner.calls
+    median: float = statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
+    return 1000 * median / runner.calls

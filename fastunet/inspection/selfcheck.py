@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional as plain
@@ -40,7 +41,7 @@ _LAYERS = ("conv_relu", "conv_relu_pool", "conv_norm", "max_pool2d", "upsample_b
            "conv_transpose2d", "segmentation_head")  # fmt: skip
 _X = (2, 5, _SIDE + 1, _SIDE + 3)
 _REGIONS = [(1, 2, 3), (1, 3), (3,)]
-_SHAPES = {
+_SHAPES: dict[str, list[tuple[int, ...]]] = {
     "conv_relu": [_X, (7, 5, 3, 3), (7,)],
     "conv_relu_pool": [_X, (7, 5, 3, 3), (7,)],
     "conv_norm": [_X, (7, 5, 3, 3), (7,)],
@@ -71,7 +72,7 @@ def _dice(logits: torch.Tensor) -> torch.Tensor:
 
 def _regions(logits: torch.Tensor) -> torch.Tensor:
     labels, z = _labels(logits), logits if logits.dtype == torch.float64 else logits.float()
-    truth = torch.stack([sum((labels == k).to(z) for k in members) for members in _REGIONS], 1)
+    truth = torch.stack([torch.isin(labels, torch.tensor(members).to(labels)) for members in _REGIONS], 1).to(z)
     overlap, total = (z.sigmoid() * truth).sum((0, 2, 3)), (z.sigmoid() + truth).sum((0, 2, 3))
     return 1 - ((2 * overlap + 1) / (total + 1)).mean() + plain.binary_cross_entropy_with_logits(z, truth)
 
@@ -81,7 +82,7 @@ def _confusion(logits: torch.Tensor) -> torch.Tensor:
     return pairs.flatten().bincount(minlength=_CLASSES**2).view(_CLASSES, _CLASSES)
 
 
-_LITERAL: dict[str, Callable] = {
+_LITERAL: dict[str, Callable[..., Any]] = {
     "conv_relu": lambda x, w, b: plain.conv2d(x, w, b, padding=1).relu(),
     "conv_relu_pool": lambda x, w, b: (y := plain.conv2d(x, w, b, padding=1).relu(), plain.max_pool2d(y, 2)),
     "conv_norm": lambda x, w, b: plain.leaky_relu(plain.group_norm(plain.conv2d(x, w, b, padding=1), 1), 0.25),
@@ -103,8 +104,8 @@ _LITERAL: dict[str, Callable] = {
 }  # fmt: skip
 
 
-def _ours(name: str, backend: str) -> Callable:
-    function = getattr(functional, name)
+def _ours(name: str, backend: str) -> Callable[..., Any]:
+    function: Callable[..., Any] = getattr(functional, name)
     if name == "conv_norm":
         return lambda x, w, b: function(x, w, b, norm="group", groups=1, slope=0.25, backend=backend)
     if name == "upsample_bilinear2d":
@@ -120,7 +121,7 @@ def _ours(name: str, backend: str) -> Callable:
     return lambda *operands: function(*operands, backend=backend)
 
 
-def _check(name: str, shapes: list, device: torch.device, dtype: torch.dtype, backend: str) -> Check:
+def _check(name: str, shapes: list[tuple[int, ...]], device: torch.device, dtype: torch.dtype, backend: str) -> Check:
     generator = torch.Generator().manual_seed(0)
     if name in _LAYERS:
         # Small whole numbers: sums before a ReLU are exact in every dtype, so that none falls on its other side.
@@ -146,7 +147,7 @@ def _check(name: str, shapes: list, device: torch.device, dtype: torch.dtype, ba
     return Check(name, str(dtype), errors[worst], allowed[worst])
 
 
-def _results(function: Callable, operands: list[torch.Tensor]) -> list[torch.Tensor]:
+def _results(function: Callable[..., Any], operands: list[torch.Tensor]) -> list[torch.Tensor]:
     """Outputs, then the gradient of each operand under a fixed cotangent, where there is one."""
     leaves = [t.detach().requires_grad_() for t in operands]
     outputs = function(*leaves)

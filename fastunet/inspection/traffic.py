@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from fastunet.inspection.control_flow import found_in
 from fastunet.kernels._launch import Launch
 
 _SIZES = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2, "f8E4M3FN": 1, "f8E5M2": 1,
           "i64": 8, "i32": 4, "i16": 2, "i8": 1, "i1": 1}  # fmt: skip
 
-_BINARY = {
+_BINARY: dict[str, Callable[..., Any]] = {
     "addi": np.add, "subi": np.subtract, "muli": np.multiply,
     "divsi": lambda a, b: np.sign(a) * np.sign(b) * (np.abs(a) // np.abs(b)),
     "remsi": np.fmod, "divui": np.floor_divide, "remui": np.mod,
@@ -123,7 +125,7 @@ class _Counter:
 
     def loop(self, statement: _Region, times: np.ndarray) -> None:
         pattern = r"scf\.for (%\S+) = (%\S+) to (%\S+) step (%\S+)"
-        variable, *bounds = re.search(pattern, statement.line).groups()
+        variable, *bounds = found_in(pattern, statement.line).groups()
         first, last, step = (self.need(b, statement) for b in bounds)
         trips = np.maximum(0, -((first - last) // step)) * self.ones
         self.forget(statement.line)
@@ -138,7 +140,7 @@ class _Counter:
                 self.block(statement.bodies[0], times * (trip < trips))
 
     def branch(self, statement: _Region, times: np.ndarray) -> None:
-        condition = self.need(re.search(r"scf\.if (%\S+)", statement.line)[1], statement)
+        condition = self.need(found_in(r"scf\.if (%\S+)", statement.line)[1], statement)
         for body, taken in zip(statement.bodies, (condition != 0, condition == 0)):
             self.block(body, times * taken)
         self.forget(statement.line)
@@ -163,7 +165,7 @@ class _Counter:
         if not assignment or "tensor<" in line or "f32" in line or "!tt.ptr" in line:
             return self.forget(line)
         result, operation, rest = assignment.groups()
-        operands = [self.values.get(name) for name in re.findall(r"%[\w#.$-]+", rest)]
+        operands: list[Any] = [self.values.get(name) for name in re.findall(r"%[\w#.$-]+", rest)]
         self.values.pop(result, None)
         if operation == "constant":
             word = rest.split(" ")[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -53,16 +54,17 @@ def neighbours(config: Any) -> Iterator[Any]:
 
 def search(starts: list[Any], measure: Callable[[Any], float | None], *, deadline: float = float("inf"),
            clock: Callable[[], float] = time.monotonic,
-           prepare: Callable[[list], None] = lambda _: None) -> Found | None:
+           prepare: Callable[[list[Any]], None] = lambda _: None) -> Found | None:
     """Goes downhill from the fastest of ``starts``.
 
     ``measure`` returns the microseconds of a configuration, or None for one that does not compile, does not fit or is
     wrong. ``prepare`` gets each round's candidates before they are measured. At ``deadline`` (by ``clock``) the best
     so far is returned. None if the first of ``starts``, the heuristic's choice, cannot be measured.
     """
-    best, times = starts[0], {starts[0]: measure(starts[0])}
-    if times[best] is None:
+    heuristic = measure(starts[0])
+    if heuristic is None:
         return None
+    best, times = starts[0], {starts[0]: heuristic}
 
     def improve(candidates: Iterable[Any]) -> bool:
         nonlocal best
@@ -71,15 +73,16 @@ def search(starts: list[Any], measure: Callable[[Any], float | None], *, deadlin
         for candidate in fresh:
             if clock() >= deadline:
                 break
-            times[candidate] = measure(candidate)
-            if times[candidate] is not None and times[candidate] < GAIN * times[best]:
+            found = measure(candidate)
+            times[candidate] = math.inf if found is None else found
+            if times[candidate] < GAIN * times[best]:
                 best = candidate
         return best is not start
 
     improve(starts[1:])
     while improve(neighbours(best)):
         pass
-    return Found(best, times[best], times[starts[0]], len(times))
+    return Found(best, times[best], heuristic, len(times))
 
 
 def error_within_budget(actual: torch.Tensor, same_dtype: torch.Tensor, exact: torch.Tensor) -> bool:
@@ -103,9 +106,9 @@ class DeviceLost(RuntimeError):
     """Since a candidate ran, the device answers every call with an error: this process can measure nothing more."""
 
 
-def measured(entry: Entry, function: Callable[..., Any], operand_sets: Sequence[Sequence],
+def measured(entry: Entry, function: Callable[..., Any], operand_sets: Sequence[Sequence[Any]],
              accept: Callable[[tuple[torch.Tensor, ...]], bool],
-             timer: Callable[[Callable, Sequence[Sequence]], float] = device_microseconds,
+             timer: Callable[[Callable[..., Any], Sequence[Sequence[Any]]], float] = device_microseconds,
              synchronize: Callable[[], None] = torch.cuda.synchronize) -> Callable[[Any], float | None]:
     """The ``measure`` of :func:`search` for the launcher ``function``, which chooses its configuration of ``entry``.
 
@@ -130,7 +133,7 @@ def measured(entry: Entry, function: Callable[..., Any], operand_sets: Sequence[
     return measure
 
 
-def tunable(launcher: Callable) -> Callable:
+def tunable(launcher: Callable[..., Any]) -> Callable[..., Any]:
     """``launcher``, or where ``FASTUNET_TUNE=1`` one that searches at the first call of each key and keeps the winner.
 
     The winners hold for this process. A candidate must reproduce what the heuristic's configuration computes, up to

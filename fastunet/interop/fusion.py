@@ -88,7 +88,8 @@ def fuse(module: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report
         raise ValueError("there is nothing to fuse" + (f" ({reasons})" if reasons else ": no 2-D convolutions"))
     for part, program in search.programs:
         part.__dict__[_PROGRAM] = program
-        part.__class__ = _fused_class(type(part))
+        kind: Any = type(part)
+        part.__class__ = _fused_class(kind)
     return fused, report
 
 
@@ -264,7 +265,8 @@ class _FusedForward:
 
 def _made_fused(function: Callable[..., nn.Module], arguments: tuple[Any, ...]) -> nn.Module:
     module = function(*arguments)
-    module.__class__ = _fused_class(type(module))
+    kind: Any = type(module)
+    module.__class__ = _fused_class(kind)
     return module
 
 

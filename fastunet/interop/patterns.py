@@ -149,7 +149,7 @@ class _Rewriter:
             behind = norms and not norm and kind in NORMS
             if behind and isinstance(layer, NORMS) and self.takes(layer, conv, node, last):
                 norm = True
-                chain = _Chain([*nodes], [*layers], [*chain.words, _words(kind)])
+                chain = _Chain([*nodes], [*layers], [*chain.words, _words(layer_kind(layer))])
                 continue
             if kind in (nn.ReLU, nn.LeakyReLU) or slope is not None:
                 word = "ReLU" if kind is nn.ReLU or slope == 0 else "LeakyReLU"
