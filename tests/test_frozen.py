@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -184,6 +186,27 @@ def test_a_graph_is_made_anew_when_what_it_cannot_follow_changes(monkeypatch):
     frozen.graphs = 2
     frozen._graph(x[:1], "logits")
     assert len(frozen._graphs) == 2
+
+
+def test_a_call_on_a_gpu_replays_the_graph_of_its_shape(monkeypatch):
+    """With stand-ins for CUDA's streams and graphs: a call copies its images in, replays, and copies the result out."""
+    model, frozen, x = build()
+    replayed = []
+    stream = SimpleNamespace(wait_stream=lambda _: None, wait_event=lambda _: None, record_event=lambda: "event")
+    for name in ("current_stream", "Stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: stream)
+    for name in ("device", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: replayed.append(1)))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    for count in (1, 2):
+        torch.testing.assert_close(torch.Tensor(frozen(x.as_subclass(OnGPU))), model(x), rtol=1e-5, atol=1e-5)
+        assert (len(replayed), len(frozen._graphs)) == (count, 1)
 
 
 def test_graphs_that_share_memory_wait_for_each_other():

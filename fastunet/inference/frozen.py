@@ -109,7 +109,7 @@ class FrozenUNet(torch.nn.Module):
                 return cast._infer(x.to(dtype), output)
         if x.is_cuda and x.numel() and not torch.cuda.is_current_stream_capturing():
             # one after the other: the graphs share their memory
-            return self._prepared(lambda: self._graph(x, output).forward(x))
+            return self._prepared(lambda: self._graph(x, output)(x))
         if self.model.backend == "triton" or x.dtype != weight.dtype or not _onednn.packs(x):
             return self.model._run(x, output)
         x = self.model._pad(x)
@@ -189,7 +189,7 @@ class _Graph:
                 self.output = function(self.input)
         torch.cuda.current_stream(x.device).wait_stream(stream)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
         stream = torch.cuda.current_stream(x.device)
         self.memory.wait(stream)
         self.input.copy_(x)
