@@ -16,20 +16,22 @@ import torch
 from torch._functorch import autograd_function  # private; proven on PyTorch 2.13
 from torch.autograd import forward_ad
 
+Function = Callable[..., Any]
 
-def kernel(operator: torch._ops.OpOverload, setup: Callable, backward: Callable) -> Callable:
+
+def kernel(operator: torch._ops.OpOverload, setup: Function, backward: Function) -> Function:
     """The ``Autograd`` kernel of ``operator``; ``setup`` and ``backward`` are those of ``torch.autograd.Function``."""
 
-    def below(*arguments):
+    def below(*arguments: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*arguments)
 
-    def forward(*arguments):
+    def forward(*arguments: Any) -> Any:
         # Off inside a Function; but an outer level of torch.func follows what this one computes.
         with torch.set_grad_enabled(torch._C._are_functorch_transforms_active()):
             return below(*arguments)
 
-    def jvp(ctx, *tangents):
+    def jvp(ctx: Any, *tangents: Any) -> Any:
         raise NotImplementedError(
             f"{operator.name()} has no forward-mode derivative (jvp); use reverse mode, as backward() does"
         )
@@ -39,7 +41,7 @@ def kernel(operator: torch._ops.OpOverload, setup: Callable, backward: Callable)
     # torch.func has already peeled off its outer levels
     apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
-    def run(*arguments):
+    def run(*arguments: Any) -> Any:
         if forward_ad._current_level < 0 and not tracked(*arguments):
             return below(*arguments)
         with autograd_function.enable_single_level_autograd_function():  # type: ignore[attr-defined]
@@ -48,15 +50,15 @@ def kernel(operator: torch._ops.OpOverload, setup: Callable, backward: Callable)
     return run
 
 
-def through(implementation: Callable) -> tuple[Callable, Callable]:
+def through(implementation: Function) -> tuple[Function, Function]:
     """``setup`` and ``backward`` of an operator without a formula: those of its PyTorch ``implementation``."""
 
-    def setup(ctx, inputs, output):
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.others = [None if isinstance(value, torch.Tensor) else value for value in inputs]
         ctx.at = [index for index, value in enumerate(inputs) if isinstance(value, torch.Tensor)]
         ctx.save_for_backward(*(inputs[index] for index in ctx.at))
 
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Any) -> Any:
         inputs = list(ctx.others)
         for index, tensor in zip(ctx.at, ctx.saved_tensors):
             inputs[index] = tensor
@@ -65,7 +67,7 @@ def through(implementation: Callable) -> tuple[Callable, Callable]:
     return setup, backward
 
 
-def vjp(function: Callable, inputs: Sequence[Any], needed: Sequence[bool], grads: Sequence) -> list:
+def vjp(function: Function, inputs: Sequence[Any], needed: Sequence[bool], grads: Sequence[Any]) -> list[Any]:
     """The gradients of the ``needed`` inputs of ``function``, None for others; differentiable if grad mode is on."""
     again = torch.is_grad_enabled()
     levels = torch._C._functorch.get_interpreter_stack() or []

@@ -219,7 +219,8 @@ class ConvBlock(_Block, reference.ConvBlock):
         if not self.style.is_classic:
             y = self._convolution(2, self._convolution(1, x), pool=pool)
             return y if checked else like(x, y)
-        tensors, common = self._tensors(), dict[str, Any](padding=self.padding, backend=self.backend)
+        tensors = self._tensors()
+        common: dict[str, Any] = dict(padding=self.padding, backend=self.backend)
         try:
             if pool:
                 return encoder_block(x, *tensors, **common)

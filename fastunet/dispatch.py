@@ -35,9 +35,9 @@ _LONGEST_REASON = 400
 class Operator:
     """The forms of one operator, all of the same arguments; ``launcher()`` imports that of the Triton kernels."""
 
-    torch_impl: Callable
-    fake: Callable
-    launcher: Callable[[], Callable]
+    torch_impl: Callable[..., Any]
+    fake: Callable[..., Any]
+    launcher: Callable[[], Callable[..., Any]]
 
 
 OPERATORS: dict[str, Operator] = {}
@@ -47,11 +47,11 @@ OPERATORS: dict[str, Operator] = {}
 def define(
     schema: str,
     *,
-    torch_impl: Callable,
+    torch_impl: Callable[..., Any],
     triton_impl: str,
-    fake: Callable,
-    setup: Callable | None = None,
-    backward: Callable | None = None,
+    fake: Callable[..., Any],
+    setup: Callable[..., Any] | None = None,
+    backward: Callable[..., Any] | None = None,
 ) -> None:
     """Registers ``fastunet::<schema>``, whose schema ends in ``str backend``.
 
@@ -64,21 +64,21 @@ def define(
     module, _, function = triton_impl.partition(":")
 
     @functools.cache
-    def load() -> Callable:
+    def load() -> Any:
         launcher = getattr(importlib.import_module(f"fastunet.kernels.{module}"), function)
         searching = importlib.import_module("fastunet.inspection.tuning").tunable(launcher)
         if searching is not launcher:
             return searching
         return importlib.import_module("fastunet.kernels._plan").planned(launcher)
 
-    def launched(*operands):
+    def launched(*operands: Any) -> Any:
         device = next(a.device for a in operands if isinstance(a, torch.Tensor))
         if device.type != "cuda" or device.index == torch.cuda.current_device():
             return load()(*operands)
         with torch.cuda.device(device):
             return load()(*operands)
 
-    def implementation(*args):
+    def implementation(*args: Any) -> Any:
         *operands, backend = args
         if backend == "torch" or (backend == "auto" and name in GIVEN_UP):
             return torch_impl(*operands)
@@ -171,7 +171,7 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
-def settings() -> tuple:
+def settings() -> tuple[Any, ...]:
     """What a captured pass cannot follow when it changes: the backend that "auto" means, and flags of PyTorch."""
     cudnn = torch.backends.cudnn
     precision = getattr(getattr(cudnn, "conv", cudnn), "fp32_precision", None)  # newer PyTorch; else allow_tf32

@@ -96,7 +96,7 @@ def _operators(members: torch.Tensor | None) -> tuple[Any, Any, Any]:
     return operators.dice_region_sums, operators.dice_region_sums_grad, dice_regions_cpu
 
 
-def _operands(*tensors: torch.Tensor | None) -> tuple:
+def _operands(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """Logits, targets, weights and the table of regions, which the operators of classes do not have."""
     return tensors if tensors[-1] is not None else tensors[:-1]
 
@@ -164,7 +164,7 @@ def loss_of_sums(
     tensors: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
     classes: int,
     ignore_index: int | None,
-    others: tuple,
+    others: tuple[float, ...],
     rule: tuple[float, str, bool, float, float],
     *,
     tversky: Sequence[float],

@@ -104,7 +104,7 @@ def text_table(scores: Sequence[Score], *, empty: str = "one") -> str:
 def csv_table(scores: Sequence[Score]) -> str:
     """Every score of every case and structure, then the means, as CSV; undefined scores are empty cells.
 
-    Rows of kind "mean" are means over the cases and all foreground classes ("foreground") or all regions ("regions").
+    If there are regions, a last row has the means over all cases and regions: structure "regions", kind "mean".
     """
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
@@ -112,9 +112,8 @@ def csv_table(scores: Sequence[Score]) -> str:
     for s in [*scores, *mean_scores(scores)]:
         values = [_number(getattr(s, column)) for column in COLUMNS]
         writer.writerow([s.case, s.structure, s.kind, *values, s.truth_voxels, s.predicted_voxels])
-    for structure, kind in (("foreground", "class"), ("regions", "region")):
-        if group := [s for s in scores if s.kind == kind]:
-            writer.writerow(["mean", structure, "mean", *map(_number, column_means(group).values()), "", ""])
+    if regions := [s for s in scores if s.kind == "region"]:
+        writer.writerow(["mean", "regions", "mean", *map(_number, column_means(regions).values()), "", ""])
     return stream.getvalue()
 
 
