@@ -1,11 +1,12 @@
-"""Stride-2 transposed convolution, the form that both ways of doubling an image take here.
+"""Stride-2 transposed convolution, the form of both ways of doubling an image and, read backwards, of halving it.
 
 With a kernel ``k`` of taps (r, s) and an NHWC image x,
 
     y[n, 2i - 1 + r, 2j - 1 + s, co] += sum_ci k[r, s, co, ci] x[n, i, j, ci]
 
 - nearest x2, then a 2x2 convolution: r, s in {0, 1, 2} (``SIDE`` 3), k sums of one, two or four of its weights;
-- 2x2 transposed convolution: r, s in {1, 2} (``SIDE`` 2), k its weights.
+- 2x2 transposed convolution: r, s in {1, 2} (``SIDE`` 2), k its weights;
+- 3x3 convolution with stride 2: the data gradient with respect to x, ``SIDE`` 3 and k its weights.
 
 y is read and written as [N, H, 2, W, 2 C_out]: row phase a and, in one run of memory, (column phase b, channel). Tap
 r = 1, 2 belongs to row phase 0, 1 of the same low-resolution row, r = 0 to row phase 1 of the row above; columns alike.
@@ -21,6 +22,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import _launch, _tuned
+from .conv.epilogue import bias_activation
 
 
 @dataclass(frozen=True)
@@ -144,14 +146,15 @@ def stride2_forward_kernel(
 
 @triton.jit
 def stride2_data_grad_kernel(
-    dy, k, x, dx, H, W, C_in, C_out, tiles_h, tiles_w, blocks_m,
-    SIDE: tl.constexpr, MASK_X: tl.constexpr, PRECISION: tl.constexpr,
+    dy, k, bias_ptr, x, dx, H, W, C_in, C_out, tiles_h, tiles_w, blocks_m,
+    SIDE: tl.constexpr, SLOPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
-    """dx[n, i, j, ci] = sum_{r, s, co} k[r, s, co, ci] dy[n, 2i - 1 + r, 2j - 1 + s, co], times x > 0 if MASK_X.
+    """dx[n, i, j, ci] = sum_{r, s, co} k[r, s, co, ci] dy[n, 2i - 1 + r, 2j - 1 + s, co], times x > 0 where x is given.
 
-    k is [SIDE, SIDE, C_in, C_out] as a matrix of C_out columns. BULK needs C_out to be a multiple of BLOCK_C: a box
-    that runs past the channels of column phase 0 would read those of phase 1.
+    Of SIDE 3 it is the 3x3 convolution of dy with stride 2 as well, whose bias and activation follow. k is [SIDE, SIDE,
+    C_in, C_out] as a matrix of C_out columns. BULK needs C_out to be a multiple of BLOCK_C: a box that runs past the
+    channels of column phase 0 would read those of phase 1.
     """
     pid = tl.program_id(0)
     tile = pid // blocks_m
@@ -171,7 +174,8 @@ def stride2_data_grad_kernel(
         )  # fmt: skip
         k_tile = load_rows(k, tap * C_in + m0, c, SIDE * SIDE * C_in, C_out, BLOCK_M, BLOCK_C, BULK)
         acc = _launch.mma(k_tile, g.T, acc, PRECISION)
-    if MASK_X:
+    acc = bias_activation(acc, bias_ptr, m0 + tl.arange(0, BLOCK_M), C_in, SLOPE)
+    if x is not None:
         x_tile = load_tile(x, n, h0, 0, w0, m0, H, W, C_in, C_in, 1, BLOCK_H, BLOCK_W, BLOCK_M, BULK)
         acc = tl.where(x_tile.T > 0, acc, 0.0)
     dtype = dx.dtype if BULK else dx.dtype.element_ty
@@ -287,24 +291,26 @@ def forward(
 
 
 def data_grad(
-    dy: torch.Tensor, k: torch.Tensor, x: torch.Tensor, mask_x: bool, side: int, config: Stride2Config
-) -> torch.Tensor:
-    """dx (N, C_in, H, W) of NHWC ``dy`` and ``k`` (SIDE, SIDE, C_in, C_out); ``x`` gives the shape and the mask."""
-    dx = _launch.empty_image(tuple(x.shape), x.dtype, x.device)
+    dy: torch.Tensor, k: torch.Tensor, dx: torch.Tensor, mask: torch.Tensor | None, side: int, config: Stride2Config,
+    bias: torch.Tensor | None = None, slope: float = 1.0,
+) -> torch.Tensor:  # fmt: skip
+    """Writes ``dx`` (N, C_in, H, W) of ``dy`` and ``k`` (SIDE, SIDE, C_in, C_out), times ``mask`` > 0; all NHWC.
+
+    With ``bias`` (C_in,) and ``slope`` the activation of dx + bias instead, for the convolution of stride 2.
+    """
     c_in, c_out = k.shape[2:]
+    target = dx
     if side == 2:
-        dy, x, target = stack_images(dy), stack_images(x), stack_images(dx)
-    else:
-        target = dx
-    n, _, h, w = x.shape
+        dy, target, mask = stack_images(dy), stack_images(dx), None if mask is None else stack_images(mask)
+    n, _, h, w = target.shape
     tiles_h, tiles_w = _launch.cdiv(h, config.block_h), _launch.cdiv(w, config.block_w)
     blocks_m = _launch.cdiv(c_in, config.block_m)
     _launch.launch(
         stride2_data_grad_kernel, (n * tiles_h * tiles_w * blocks_m,),
-        phase_view(dy, 2, config, config.block_c), row_view(k.view(-1, c_out), config),
-        phase_view(x, 1, config, config.block_m), phase_view(target, 1, config, config.block_m),
-        h, w, c_in, c_out, tiles_h, tiles_w, blocks_m,
-        SIDE=side, MASK_X=mask_x, PRECISION=_launch.dot_precision(dy.dtype),
+        phase_view(dy, 2, config, config.block_c), row_view(k.view(-1, c_out), config), bias,
+        None if mask is None else phase_view(mask, 1, config, config.block_m),
+        phase_view(target, 1, config, config.block_m), h, w, c_in, c_out, tiles_h, tiles_w, blocks_m,
+        SIDE=side, SLOPE=slope, PRECISION=_launch.dot_precision(dy.dtype),
         BLOCK_H=config.block_h, BLOCK_W=config.block_w, BLOCK_M=config.block_m, BLOCK_C=config.block_c,
         BULK=config.bulk, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

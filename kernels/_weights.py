@@ -37,13 +37,13 @@ def permuted_taps_kernel(w_ptr, out_ptr, rows, columns, out_rows, stride_tap, st
 
 
 def _permute(taps: torch.Tensor, out: torch.Tensor, first: int, stride_high: int, stride_low: int, out_stride_row: int,
-             *, low: int = 1, out_rows: int | None = None) -> None:
-    """Writes ``taps`` (T, M, N) of any strides to ``out``; the strides of ``out`` are in elements."""
+             *, low: int = 1, out_rows: int | None = None, zeros: bool = False) -> None:
+    """Writes ``taps`` (T, M, N) of any strides, or as many ``zeros``, to ``out``, whose strides are in elements."""
     count, rows, columns = taps.shape
     out_rows = out_rows or rows
     grid = (_launch.cdiv(out_rows, _TILE) * _launch.cdiv(columns, _TILE), count)
-    _launch.launch(permuted_taps_kernel, grid, taps, out, rows, columns, out_rows, *taps.stride(), first, stride_high,
-                   stride_low, out_stride_row, LOW=low, TILE=_TILE)
+    _launch.launch(permuted_taps_kernel, grid, taps, out, 0 if zeros else rows, columns, out_rows, *taps.stride(),
+                   first, stride_high, stride_low, out_stride_row, LOW=low, TILE=_TILE)
 
 
 @contextlib.contextmanager
@@ -107,11 +107,22 @@ def backward_taps(weight: torch.Tensor) -> torch.Tensor:
 
 @keepable
 def stride2_taps(weight: torch.Tensor, out_first: bool) -> torch.Tensor:
-    """(2, 2, C_out, C_in), or (2, 2, C_in, C_out) unless ``out_first``, of ``weight`` (C_in, C_out, 2, 2)."""
+    """(h, w, B, A), or (h, w, A, B) unless ``out_first``, of ``weight`` (A, B, h, w)."""
     taps = _taps(weight).transpose(1, 2) if out_first else _taps(weight)
     _, rows, columns = taps.shape
-    out = _launch.empty((2, 2, rows, columns), weight.dtype, weight.device)
+    out = _launch.empty((*weight.shape[2:], rows, columns), weight.dtype, weight.device)
     _permute(taps, out, 0, rows * columns, 0, columns)
+    return out
+
+
+@keepable
+def stride2_slots(weight: torch.Tensor) -> torch.Tensor:
+    """(3, 4, C_in, C_out) of ``weight`` (C_out, C_in, 3, 3): a row's first slot is zero, then its three taps follow."""
+    taps = _taps(weight).transpose(1, 2)
+    _, rows, columns = taps.shape
+    out, size = _launch.empty((3, 4, rows, columns), weight.dtype, weight.device), rows * columns
+    _permute(taps[:3], out, 0, 4 * size, 0, columns, zeros=True)
+    _permute(taps, out, size, 4 * size, size, columns, low=3)
     return out
 
 

@@ -30,7 +30,8 @@ def data_grad(
     dy, x = _launch.channels_last(dy), _launch.channels_last(x)
     config = config or _stride2.choose_data_grad_config(dy, x, side=2)
     k = stride2_taps(weight, out_first=False)
-    return _stride2.data_grad(dy, k, x, mask_x, side=2, config=config)
+    dx = _launch.empty_image(tuple(x.shape), x.dtype, x.device)
+    return _stride2.data_grad(dy, k, dx, x if mask_x else None, side=2, config=config)
 
 
 def weight_grad(

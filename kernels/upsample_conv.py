@@ -127,7 +127,8 @@ def data_grad(
     dz, x = _launch.channels_last(dz), _launch.channels_last(x)
     config = config or _stride2.choose_data_grad_config(dz, x, side=3)
     k = sub_pixel_weights(weight, slots=3, out_first=False)
-    return _stride2.data_grad(dz, k, x, mask_x, side=3, config=config)
+    dx = _launch.empty_image(tuple(x.shape), x.dtype, x.device)
+    return _stride2.data_grad(dz, k, dx, x if mask_x else None, side=3, config=config)
 
 
 def weight_grad(

@@ -30,6 +30,11 @@ OPERATORS = {
         _conv,
         ((2, 3, 6, 5), (2, 2, 8, 7), (4, 5, 3, 3), (4,)),
     ),
+    "conv_relu, stride 2": (
+        lambda x, w, b, backend: functional.conv_relu(x, w, b, stride=2, backend=backend),
+        lambda x, w, b: F.relu(F.conv2d(x, w, b, 2, 1)),
+        ((2, 3, 6, 5), (4, 3, 3, 3), (4,)),
+    ),
     "conv_relu_pool": (functional.conv_relu_pool, _pool, ((2, 3, 6, 5), (4, 3, 3, 3), (4,))),
     "max_pool2d": (functional.max_pool2d, lambda x: F.max_pool2d(x, 2), ((2, 3, 6, 5),)),
     "conv_transpose2d": (

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from fastunet.arguments import checked
 from fastunet.dispatch import autocast_operands, define, select_backend
-from fastunet.functional import _norm
+from fastunet.functional import _norm, conv_strided
 from fastunet.functional._checks import check_tensors
 from fastunet.functional._layout import empty_nhwc, nhwc
 from fastunet.functional.conv_relu import (
@@ -25,9 +25,6 @@ from fastunet.functional.conv_relu import (
     conv_relu,
     conv_relu_pool,
     gradients,
-    output_size,
-    strided,
-    torch_gradients,
 )
 from fastunet.functional.conv_relu import torch_forward as convolution
 from fastunet.functional.max_pool import max_pool2d, pooled_shape
@@ -38,7 +35,10 @@ NORMS = ("batch", "instance", "group")
 
 
 def _forward(x, skip, weight, bias, norm_weight, norm_bias, pad, stride, groups, per_sample, eps, slope, pool, group):
-    z = convolution(x, skip, weight, bias, pad, 1.0) if stride == 1 else strided(x, weight, bias, pad)
+    if stride == 1:
+        z = convolution(x, skip, weight, bias, pad, 1.0)
+    else:
+        z = conv_strided.torch_forward(x, weight, bias, pad, 1.0)
     mean, var = _norm.statistics(z, groups, per_sample)
     count = mean.new_empty(0)
     if group:
@@ -50,7 +50,7 @@ def _forward(x, skip, weight, bias, norm_weight, norm_bias, pad, stride, groups,
 def _fake_forward(
     x, skip, weight, bias, norm_weight, norm_bias, pad, stride, groups, per_sample, eps, slope, pool, group
 ):
-    z = empty_nhwc(x, weight.shape[0], *output_size(x, pad, stride))
+    z = empty_nhwc(x, weight.shape[0], *conv_strided.output_size(x, pad, stride))
     dtype = torch.promote_types(x.dtype, torch.float32)
     mean = z.new_empty((z.shape[0] if per_sample else 1, groups), dtype=dtype)
     pooled = empty_nhwc(z, z.shape[1], *pooled_shape(*z.shape[2:])) if pool else z.new_empty(0)
@@ -85,9 +85,11 @@ def _differentiate(ctx, dy, d_pooled, dz_more, d_mean, d_var, _):
         return (None,) * 15
     needed = ctx.needs_input_grad
     pad, _, backend = ctx.options
-    if ctx.stride == 2 or (backend == "torch" and skip is None):
-        dskip = None
-        dx, dw, db = torch_gradients(dz, x, weight, pad, ctx.stride, (needed[0], needed[2], needed[3]))
+    one_source, dskip = (needed[0], needed[2], needed[3]), None
+    if backend == "torch" and skip is None:
+        dx, dw, db = conv_strided.torch_gradients(dz, x, weight, pad, ctx.stride, one_source)
+    elif ctx.stride == 2:
+        dx, dw, db = conv_strided.gradients(dz, x, weight, pad, one_source, backend)
     else:
         dx, dskip, dw, db = gradients(ctx, dz, x, skip, weight, *needed[:4])
     pairs = ((norm_weight, d_norm_weight), (norm_bias, d_norm_bias))
@@ -175,7 +177,7 @@ def conv_norm(
         slope: 0 is ReLU, 1 no activation, between them LeakyReLU.
         skip: (N, C_skip, H_s, W_s) with H_s ≥ H and W_s ≥ W, or None.
         padding: "same" (zeros around the image) or "valid".
-        stride: 1, or 2 of one source: the convolution is then PyTorch's on both backends.
+        stride: 1, or 2 of one source; "valid" convolutions of stride 2 are PyTorch's on every backend.
         pool: also return the 2×2 max-pool (stride 2, odd sides floor).
         process_group: of ``torch.distributed``; "batch" in training then takes the statistics of all its processes, as
             ``nn.SyncBatchNorm`` does. None: of this process alone.
@@ -189,8 +191,8 @@ def conv_norm(
     """
     operands = [x, skip, weight, bias]
     pad = check_conv("conv_norm", *operands, padding)
-    check_stride("conv_norm", stride, skip, backend)
-    size = x.shape[0], weight.shape[0], *output_size(x, pad, stride)
+    check_stride("conv_norm", stride, skip)
+    size = x.shape[0], weight.shape[0], *conv_strided.output_size(x, pad, stride)
     parameters = dict(
         norm_weight=norm_weight, norm_bias=norm_bias, running_mean=running_mean, running_var=running_var
     )
@@ -206,7 +208,7 @@ def conv_norm(
     x, skip, weight, bias = autocast_operands(*operands)
     check_conv_dtypes("conv_norm", x, skip, weight, bias)
     several = None if process_group is None else "norm statistics over several processes have no kernel"
-    backend = select_backend(backend, "conv_norm", x, several)
+    backend = select_backend(backend, "conv_norm", x, several or conv_strided.unsupported(stride, pad))
     count = {"batch": size[1], "instance": size[1], "group": groups}[norm]
     y, pooled, _, mean, var, total = _OPS.conv_norm(
         x, skip, weight, bias, norm_weight, norm_bias, pad, stride, count, norm != "batch", float(eps), slope, pool,

@@ -6,7 +6,6 @@ The gradient of the pre-activation, ``dz = dy * (y > 0)``, needs y alone, which 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from fastunet.dispatch import autocast_operands, define, select_backend
 from fastunet.functional._checks import check_alike, check_image, check_tensors
 from fastunet.functional._layout import empty_nhwc, nhwc
 from fastunet.functional._onednn import accumulates, add_convolution
+from fastunet.functional.conv_strided import unsupported
 from fastunet.functional.max_pool import pooled_shape
 from fastunet.functional.relu import activation_, check_slope, masked
 from fastunet.reference import centre_crop
@@ -86,26 +86,6 @@ def _masked(gradient, x, mask):
     """``gradient * (x > 0)`` in place, if ``mask``; in NHWC memory."""
     gradient = nhwc(gradient)
     return masked(gradient, x) if mask else gradient
-
-
-def strided(x: Tensor, weight: Tensor, bias: Tensor | None, pad: int) -> Tensor:
-    """The convolution with stride 2, by PyTorch on every backend."""
-    return nhwc(F.conv2d(nhwc(x), weight, bias, stride=2, padding=pad))
-
-
-def torch_gradients(
-    dz: Tensor, x: Tensor, weight: Tensor, pad: int, stride: int, needed: Sequence[bool]
-) -> list[Tensor | None]:
-    """(dx, dw, db) of one source by one call of PyTorch, None where none is ``needed``; in any memory order."""
-    geometry = [stride, stride], [pad, pad], [1, 1], False, [0, 0], 1
-    found = torch.ops.aten.convolution_backward(dz, x, weight, [weight.shape[0]], *geometry, list(needed))
-    return [each if need else None for each, need in zip(found, needed)]
-
-
-def output_size(x: torch.Tensor, pad: int, stride: int) -> tuple[int, int]:
-    """Height and width of the convolution of ``x``."""
-    height, width = ((side + 2 * pad - 3) // stride + 1 for side in x.shape[2:])
-    return height, width
 
 
 def _weight_grad(dz, x, skip, pad, has_bias):
@@ -231,7 +211,7 @@ def conv_relu(
         bias: (C_out,) or None.
         skip: (N, C_skip, H_s, W_s) with H_s ≥ H and W_s ≥ W, or None.
         padding: "same" (zeros around the image) or "valid".
-        stride: 1, or 2 of one source: PyTorch's convolution, for which there is no kernel.
+        stride: 1, or 2 of one source; "valid" convolutions of stride 2 are PyTorch's on every backend.
         relu: False leaves the convolution as it is, like a slope of 1.
         slope: what negative results are multiplied by: 0 is ReLU, more LeakyReLU.
         backend: "auto", "triton" or "torch".
@@ -244,13 +224,14 @@ def conv_relu(
     """
     operands = [x, skip, weight, bias]
     pad = check_conv("conv_relu", *operands, padding)
-    check_stride("conv_relu", stride, skip, backend)
+    check_stride("conv_relu", stride, skip)
     x, skip, weight, bias = autocast_operands(*operands)
     check_conv_dtypes("conv_relu", x, skip, weight, bias)
     slope = check_slope("conv_relu", slope) if relu else 1.0
+    backend = select_backend(backend, "conv_relu", x, unsupported(stride, pad))
     if stride == 2:
-        return activation_(strided(x, weight, bias, pad), slope)
-    return _OPS.conv_relu(x, skip, weight, bias, pad, slope, select_backend(backend, "conv_relu", x))
+        return _OPS.conv_strided(x, weight, bias, pad, slope, backend)
+    return _OPS.conv_relu(x, skip, weight, bias, pad, slope, backend)
 
 
 @checked
@@ -302,14 +283,12 @@ def check_conv(
     return PADDINGS[padding]
 
 
-def check_stride(operator: str, stride: int, skip: Tensor | None, backend: str | None) -> None:
-    """Raises unless ``stride`` is 1, or 2 of one source where no kernel is asked for."""
+def check_stride(operator: str, stride: int, skip: Tensor | None) -> None:
+    """Raises unless ``stride`` is 1, or 2 of one source."""
     if stride not in (1, 2):
         raise ValueError(f"{operator}: stride is {stride!r}; expected 1 or 2")
     if stride == 2 and skip is not None:
         raise ValueError(f"{operator}: stride 2 takes one source, but skip is given")
-    if stride == 2 and backend == "triton":
-        raise ValueError(f"{operator}: backend 'triton' cannot run here: a convolution of stride 2 has no kernel")
 
 
 def check_conv_dtypes(

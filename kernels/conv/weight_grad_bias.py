@@ -45,7 +45,8 @@ def bias_grad(dz: torch.Tensor) -> torch.Tensor:
     pixels, block_k = n * h * w, min(128, _launch.next_power_of_2(c_out))
     block_p, tiles_k = _TILE // block_k, _launch.cdiv(c_out, block_k)
     steps = _launch.cdiv(pixels, block_p)
-    pixels_a_split = _launch.cdiv(steps, max(1, min(steps, _PROGRAMS * device().multiprocessors // tiles_k))) * block_p
+    programs = max(1, min(steps, _PROGRAMS * device().multiprocessors // tiles_k))
+    pixels_a_split = max(1, _launch.cdiv(steps, programs)) * block_p
     splits = _launch.cdiv(pixels, pixels_a_split)
     partial = _launch.empty((splits, c_out), torch.float32, dz.device)
     _launch.launch(conv_relu_bias_grad_kernel, (tiles_k, splits), dz, partial, pixels, c_out, pixels_a_split,

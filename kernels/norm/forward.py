@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .. import _launch
+from .. import _launch, conv_strided
 from ..conv.forward import forward_statistics
 from .statistics import merge, statistics
 from .tiles import (
@@ -64,17 +63,14 @@ def forward(
     pool: bool,
     process_group: str,
 ) -> tuple[torch.Tensor, ...]:
-    """(y, pooled, z, mean, var, count) of ``fastunet::conv_norm``; the last is of several processes, and empty.
-
-    A convolution of stride 2 is PyTorch's.
-    """
+    """(y, pooled, z, mean, var, count) of ``fastunet::conv_norm``; the last is of several processes, and empty."""
     if process_group:
         raise ValueError("the norm kernels take the statistics of one process")
     if stride == 1:
         z, partial = forward_statistics(x, skip, weight, bias, pad, per_sample)
     else:
         partial = None
-        z = _launch.channels_last(F.conv2d(_launch.channels_last(x), weight, bias, stride=2, padding=pad))
+        z = conv_strided.forward(x, weight, bias, pad, 1.0)
     if partial is None:
         mean, var = statistics(z, groups, per_sample)
     else:

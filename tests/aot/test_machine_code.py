@@ -22,7 +22,7 @@ from fastunet.inspection.kernel_table import (
     uses,
     uses_of,
 )
-from fastunet.inspection.layers import CASES, network_calls
+from fastunet.inspection.layers import CASES, Call, Tensor, network_calls
 from fastunet.inspection.machine_code import GFX942
 from fastunet.kernels import _launch, _tuned
 from tests.aot.selection import BEFORE_3_8
@@ -99,3 +99,20 @@ def test_first_use_compiles_few_kernels(name, batch):
         inference = network_calls(network, batch, height, width, training=False, output="labels")
         for calls, most in ((training, TRAINING_KERNELS), (inference, INFERENCE_KERNELS)):
             assert len(distinct(uses_of(name, calls, torch.bfloat16, architecture))) <= most
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_strided_convolution(architecture, mode, show_table, request):
+    """Which the reference networks have none of: 64 to 128 channels, forward and both gradients."""
+    if not request.config.getoption("--full", default=False) and (architecture, mode) != (90, "bf16"):
+        pytest.skip("compiled with --full")
+    x, z = Tensor((16, 64, 60, 60)), Tensor((16, 128, 30, 30))
+    weight, macs = Tensor((128, 64, 3, 3)), 9 * 64 * 16 * 128 * 30 * 30
+    calls = [
+        Call("down", "conv_strided", dict(x=x, weight=weight, bias=Tensor((128,)), pad=1, slope=0.01), macs),
+        Call("down", "conv_strided_data_grad", dict(dz=z, weight=weight, x=x, pad=1), macs),
+        Call("down", "conv_strided_weight_grad", dict(dz=z, x=x, pad=1, has_bias=True), macs),
+    ]
+    with products(mode):
+        check(distinct(uses_of("strided", calls, MODES[mode], architecture)), show_table, f"{architecture} {mode}")

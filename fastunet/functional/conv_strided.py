@@ -1,0 +1,101 @@
+"""3×3 convolution with stride 2, bias and activation, of one source: what ``conv_relu(stride=2)`` runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastunet.dispatch import define
+from fastunet.functional._layout import empty_nhwc, nhwc
+from fastunet.functional.relu import activation_
+
+_OPS = torch.ops.fastunet
+
+
+def torch_forward(x: Tensor, weight: Tensor, bias: Tensor | None, pad: int, slope: float) -> Tensor:
+    """The PyTorch implementation of ``fastunet::conv_strided``."""
+    return activation_(nhwc(F.conv2d(nhwc(x), weight, bias, stride=2, padding=pad)), slope)
+
+
+def torch_gradients(
+    dz: Tensor, x: Tensor, weight: Tensor, pad: int, stride: int, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """(dx, dw, db) of one source by one call of PyTorch, None where none is ``needed``; in any memory order."""
+    geometry = [stride, stride], [pad, pad], [1, 1], False, [0, 0], 1
+    found = torch.ops.aten.convolution_backward(dz, x, weight, [weight.shape[0]], *geometry, list(needed))
+    return [each if need else None for each, need in zip(found, needed)]
+
+
+def _data_grad(dz, weight, x, pad):
+    return nhwc(torch_gradients(nhwc(dz), nhwc(x), weight, pad, 2, (True, False, False))[0])
+
+
+def _weight_grad(dz, x, pad, has_bias):
+    weight = x.new_empty(()).expand(dz.shape[1], x.shape[1], 3, 3)
+    _, dw, db = torch_gradients(nhwc(dz), nhwc(x), weight, pad, 2, (False, True, has_bias))
+    return nhwc(dw), db if has_bias else dw.new_empty(0)
+
+
+def output_size(x: Tensor, pad: int, stride: int) -> tuple[int, int]:
+    """Height and width of the convolution of ``x``."""
+    height, width = ((side + 2 * pad - 3) // stride + 1 for side in x.shape[2:])
+    return height, width
+
+
+def unsupported(stride: int, pad: int) -> str | None:
+    """Why no kernel runs a convolution, if none does."""
+    return "a valid convolution of stride 2 has no kernel" if stride == 2 and pad == 0 else None
+
+
+def gradients(
+    dz: Tensor, x: Tensor, weight: Tensor, pad: int, needed: Sequence[bool], backend: str
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dw, db) from dz, None where none is ``needed``."""
+    dx = dw = db = None
+    if needed[0]:
+        dx = _OPS.conv_strided_data_grad(dz, weight, x, pad, backend)
+    if needed[1] or needed[2]:
+        dw, db = _OPS.conv_strided_weight_grad(dz, x, pad, needed[2], backend)
+    return dx, dw, db if needed[2] else None
+
+
+def _setup(ctx, inputs, y):
+    x, weight, _, pad, slope, backend = inputs
+    ctx.save_for_backward(x, weight, None if slope == 1 else y)
+    ctx.options = pad, slope, backend
+
+
+def _differentiate(ctx, dy):
+    x, weight, y = ctx.saved_tensors
+    pad, slope, backend = ctx.options
+    dz = dy if y is None else _OPS.relu_backward(dy, y, slope, backend)
+    return *gradients(dz, x, weight, pad, ctx.needs_input_grad[:3], backend), None, None, None
+
+
+def _fake_weight_grad(dz, x, pad, has_bias):
+    return empty_nhwc(dz.new_empty(dz.shape[1]), x.shape[1], 3, 3), x.new_empty(dz.shape[1] if has_bias else 0)
+
+
+define(
+    "conv_strided(Tensor x, Tensor weight, Tensor? bias, int pad, float slope, str backend) -> Tensor",
+    torch_impl=torch_forward,
+    triton_impl="conv_strided:forward",
+    fake=lambda x, weight, bias, pad, slope: empty_nhwc(x, weight.shape[0], *output_size(x, pad, 2)),
+    setup=_setup,
+    backward=_differentiate,
+)
+define(
+    "conv_strided_data_grad(Tensor dz, Tensor weight, Tensor x, int pad, str backend) -> Tensor",
+    torch_impl=_data_grad,
+    triton_impl="conv_strided:data_grad",
+    fake=lambda dz, weight, x, pad: empty_nhwc(x, *x.shape[1:]),
+)
+define(
+    "conv_strided_weight_grad(Tensor dz, Tensor x, int pad, bool has_bias, str backend) -> (Tensor, Tensor)",
+    torch_impl=_weight_grad,
+    triton_impl="conv_strided:weight_grad",
+    fake=_fake_weight_grad,
+)
