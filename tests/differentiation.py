@@ -43,6 +43,11 @@ OPERATORS = {
         ((2, 3, 3, 4), (3, 4, 2, 2), (4,)),
     ),
     "upsample_conv_relu": (functional.upsample_conv_relu, _upsample, ((2, 3, 3, 4), (4, 3, 2, 2), (4,))),
+    "upsample_bilinear2d": (
+        functional.upsample_bilinear2d,
+        lambda x: F.interpolate(x, scale_factor=2.0, mode="bilinear"),
+        ((2, 3, 3, 4),),
+    ),
     "segmentation_head": (functional.segmentation_head, F.conv2d, ((2, 3, 3, 4), (4, 3, 1, 1), (4,))),
     "probabilities": (
         lambda x, w, b, backend: functional.segmentation_head(x, w, b, output="probabilities", backend=backend),

@@ -103,8 +103,8 @@ def test_first_use_compiles_few_kernels(name, batch):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("architecture", [80, 90])
-def test_strided_convolution(architecture, mode, show_table, request):
-    """Which the reference networks have none of: 64 to 128 channels, forward and both gradients."""
+def test_what_the_reference_networks_lack(architecture, mode, show_table, request):
+    """The convolution of stride 2 and bilinear upsampling, and their gradients."""
     if not request.config.getoption("--full", default=False) and (architecture, mode) != (90, "bf16"):
         pytest.skip("compiled with --full")
     x, z = Tensor((16, 64, 60, 60)), Tensor((16, 128, 30, 30))
@@ -113,6 +113,8 @@ def test_strided_convolution(architecture, mode, show_table, request):
         Call("down", "conv_strided", dict(x=x, weight=weight, bias=Tensor((128,)), pad=1, slope=0.01), macs),
         Call("down", "conv_strided_data_grad", dict(dz=z, weight=weight, x=x, pad=1), macs),
         Call("down", "conv_strided_weight_grad", dict(dz=z, x=x, pad=1, has_bias=True), macs),
+        *(Call("up", "upsample_bilinear2d", dict(x=z, align_corners=align), 0) for align in (False, True)),
+        *(Call("up", "upsample_bilinear2d_backward", dict(dy=x, align_corners=align), 0) for align in (False, True)),
     ]
     with products(mode):
-        check(distinct(uses_of("strided", calls, MODES[mode], architecture)), show_table, f"{architecture} {mode}")
+        check(distinct(uses_of("no preset", calls, MODES[mode], architecture)), show_table, f"{architecture} {mode}")

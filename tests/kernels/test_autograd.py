@@ -56,6 +56,8 @@ def calls():
         "upsample_conv_relu": (x, wu, b, 0.0),
         "upsample_conv_relu_data_grad": (up, wu, x, True),
         "upsample_conv_relu_weight_grad": (up, x, True),
+        "upsample_bilinear2d": (x, True),
+        "upsample_bilinear2d_backward": (up, True),
         "segmentation_head": (x, head, b, "probabilities"),
         "segmentation_head_backward": (dz, x, head, False, True),
         "conv_relu_head": (x, None, w, b, 1, torch.ones(5, 4, 1, 1), None, "logits"),

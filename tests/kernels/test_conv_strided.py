@@ -17,7 +17,7 @@ CASES = [
     Case(1, 96, 16, 5, 16, True),  # an odd height; several steps of channels
     Case(2, 9, 20, 5, 17, False),
     Case(1, 25, 3, 8, 13, False),
-    Case(1, 1, 3, 1, 1, False),
+    Case(1, 3, 1, 1, 2, False),
     Case(1, 33, 70, 4, 15),
     Case(0, 32, 64, 7, 15),
 ]
