@@ -23,8 +23,8 @@ from fastunet.inspection.kernel_table import (
     uses_of,
 )
 from fastunet.inspection.layers import CASES, Call, Tensor, network_calls
-from fastunet.inspection.machine_code import GFX942
-from fastunet.kernels import _launch, _tuned
+from fastunet.inspection.machine_code import GFX942, compile_launch, inspect
+from fastunet.kernels import _launch, _tuned, upsample_bilinear
 from tests.aot.selection import BEFORE_3_8
 
 pytestmark = pytest.mark.skipif(_launch.INTERPRETED, reason="the interpreter has no machine code")
@@ -103,8 +103,8 @@ def test_first_use_compiles_few_kernels(name, batch):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("architecture", [80, 90])
-def test_what_the_reference_networks_lack(architecture, mode, show_table, request):
-    """The convolution of stride 2 and bilinear upsampling, and their gradients."""
+def test_strided_convolution(architecture, mode, show_table, request):
+    """The convolution of stride 2, 64 to 128 channels, and its gradients."""
     if not request.config.getoption("--full", default=False) and (architecture, mode) != (90, "bf16"):
         pytest.skip("compiled with --full")
     x, z = Tensor((16, 64, 60, 60)), Tensor((16, 128, 30, 30))
@@ -113,8 +113,21 @@ def test_what_the_reference_networks_lack(architecture, mode, show_table, reques
         Call("down", "conv_strided", dict(x=x, weight=weight, bias=Tensor((128,)), pad=1, slope=0.01), macs),
         Call("down", "conv_strided_data_grad", dict(dz=z, weight=weight, x=x, pad=1), macs),
         Call("down", "conv_strided_weight_grad", dict(dz=z, x=x, pad=1, has_bias=True), macs),
-        *(Call("up", "upsample_bilinear2d", dict(x=z, align_corners=align), 0) for align in (False, True)),
-        *(Call("up", "upsample_bilinear2d_backward", dict(dy=x, align_corners=align), 0) for align in (False, True)),
     ]
     with products(mode):
         check(distinct(uses_of("no preset", calls, MODES[mode], architecture)), show_table, f"{architecture} {mode}")
+
+
+@pytest.mark.parametrize("architecture, dtype", [(90, torch.bfloat16), (80, torch.float32)])
+def test_bilinear_upsampling(architecture, dtype):
+    """Whole vectors, no spills."""
+    x = torch.empty(4, 64, 60, 60, dtype=dtype, device="meta", memory_format=torch.channels_last)
+    with _launch.recording(architecture) as launches:
+        for align_corners in (False, True):
+            upsample_bilinear.forward(x, align_corners)
+            upsample_bilinear.backward(x, align_corners)
+    for launch in launches:
+        report = inspect(compile_launch(launch, architecture), architecture)
+        assert (report.stack, report.spills) == (0, 0), launch
+        assert report.count("LDG.E.128") >= 4
+        assert report.count("STG.E.128") >= 1
