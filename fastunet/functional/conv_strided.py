@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ def torch_forward(x: Tensor, weight: Tensor, bias: Tensor | None, pad: int, slop
 
 def torch_gradients(
     dz: Tensor, x: Tensor, weight: Tensor, pad: int, stride: int, needed: Sequence[bool]
-) -> list[Tensor | None]:
+) -> list[Any]:
     """(dx, dw, db) of one source by one call of PyTorch, None where none is ``needed``; in any memory order."""
     geometry = [stride, stride], [pad, pad], [1, 1], False, [0, 0], 1
     found = torch.ops.aten.convolution_backward(dz, x, weight, [weight.shape[0]], *geometry, list(needed))
