@@ -1,4 +1,4 @@
-"""The 3×3 convolution in float32 whose sums add one product after another, as a kernel's do along its reduction.
+"""Convolutions in float32 whose sums add one product after another, as a kernel's do along its reduction.
 
 The error of a float32 sum depends on its order. BLAS and cuDNN sum in blocks whose sizes differ between processors and
 make the error of a long sum smaller by some factor. A budget from PyTorch alone would hold a kernel to the machine's
@@ -24,20 +24,21 @@ class _Conv2d(torch.autograd.Function):
     def forward(ctx, x, weight, padding):
         ctx.save_for_backward(x, weight)
         ctx.padding = padding
-        height, width = (side + 2 * padding - 2 for side in x.shape[2:])
-        return product(weight.flatten(1), F.unfold(x, 3, padding=padding)).unflatten(-1, (height, width))
+        side = weight.shape[2]
+        height, width = (length + 2 * padding - side + 1 for length in x.shape[2:])
+        return product(weight.flatten(1), F.unfold(x, side, padding=padding)).unflatten(-1, (height, width))
 
     @staticmethod
     def backward(ctx, dz):
         (x, weight), padding = ctx.saved_tensors, ctx.padding
-        flipped = weight.flip(2, 3).transpose(0, 1).flatten(1)
-        dx = product(flipped, F.unfold(dz, 3, padding=2 - padding)).view(x.shape)
-        pixels = F.unfold(x, 3, padding=padding).transpose(1, 2).flatten(0, 1)
+        side, flipped = weight.shape[2], weight.flip(2, 3).transpose(0, 1).flatten(1)
+        dx = product(flipped, F.unfold(dz, side, padding=side - 1 - padding)).view(x.shape)
+        pixels = F.unfold(x, side, padding=padding).transpose(1, 2).flatten(0, 1)
         return dx, product(dz.transpose(0, 1).flatten(1), pixels).view(weight.shape), None
 
 
 def conv2d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, padding: int = 0) -> torch.Tensor:
-    """``F.conv2d`` of a 3×3 weight, forward and both gradients."""
+    """``F.conv2d`` of a square kernel, forward and both gradients."""
     y = _Conv2d.apply(x.contiguous(), weight.contiguous(), padding)
     return y if bias is None else y + bias[:, None, None]
 
