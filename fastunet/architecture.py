@@ -28,6 +28,8 @@ the PyTorch U-Net of that name with transposed convolutions, "monai_basic" MONAI
 skip], this package [skip, upsampled], so that the two halves of those convolutions' weights are swapped.
 """
 _ALWAYS = "in_channels", "num_classes", "width", "depth", "padding", "up", "dropout"
+_DEEPEST = 15
+"""Levels below the first: more would halve an image of 32,768 pixels to one, and double channels to as many."""
 NORMS, ACTIVATIONS = ("batch", "instance", "group"), ("relu", "leaky_relu")
 
 
@@ -80,6 +82,8 @@ class Architecture:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} is {value!r}; expected an integer of at least {least}")
+        if self.depth > _DEEPEST:
+            raise ValueError(f"depth is {self.depth}; expected at most {_DEEPEST}")
         for name, choices in (("padding", ("same", "valid")), ("up", ("upsample", "transpose")),
                               ("norm", (None, *NORMS)), ("activation", ACTIVATIONS), ("bias", (True, False)),
                               ("down", ("pool", "stride")), ("odd", ("image", "zeros", "replicate"))):  # fmt: skip
@@ -95,6 +99,10 @@ class Architecture:
                 raise ValueError(f"features is {self.widths}; expected {self.depth + 1} numbers of channels, depth + 1")
             if self.widths[0] != self.width:
                 raise ValueError(f"features begins with {self.widths[0]}; expected width, which is {self.width}")
+        for name, value in (("in_channels", self.in_channels), ("num_classes", self.num_classes),
+                            ("the widest level", max(self.widths))):  # fmt: skip
+            if value > 2**_DEEPEST:
+                raise ValueError(f"{name} is {value}; expected at most {2**_DEEPEST} channels")
         if self.norm == "group" and any(channels % self.groups for channels in self.widths):
             raise ValueError(f"groups is {self.groups}; expected a divisor of the levels' channels {self.widths}")
         if self.odd != "image" and (self.padding != "same" or self.down != "pool"):

@@ -181,7 +181,7 @@ def test_constant_modalities_survive():
 
 def test_positions_must_match():
     images, labels = make_batch(4)
-    with pytest.raises(ValueError, match="3 positions given for 4 images"):
+    with pytest.raises(ValueError, match=r"positions of shape \(3,\) given for 4 images"):
         augment(images, labels, seed=0, epoch=0, positions=range(3))
 
 

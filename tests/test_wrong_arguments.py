@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastunet import functional
+from fastunet import UNet, data, functional
+from fastunet.architecture import Architecture
+from fastunet.inference.tiles import segment_tiled
 from fastunet.metrics import SegmentationMetrics
 
 X, W, B = torch.zeros(1, 3, 4, 4), torch.zeros(4, 3, 3, 3), torch.zeros(4)
@@ -54,3 +56,19 @@ def test_number_of_classes(number):
 def test_metrics_of_tensors_without_values():
     with pytest.raises(ValueError, match="meta device"):
         SegmentationMetrics(3).update(X.to("meta"), LABELS.to("meta"))
+
+
+@pytest.mark.parametrize("name", ["in_channels", "num_classes", "width", "depth"])
+def test_networks_beyond_any_memory(name):
+    with pytest.raises(ValueError, match="expected at most"):
+        UNet(**{name: 10**12})
+
+
+def test_tiles_of_other_images():
+    with pytest.raises(ValueError, match=r"expected \(N, 2, H, W\)"):
+        next(segment_tiled(torch.nn.Identity(), Architecture(), X))
+
+
+def test_positions_of_another_shape():
+    with pytest.raises(ValueError, match=r"positions of shape \(1, 1\)"):
+        data.augment(X, LABELS, seed=0, epoch=0, positions=torch.zeros(1, 1).numpy())

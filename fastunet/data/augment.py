@@ -100,8 +100,8 @@ def augment(
         share: of the samples that are changed at all; the others keep their bits.
     """
     options = options or Augmentation()
-    if len(positions) != len(images):
-        raise ValueError(f"{len(positions)} positions given for {len(images)} images")
+    if np.shape(positions) != (len(images),):
+        raise ValueError(f"positions of shape {np.shape(positions)} given for {len(images)} images")
     draw = _Draws(seed, epoch, positions, images.device)
     modalities = images.shape[1]
     if weights is not None:

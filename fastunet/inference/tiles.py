@@ -36,8 +36,11 @@ def segment_tiled(
             step of the pooling grid is passed over.
 
     Raises:
+        ValueError: images of another number of channels than the network's.
         UserError: ``tile`` does not fit the network, or is no larger than its border.
     """
+    if images.ndim != 4 or images.shape[1] != architecture.in_channels:
+        raise ValueError(f"images have shape {tuple(images.shape)}; expected (N, {architecture.in_channels}, H, W)")
     height, width = images.shape[-2:]
     border = border_width(architecture)
     unit = 2**architecture.depth
