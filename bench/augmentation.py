@@ -18,7 +18,6 @@ from bench.report import replaced
 from fastunet.data import make_phantoms
 from fastunet.files import write_text
 from fastunet.training.config import TrainConfig
-from fastunet.training.dataset import TrainingData
 from fastunet.training.distributed import Processes
 from fastunet.training.loop import train
 
@@ -61,10 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--from-the-start", action="store_true", help="change all slices from the first on")
     args = parser.parse_args()
-    if args.from_the_start:
-        TrainingData.share_changed = lambda self, epoch: 1.0
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as work:
         text = table(measure(Path(work), args.seeds, args.epochs), args.epochs)
