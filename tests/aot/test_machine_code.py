@@ -1,7 +1,8 @@
 """Every kernel that the reference networks launch, compiled for several GPUs, holds what an expert wants to see.
 
-By default every distinct kernel of the larger networks in bfloat16 for sm_90 at batch 16, with those functions that
-only batch 1 uses, and one of each kernel function for some other dtypes and architectures; ``--full`` compiles all.
+By default every tiling of the larger networks in bfloat16 for sm_90 at batch 16, with those functions that only batch 1
+uses, one of each kernel function for other architectures, and of those that multiply for other dtypes; ``--full``
+compiles all.
 """
 
 from __future__ import annotations
@@ -49,12 +50,23 @@ def products(mode: str):
         torch.backends.cudnn.allow_tf32 = previous
 
 
-def one_of_each(all_uses):
-    """The first use of each kernel function by each operator."""
+def one_of_each(all_uses, key):
+    """The first use of each value of ``key(launch)``."""
     found = {}
     for use in all_uses:
-        found.setdefault((use.launch.kernel.__name__, use.call.operator), use)
+        found.setdefault(key(use.launch), use)
     return list(found.values())
+
+
+def function(launch):
+    return launch.kernel.__name__
+
+
+def tiling(launch):
+    """What chooses the code of a kernel, but for which sizes are multiples of 16."""
+    constants = [repr(launch.args.get(p.name)) for p in launch.kernel.params if p.is_constexpr]
+    tensors = [getattr(value, "block_shape", value is None) for value in launch.args.values()]
+    return function(launch), launch.num_warps, launch.num_stages, *constants, repr(tensors)
 
 
 def check(all_uses, show_table, title):
@@ -77,8 +89,10 @@ def test_kernels(architecture, mode, show_table, request):
         chosen, single = (uses(architecture, MODES[mode], batch=batch, names=names) for batch in (16, 1))
         names = {use.launch.kernel.__name__ for use in chosen}
         chosen += single if full else [use for use in single if use.launch.kernel.__name__ not in names]
-        if not full and (architecture, mode) != (90, "bf16"):
-            chosen = one_of_each(chosen)
+        if not full and mode != "bf16":
+            chosen = [use for use in chosen if use.call.macs]
+        if not full:
+            chosen = one_of_each(chosen, tiling if (architecture, mode) == (90, "bf16") else function)
         check(chosen, show_table, f"{architecture} {mode}")
 
 
