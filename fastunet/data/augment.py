@@ -102,6 +102,9 @@ def augment(
     options = options or Augmentation()
     if np.shape(positions) != (len(images),):
         raise ValueError(f"positions of shape {np.shape(positions)} given for {len(images)} images")
+    if images.ndim != 4 or labels.shape != (len(images), *images.shape[2:]):
+        raise ValueError(f"images have shape {tuple(images.shape)} and labels {tuple(labels.shape)}; expected "
+                         "(N, M, H, W) and (N, H, W)")  # fmt: skip
     draw = _Draws(seed, epoch, positions, images.device)
     modalities = images.shape[1]
     if weights is not None:

@@ -8,10 +8,8 @@ from pathlib import Path
 
 _HEAD = """# What runs compiled, without a GPU
 
-This page is written by `python -m tests.emulator --full --proof` from the results that it has kept: an empty cell was
-not run, and the commits of each result are named. It was started on several commits of one day and has not run through:
-IEEE float32, tests without a dtype in their name and part of tf32 are missing; results of tests that no longer exist
-were taken out by hand.
+This page is written by `python -m tests.emulator --full --proof` from the results of a full run: every test of
+`tests/kernels` on every target. An empty cell is not for that target; the commits of the results are named.
 
 `tests/emulator` executes the PTX that Triton compiles, instruction by instruction, in NumPy, under the unmodified
 launchers. Each launch runs twice and must leave the same bytes: once with every asynchronous copy made at once, the
