@@ -86,14 +86,11 @@ class SegmentationMetrics:
                 case may come in any number of batches.
 
         Raises:
-            ValueError: shapes or dtypes that do not fit, or tensors of the meta device, which hold nothing to count.
-                Labels out of range are reported by :meth:`compute`.
+            ValueError: shapes or dtypes that do not fit. Labels out of range are reported by :meth:`compute`.
         """
         counts = dice_confusion.confusion_counts(
             logits_or_labels, labels, self.num_classes, ignore_index=self.ignore_index, backend=self.backend
         )
-        if counts.is_meta:
-            raise ValueError("predictions or labels are on the meta device, which holds nothing to count")
         if len(counts) == 0:
             return
         if isinstance(case, (list, tuple)):

@@ -53,11 +53,6 @@ def test_number_of_classes(number):
             call()
 
 
-def test_metrics_of_tensors_without_values():
-    with pytest.raises(ValueError, match="meta device"):
-        SegmentationMetrics(3).update(X.to("meta"), LABELS.to("meta"))
-
-
 @pytest.mark.parametrize("name", ["in_channels", "num_classes", "width", "depth"])
 def test_networks_beyond_any_memory(name):
     with pytest.raises(ValueError, match="expected at most"):

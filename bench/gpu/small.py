@@ -26,7 +26,21 @@ def small_calls() -> list[Call]:
     for channels in (16, 33):
         found += norm_calls(channels)
         found += region_calls(channels)
+        found += [call for align in (False, True) for call in resampling_calls(channels, align)]
     return list({f"{call.operator} {call.arguments}": call for call in found}.values())
+
+
+def resampling_calls(channels: int, align_corners: bool) -> list[Call]:
+    """The convolution of stride 2, on an image with one odd side, and bilinear upsampling, with their gradients."""
+    x, z, large = (Tensor((2, channels, *size)) for size in ((9, 14), (5, 7), (18, 28)))
+    weight, bias = Tensor((channels, channels, 3, 3)), Tensor((channels,))
+    return [
+        Call("down", "conv_strided", dict(x=x, weight=weight, bias=bias, pad=1, slope=0.1), 0),
+        Call("down", "conv_strided_data_grad", dict(dz=z, weight=weight, x=x, pad=1), 0),
+        Call("down", "conv_strided_weight_grad", dict(dz=z, x=x, pad=1, has_bias=True), 0),
+        Call("up", "upsample_bilinear2d", dict(x=x, align_corners=align_corners), 0),
+        Call("up", "upsample_bilinear2d_backward", dict(dy=large, align_corners=align_corners), 0),
+    ]
 
 
 def norm_calls(channels: int) -> list[Call]:
