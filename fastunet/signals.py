@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 import types
@@ -15,6 +16,9 @@ _PATIENCE_SECONDS = 5.0
 
 _IMPORT_SECONDS = 0.1
 """After which a signal that came during an import is sent again."""
+
+_imports_outside = 0
+"""Frames of imports around the ``handled`` block: a script may itself be run by an import."""
 
 _noted: list[tuple[int, float]] | None = None
 """What has come in a ``deferred`` block: signal numbers and times. None outside of one."""
@@ -38,7 +42,8 @@ class Interrupted(KeyboardInterrupt):
 @contextlib.contextmanager
 def handled() -> Iterator[None]:
     """Turns SIGINT and SIGTERM into ``Interrupted`` inside the block; signals that are ignored stay ignored."""
-    previous = {}
+    global _imports_outside
+    previous, outside, _imports_outside = {}, _imports_outside, _imports(sys._getframe())
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
@@ -46,6 +51,7 @@ def handled() -> Iterator[None]:
     try:
         yield
     finally:
+        _imports_outside = outside
         for number, handler in previous.items():
             signal.signal(number, handler)
 
@@ -78,15 +84,17 @@ def _handle(number: int, frame: types.FrameType | None) -> None:
     now = time.monotonic()
     if _noted is not None and (not _noted or now - _noted[0][1] <= _PATIENCE_SECONDS):
         _noted.append((number, now))
-    elif _importing(frame):
+    elif _imports(frame) > _imports_outside:
         # an exception that comes through the start of a compiled module ends the process with SIGABRT
         threading.Timer(_IMPORT_SECONDS, os.kill, (os.getpid(), number)).start()
     else:
         raise Interrupted(number)
 
 
-def _importing(frame: types.FrameType | None) -> bool:
-    """Whether a module is being imported where ``frame`` is."""
-    while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+def _imports(frame: types.FrameType | None) -> int:
+    """The frames of Python's import below ``frame``: more than before while a module is being imported there."""
+    count = 0
+    while frame is not None:
+        count += frame.f_code.co_filename == "<frozen importlib._bootstrap>"
         frame = frame.f_back
-    return frame is not None
+    return count

@@ -109,11 +109,21 @@ def test_a_signal_during_an_import_waits_for_its_end(monkeypatch, tmp_path):
     assert stopped.value.number == signal.SIGTERM
 
 
+def test_a_script_that_an_import_runs_is_interrupted(monkeypatch, tmp_path):
+    (tmp_path / "imported_script.py").write_text(
+        "import os, signal, time\nfrom fastunet import signals\nwith signals.handled():\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(30)\n")  # fmt: skip
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(Interrupted):
+        import imported_script  # noqa: F401
+
+
 def test_ignored_signals_stay_ignored():
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with signals.handled():
             os.kill(os.getpid(), signal.SIGINT)
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, previous)
 

@@ -12,6 +12,7 @@ from fastunet.kernels.conv.convolution import ConvConfig
 from fastunet.kernels.norm import backward, forward, statistics
 from fastunet.kernels.norm.tiles import NormConfig
 from tests.kernels.conftest import COMPILED
+from tests.kernels.conv_cases import ConvCase
 from tests.tolerance import assert_within_budget
 
 SMALL = NormConfig(4, 16, 1)
@@ -150,23 +151,10 @@ def test_statistics_far_from_zero(offset, device):
 
 
 @dataclasses.dataclass(frozen=True)
-class Fused:
-    """A convolution of (c_skip, c_x) channels with a tile of its own; whether per sample it gives statistics."""
+class Fused(ConvCase):
+    """Whether it gives statistics per sample."""
 
-    config: ConvConfig | None
-    n: int
-    c_skip: int
-    c_x: int
-    c_out: int
-    h: int
-    w: int
-    pad: int = 1
     per_sample: bool = True
-
-    def __str__(self):
-        splits = "-split" if self.config and self.config.splits > 1 else ""
-        name = self.config.variant if self.config else "chosen"
-        return f"{name}{splits}-{self.n}x{self.c_skip}+{self.c_x}-{self.c_out}x{self.h}x{self.w}-pad{self.pad}"
 
 
 BOX, POINTER = ConvConfig("box", 64, 16, 4, block_c=16), ConvConfig("pointer", 32, 64, block_c=32)

@@ -14,6 +14,7 @@ from fastunet.kernels.conv.convolution import ConvConfig
 from ..tolerance import assert_within_budget
 from . import in_order
 from .conftest import COMPILED
+from .conv_cases import ConvCase
 
 POINTER = ConvConfig("pointer", block_k=32, block_w=64, block_c=32)
 FIRST = ConvConfig("first", block_k=16, block_w=64)
@@ -26,24 +27,13 @@ TWO_ROWS = ConvConfig("two_rows", block_k=32, block_w=16, block_h=4, block_c=16)
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """(C_skip, C_x) channels to c_out; the skip is larger than x by ``crop`` rows and ``crop + 1`` columns."""
+class Case(ConvCase):
+    """The skip is larger than x by ``crop`` rows and ``crop + 1`` columns."""
 
-    config: ConvConfig | None
-    n: int
-    c_skip: int
-    c_x: int
-    c_out: int
-    h: int
-    w: int
-    pad: int = 1
     crop: int = 0
 
     def __str__(self):
-        name = self.config.variant if self.config else "chosen"
-        name += "-split" if self.config and self.config.splits > 1 else ""
-        crop = f"-crop{self.crop}" if self.crop else ""
-        return f"{name}-{self.n}x{self.c_skip}+{self.c_x}-{self.c_out}x{self.h}x{self.w}-pad{self.pad}{crop}"
+        return f"{super().__str__()}-crop{self.crop}" if self.crop else super().__str__()
 
 
 ONE_SOURCE = [

@@ -12,6 +12,7 @@ from fastunet.kernels.conv.data_grad import data_grad
 from ..tolerance import assert_within_budget
 from . import in_order
 from .conftest import COMPILED
+from .conv_cases import ConvCase
 
 POINTER = ConvConfig("pointer", block_k=32, block_w=32, block_c=32)
 BOX = ConvConfig("box", block_k=64, block_w=16, block_h=4, block_c=16)
@@ -23,28 +24,18 @@ DTYPES = [
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """(C_skip, C_x) channels to c_out, x of h × w pixels, the skip larger by ``crop`` rows and ``crop + 1`` columns.
+class Case(ConvCase):
+    """The skip is larger than x by ``crop`` rows and ``crop + 1`` columns.
 
     A crop of None is a skip of x's own size. ``masks`` says whether x and the skip are outputs of a ReLU.
     """
 
-    config: ConvConfig | None
-    n: int
-    c_skip: int
-    c_x: int
-    c_out: int
-    h: int
-    w: int
-    pad: int = 1
     crop: int | None = None
     masks: tuple[bool, bool] = (True, True)
 
     def __str__(self):
-        name = self.config.variant if self.config else "chosen"
         masks = "x" * self.masks[0] + "s" * self.masks[1]
-        sizes = f"{self.n}x{self.c_skip}+{self.c_x}-{self.c_out}x{self.h}x{self.w}"
-        return f"{name}-{sizes}-pad{self.pad}-crop{self.crop}-{masks}"
+        return f"{super().__str__()}-crop{self.crop}-{masks}"
 
     def operands(self, dtype, device):
         """(dz, weight, x, skip); x and the skip hold exact zeros, as ReLU's outputs do."""

@@ -16,6 +16,7 @@ from fastunet.kernels.conv.weight_grad_config import WeightGradConfig, choose_co
 from ..tolerance import assert_within_budget
 from . import in_order
 from .conftest import COMPILED
+from .conv_cases import ConvCase
 
 ROWS = WeightGradConfig("bulk", block_k=64, block_c=16, block_w=16, rows=4, num_stages=2)
 ROW_PAIRS = WeightGradConfig("bulk", block_k=64, block_c=32, block_w=32, rows=2, num_warps=8, num_stages=2)
@@ -31,23 +32,17 @@ DTYPES = [
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """(C_skip, C_x) channels to c_out, x of h × w pixels, the skip larger by ``crop`` rows and ``crop + 1`` columns."""
+class Case(ConvCase):
+    """The skip is larger than x by ``crop`` rows and ``crop + 1`` columns."""
 
-    config: WeightGradConfig | None
-    n: int
-    c_skip: int
-    c_x: int
-    c_out: int
-    h: int
-    w: int
-    pad: int = 1
     crop: int = 0
 
+    @property
+    def tile(self):
+        return f"{self.config.variant}{self.config.block_h}x{self.config.rows}"
+
     def __str__(self):
-        name = f"{self.config.variant}{self.config.block_h}x{self.config.rows}" if self.config else "chosen"
-        crop = f"-crop{self.crop}" if self.crop else ""
-        return f"{name}-{self.n}x{self.c_skip}+{self.c_x}-{self.c_out}x{self.h}x{self.w}-pad{self.pad}{crop}"
+        return f"{super().__str__()}-crop{self.crop}" if self.crop else super().__str__()
 
     def operands(self, dtype, device):
         """(dz, x, skip) with NHWC, contiguous and strided memory."""
