@@ -17,7 +17,7 @@ from fastunet.interop import save_keras_weights
 from fastunet.pictures.summary import layers
 from fastunet.training.config import TrainConfig
 from fastunet.training.dataset import architecture_of
-from tests.test_fuse import randomised, same
+from tests.fuse_results import randomised, same
 from tests.tolerance import assert_within_budget
 
 SMALL = dict(in_channels=1, num_classes=3, width=4, depth=2, dropout=0.0)

@@ -1,0 +1,161 @@
+"""What happens to a fused module afterwards counts: hooks, other layers, copies, saved states, exports."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from bench.workloads.common_unet import CommonUNet, DoubleConv
+from fastunet import fuse
+from tests.fuse_nets import Plain
+from tests.fuse_results import make, pair, randomised, same
+
+
+def halved(module, inputs, output):
+    return output * 0.5
+
+
+def hook(net):
+    net.inc.double_conv[0].register_forward_hook(halved)
+
+
+def block_hook(net):
+    net.downs[0][1].register_forward_hook(halved)
+
+
+def root_hook(net):
+    net.register_forward_hook(halved)
+
+
+def backward_hook(net):
+    net.outc.register_full_backward_hook(lambda m, into, out: (3 * into[0],))
+
+
+def patched(net):
+    net.ups[0].conv.forward = lambda x: DoubleConv.forward(net.ups[0].conv, x) + 1
+
+
+def another_layer(net):
+    torch.manual_seed(1)
+    net.inc.double_conv[2] = nn.GELU()
+    net.downs[1][1].double_conv[3] = nn.Conv2d(16, 16, 5, padding=2).double()
+
+
+def appended(net):
+    net.inc.double_conv.append(nn.Tanh())
+
+
+def inserted(net):
+    net.downs[1] = nn.Sequential(net.downs[1], nn.Tanh())
+
+
+def other_settings(net):
+    net.inc.double_conv[3].padding_mode = "circular"
+    net.inc.double_conv[3]._reversed_padding_repeated_twice = [1, 1, 1, 1]
+
+
+def parametrised(net):
+    parametrizations.weight_norm(net.downs[0][1].double_conv[0])
+
+
+def swapped(net):
+    net.outc.weight = nn.Parameter(net.outc.weight.detach() * 2)
+    net.outc.bias = None
+
+
+def frozen_norms(net):
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+
+
+def moved(net):
+    net.to(memory_format=torch.channels_last)
+
+
+AFTERWARDS = [hook, block_hook, root_hook, backward_hook, patched, another_layer, appended, inserted, other_settings,
+              parametrised, swapped, frozen_norms, moved]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", AFTERWARDS, ids=lambda f: f.__name__)
+def test_what_is_done_afterwards_counts(change):
+    fused, net = pair(CommonUNet())
+    for each in (fused, net):
+        change(each)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        same(fused, net, torch.randn(2, 1, 12, 12, dtype=torch.float64))
+
+
+def test_a_flag_of_a_module_counts():
+    package = pytest.importorskip("dynamic_network_architectures", reason="dynamic-network-architectures is missing")
+    assert package
+    fused, net = pair(make("nnU-Net PlainConvUNet, deep supervision")[0])
+    x = torch.randn(1, 1, 16, 16, dtype=torch.float64)
+    for each in (fused, net):
+        each.decoder.deep_supervision = False
+    with pytest.warns(UserWarning, match="deep_supervision"):
+        same(fused, net, x)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies_are_fused_and_their_own(copied):
+    fused, net = pair(CommonUNet())
+    other = copied(fused)
+    assert type(other) is type(fused)
+    assert isinstance(other, CommonUNet)
+    with torch.no_grad():
+        for a, b in zip(other.parameters(), fused.parameters()):
+            assert a.data_ptr() != b.data_ptr()
+            b.zero_()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*runs through its modules")
+        same(other, net, torch.randn(1, 1, 16, 16, dtype=torch.float64))
+
+
+def test_a_saved_module_and_state_dicts_load_both_ways():
+    fused, net = pair(CommonUNet())
+    buffer = io.BytesIO()
+    torch.save(fused, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    net.load_state_dict(loaded.state_dict())
+    fused.load_state_dict(net.state_dict())
+    same(loaded, net, torch.randn(1, 1, 16, 16, dtype=torch.float64))
+
+
+def test_inplace_keeps_the_object_and_else_the_module_stays():
+    net = Plain()
+    fused, _ = fuse(net)
+    assert fused is not net
+    assert type(net) is Plain
+    assert fuse(net, inplace=True)[0] is net
+    assert isinstance(net, Plain)
+    assert net.training
+
+
+def test_it_compiles_as_a_whole_and_exports():
+    net = randomised(CommonUNet()).eval()
+    x = torch.randn(1, 1, 16, 16)
+    fused = fuse(net)[0]
+    with torch.no_grad():
+        want = net(x)
+        compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), want, rtol=1e-4, atol=1e-5)
+        program = torch.export.export(fused, (x,)).module()
+        torch.testing.assert_close(program(x), want, rtol=1e-4, atol=1e-5)
+
+
+def test_results_have_the_memory_format_of_the_module():
+    net = CommonUNet()
+    fused = fuse(net)[0]
+    x = torch.randn(2, 1, 16, 16)
+    assert fused(x).is_contiguous()
+    assert fused.to(memory_format=torch.channels_last)(x).is_contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,334 @@
+"""``fastunet.fuse`` on unusual code: what it does is right, or the code is left alone."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, reject, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from fastunet import fuse
+from tests.fuse_nets import Plain
+from tests.fuse_results import outcome, pair, randomised, same
+
+
+class Code(nn.Module):
+    """Layers conv, conv2 (4 → 4), norm, relu, and a forward pass of one's own."""
+
+    def __init__(self, forward, **layers):
+        super().__init__()
+        self.conv, self.conv2 = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.norm, self.relu, self.head = nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+        self.code = forward
+
+    def forward(self, x):
+        return self.code(self, x)
+
+
+def two_users(m, x):
+    y = m.conv(x)
+    return m.head(F.relu(y) + y)
+
+
+def written_between(m, x):
+    skip = m.conv(x)
+    both = torch.cat([skip, torch.sigmoid(skip)], 1)
+    skip.mul_(2)
+    return m.head(F.relu(m.wide(both))) + skip.sum()
+
+
+def written_alias(m, x):
+    y = m.conv(x)
+    z = y
+    y += 1
+    return m.head(F.relu(m.conv2(z)))
+
+
+def three_in_a_row(m, x):
+    y = F.relu(m.conv(x))
+    return m.head(F.relu(m.wide3(torch.cat([y, y, y], 1))))
+
+
+def over_width(m, x):
+    y = F.relu(m.conv(x))
+    return m.head(F.relu(m.conv2(torch.cat([y, y], 3))))
+
+
+def over_width_too(m, x):
+    y = F.relu(m.conv(x))
+    return m.head(F.relu(m.conv2(torch.cat([y, torch.cat([y, y], 3)[..., :10]], 1))))
+
+
+def called_twice(m, x):
+    y = F.relu(m.conv2(F.relu(m.conv2(F.relu(m.conv(x))))))
+    return m.head(y)
+
+
+def norm_called_twice(m, x):
+    return m.head(F.relu(m.norm(m.conv2(F.relu(m.norm(m.conv(x)))))))
+
+
+def leaky(m, x):
+    up = F.interpolate(F.leaky_relu(m.conv(x), 0.2), scale_factor=2)
+    up = nn.functional.leaky_relu(m.up(F.pad(up, [0, 1, 0, 1])))
+    return m.head(m.leaky(m.conv2(up)))
+
+
+def norm_alone(m, x):
+    return m.head(torch.tanh(m.norm(m.conv(x))))
+
+
+def norm_and_pool(m, x):
+    y = m.norm(m.conv(x))
+    z = F.interpolate(F.max_pool2d(y, (2, 2), 2), size=y.shape[2:])
+    z += m.norm2(m.conv2(F.leaky_relu(y, 0.3)))
+    return m.head(z)
+
+
+def norm_of_activation(m, x):
+    return m.head(m.norm(F.relu(m.conv(x))))
+
+
+def norm_first(m, x):
+    return m.head(m.conv2(F.relu(m.norm(m.conv(x).tanh()))))
+
+
+def dropout_between(m, x):
+    return m.head(F.relu(m.dropout(m.conv(x))))
+
+
+def dropout_then_norm(m, x):
+    return m.head(F.leaky_relu(m.norm(m.dropout(m.conv(x))), negative_slope=0.2))
+
+
+def flattened(m, x):
+    y = F.relu(m.conv(x))
+    return y.view(y.size(0), -1).cumsum(1)
+
+
+def added_in_place(m, x):
+    y = F.relu(m.conv(x))
+    z = m.conv2(torch.cat([y[:, :2], y[:, 2:]], 1))
+    z += y
+    return m.head(F.relu(z))
+
+
+def resized_back(m, x):
+    up = F.interpolate(F.relu(m.conv(x)), scale_factor=2.0, mode="nearest")
+    return m.head(F.relu(m.up(up)))
+
+
+def usual(m, x):
+    return m.head(F.relu(m.conv2(F.relu(m.conv(x)))))
+
+
+def pooled(m, x):
+    return m.head(m.pool(F.relu(m.conv(x))))
+
+
+CODE = {
+    "a result with two users": Code(two_users),
+    "a skip written in place": Code(written_between, wide=nn.Conv2d(8, 4, 3, padding=1)),
+    "an alias written in place": Code(written_alias),
+    "three maps concatenated": Code(three_in_a_row, wide3=nn.Conv2d(12, 4, 3, padding=1)),
+    "concatenated over the width": Code(over_width),
+    "a layer called twice": Code(called_twice),
+    "a norm called twice": Code(norm_called_twice),
+    "LeakyReLU of each kind": Code(leaky, up=nn.Conv2d(4, 4, 2), leaky=nn.LeakyReLU(0.3)),
+    "a negative slope": Code(leaky, up=nn.Conv2d(4, 4, 2), leaky=nn.LeakyReLU(-0.3)),
+    "a norm before its convolution": Code(norm_first),
+    "a norm behind the activation": Code(norm_of_activation),
+    "a norm and no activation": Code(norm_alone),
+    "a norm, a pool and another slope": Code(norm_and_pool, norm2=nn.GroupNorm(2, 4)),
+    "a norm without statistics": Code(norm_alone, norm=nn.BatchNorm2d(4, track_running_stats=False)),
+    "a norm without parameters": Code(norm_alone, norm=nn.BatchNorm2d(4, affine=False, eps=1e-3, momentum=0.3)),
+    "a norm of averages": Code(norm_alone, norm=nn.BatchNorm2d(4, momentum=None)),
+    "an instance norm without parameters": Code(norm_alone, norm=nn.InstanceNorm2d(4)),
+    "an instance norm with statistics": Code(norm_alone, norm=nn.InstanceNorm2d(4, track_running_stats=True)),
+    "a synchronised norm": Code(norm_alone, norm=nn.SyncBatchNorm(4)),
+    "a norm without a parameter": Code(norm_alone, norm=nn.GroupNorm(4, 4, affine=False)),
+    "dropout before a norm": Code(dropout_then_norm, dropout=nn.Dropout2d(0.0)),
+    "dropout of nothing between": Code(dropout_between, dropout=nn.Dropout(0.0)),
+    "a view of the result": Code(flattened),
+    "a sum in place": Code(added_in_place),
+    "upsampling before 3×3": Code(resized_back, up=nn.Conv2d(4, 4, 3, padding=1)),
+    "upsampling before 2×2 without padding": Code(resized_back, up=nn.Conv2d(4, 4, 2)),
+    "dilated": Code(usual, conv2=nn.Conv2d(4, 4, 3, padding=2, dilation=2)),
+    "grouped": Code(usual, conv2=nn.Conv2d(4, 4, 3, padding=1, groups=2)),
+    "reflected": Code(usual, conv2=nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")),
+    "strided, a norm and a pool": Code(norm_and_pool, conv=nn.Conv2d(1, 4, 3, padding=1, stride=2),
+                                       norm2=nn.GroupNorm(2, 4)),
+    "strided behind a concatenation": Code(over_width_too, conv2=nn.Conv2d(8, 4, 3, padding=1, stride=2)),
+    "strided 2×1": Code(usual, conv2=nn.Conv2d(4, 4, 3, padding=1, stride=(2, 1))),
+    "strided": Code(usual, conv2=nn.Conv2d(4, 4, 3, padding=1, stride=2)),
+    "padded one way": Code(usual, conv2=nn.Conv2d(4, 4, 3, padding=(1, 0))),
+    "5×5": Code(usual, conv2=nn.Conv2d(4, 4, 5, padding=2)),
+    "valid": Code(usual, conv2=nn.Conv2d(4, 4, 3, padding="valid"), conv=nn.Conv2d(1, 4, 3)),
+    "without bias": Code(usual, conv2=nn.Conv2d(4, 4, 3, padding=1, bias=False)),
+    "new weight norm": Code(usual, conv2=parametrizations.weight_norm(nn.Conv2d(4, 4, 3, padding=1))),
+    "pool of 3": Code(pooled, pool=nn.MaxPool2d(3)),
+    "overlapping pool": Code(pooled, pool=nn.MaxPool2d(2, stride=1)),
+    "padded pool": Code(pooled, pool=nn.MaxPool2d(2, padding=1)),
+    "pool that rounds up": Code(pooled, pool=nn.MaxPool2d(2, ceil_mode=True)),
+    "usual pool": Code(pooled, pool=nn.MaxPool2d((2, 2), (2, 2))),
+    "average pool": Code(pooled, pool=nn.AvgPool2d(2)),
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", CODE)
+def test_unusual_code_is_right_or_left_alone(name, training):
+    torch.manual_seed(0)
+    net = randomised(copy.deepcopy(CODE[name]).double()).train(training)
+    x = torch.randn(2, 1, 9, 10, dtype=torch.float64)
+    if name == "a skip written in place":  # PyTorch refuses its gradients
+        net.requires_grad_(False)
+        with torch.no_grad():
+            torch.testing.assert_close(fuse(net)[0](x), net(x))
+        return
+    same(fuse(net)[0], net, x)
+
+
+def test_what_cannot_be_copied_is_fused_in_place():
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain, net = (randomised(Code(usual).double()) for _ in range(2))
+        for each in (plain, net):
+            nn.utils.weight_norm(each.conv2)
+        net.load_state_dict(plain.state_dict())
+    with pytest.raises(ValueError, match=r"the module cannot be copied .*: pass inplace=True"):
+        fuse(net)
+    report = fuse(net, inplace=True)[1]
+    assert [step.layers for step in report.fused] == [("conv",), ("head",)]
+    assert ("conv2", "has hooks or a forward of its own") in [(left.layer, left.reason) for left in report.left]
+    same(net, plain, torch.randn(1, 1, 8, 8, dtype=torch.float64))
+
+
+def follows_training(m, x):
+    return m.head(F.dropout(F.relu(m.conv(x)), 0.5, m.training))
+
+
+def without_gradients(m, x):
+    with torch.no_grad():
+        y = F.relu(m.conv(x))
+    return m.head(y)
+
+
+def keeps(m, x):
+    m.last = F.relu(m.conv(x))
+    return m.head(m.last)
+
+
+def makes(m, x):
+    return m.head(F.relu(m.conv(x)) * torch.rand(1).double())
+
+
+def asks(m, x):
+    return m.head(F.relu(m.conv(x)) if isinstance(x, torch.Tensor) else x)
+
+
+@pytest.mark.parametrize("code", [follows_training, without_gradients, keeps, makes, asks])
+def test_code_whose_path_may_be_another_is_not_followed(code):
+    net = Code(code)
+    before = dict(net.__dict__)
+    with pytest.raises(ValueError, match="nothing to fuse"):
+        fuse(net, inplace=True)
+    assert type(net) is Code
+    assert net.__dict__ == before
+
+
+def test_optional_arguments_run_the_module_itself():
+    class Net(Plain):
+        def forward(self, x, scale=None):
+            y = super().forward(x)
+            return y if scale is None else scale * y
+
+    fused, net = pair(Net())
+    x = torch.randn(1, 1, 8, 8, dtype=torch.float64)
+    same(fused, net, x)
+    torch.testing.assert_close(fused(x, 3.0), 3 * net(x))
+    torch.testing.assert_close(fused(x=x), net(x))
+    with pytest.raises(TypeError, match="wrong"):
+        fused(x, wrong=1)
+
+
+WORDS = st.lists(st.sampled_from([
+    "conv", "conv", "valid", "stride", "conv1", "batch", "instance", "group", "relu", "inplace", "leaky", "F.relu",
+    "tanh", "pool", "dropout", "identity", "transpose", "up2", "keep", "cat", "add",
+]), min_size=2, max_size=9)  # fmt: skip
+
+
+class Random(nn.Module):
+    """Layers and functions by a list of words; "keep" remembers a map that "cat" and "add" take up again."""
+
+    def __init__(self, words):
+        super().__init__()
+        self.words, self.layers, channels, kept = words, nn.ModuleList(), 2, 2
+        for word in words:
+            other = channels + kept if word == "cat" else channels
+            layer = {
+                "conv": lambda c: nn.Conv2d(c, 4, 3, padding=1), "valid": lambda c: nn.Conv2d(c, 4, 3, bias=False),
+                "stride": lambda c: nn.Conv2d(c, 6, 3, 2, 1), "conv1": lambda c: nn.Conv2d(c, 4, 1),
+                "batch": nn.BatchNorm2d, "instance": nn.InstanceNorm2d, "group": lambda c: nn.GroupNorm(2, c),
+                "relu": lambda c: nn.ReLU(), "inplace": lambda c: nn.ReLU(inplace=True),
+                "leaky": lambda c: nn.LeakyReLU(0.2, inplace=True), "pool": lambda c: nn.MaxPool2d(2),
+                "dropout": lambda c: nn.Dropout(0.0), "identity": lambda c: nn.Identity(),
+                "transpose": lambda c: nn.ConvTranspose2d(c, 4, 2, 2), "up2": lambda c: nn.Conv2d(c, 4, 2),
+                "cat": lambda c: nn.Conv2d(c, 4, 3, padding=1), "tanh": lambda c: nn.Tanh(),
+            }.get(word, lambda c: nn.Identity())(other)  # fmt: skip
+            self.layers.append(layer)
+            channels = getattr(layer, "out_channels", channels)
+            kept = channels if word == "keep" else kept
+        self.head = nn.Conv2d(channels, 2, 1)
+
+    def forward(self, x):
+        kept = x
+        for word, layer in zip(self.words, self.layers):
+            if word == "keep":
+                kept = x
+            elif word in ("cat", "add"):
+                again = F.interpolate(kept, size=x.shape[2:])
+                x = layer(torch.cat([again, x], 1)) if word == "cat" else x + again.mean(1, keepdim=True)
+            elif word == "F.relu":
+                x = F.relu(x)
+            elif word == "up2":
+                x = layer(F.pad(F.interpolate(x, scale_factor=2), (0, 1, 0, 1)))
+            else:
+                x = layer(x)
+        return self.head(x)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(WORDS, st.booleans())
+def test_random_networks_give_what_they_gave(words, training):
+    torch.manual_seed(0)
+    net = randomised(Random(words).double()).train(training)
+    x = torch.randn(2, 2, 20, 18, dtype=torch.float64)
+    try:
+        outcome(copy.deepcopy(net), x)
+    except (RuntimeError, ValueError):  # maps that vanish, or gradients that PyTorch refuses: no network of anyone
+        reject()
+    same(fuse(net)[0], net, x)
+
+
+def test_dropout_drops_in_training_only():
+    net = Code(dropout_then_norm, dropout=nn.Dropout2d(0.5)).double()
+    fused = fuse(net)[0]
+    x = torch.randn(2, 1, 8, 8, dtype=torch.float64)
+    for each in (fused, net):
+        torch.manual_seed(3)
+        each.train()
+        each.last = each(x), each(x)
+    for got, want in zip(fused.last, net.last):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    assert (fused.last[0] - fused.last[1]).abs().max() > 1e-3
+    same(fused.eval(), net.eval(), x)
