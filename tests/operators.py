@@ -68,6 +68,7 @@ def check_gradients(function: Callable, *shapes: tuple[int, ...] | None) -> None
 
 def check_compiles(function: Callable, *shapes: tuple[int, ...] | None) -> None:
     """``torch.compile(fullgraph=True)`` gives the eager values and gradients."""
+    torch.compiler.reset()  # partial functions share one code object, whose recompilations over all tests are limited
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     eager = run_with_gradients(function, leaves(*shapes))
     for a, b in zip(run_with_gradients(compiled, leaves(*shapes)), eager, strict=True):
