@@ -142,13 +142,12 @@ def backward(
     sum_g, sum_gh = _sums(g, wide_z, mean, rstd)
     dweight, dbias = sum_gh.sum(0), sum_g.sum(0)
     total = torch.stack([sum_g, sum_gh])
+    own_count = max(n * height * width // rows, 1) * (channels // groups) if n else 1
     if group:
         dist.all_reduce(total, group=_PROCESS_GROUPS[group])
-    else:
-        count = max(n * height * width // rows, 1) * (channels // groups) if n else 1
     if weight is not None:
         total = total * weight
-    total = total.unflatten(2, (groups, -1)).sum(3) / count
+    total = total.unflatten(2, (groups, -1)).sum(3) / (count if group else own_count)
     average_g, average_gh = (_per_channel(each, channels)[..., None, None] for each in total)
     rstd, mean = rstd[..., None, None], mean[..., None, None]
     factor = -rstd.square() * average_gh

@@ -189,8 +189,7 @@ def conv_norm(
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit, or one value per channel in training.
     """
-    operands = [x, skip, weight, bias]
-    pad = check_conv("conv_norm", *operands, padding)
+    pad = check_conv("conv_norm", x, skip, weight, bias, padding)
     check_stride("conv_norm", stride, skip)
     size = x.shape[0], weight.shape[0], *conv_strided.output_size(x, pad, stride)
     parameters = dict(
@@ -202,10 +201,10 @@ def conv_norm(
     if pool and min(size[2:]) < 2:
         raise ValueError(f"conv_norm: x has shape {tuple(x.shape)}; its convolution is too small to pool")
     if norm == "batch" and not training:
-        scale = torch.rsqrt(_norm.wide(running_var) + eps)
-        return _folded(operands, scale, running_mean, norm_weight, norm_bias, slope, padding, stride, pool, backend)
+        sources = x, skip, weight, bias
+        return _folded(sources, parameters, eps, slope, padding, stride, pool, backend)
     _check_values(norm, size, groups, process_group)
-    x, skip, weight, bias = autocast_operands(*operands)
+    x, skip, weight, bias = autocast_operands(x, skip, weight, bias)
     check_conv_dtypes("conv_norm", x, skip, weight, bias)
     several = None if process_group is None else "norm statistics over several processes have no kernel"
     backend = select_backend(backend, "conv_norm", x, several or conv_strided.unsupported(stride, pad))
@@ -219,9 +218,11 @@ def conv_norm(
     return (y, pooled) if pool else y
 
 
-def _folded(operands, scale, running_mean, norm_weight, norm_bias, slope, padding, stride, pool, backend):
+def _folded(operands, parameters, eps, slope, padding, stride, pool, backend):
     """One convolution whose weight and bias hold the norm."""
     x, skip, weight, bias = operands
+    norm_weight, norm_bias, running_mean, running_var = parameters.values()
+    scale = torch.rsqrt(_norm.wide(running_var) + eps)
     if norm_weight is not None:
         scale = scale * norm_weight
     shift = -running_mean * scale if bias is None else (bias - running_mean) * scale

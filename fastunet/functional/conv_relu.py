@@ -222,10 +222,9 @@ def conv_relu(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; the message shows them.
     """
-    operands = [x, skip, weight, bias]
-    pad = check_conv("conv_relu", *operands, padding)
+    pad = check_conv("conv_relu", x, skip, weight, bias, padding)
     check_stride("conv_relu", stride, skip)
-    x, skip, weight, bias = autocast_operands(*operands)
+    x, skip, weight, bias = autocast_operands(x, skip, weight, bias)
     check_conv_dtypes("conv_relu", x, skip, weight, bias)
     slope = check_slope("conv_relu", slope) if relu else 1.0
     backend = select_backend(backend, "conv_relu", x, unsupported(stride, pad))
