@@ -148,12 +148,13 @@ class UNet(reference.UNet):
         return self.infer(x, "regions")
 
     @checked
-    def freeze(self, graphs: int = 8) -> FrozenUNet:
+    def freeze(self, graphs: int = 8, engine: str = "fastunet") -> FrozenUNet:
         """Inference with prepared weights and, on a CUDA device, one CUDA graph for each of ``graphs`` input shapes.
 
         The model must be in evaluation mode when the frozen network is called; later changes of its parameters count.
+        ``engine="openvino"`` runs it in OpenVINO, on a CPU; see :class:`fastunet.inference.frozen.FrozenUNet`.
         """
-        return FrozenUNet(self, graphs)
+        return FrozenUNet(self, graphs, engine)
 
     @checked
     def infer(self, x: torch.Tensor, output: str) -> torch.Tensor:

@@ -18,6 +18,7 @@ NETWORKS = {
     "brats": (dict(width=6, depth=2), (17, 30)),
     "isbi": (dict(in_channels=1, num_classes=3, width=6, depth=2, padding="valid", up="transpose"), (60, 76)),
     "no pooling": (dict(width=4, depth=0), (5, 7)),
+    "batch norm": (dict(width=6, depth=2, norm="batch", bias=False, activation="leaky_relu", odd="zeros"), (17, 30)),
 }
 
 
@@ -25,6 +26,10 @@ def build(name: str = "brats"):
     arguments, size = NETWORKS[name]
     torch.manual_seed(0)
     model = UNet(**arguments).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for tensor in module.state_dict().values():
+                tensor.copy_(torch.rand(tensor.shape) + 0.5)
     return model, model.freeze(), torch.randn(2, model.architecture.in_channels, *size)
 
 
@@ -262,7 +267,8 @@ def test_what_is_not_finite_stays_so(name, harm):
                 layer.weight.mul_(float(value))
         else:
             layer = model.bottleneck.conv1
-            (layer.bias[:1] if where == "bias" else layer.weight[0, 0, 0, :1]).fill_(float(value))
+            bias = model.bottleneck.norm1.bias if layer.bias is None else layer.bias
+            (bias[:1] if where == "bias" else layer.weight[0, 0, 0, :1]).fill_(float(value))
         expected, got = model(x), frozen(x)
     assert frozen._packed is not None
     assert torch.equal(got.isnan(), expected.isnan())

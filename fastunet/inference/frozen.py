@@ -1,7 +1,7 @@
 """Inference with everything prepared that does not change from call to call.
 
 On a CUDA device a frozen network replays one CUDA graph per input shape, so that a call costs one launch; on a CPU it
-multiplies by weights packed once. Where neither applies it runs the model as it is.
+multiplies by weights packed once, or lets OpenVINO run it. Where none applies it runs the model as it is.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from fastunet.arguments import checked
 from fastunet.dispatch import autocasts, settings, triton_installed
 from fastunet.functional import _onednn
-from fastunet.inference import frozen_cpu
+from fastunet.functional.segmentation_head import finish
+from fastunet.inference import frozen_cpu, frozen_openvino
+
+ENGINES = "fastunet", "openvino"
 
 
 @checked
@@ -40,22 +43,33 @@ class FrozenUNet(torch.nn.Module):
         model: the network; it is not copied, and not switched to evaluation mode.
         graphs: how many input shapes keep a CUDA graph; the least recently used is dropped. They share the memory of
             their largest forward pass. Under autocast a copy of the model in its dtype is kept, too.
+        engine: "fastunet", or "openvino" for OpenVINO on a CPU in float32 (``pip install 'fastunet[openvino]'``). The
+            first call of each shape then takes seconds, and ``graphs`` shapes keep a compiled network.
+
+    Raises:
+        ValueError: an argument outside its range; OpenVINO is not installed; (a call) what OpenVINO is not for here:
+            other dtypes, autocast, other devices. Where something hangs on a block, or a sum may overflow, the model
+            runs, as without it.
     """
 
     model: Any  # a fastunet.UNet, which this module cannot import
 
-    def __init__(self, model: torch.nn.Module, graphs: int = 8):
+    def __init__(self, model: torch.nn.Module, graphs: int = 8, engine: str = "fastunet"):
         if graphs < 1:
             raise ValueError(f"graphs is {graphs}; expected at least 1")
+        if engine not in ENGINES:
+            raise ValueError(f"engine is {engine!r}; expected one of {', '.join(ENGINES)}")
+        if engine == "openvino":
+            frozen_openvino.check_installed()
         super().__init__()
         _count_optimiser_steps()
         self.model = model
-        self.graphs = graphs
+        self.graphs, self.engine = graphs, engine
         self._lock = threading.RLock()
         self.refresh()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return FrozenUNet, (self.model, self.graphs)
+        return FrozenUNet, (self.model, self.graphs, self.engine)
 
     def refresh(self) -> None:
         """Forgets everything prepared; the next call prepares it again."""
@@ -66,7 +80,7 @@ class FrozenUNet(torch.nn.Module):
             self._packed: frozen_cpu.PackedNetwork | None = None
             self._casts: dict[torch.dtype, FrozenUNet] = {}
             self._kept: dict[tuple[Any, ...], Any] = {}
-            self._graphs: OrderedDict[tuple[Any, ...], _Graph] = OrderedDict()
+            self._graphs: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
             self._memory: _Memory | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -99,9 +113,13 @@ class FrozenUNet(torch.nn.Module):
             return self.model._run(x, output)
         height, width = self.model._check(x)
         weight = self.model.head.weight
-        kind, classic = x.device.type, self.model.architecture.is_classic
-        if not classic and (autocasts(kind) or not x.is_cuda):  # norms keep float32; nothing is packed
-            return self.model.infer(x, output)
+        if self.engine == "openvino":
+            frozen_openvino.check_operands(x, weight)
+            logits = self._prepared(lambda: self._by_openvino(self.model._pad(x))) if x.numel() else None
+            return self.model._run(x, output) if logits is None else finish(logits, output)[..., :height, :width]
+        kind, style = x.device.type, self.model.architecture
+        if autocasts(kind) and not style.is_classic:  # norms keep float32
+            return self.model._run(x, output)
         if autocasts(kind) and torch.float64 not in (x.dtype, weight.dtype):
             dtype = torch.get_autocast_dtype(kind)
             cast = self._prepared(lambda: self._casts.get(dtype) or self._cast(dtype))
@@ -110,7 +128,8 @@ class FrozenUNet(torch.nn.Module):
         if x.is_cuda and x.numel() and not torch.cuda.is_current_stream_capturing():
             # one after the other: the graphs share their memory
             return self._prepared(lambda: self._graph(x, output)(x))
-        if self.model.backend == "triton" or x.dtype != weight.dtype or not _onednn.packs(x):
+        packed = frozen_cpu.packs(style) and x.dtype == weight.dtype and _onednn.packs(x)
+        if self.model.backend == "triton" or not packed:
             return self.model._run(x, output)
         x = self.model._pad(x)
         return self._prepared(lambda: self._packed or self._pack(x)).run(x, output)[..., :height, :width]
@@ -141,12 +160,27 @@ class FrozenUNet(torch.nn.Module):
 
     def _graph(self, x: torch.Tensor, output: str) -> _Graph:
         """The graph of ``x``'s shape under the settings that a captured pass cannot follow any more."""
+
+        def make() -> _Graph:
+            self._memory = self._memory or _Memory(torch.cuda.graph_pool_handle())
+            return _Graph(lambda images: self._run_kept(images, output), x, self._memory)
+
         key = x.shape, x.dtype, x.device, output, self.model.backend, settings()
+        graph: _Graph = self._recent(key, make)
+        return graph
+
+    def _by_openvino(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Logits, or None if a sum may overflow."""
+        key = x.shape, torch.get_num_threads()
+        network = self._recent(key, lambda: frozen_openvino.CompiledNetwork(self.model, x))
+        return network(x) if network.within(x) else None
+
+    def _recent(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """What is kept for ``key``, made if it is not; the least recently used makes room for it."""
         if key not in self._graphs:
             while len(self._graphs) >= self.graphs:
                 self._graphs.popitem(last=False)
-            self._memory = self._memory or _Memory(torch.cuda.graph_pool_handle())
-            self._graphs[key] = _Graph(lambda images: self._run_kept(images, output), x, self._memory)
+            self._graphs[key] = make()
         self._graphs.move_to_end(key)
         return self._graphs[key]
 

@@ -7,21 +7,24 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fastunet.architecture import Architecture
 from fastunet.functional import _onednn
 from fastunet.functional._layout import nhwc
 from fastunet.functional.segmentation_head import finish
 from fastunet.functional.upsample_conv import transposed_kernel
-from fastunet.reference import centre_crop
+from fastunet.inference import bounds
+from fastunet.reference import centre_crop, padded_to
 
 Size = tuple[int, int, int]
 """Of a map: images, height and width."""
-Reach = tuple[float, float]
-Convolution = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, Reach]
-"""The weight for the skip, if there is one, that for x, the bias, and what :func:`_reach` says of both."""
-Upsampling = tuple[torch.Tensor, torch.Tensor, Reach]
+Convolution = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]
+"""The weight for the skip, if there is one, that for x, and the bias."""
+Upsampling = tuple[torch.Tensor, torch.Tensor]
 
-_LARGEST = torch.finfo(torch.float32).max / 2
-"""What no sum inside a convolution may pass, with room for rounding, if its ReLU is oneDNN's."""
+
+def packs(style: Architecture) -> bool:
+    """Whether a network of that style can be a :class:`PackedNetwork`."""
+    return style.norm in (None, "batch") and style.down == "pool"
 
 
 class PackedNetwork:
@@ -30,14 +33,15 @@ class PackedNetwork:
     Memory: one more copy of the weights. oneDNN chooses the layouts by image size; ``height`` and ``width`` are the
     ones to choose for, and other sizes stay right, at the price of a conversion in each call.
 
-    oneDNN applies a ReLU while it writes a convolution's result, but turns NaN into 0. NaN can arise only where images
-    or weights are not finite, or a sum overflows; so each call bounds every sum, layer by layer, by
-    max|x| · max_k Σ|w_k| + max|b|, and a ReLU whose bound is too large, or NaN, is a step of its own.
+    oneDNN applies a ReLU while it writes a convolution's result, but turns NaN into 0. So in a call in which a sum may
+    overflow each ReLU is a step of its own.
     """
 
     def __init__(self, model: Any, height: int, width: int):
         self.pad = 1 if model.architecture.padding == "same" else 0
         self.transpose = model.architecture.up == "transpose"
+        self.style = model.architecture
+        self.limit = bounds.largest_images(model, height * width)
         self.encoders: list[list[Convolution]] = []
         size: Size = 1, height, width
         for encoder in model.encoders:
@@ -55,26 +59,28 @@ class PackedNetwork:
 
     def run(self, x: torch.Tensor, output: str) -> torch.Tensor:
         """Logits, probabilities or labels of padded images."""
-        x, skips = nhwc(x), []
-        low, high = (value.item() for value in torch.aminmax(x))
-        bound = -low if -low > high else high  # not max(): it may pass over a NaN
+        x, skips, fused = nhwc(x), [], not self.style.negative_slope and bounds.below(x, self.limit)
         for block in self.encoders:
-            x, bound = self._block(block, x, bound)
-            skips.append((x, bound))
+            x = self._block(block, x, fused)
+            skips.append(x)
             x = F.max_pool2d(x, 2)
-        x, bound = self._block(self.bottleneck, x, bound)
-        for up, block in self.decoders:
-            x, bound = self._up(x, up, bound)
-            x, bound = self._block(block, x, bound, *skips.pop())
+        x = self._block(self.bottleneck, x, fused)
+        for (weight, bias), block in self.decoders:
+            within = fused and not self.transpose  # which knows no activation
+            x = _onednn.transposed_convolution(x, weight, bias, 0 if self.transpose else 1, within)
+            x = x if self.transpose or within else self._activation_(x)
+            skip = skips.pop()
+            x = x if x.shape[2:] == skip.shape[2:] else nhwc(padded_to(x, skip, self.style.odd))
+            x = self._block(block, x, fused, skip)
         return finish(F.conv2d(x, *self.head), output)
 
     def _pack_block(self, block: Any, size: Size, split: int = 0) -> tuple[list[Convolution], Size]:
         """The packed convolutions of a block and the size behind it."""
         packed: list[Convolution] = []
-        for layer in (block.conv1, block.conv2):
-            weight, bias = layer.weight.detach(), layer.bias.detach().clone()
+        for index in (1, 2):
+            weight, bias = _folded(block, index)
             skip = self._pack_conv(weight[:, :split], size) if split else None
-            packed.append((skip, self._pack_conv(weight[:, split:], size), bias, _reach(weight, bias)))
+            packed.append((skip, self._pack_conv(weight[:, split:], size), bias))
             size, split = (size[0], size[1] + 2 * self.pad - 2, size[2] + 2 * self.pad - 2), 0
         return packed, size
 
@@ -84,42 +90,32 @@ class PackedNetwork:
     def _pack_up(self, layer: Any, size: Size) -> Upsampling:
         weight = layer.weight.detach() if self.transpose else transposed_kernel(layer.weight.detach())
         images = [size[0], weight.shape[0], *size[1:]]
-        packed = _onednn.pack_transposed(nhwc(weight), 0 if self.transpose else 1, images)
-        bias = layer.bias.detach().clone()
-        return packed, bias, _reach(weight.transpose(0, 1), bias)
+        return _onednn.pack_transposed(nhwc(weight), 0 if self.transpose else 1, images), layer.bias.detach().clone()
 
-    def _up(self, x: torch.Tensor, up: Upsampling, bound: float) -> tuple[torch.Tensor, float]:
-        """The upsampled map and the bound of its elements."""
-        weight, bias, reach = up
-        bound = _sum_bound(reach, bound)
-        fused = not self.transpose and bound < _LARGEST
-        y = _onednn.transposed_convolution(x, weight, bias, 0 if self.transpose else 1, fused)
-        return (y if self.transpose or fused else y.relu_()), bound
-
-    def _block(
-        self, block: list[Convolution], x: torch.Tensor, bound: float, skip: torch.Tensor | None = None,
-        skip_bound: float = 0.0,
-    ) -> tuple[torch.Tensor, float]:  # fmt: skip
-        """Two convolutions with ReLU, and the bound of their elements."""
-        for skip_weight, weight, bias, reach in block:
-            bound = _sum_bound(reach, skip_bound if skip_bound > bound else bound)
-            fused = bound < _LARGEST
+    def _block(self, block: list[Convolution], x: torch.Tensor, fused: bool,
+               skip: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
+        """Two convolutions with their activations; ``fused``: oneDNN applies a ReLU."""
+        for skip_weight, weight, bias in block:
             if skip_weight is None or skip is None:
                 x = _onednn.convolution(x, weight, bias, self.pad, fused)
             else:
                 crop = nhwc(centre_crop(skip, *x.shape[2:]))
                 y = _onednn.convolution(crop, skip_weight, bias, self.pad, False)
                 x = _onednn.add_convolution(y, x, weight, self.pad, fused)
-                skip_bound = 0.0
-            x = x if fused else x.relu_()
-        return x, bound
+            x = x if fused else self._activation_(x)
+        return x
+
+    def _activation_(self, x: torch.Tensor) -> torch.Tensor:
+        slope = self.style.negative_slope
+        return F.leaky_relu_(x, slope) if slope else x.relu_()
 
 
-def _reach(weight: torch.Tensor, bias: torch.Tensor) -> Reach:
-    """The largest Σ|w| of an output channel, weight (C_out, C_in, k, k), and the largest |bias|."""
-    return weight.abs().double().sum(dim=(1, 2, 3)).amax().item(), bias.abs().amax().item()
-
-
-def _sum_bound(reach: Reach, bound: float) -> float:
-    """What no sum of a convolution passes whose inputs are at most ``bound``; NaN where that, or a weight, is NaN."""
-    return reach[0] * bound + reach[1]
+def _folded(block: Any, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of a convolution with its batch norm, if it has one, as it is in evaluation."""
+    layer, norm = getattr(block, f"conv{index}"), block._modules.get(f"norm{index}")
+    weight = layer.weight.detach()
+    bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().clone()
+    if norm is None:
+        return weight, bias
+    scale = norm.weight.detach() * (norm.running_var + norm.eps).rsqrt()
+    return weight * scale[:, None, None, None], (bias - norm.running_mean) * scale + norm.bias.detach()

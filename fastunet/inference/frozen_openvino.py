@@ -1,0 +1,89 @@
+"""A U-Net as OpenVINO runs it in float32 on a CPU: the plain build, exported by PyTorch. Needs openvino."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fastunet import reference
+from fastunet.dispatch import autocasts
+from fastunet.errors import UserError
+from fastunet.functional.upsample_conv import transposed_kernel
+from fastunet.inference import bounds
+
+
+class CompiledNetwork:
+    """The logits of padded images of one shape, by the threads that PyTorch has when it is built.
+
+    Memory: one more copy of the weights for each. OpenVINO's ReLU turns NaN into 0; it is for images in ``within``.
+    """
+
+    def __init__(self, model: Any, x: torch.Tensor):
+        openvino = _openvino()
+        self.limit = bounds.largest_images(model, x.shape[2] * x.shape[3])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            graph = openvino.convert_model(torch.export.export(_plain(model), (torch.zeros(x.shape),)))
+        graph.reshape(list(x.shape))
+        options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY",
+                   "INFERENCE_NUM_THREADS": torch.get_num_threads()}  # fmt: skip
+        self.request = openvino.Core().compile_model(graph, "CPU", options).create_infer_request()
+
+    def within(self, x: torch.Tensor) -> bool:
+        """Whether no sum can overflow, so that there is no NaN to lose."""
+        return bounds.below(x, self.limit)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(self.request.infer([x.detach().contiguous().numpy()], share_inputs=True)[0])
+
+
+def check_installed() -> None:
+    """Raises UserError if openvino is missing."""
+    _openvino()
+
+
+def check_operands(x: torch.Tensor, weight: torch.Tensor) -> None:
+    """Raises ValueError for what OpenVINO is not asked to compute in or on."""
+    for name, tensor in (("images", x), ("weights", weight)):
+        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+            raise ValueError(f"engine='openvino' computes in float32 on a CPU; the {name} are {tensor.dtype} on "
+                             f"{tensor.device}")  # fmt: skip
+    if autocasts("cpu"):
+        raise ValueError("engine='openvino' computes in float32: call it outside of autocast")
+
+
+def _openvino() -> Any:
+    try:
+        import openvino
+    except ImportError as error:
+        raise UserError("engine='openvino' needs openvino: pip install 'fastunet[openvino]'") from error
+    return openvino
+
+
+class _Decoder(reference.DecoderBlock):
+    def upsampled(self, x: torch.Tensor) -> torch.Tensor:
+        if self.up_kind == "transpose":
+            return super().upsampled(x)
+        up: Any = self.up
+        x = F.conv_transpose2d(x, transposed_kernel(up.weight), up.bias, 2, 1, 1)  # 9/16 of the products
+        return reference.activation(x, self.style.negative_slope)
+
+
+class _Plain(reference.UNet):
+    decoder_block = _Decoder
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.logits_of_padded(x)
+
+
+def _plain(model: Any) -> _Plain:
+    """The plain build on the parameters of ``model``, as its layers give them."""
+    with torch.device("meta"):
+        plain = _Plain(**model.config).eval()
+    tensors = {name: operator.attrgetter(name)(model) for name in plain.state_dict()}
+    plain.load_state_dict(tensors, assign=True)
+    return plain
