@@ -110,9 +110,10 @@ def _give_up(operator: str, error: Exception) -> None:
 def select_backend(requested: str | None, operator: str, x: torch.Tensor, unsupported: str | None = None) -> str:
     """Resolves ``requested`` ("auto", "triton", "torch", or None for "auto") for tensor ``x``.
 
-    "auto" takes ``FASTUNET_BACKEND`` if set. Else it stays "auto" on a CUDA device where Triton can run: then kernels
-    are used, and an operator whose kernel cannot be compiled or launched runs the PyTorch way from then on, with one
-    warning. Elsewhere it is PyTorch, with one warning that gives the reason. An explicit choice is never overridden.
+    "auto" takes ``FASTUNET_BACKEND`` if set. Else it stays "auto" on a CUDA device where Triton can run, and on the
+    meta device, which tells what such a device would run: then kernels are used, and an operator whose kernel cannot be
+    compiled or launched runs the PyTorch way from then on, with one warning. Elsewhere it is PyTorch, with one warning
+    that gives the reason. An explicit choice is never overridden.
     ``unsupported`` is the operator's own reason why its kernels cannot take this call.
 
     Raises:
@@ -123,7 +124,7 @@ def select_backend(requested: str | None, operator: str, x: torch.Tensor, unsupp
         choice = os.environ.get("FASTUNET_BACKEND", "auto")
     if choice not in BACKENDS:
         raise ValueError(f"backend is {choice!r}; expected one of {', '.join(BACKENDS)}")
-    if choice == "torch" or (choice == "auto" and x.device.type != "cuda"):
+    if choice == "torch" or (choice == "auto" and x.device.type not in ("cuda", "meta")):
         return "torch"
     reason = why_not_triton(x.device, x.dtype) or unsupported
     if reason is None:
@@ -138,6 +139,8 @@ def select_backend(requested: str | None, operator: str, x: torch.Tensor, unsupp
 
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """The reason why the Triton kernels cannot serve ``dtype`` on ``device``, or None if they can."""
+    if device.type == "meta":
+        return None  # which has shapes alone: nothing is launched
     if not triton_installed():
         return "Triton is not installed"
     if dtype not in _TRITON_DTYPES:

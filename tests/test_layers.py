@@ -1,4 +1,4 @@
-"""The list of operator calls against the calls that a real model makes, and its counts against hand-made ones."""
+"""The list of operator calls against one made by hand; ``tests/kernels/test_layers.py`` holds it to launches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import fastunet
 from fastunet.architecture import Architecture
 from fastunet.functional.dice import dice_cross_entropy
 from fastunet.functional.dice_confusion import confusion_counts
-from fastunet.inspection.layers import CASES, Call, Tensor, network_calls, standalone_calls
+from fastunet.inspection.layers import CASES, NORM_CASES, Call, Tensor, network_calls, standalone_calls
 
 
 class Recorder(TorchDispatchMode):
@@ -30,41 +30,57 @@ def shapes(arguments):
     return [tuple(a.shape) if isinstance(a, torch.Tensor | Tensor) else a for a in arguments]
 
 
-ODD = Architecture.from_preset("brats", width=8, depth=3, in_channels=3, num_classes=5)
-ALL = {**CASES, "odd size": (ODD, (45, 70)), "no pooling": (Architecture(depth=0, width=16), (9, 9))}
+CONV, GRADIENTS = "conv_relu", ("conv_relu_data_grad", "conv_relu_weight_grad")
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_calls_are_those_of_the_model(name):
-    architecture, (height, width) = ALL[name]
+def test_calls_of_a_small_network_in_order():
+    """Depth 1 by hand: the first layer's input needs no gradient, and the weights' gradients come first or last."""
+    calls = network_calls(Architecture(width=8, depth=1), 2, 12, 20, loss=False)
+    layers = ["encoders.0.conv1", "encoders.0.conv2", "bottleneck.conv1", "bottleneck.conv2", "decoders.0.up",
+              "decoders.0.conv1", "decoders.0.conv2", "head"]  # fmt: skip
+    forward = [CONV, "conv_relu_pool", CONV, CONV, "upsample_conv_relu", CONV, CONV, "segmentation_head"]
+    assert [(c.layer, c.operator) for c in calls[:8]] == list(zip(layers, forward))
+    expected = {("head", "segmentation_head_backward"), ("encoders.0.conv2", "max_pool2d_backward")}
+    expected |= {(layer, operator) for layer in layers if "conv" in layer for operator in GRADIENTS}
+    expected |= {("decoders.0.up", f"upsample_{operator}") for operator in GRADIENTS}
+    expected -= {("encoders.0.conv1", "conv_relu_data_grad")}
+    assert {(c.layer, c.operator) for c in calls[8:]} == expected
+    assert len(calls) == 8 + len(expected)
+    first, last = calls[8].arguments, calls[-1].arguments
+    assert (shapes(first.values())[:2], shapes(last.values())[:2]) == (
+        [(2, 4, 12, 20), (2, 8, 12, 20)], [(2, 8, 12, 20), (2, 2, 12, 20)])  # fmt: skip
+
+
+@pytest.mark.parametrize("output", ["labels", "probabilities", "regions", "logits"])
+@pytest.mark.parametrize("width, classes, depth, fused", [(8, 4, 2, True), (256, 4, 1, False), (8, 33, 1, False),
+                                                          (8, 4, 0, False)])  # fmt: skip
+def test_inference_ends_in_the_fused_head_where_it_fits(output, width, classes, depth, fused):
+    calls = network_calls(Architecture(width=width, num_classes=classes, depth=depth), 1, 16, 16, training=False,
+                          output=output)  # fmt: skip
+    assert calls[-1].operator == ("conv_relu_head" if fused else "segmentation_head")
+    assert calls[-1].arguments["output"] == output
+    assert len(calls) == 3 + 5 * depth - fused
+
+
+@pytest.mark.parametrize("name", [*CASES, *NORM_CASES])
+@pytest.mark.parametrize("training", [True, False])
+def test_layers_are_named_after_the_parameters(name, training):
+    """Of which folded norms make others for inference."""
+    architecture, (height, width) = (CASES | NORM_CASES)[name]
     with torch.device("meta"):
-        model = fastunet.UNet(**architecture.as_dict(), backend="torch")
-        x = torch.empty(2, architecture.in_channels, height, width)
-        with Recorder() as recorder:
-            model(x).sum().backward()
-    expected = [(c.operator, shapes(c.arguments.values())) for c in
-                network_calls(architecture, 2, height, width, loss=False)]
-    assert recorder.calls == expected
+        model = fastunet.UNet(**architecture.as_dict())
+    names = {name.rpartition(".")[0] for name, weight in model.named_parameters() if weight.dim() == 4}
+    calls = network_calls(architecture, 1, height, width, training=training, loss=False)
+    fused = calls[-1].operator == "conv_relu_head"
+    assert {c.layer for c in calls} == names - ({"head"} if fused else set())
 
 
-@pytest.mark.parametrize("method, output", [
-    ("predict", "labels"), ("predict_proba", "probabilities"), ("predict_regions", "regions"),
-])  # fmt: skip
-@pytest.mark.parametrize("width, classes, depth", [(8, 4, 2), (256, 4, 1), (8, 33, 1), (8, 4, 0)])
-def test_inference_calls_are_those_of_the_model(method, output, width, classes, depth):
-    architecture = Architecture(width=width, num_classes=classes, depth=depth)
-    with torch.device("meta"):
-        model = fastunet.UNet(**architecture.as_dict(), backend="torch").eval()
-        with Recorder() as recorder:
-            getattr(model, method)(torch.empty(1, 2, 16, 16))
-    calls = network_calls(architecture, 1, 16, 16, training=False, output=output)
-    assert recorder.calls == [(c.operator, shapes(c.arguments.values())) for c in calls]
-
-
-def test_layers_are_named_after_the_parameters():
-    architecture, (height, width) = CASES["brats 128"]
-    names = {name.rpartition(".")[0] for name, _ in fastunet.UNet(**architecture.as_dict()).named_parameters()}
-    assert {c.layer for c in network_calls(architecture, 1, height, width, loss=False)} == names
+def test_norms_have_their_own_dtype():
+    calls = network_calls(Architecture.from_preset("nnunet2d", width=8, depth=1), 2, 16, 16, loss=False)
+    normal, backward = calls[0].arguments, next(c for c in calls if c.operator == "norm_backward").arguments
+    assert [normal[name].dtype for name in ("x", "weight", "norm_weight")] == [None, None, torch.float32]
+    assert [backward[name].dtype for name in ("z", "mean", "var")] == [None, torch.float32, torch.float32]
+    assert {c.operator for c in calls} >= {"conv_norm", "conv_strided_data_grad", "conv_strided_weight_grad"}
 
 
 def test_arithmetic_of_the_isbi_network():

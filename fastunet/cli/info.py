@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--check", action="store_true", help="run every operator against plain PyTorch in float64")
     parser.add_argument("--kernels", action="store_true",
-                        help="compile every kernel (for sm_90 if there is no GPU) and list its code")  # fmt: skip
+                        help="compile every kernel of the reference networks, or of --preset, for the GPU or sm_90, "
+                        "and list its code")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
         _blocks(args.model, args.preset)
     if args.kernels:
         print()
-        _kernels()
+        _kernels(args.preset)
 
 
 def _operators(device: torch.device) -> None:
@@ -114,7 +115,7 @@ def _check(device: torch.device) -> None:
         raise UserError(f"{', '.join(failed)} cannot be trusted on {device}; {advice}")
 
 
-def _kernels() -> None:
+def _kernels(preset: str | None) -> None:
     from fastunet.dispatch import triton_installed
     from fastunet.errors import UserError
 
@@ -122,7 +123,7 @@ def _kernels() -> None:
         raise UserError("--kernels needs Triton, which is not installed")
     from fastunet.inspection.kernel_table import kernel_table
 
-    print(kernel_table())
+    print(kernel_table(preset))
 
 
 def _describe(device: torch.device) -> str:

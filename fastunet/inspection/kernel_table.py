@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastunet.architecture import Architecture
-from fastunet.inspection.layers import CASES, Call, network_calls, standalone_calls
+from fastunet.inspection.layers import CASES, NORM_CASES, Call, network_calls, standalone_calls
 from fastunet.inspection.machine_code import GFX942, Report, compile_launch, compiled_key, failures, inspect
 from fastunet.inspection.traffic import Traffic, count
 from fastunet.kernels import _launch, _tuned
@@ -60,10 +60,10 @@ def launches(call: Call, dtype: torch.dtype, architecture: int, gpu: str | None 
 
 def uses(architecture: int, dtype: torch.dtype, *, batch: int = 16, names: Iterable[str] | None = None,
          gpu: str | None = None) -> list[Use]:
-    """Every launch of training and inference of the networks in ``CASES`` (or those in ``names``), in order."""
+    """Every launch of training and inference of the networks in ``CASES``, or those in ``names``, in order."""
     found = []
     for name in names or CASES:
-        network, (height, width) = CASES[name]
+        network, (height, width) = (CASES | NORM_CASES)[name]
         found += uses_of(name, _calls(network, batch, height, width), dtype, architecture, gpu)
     return found
 
@@ -101,14 +101,17 @@ def examine_all(all_uses: Iterable[Use], threads: int = 2) -> list[Row]:
         return list(pool.map(examine, distinct(all_uses)))
 
 
-def kernel_table(architecture: int | None = None, dtype: torch.dtype = torch.bfloat16) -> str:
-    """The table of ``fastunet info --kernels``: every kernel of both networks at batch 16, compiled ahead of time.
+def kernel_table(preset: str | None = None, architecture: int | None = None,
+                 dtype: torch.dtype = torch.bfloat16) -> str:
+    """The table of ``fastunet info --kernels``: every kernel of both reference networks, or of one preset, at batch 16,
+    compiled ahead of time.
 
     ``architecture`` is a compute capability times ten; by default that of the GPU, or 90 without one.
     """
     if architecture is None:
         architecture = _launch.architecture() if torch.cuda.is_available() else 90
-    return format_table(examine_all(uses(architecture, dtype)))
+    names = [name for name in CASES | NORM_CASES if name.split()[0] == preset] or None
+    return format_table(examine_all(uses(architecture, dtype, names=names)))
 
 
 HEADER = ("kernel", "layer", "arch", "registers", "stack", "shared", "main loop", "products", "loads/product",

@@ -1,25 +1,28 @@
-"""Every operator call of a U-Net, forward and backward, with the shapes of its arguments: nothing is run.
+"""Every operator call of a U-Net, forward and backward, with the shapes of its arguments.
 
-The list follows from the architecture's parameters alone and is the one source for ahead-of-time compilation, counted
-traffic, tuning and benchmarks. It mirrors ``fastunet.UNet`` and ``fastunet.functional.blocks``, which a test compares.
+The network itself runs, on PyTorch's meta device, where tensors have shapes and nothing is computed. The list is the
+one source for ahead-of-time compilation, counted traffic, tuning and benchmarks.
 """
 
 from __future__ import annotations
 
+import collections
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastunet.architecture import Architecture
 from fastunet.dispatch import OPERATORS
-from fastunet.functional import blocks, dice  # noqa: F401  (their imports define every operator)
+from fastunet.functional import dice  # noqa: F401  (its import defines the operators of losses and metrics)
 from fastunet.functional._layout import nhwc_strides
+from fastunet.unet import UNet
 
 Shape = tuple[int, ...]
-Step = Callable[[], None]
 
 CASES: dict[str, tuple[Architecture, tuple[int, int]]] = {
     "brats 128": (Architecture.from_preset("brats"), (128, 128)),
@@ -27,6 +30,10 @@ CASES: dict[str, tuple[Architecture, tuple[int, int]]] = {
     "isbi 572": (Architecture.from_preset("isbi"), (572, 572)),
 }
 """The reference networks at the image sizes for which kernels are checked, tuned and measured."""
+
+NORM_CASES = {f"{preset} 256": (Architecture.from_preset(preset), (256, 256))
+              for preset in ("milesial", "monai_basic", "nnunet2d")}  # fmt: skip
+"""The presets with norms, whose kernels are checked on a GPU, and listed on request."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,8 @@ class Call:
         return [a.allocate(dtype, device) if isinstance(a, Tensor) else a for a in self.arguments.values()]
 
     def random(self, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> list[Any]:
-        """The arguments with random contents: normal values, weights scaled to keep their outputs' variance, labels."""
+        """The arguments with random contents: normal values, weights scaled to keep their outputs' variance, variances,
+        labels."""
         generator = torch.Generator(device).manual_seed(seed)
         operands = self.allocate(dtype, device)
         for (name, spec), tensor in zip(self.arguments.items(), operands):
@@ -82,6 +90,8 @@ class Call:
             if tensor.dtype.is_floating_point:
                 fan_in = math.prod(spec.shape[1:]) if name.endswith("weight") else 1
                 tensor.normal_(std=fan_in**-0.5, generator=generator)
+                if name == "var":
+                    tensor.abs_()
             else:
                 tensor.random_(spec.classes, generator=generator)
         return operands
@@ -113,23 +123,26 @@ def network_calls(architecture: Architecture, batch: int, height: int, width: in
     """The operator calls of one forward pass and, if ``training``, of the loss and the backward pass, in order.
 
     ``output`` is "logits", "probabilities", "labels" or "regions". Inputs need no gradient. ``loss`` False leaves out
-    the loss.
+    the loss. Parameters of norms are in float32, as under autocast.
 
     Raises:
-        ValueError: the image size does not fit the architecture, or it has norms or the like.
+        ValueError: the image size does not fit the architecture.
     """
-    if not architecture.is_classic:
-        raise ValueError("operator calls are listed of networks of convolutions, ReLU and pooling alone")
-    out_height, out_width = architecture.output_size(height, width)
-    walk = _Walk(architecture, batch)
-    backward = walk.forward(height, width, output, training)
-    if not training:
-        return walk.calls
-    if loss:
-        walk.loss(out_height * out_width)
-    for step in reversed(backward):
-        step()
-    return walk.calls
+    with torch.device("meta"):
+        model = UNet(**architecture.as_dict()).to(_COMPUTED).train(training)
+        x = torch.empty(batch, architecture.in_channels, height, width, dtype=_COMPUTED)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm):
+            module.float()
+    recorder = _Recorder(model)
+    with recorder, torch.set_grad_enabled(training):
+        if not training:
+            _OUTPUTS[output](model, x)
+            return recorder.calls
+        logits = model(x)
+        recorder.calls += loss_calls(batch, logits.shape[1], math.prod(logits.shape[2:])) if loss else []
+        logits.backward(torch.empty_like(logits))
+    return recorder.calls
 
 
 def standalone_calls(architecture: Architecture, batch: int, height: int, width: int) -> list[Call]:
@@ -175,114 +188,90 @@ def _convolved(x: Shape, weight: Shape, pad: int) -> Shape:
     return x[0], weight[0], x[2] + 2 * pad - 2, x[3] + 2 * pad - 2
 
 
-class _Walk:
-    """Appends the calls of each block going down and up; :meth:`forward` returns the way back as steps."""
+def loss_calls(batch: int, classes: int, pixels: int) -> list[Call]:
+    """The operator calls of :func:`fastunet.functional.dice.dice_cross_entropy`, forward and backward."""
+    logits = Tensor((batch, classes, pixels), pixel_major=True)
+    targets = Tensor((batch, pixels), torch.uint8, classes=classes)
+    read = dict(logits=logits, targets=targets, class_weights=None, ignore_index=None, cross_entropy=True)
+    sums, grad = Tensor((1, 3 * classes + 3), torch.float32), Tensor((), torch.float32)
+    rule = dict(sums=sums, class_weights=None, smooth=1.0, empty="smooth", include_background=True, dice_weight=1.0,
+                ce_weight=1.0, nan_if_wrong=False, alpha=0.5, beta=0.5)  # fmt: skip
+    return [
+        Call("loss", "dice_sums", read | dict(per_sample=False, label_smoothing=0.0), 0),
+        Call("loss", "dice_rule", rule, 0),
+        Call("loss", "dice_sums_grad", dict(grad=grad, slopes=sums) | read | dict(label_smoothing=0.0), 0),
+    ]
 
-    def __init__(self, architecture: Architecture, batch: int):
-        self.architecture, self.batch = architecture, batch
-        self.pad = 1 if architecture.padding == "same" else 0
+
+_COMPUTED = torch.bfloat16
+"""The dtype in which the network is recorded, for that of the computation: no argument has it of its own."""
+
+_OUTPUTS: dict[str, Callable[[UNet, torch.Tensor], torch.Tensor]] = {
+    "logits": UNet.forward,
+    "probabilities": UNet.predict_proba,
+    "labels": UNet.predict,
+    "regions": UNet.predict_regions,
+}
+
+
+class _Recorder(TorchDispatchMode):
+    """Keeps the operators that run, each with the layer that it belongs to, which the storages of its tensors tell."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[Call] = []
+        self.weights = {
+            _storage(tensor): name.rpartition(".")[0] for name, tensor in model.named_parameters() if tensor.dim() == 4
+        }
+        self.readers: dict[int, str] = {}
+        self.makers: dict[int, str] = {}
+        self.kept: list[Any] = []  # a freed storage's address is given to another
 
-    def add(self, layer: str, operator: str, macs: int, **arguments: Any) -> None:
-        self.calls.append(Call(layer, operator, arguments, macs))
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = function(*args, **(kwargs or {}))
+        made = results if isinstance(results, tuple | list) else (results,)
+        self.kept += [args, made]
+        if function.namespace == "fastunet":
+            names = [argument.name for argument in function._schema.arguments[:-1]]
+            self.note(function._schema.name.removeprefix("fastunet::"), dict(zip(names, args)), made)
+        else:  # a folded norm makes another weight of the layer's
+            layer = next((self.weights[_storage(a)] for a in args if _storage(a) in self.weights), None)
+            self.weights |= {_storage(result): layer for result in made if layer is not None}
+        return results
 
-    def forward(self, height: int, width: int, output: str, training: bool) -> list[Step]:
-        a = self.architecture
-        if a.padding == "same":
-            height, width = a.padded_size(height, width)
-        x: Shape = self.batch, a.in_channels, height, width
-        skips: list[Shape] = []
-        backward: list[Step] = []
-        for level, channels in enumerate(a.widths[:-1]):
-            y1, step1 = self.conv(f"encoders.{level}.conv1", x, None, channels, input_grad=level > 0, mask=False)
-            y2, step2 = self.conv(f"encoders.{level}.conv2", y1, None, channels, mask=True, pool=True)
-            x = (*y2[:2], y2[2] // 2, y2[3] // 2)
-            skips.append(y2)
-            backward += [step1, step2, self.pool_step(f"encoders.{level}.conv2", y2, x)]
-        x, step1 = self.conv("bottleneck.conv1", x, None, a.widths[-1], input_grad=a.depth > 0, mask=False)
-        x, step2 = self.conv("bottleneck.conv2", x, None, a.widths[-1], mask=True)
-        backward += [step1, step2]
-        for index, channels in enumerate(reversed(a.widths[:-1])):
-            u, step0 = self.up(f"decoders.{index}.up", x, channels)
-            mask = a.up == "upsample"
-            y1, step1 = self.conv(f"decoders.{index}.conv1", u, skips.pop(), channels, mask=mask)
-            if index == a.depth - 1 and not training and channels <= 128 and a.num_classes <= 32:
-                self.fused_head(f"decoders.{index}.conv2", y1, channels, output)
-                return []
-            x, step2 = self.conv(f"decoders.{index}.conv2", y1, None, channels, mask=True)
-            backward += [step0, step1, step2]
-        return [*backward, self.head(x, output)]
+    def note(self, operator: str, operands: dict[str, Any], results: Sequence[torch.Tensor]) -> None:
+        """Adds a call."""
+        found = ((self.weights, "weight"), (self.makers, "z"), (self.makers, "y"), (self.readers, "x"))
+        layer = next(known[key] for known, name in found if (key := _storage(operands.get(name))) in known)
+        self.readers.setdefault(_storage(operands.get("x")), layer)
+        self.makers |= {key: layer for result in results if (key := _storage(result)) not in self.makers}
+        arguments = dict(operands)
+        for name, tensor in operands.items():
+            if isinstance(tensor, torch.Tensor):
+                dtype = None if tensor.dtype == _COMPUTED else tensor.dtype
+                is_read = not operator.endswith("_data_grad") or operands.get(f"mask_{name}", name not in ("x", "skip"))
+                arguments[name] = Tensor(tuple(tensor.shape), dtype, is_read=is_read)
+        self.calls.append(Call(layer, operator, arguments, _macs(operator, operands, results)))
 
-    def conv(
-        self, layer: str, x: Shape, skip: Shape | None, channels: int, *, mask: bool, input_grad: bool = True,
-        pool: bool = False,
-    ) -> tuple[Shape, Step]:  # fmt: skip
-        c_in = x[1] + (skip[1] if skip else 0)
-        weight, pad = Tensor((channels, c_in, 3, 3)), self.pad
-        y = _convolved(x, weight.shape, pad)
-        macs = 9 * c_in * math.prod(y)
-        bias = Tensor((channels,))
-        crop = skip and Tensor(skip)
-        if pool:
-            self.add(layer, "conv_relu_pool", macs, x=Tensor(x), weight=weight, bias=bias, pad=pad, slope=0.0)
-        else:
-            self.add(layer, "conv_relu", macs, x=Tensor(x), skip=crop, weight=weight, bias=bias, pad=pad, slope=0.0)
 
-        def step() -> None:
-            dz = Tensor(y)
-            self.add(layer, "conv_relu_weight_grad", macs, dz=dz, x=Tensor(x), skip=crop, pad=pad, has_bias=True)
-            if input_grad:
-                self.add(layer, "conv_relu_data_grad", macs, dz=dz, weight=weight, x=Tensor(x, is_read=mask),
-                         skip=skip and Tensor(skip, is_read=False), pad=pad, mask_x=mask, mask_skip=False)
+def _storage(value: Any) -> int:
+    return int(value.untyped_storage()._cdata) if isinstance(value, torch.Tensor) else 0
 
-        return y, step
 
-    def pool_step(self, layer: str, y: Shape, pooled: Shape) -> Step:
-        return lambda: self.add(layer, "max_pool2d_backward", 0, d_pooled=Tensor(pooled), d_skip=Tensor(y),
-                                y=Tensor(y), slope=0.0)
-
-    def up(self, layer: str, x: Shape, channels: int) -> tuple[Shape, Step]:
-        n, c_in, height, width = x
-        u = (n, channels, 2 * height, 2 * width)
-        transpose = self.architecture.up == "transpose"
-        operator = "conv_transpose2d" if transpose else "upsample_conv_relu"
-        weight = Tensor((c_in, channels, 2, 2) if transpose else (channels, c_in, 2, 2))
-        macs = (4 if transpose else 9) * channels * math.prod(x)
-        options: dict[str, Any] = {} if transpose else dict(slope=0.0)
-        self.add(layer, operator, macs, x=Tensor(x), weight=weight, bias=Tensor((channels,)), **options)
-
-        def step() -> None:
-            gradient = {"dy" if transpose else "dz": Tensor(u)}
-            self.add(layer, f"{operator}_weight_grad", macs, **gradient, x=Tensor(x), has_bias=True)
-            self.add(layer, f"{operator}_data_grad", macs, **gradient, weight=weight, x=Tensor(x), mask_x=True)
-
-        return u, step
-
-    def head(self, x: Shape, output: str) -> Step:
-        classes = self.architecture.num_classes
-        weight = Tensor((classes, x[1], 1, 1))
-        macs = classes * math.prod(x)
-        self.add("head", "segmentation_head", macs, x=Tensor(x), weight=weight, bias=Tensor((classes,)), output=output)
-        logits = Tensor((x[0], classes, *x[2:]))
-        return lambda: self.add("head", "segmentation_head_backward", 2 * macs, d_logits=logits, x=Tensor(x),
-                                weight=weight, mask_x=True, has_bias=True)
-
-    def fused_head(self, layer: str, x: Shape, channels: int, output: str) -> None:
-        weight, classes = Tensor((channels, x[1], 3, 3)), self.architecture.num_classes
-        features = _convolved(x, weight.shape, self.pad)
-        macs = 9 * x[1] * math.prod(features) + classes * math.prod(features)
-        self.add(layer, "conv_relu_head", macs, x=Tensor(x), skip=None, weight=weight, bias=Tensor((channels,)),
-                 pad=self.pad, head_weight=Tensor((classes, channels, 1, 1)), head_bias=Tensor((classes,)),
-                 output=output)
-
-    def loss(self, pixels: int) -> None:
-        classes = self.architecture.num_classes
-        logits = Tensor((self.batch, classes, pixels), pixel_major=True)
-        targets = Tensor((self.batch, pixels), torch.uint8, classes=classes)
-        read = dict(logits=logits, targets=targets, class_weights=None, ignore_index=None, cross_entropy=True)
-        sums, grad = Tensor((1, 3 * classes + 3), torch.float32), Tensor((), torch.float32)
-        self.add("loss", "dice_sums", 0, **read, per_sample=False, label_smoothing=0.0)
-        self.add("loss", "dice_rule", 0, sums=sums, class_weights=None, smooth=1.0, empty="smooth",
-                 include_background=True, dice_weight=1.0, ce_weight=1.0, nan_if_wrong=False, alpha=0.5,
-                 beta=0.5)
-        self.add("loss", "dice_sums_grad", 0, grad=grad, slopes=sums, **read, label_smoothing=0.0)
+def _macs(operator: str, operands: dict[str, Any], results: Sequence[torch.Tensor]) -> int:
+    """Multiply-adds of an operator's layer, from its input x and its result, or the gradient of that."""
+    values: Any = collections.defaultdict(lambda: None, operands)
+    x, skip, weight, head = (values[name] for name in ("x", "skip", "weight", "head_weight"))
+    large = next((values[name] for name in ("dz", "dy") if name in operands), results[0])
+    macs = 0
+    if operator.startswith("segmentation_head"):
+        macs = (2 if "d_logits" in operands else 1) * weight.shape[0] * x.numel()
+    elif operator.startswith("conv_transpose2d"):
+        macs = 4 * large.shape[1] * x.numel()
+    elif operator.startswith("upsample_conv_relu"):
+        macs = 9 * large.shape[1] * x.numel()
+    elif operator.startswith("conv"):
+        channels = x.shape[1] + (0 if skip is None else skip.shape[1])
+        y = tuple(large.shape) if head is None else _convolved(x.shape, weight.shape, values["pad"])
+        macs = (9 * channels + (0 if head is None else head.shape[0])) * math.prod(y)
+    return macs
