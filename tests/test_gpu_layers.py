@@ -1,4 +1,4 @@
-"""On a GPU: every operator call of both networks at its real shape, in every dtype, against float64."""
+"""On a GPU: every operator call of the presets at its real shape, in every dtype, against float64."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastunet.inspection.layers import CASES, Call, network_calls, standalone_calls
+from fastunet.inspection.layers import CASES, NORM_CASES, Call, network_calls, standalone_calls
 from fastunet.inspection.tuning import tensors
 from fastunet.kernels import _launch, _tuned
 from tests.tolerance import assert_within_budget
@@ -25,7 +25,7 @@ MODES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "
 
 def calls(name: str) -> list[Call]:
     """The different operator calls of a network; one image where it is large, else two."""
-    network, (height, width) = CASES[name]
+    network, (height, width) = (CASES | NORM_CASES)[name]
     batch = 1 if height > 500 else 2
     found = network_calls(network, batch, height, width)
     for output in ("probabilities", "logits"):
@@ -44,9 +44,9 @@ def products(mode: str):
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = previous
 
 
-def check(call: Call, dtype: torch.dtype, repeats: int) -> None:
+def check(call: Call, dtype: torch.dtype, repeats: int, device: str = "cuda") -> None:
     """Within the error budget, every element written, and ``repeats`` times the same bits."""
-    operands = call.random(dtype, "cuda")
+    operands = call.random(dtype, device)
     with _launch.poisoned():
         results = tensors(call.launcher()(*operands))
     same, exact = call.reference(operands), call.reference(operands, torch.float64)
@@ -62,7 +62,7 @@ def check(call: Call, dtype: torch.dtype, repeats: int) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *NORM_CASES])
 def test_every_layer(name, mode):
     with products(mode):
         failures = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from fastunet.architecture import PRESETS
 from fastunet.cli.arguments import positive_int
@@ -11,7 +12,8 @@ SIZES = {"isbi": 572}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", choices=tuple(PRESETS), default="brats", help="default: brats")
+    parser.add_argument("model", nargs="?", type=Path, help="a run folder or checkpoint, in place of a preset")
+    parser.add_argument("--preset", choices=tuple(PRESETS), help="default: brats")
     parser.add_argument("--size", type=positive_int, help="side of the images (default: 240; isbi: 572)")
     parser.add_argument("--batch", type=positive_int, default=8, help="images of a step (default: 8)")
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16", "fp16"), default="fp32", help="default: fp32")
@@ -36,12 +38,19 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"there is nothing to compile: {reason}")
     from fastunet.inspection.warm_up import Work, warm_up
     from fastunet.kernels import _launch
+    from fastunet.training.checkpoint import load_model
 
     architecture = args.architecture or (_launch.architecture() if torch.cuda.is_available() else 90)
     if architecture not in (80, 86, 89, 90, 100, 120):
         raise UserError(f"--architecture is {architecture}; the kernels are for 80, 86, 89, 90, 100 and 120")
+    if args.model and args.preset:
+        raise UserError(f"--preset {args.preset} beside {args.model}: a run has a network of its own")
+    if args.model:
+        network = load_model(args.model)[0].architecture
+    else:
+        network = Architecture.from_preset(args.preset or "brats")
     size = args.size or SIZES.get(args.preset, 240)
-    work = Work(Architecture.from_preset(args.preset), (size, size), args.batch, args.precision, architecture)
+    work = Work(network, (size, size), args.batch, args.precision, architecture)
     bar = tqdm(unit="kernel", leave=False, disable=not sys.stderr.isatty())
 
     def progress(done: int, number: int) -> None:

@@ -13,6 +13,7 @@ from fastunet.architecture import Architecture
 from fastunet.cli import main
 from fastunet.inspection.layers import network_calls
 from fastunet.inspection.warm_up import Work, warm_up
+from fastunet.inspection.warm_up import kernels as kernels_of
 from fastunet.kernels import _launch
 from tests.aot.selection import BEFORE_3_8
 from tests.cli_helpers import assert_user_error
@@ -51,3 +52,11 @@ def test_nothing_is_left_to_compile(tmp_path, monkeypatch, request):
 def test_bad_input(capsys):
     assert_user_error(capsys, main(["warm-up", "--architecture", "70"]), "--architecture is 70", "90")
     assert_user_error(capsys, main(["warm-up", "--preset", "isbi", "--size", "63"]), "63×63", "188")
+    assert_user_error(capsys, main(["warm-up", "run", "--preset", "isbi"]), "--preset isbi", "run")
+    assert_user_error(capsys, main(["warm-up", "nowhere"]), "nowhere")
+
+
+def test_networks_with_norms_have_their_kernels_listed():
+    network = Architecture.from_preset("nnunet2d", width=16, depth=1)
+    names = {use.launch.kernel.__name__ for use in kernels_of(Work(network, (16, 16), 2, "bf16", 90))}
+    assert {"norm_forward_kernel", "norm_data_grad_kernel", "stride2_weight_grad_kernel"} <= names
