@@ -6,6 +6,7 @@ and broken text by itself, says where in the document a value is wrong, and depe
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import functools
 import json
@@ -42,7 +43,7 @@ def read_json(path: str | Path, kind: type[T]) -> T:
 
 
 def parse_json(data: bytes | str, kind: type[T], source: object) -> T:
-    """JSON text as ``kind``; ``source`` names it in errors. A byte-order mark is skipped.
+    """JSON text as ``kind``; ``source`` names it in errors. A byte-order mark is skipped, and tells UTF-16.
 
     Fields are matched by name, types strictly (``true`` is no number); what a dataclass does not know is refused.
 
@@ -50,8 +51,10 @@ def parse_json(data: bytes | str, kind: type[T], source: object) -> T:
         UserError: broken JSON (the line is shown), or a value that does not fit (its place is shown).
     """
     data = data.encode(errors="surrogatepass") if isinstance(data, str) else data
-    data = data.removeprefix(b"\xef\xbb\xbf")
+    data = data.removeprefix(codecs.BOM_UTF8)
     try:
+        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            data = data.decode("utf-16").encode()
         value = msgspec.json.decode(data)
         json.loads(data, object_pairs_hook=functools.partial(_without_repeats, source=source))
     except RecursionError as error:
@@ -115,5 +118,7 @@ def _syntax_problem(data: bytes, message: str) -> str:
         hint = "JSON has no comments, remove it"
     elif re.search(rb"\b(NaN|Infinity)\b", line):
         hint = "JSON has no NaN and no Infinity"
+    elif re.search(rb"\b(True|False|None)\b", line):
+        hint = "JSON writes true, false and null"
     shown = line[:_SHOWN].decode(errors="replace") + ("…" if len(line) > _SHOWN else "")
     return f"{problem} in line {number}: {shown!r}{'; ' + hint if hint else ''}"

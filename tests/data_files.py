@@ -95,5 +95,5 @@ def nnunet_folder(root: Path, names=("case_a", "case_b"), shape=(6, 5, 4), **cha
         for channel in range(2):
             save(root / "imagesTr" / f"{name}_{channel:04d}.nii.gz", random_image(2 * seed + channel, shape))
         save(root / "labelsTr" / f"{name}.nii.gz", random_labels(seed, shape, (0, 1, 2)))
-    (root / "dataset.json").write_text(json.dumps({**NNUNET_JSON, **changes}))
+    (root / "dataset.json").write_text(json.dumps({**NNUNET_JSON, "numTraining": len(names), **changes}))
     return root

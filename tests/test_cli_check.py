@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +126,24 @@ def test_nnunet_folders(tmp_path, capsys, damage):
     out = capsys.readouterr().out
     for word in ("a_0001.nii.gz", "b_0000.nii.gz") if damage == "channel" else ("x.nii.gz", "y.nii.gz"):
         assert word in out
+
+
+def test_problems_are_listed_though_no_case_is_left(tmp_path, capsys):
+    root = nnunet_folder(tmp_path, channel_names={"0": "flair", "1": "t1ce", "2": "t2"})
+    assert run("check", root) == 2
+    out = capsys.readouterr().out
+    assert "case_a lacks case_a_0002.nii.gz" in out
+    assert "case_b lacks case_b_0002.nii.gz" in out
+
+
+def test_a_library_that_all_files_need_is_named_once(data, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "SimpleITK", None)
+    for path in data.rglob("*.nii.gz"):
+        path.rename(path.with_name(path.name.replace(".nii.gz", ".mha")))
+    assert run("check", data) == 2
+    said = capsys.readouterr()
+    assert said.out.count("pip install") == 1
+    assert "has 1 problem;" in said.err
 
 
 def test_the_order_in_which_regions_are_painted(tmp_path, capsys):

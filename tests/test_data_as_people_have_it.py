@@ -33,10 +33,11 @@ def names(root: Path) -> list[str]:
     return [case.name for case in discover_cases(root)]
 
 
-def test_a_byte_order_mark_and_any_order_of_keys(tmp_path):
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_and_any_order_of_keys(tmp_path, encoding):
     root = nnunet_folder(tmp_path)
     table = dict(reversed(NNUNET_JSON.items()))
-    (root / "dataset.json").write_text(json.dumps(table), encoding="utf-8-sig")
+    (root / "dataset.json").write_text(json.dumps(table), encoding=encoding)
     (one, _) = discover_cases(root)
     assert list(one.modalities) == ["t1ce", "flair"]
     assert one.label_map.class_names == ("background", "liver", "lesion")
@@ -58,6 +59,21 @@ def test_a_missing_file_ending_is_that_of_the_files(tmp_path, ending):
     case = discover_cases(root)[0]
     assert check_geometry(case, case.modalities).shape == (6, 5, 4)
     assert read_labels(case.label, case.label_map).shape == (6, 5, 4)
+
+
+def test_what_dataset_json_and_the_folders_say_otherwise(tmp_path):
+    root = rewrite(nnunet_folder(tmp_path), file_ending="nii.gz", numTraining=3)  # no dot
+    save(root / "labelsTr" / "case_a.nii", random_image(0))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert len(discover_cases(root)) == 2
+    said = "\n".join(str(warning.message) for warning in caught)
+    assert re.search(r"1 files of .*labelsTr, such as case_a\.nii, do not end in \.nii\.gz .*left out", said)
+    assert "says numTraining 3, but 2 cases have images and labels" in said
+    with pytest.raises(UserError, match=r"labelsTr, such as case_a\.nii, do not end in \.png"):
+        discover_cases(rewrite(root, file_ending=".png"))
+    with pytest.raises(UserError, match=r"names 1 channels, but there is case_a_0001\.nii\.gz"):
+        discover_cases(rewrite(root, file_ending=None, channel_names={"0": "T1ce"}))
 
 
 def test_one_file_in_two_spellings(tmp_path):
@@ -110,6 +126,7 @@ def test_what_people_write_by_hand(tmp_path):
         (text.replace('"lesion": 2', '"lesion": 2,'), '"lesion": 2,', "remove the comma"),
         (text.replace('"lesion": 2', '"lesion": 2 // of the liver'), "// of the liver", "no comments"),
         (text.replace('"background": 0,', '"background": 0'), '"liver": 1', "missing before it"),
+        (text.replace('"numTraining": 2', '"numTraining": None'), "None", "writes true, false and null"),
     ):
         (root / "dataset.json").write_text(broken)
         with pytest.raises(UserError, match=r"dataset\.json is not valid JSON") as caught:

@@ -121,6 +121,9 @@ def test_palettes_single_bits_and_transparency(tmp_path):
     picture(tmp_path / "t.png", np.dstack([RGB, GREY]))
     with pytest.warns(DataWarning, match="transparent"):
         np.testing.assert_array_equal(read_volume(tmp_path / "t.png").data[:, :, 0], RGB)
+    alpha = picture(tmp_path / "t.tif", np.dstack([GREY, GREY // 2]), photometric="minisblack",
+                    planarconfig="contig", extrasamples=["unassalpha"])  # fmt: skip
+    np.testing.assert_array_equal(read_volume(alpha).data[..., 0], GREY)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".jpg", ".bmp"])
@@ -197,6 +200,9 @@ def test_images_beside_masks(tmp_path, masks, mark):
         ("image-7", "label-7"),
         ("a.7", "a.7_gt"),
         ("I_7", "I_7_segmentation"),
+        ("img7", "Mask7"),
+        ("C_7", "c_7_segmentation_mask"),
+        ("\N{LATIN SMALL LETTER E WITH ACUTE}7", "e\N{COMBINING ACUTE ACCENT}7"),
     ],
 )
 def test_names_that_differ_by_marks(tmp_path, image, mask):
@@ -206,6 +212,48 @@ def test_names_that_differ_by_marks(tmp_path, image, mask):
     assert [case.label is not None for case in discover_cases(tmp_path) if case.name == image] == [True]
     with pytest.raises(UserError, match="there is one in"):
         discover_cases(Path(shutil.copytree(tmp_path, tmp_path / "x" / "train")).parent)
+
+
+def test_folders_inside_of_images_and_masks(tmp_path):
+    root = folder_of(tmp_path, mark="_mask")
+    for part in ("images", "masks"):
+        for name in ("a", "b"):
+            shutil.copytree(root / part, root / part / name, ignore=shutil.ignore_patterns("a", "b"))
+    cases = discover_cases(root)
+    assert [case.name for case in cases[:5]] == ["a_cell_0", "a_cell_1", "a_cell_2", "a_cell_3", "b_cell_0"]
+    assert cases[0].label == root / "masks" / "a" / "cell_0_mask.png"
+    assert len(cases) == 12
+
+
+def test_every_image_and_mask_that_cannot_be_used_is_named(tmp_path):
+    root = folder_of(tmp_path, count=6)
+    for part, index in (("images", 1), ("images", 2), ("masks", 3), ("masks", 4)):
+        (root / part / f"cell_{index}.png").write_bytes(b"junk")
+    said = []
+    cases = discover_cases(root, refused=said.append)
+    assert [any(f"{part}/cell_{index}.png" in text for text in said) for part in ("images", "masks")
+            for index in range(6)] == [index in (1, 2, 9, 10) for index in range(12)]  # fmt: skip
+    assert cases[0].label_map.values == (0, 255)
+
+
+@pytest.mark.parametrize("asked", [("red", "green", "blue"), ("R", "G", "B"), ("phase",)])
+def test_images_are_taken_as_a_network_has_them(tmp_path, asked):
+    """The same from a folder as from loose files: grey as colour, under any names; colour is no grey."""
+    root = folder_of(tmp_path)
+    cases = discover_cases(root, modalities=asked)
+    loose = cases_from_files([case.files[0] for case in cases], asked)
+    assert [case.modalities.keys() for case in cases] == [case.modalities.keys() for case in loose]
+    one, two = CaseSlices(cases[0], asked).read(0, 1), CaseSlices(loose[0], asked).read(0, 1)
+    np.testing.assert_array_equal(one, two)
+    assert one.shape[1] == len(asked)
+
+
+def test_loose_images_of_one_channel_each(tmp_path):
+    files = [picture(tmp_path / f"a_{index:04d}.png", GREY + index) for index in range(3)]
+    (case,) = cases_from_files(files, ("x", "y", "z"))
+    assert [source.path for source in case.modalities.values()] == files
+    assert case.name == "a"
+    assert len(cases_from_files(files, ("red", "green", "blue"))) == 3
 
 
 def test_images_of_different_sizes_are_served_as_slices(tmp_path):

@@ -162,11 +162,21 @@ def test_later_regions_are_written_over_earlier_ones():
 
 @pytest.mark.parametrize(
     ("order", "message"),
-    [(None, "is missing"), ([1, 2], "has 2 values"), ([1, 2, 9], "a value that no region has")],
+    [(None, "is missing"), ([1, 2], "has 2 values"), ([1, 2, 9], "as 9, which it lacks"), ([0, 2, 3], "as 0, which")],
 )
 def test_orders_that_do_not_fit(order, message):
     with pytest.raises(UserError, match=message):
         label_map_from_json(REGIONS, "x", "f", order)
+
+
+def test_a_region_that_the_one_around_it_would_hide():
+    with pytest.raises(UserError, match=r"'whole' would be written over 'core'.*list 'whole' first"):
+        label_map_from_json({"background": 0, "core": 2, "whole": [1, 2]}, "x", "f", [2, 1])
+
+
+def test_lists_of_one_value_are_classes():
+    table = label_map_from_json({"background": [0], "liver": [1], "Ignore": [2]}, "x", "f")
+    assert (table.values, table.regions, table.ignore) == ((0, 1), {}, 2)
 
 
 @pytest.mark.parametrize(

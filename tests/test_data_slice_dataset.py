@@ -163,6 +163,21 @@ def test_the_key_follows_content_and_options(tmp_path, cases, change):
     assert len(list((tmp_path / "cache").glob("*.npy"))) == 2
 
 
+def test_the_cache_knows_pairs_by_their_voxels(tmp_path):
+    """Headers of pairs are equal, so a key of headers alone would serve one case, or one version, for all."""
+    for seed in range(2):
+        folder = brats_case(tmp_path / "data" / f"case{seed}", seed=seed)
+        for path in list(folder.glob("*.nii.gz")):
+            nib.save(nib.Nifti1Pair(np.asanyarray(nib.load(path).dataobj), np.eye(4)), str(path)[:-7] + ".img")
+            path.unlink()
+    cases = discover_cases(tmp_path / "data")
+    before = SliceDataset(cases, cache_dir=tmp_path / "cache")
+    assert not torch.equal(before[0][0], before[4][0])
+    path = tmp_path / "data" / "case0" / "case0_flair.img"
+    path.write_bytes(path.read_bytes()[::-1])
+    assert not torch.equal(SliceDataset(cases, cache_dir=tmp_path / "cache")[0][0], before[0][0])
+
+
 def test_renamed_data_hit_the_cache(tmp_path, cases):
     before = SliceDataset(cases, cache_dir=tmp_path / "cache", size=8).fingerprint
     (tmp_path / "data").rename(tmp_path / "moved")

@@ -37,7 +37,13 @@ def run(args: argparse.Namespace) -> None:
     from fastunet.training.dataset import training_modalities
 
     problems: list[str] = []
-    cases = discover_cases(args.data, modalities=None, edition=args.edition, refused=problems.append)
+    try:
+        cases = discover_cases(args.data, modalities=None, edition=args.edition, refused=problems.append)
+    except UserError as error:
+        if not problems:
+            raise
+        cases = []
+        problems.append(str(error))
     modalities = args.modalities or (training_modalities(cases) if cases else ())
     bar = tqdm(cases, unit="case", leave=False, disable=not sys.stderr.isatty())
     reports = [inspect_case(case, modalities, on_nan=args.on_nan) for case in bar]
@@ -46,13 +52,16 @@ def run(args: argparse.Namespace) -> None:
     problems += check_quickly(cases, modalities, size=args.size, axis=args.axis)
     labelled = [case for case in cases if case.label is not None]
     try:
-        split_cases(labelled)
+        if labelled:
+            split_cases(labelled)
+        elif cases:
+            problems.append(f"{args.data} holds no labelled cases")
     except UserError as error:
         problems.append(str(error))
     print("\n".join(_described(args.data, reports, modalities)))
-    problems = list(dict.fromkeys(problems + _without_foreground(reports)))
+    problems = _without_repeats(problems + _without_foreground(reports))
     for title, found in (
-        ("problems of cases without labels, which training leaves out", aside),
+        ("problems of cases without labels, which training leaves out", _without_repeats(aside)),
         ("problems", problems),
     ):
         if found:
@@ -60,6 +69,15 @@ def run(args: argparse.Namespace) -> None:
     if problems:
         raise UserError(f"{args.data} has {len(problems)} problem{'s'[: len(problems) > 1]}; training would refuse it")
     print("\nno problem found")
+
+
+def _without_repeats(problems: Sequence[str]) -> list[str]:
+    """Each problem once, and a library that many files need once for all of them."""
+    alike: dict[str, list[str]] = {}
+    for problem in dict.fromkeys(problems):
+        _, found, advice = problem.partition("pip install")
+        alike.setdefault(advice if found else problem, []).append(problem)
+    return [same[0] + (f" (and {len(same) - 1} more files)" if same[1:] else "") for same in alike.values()]
 
 
 def _without_foreground(reports: Sequence[CaseReport]) -> list[str]:

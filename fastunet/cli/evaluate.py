@@ -141,10 +141,10 @@ def _pairs(args: argparse.Namespace) -> list[Pair]:
 
 def _prediction(folder: Path, name: str) -> Path:
     from fastunet.data.formats import is_listed, stem_of
-    from fastunet.data.image_folders import image_name
+    from fastunet.data.image_folders import image_finder
 
     files = sorted(path for path in folder.iterdir() if is_listed(path))
-    named = image_name(name, [stem_of(path) for path in files])
+    named = image_finder(dict.fromkeys(map(stem_of, files)))(name)
     found = [path for path in files if stem_of(path) == named]
     if len(found) != 1:
         several = f"{len(found)} predictions" if found else "no prediction"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import zlib
@@ -25,6 +26,7 @@ import numpy as np
 
 from fastunet.data.border_weights import border_term
 from fastunet.data.case import Case, Source
+from fastunet.data.formats import parts_of
 from fastunet.data.grids import check_geometry
 from fastunet.data.labels import IGNORED
 from fastunet.data.resampling import resample_labels
@@ -180,7 +182,7 @@ def _described(path: Path, channels: int, border: bool) -> CachedCase | None:
 def _states(case: Case) -> list[tuple[int, int] | None]:
     """Size and time of change of every file of the case, None for one that is not there."""
     states: list[tuple[int, int] | None] = []
-    for path in case.files:
+    for path in itertools.chain.from_iterable(map(parts_of, case.files)):
         try:
             state = path.stat()
         except OSError:
@@ -204,11 +206,12 @@ def _content_key(case: Case, modalities: Sequence[str], options: list[Any]) -> s
 def _file_digest(path: Path) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     try:
-        with open(path, "rb") as file:
-            while chunk := file.read(_HASH_CHUNK_BYTES):
-                digest.update(chunk)
+        for part in parts_of(path):
+            with open(part, "rb") as file:
+                while chunk := file.read(_HASH_CHUNK_BYTES):
+                    digest.update(chunk)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        raise UserError(f"{error.filename or path} cannot be read: {error.strerror}") from error
     return digest.digest()
 
 

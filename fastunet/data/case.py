@@ -16,6 +16,16 @@ MODALITIES = ("flair", "t1", "t1ce", "t2")
 DEFAULT_MODALITIES = ("flair", "t1ce")
 
 
+COLOURS = ("red", "green", "blue")
+"""The channels of colour images that have no other names."""
+
+
+def colour_index(modality: str) -> int | None:
+    """Which channel of an RGB image a name such as "red" or "R" stands for, if it does."""
+    names = [modality.lower() == colour or modality.lower() == colour[0] for colour in COLOURS]
+    return names.index(True) if any(names) else None
+
+
 class Source(NamedTuple):
     """Where the voxels of one modality are: a file, and the index of the channel if the file has several."""
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fastunet.arguments import checked
 from fastunet.data.brats import brats_cases
-from fastunet.data.case import DEFAULT_MODALITIES, Case, Source, check_modalities
-from fastunet.data.dataset_json import dataset_json_cases
-from fastunet.data.formats import VOLUME_SUFFIXES, is_image, is_listed, stem_of
+from fastunet.data.case import DEFAULT_MODALITIES, Case, Source, check_modalities, colour_index
+from fastunet.data.dataset_json import CHANNEL_FILE, dataset_json_cases
+from fastunet.data.formats import VOLUME_SUFFIXES, is_image, listed_below, stem_of
 from fastunet.data.image_folders import image_folder_cases
 from fastunet.data.label_tables import LABEL_MAPS
-from fastunet.errors import Refusal, UserError, refuse
+from fastunet.errors import Refusal, UserError, refuse, warn_once
 
 
 @checked
@@ -45,13 +45,24 @@ def discover_cases(
         raise UserError(f"{root}: there is no such folder")
     if edition is not None and edition not in LABEL_MAPS:
         raise UserError(f"edition {edition!r} is unknown; the editions are {', '.join(LABEL_MAPS)}")
+    said: list[str] = []
+
+    def note(text: str) -> None:
+        said.append(text)
+        refused(text)
+
+    described = (root / "dataset.json").is_file()
     try:
-        if (root / "dataset.json").is_file():
-            cases = dataset_json_cases(root, edition, refused)
+        if described:
+            cases = dataset_json_cases(root, edition, note)
         else:
-            cases = brats_cases(_volume_files(root), edition, refused) or image_folder_cases(root, refused)
+            cases = brats_cases(listed_below(root, VOLUME_SUFFIXES), edition, note) or image_folder_cases(root, note)
     except PermissionError as error:
         raise UserError(f"{error.filename or root} cannot be read: {error.strerror}") from error
+    if not cases and said:  # nothing is left, and why has been said
+        return []
+    if not cases and described:
+        raise UserError(f"{root} holds no cases: its imagesTr and imagesTs hold no image")
     if not cases:
         nested = sorted([*root.glob("*/dataset.json"), *root.glob("*/[iI]mages")])
         hint = f" (but there is one in {nested[0].parent})" if nested else ""
@@ -64,6 +75,8 @@ def discover_cases(
 @checked
 def cases_from_files(paths: Iterable[str | Path], modalities: Sequence[str] = DEFAULT_MODALITIES) -> list[Case]:
     """Cases of loose files: each image is one; volumes are grouped by BraTS names, or are one case in the order given.
+
+    Images that hold one channel each, and say so by nnU-Net's names, are grouped, too.
 
     Raises:
         UserError: files that are no complete set.
@@ -79,17 +92,52 @@ def cases_from_files(paths: Iterable[str | Path], modalities: Sequence[str] = DE
         return _checked(named, files[0].parent, modalities)
     table = LABEL_MAPS["brats2021"]
     if files and all(map(is_image, files)):
-        channels = [None] if len(modalities) == 1 else range(len(modalities))
-        cases = []
-        for path in files:
-            sources = {modality: Source(path, channel) for modality, channel in zip(modalities, channels)}
-            cases.append(Case(stem_of(path), stem_of(path), sources, None, table.edition, table))
+        cases = [
+            Case(name, name, dict(zip(modalities, sources)), None, table.edition, table)
+            for name, sources in _loose_images(files, modalities)
+        ]
         return _checked(cases, files[0].parent, modalities)
     if len(files) != len(modalities):
         raise UserError(f"{len(files)} files given, but a case has {len(modalities)}: {', '.join(modalities)}")
     name = stem_of(files[0])
     sources = {modality: Source(path) for modality, path in zip(modalities, files)}
     return [Case(name, name, sources, None, table.edition, table)]
+
+
+def _loose_images(files: Sequence[Path], modalities: Sequence[str]) -> list[tuple[str, list[Source]]]:
+    """Names and channels of the cases that images make up: colours by name, others in their order."""
+    if colours := [index for name in modalities if (index := colour_index(name)) is not None]:
+        channels: Sequence[int | None] = colours
+    else:
+        matches = [CHANNEL_FILE.fullmatch(stem_of(path)) for path in files]
+        grouped: dict[str, dict[int, Path]] = {}
+        for path, match in zip(files, matches):
+            if match:
+                grouped.setdefault(match["case"], {})[int(match["channel"])] = path
+        numbers = range(len(modalities))
+        if len(numbers) > 1 and all(matches) and all(sorted(paths) == list(numbers) for paths in grouped.values()):
+            return [(name, [Source(paths[number]) for number in numbers]) for name, paths in grouped.items()]
+        channels = [None] if len(numbers) == 1 else numbers
+    return [(stem_of(path), [Source(path, channel) for channel in channels]) for path in files]
+
+
+def _as_asked(case: Case, modalities: Sequence[str]) -> Case:
+    """An image with its channels under the names that are asked for: a single channel, or colours."""
+    own = case.modalities
+    if not case.is_image or set(modalities) <= set(own):
+        return case
+    known = {colour_index(name): source for name, source in own.items()}
+    colours = [colour_index(name) for name in modalities]
+    sources = list(own.values())
+    if None not in colours and set(colours) <= set(known):
+        sources = [known[colour] for colour in colours]
+    elif None not in colours and len(own) == 1:
+        path = sources[0].path
+        warn_once(f"grey as colour in {path.parent}", f"{path} is grey, and taken as a colour image of equal channels")
+        sources = [Source(path, colour) for colour in colours]
+    elif not len(own) == len(modalities) == 1:
+        return case
+    return replace(case, modalities=dict(zip(modalities, sources)))
 
 
 def _checked(cases: Iterable[Case], root: Path, modalities: Iterable[str], refused: Refusal = refuse) -> list[Case]:
@@ -110,25 +158,9 @@ def _checked(cases: Iterable[Case], root: Path, modalities: Iterable[str], refus
             kept[case.name] = case
     for case in list(kept.values()):
         try:
-            check_modalities(case, modalities)
+            kept[case.name] = _as_asked(case, list(modalities))
+            check_modalities(kept[case.name], modalities)
         except UserError as error:
             refused(str(error))
             del kept[case.name]
     return list(kept.values())
-
-
-def _volume_files(root: Path) -> Iterator[Path]:
-    """Volume files below ``root``, in order, hidden ones left out; links are followed, each real folder once."""
-    seen = set()
-
-    def unreadable(error: OSError) -> None:
-        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
-
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=unreadable):
-        real = os.path.realpath(folder)
-        if real in seen:
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        yield from (Path(folder, name) for name in sorted(names) if is_listed(Path(name), VOLUME_SUFFIXES))

@@ -14,15 +14,15 @@ from typing import Any
 
 import msgspec
 
-from fastunet.data.case import Case, Source
+from fastunet.data.case import COLOURS, Case, Source
 from fastunet.data.formats import SUFFIXES, is_image, is_listed, stem_of, suffix_of
 from fastunet.data.label_tables import LABEL_MAPS, label_map_from_json
 from fastunet.data.labels import LabelMap
 from fastunet.data.volumes import read_geometry
-from fastunet.errors import Refusal, UserError, refuse
+from fastunet.errors import Refusal, UserError, refuse, warn_once
 from fastunet.schema import read_json
 
-_CHANNEL_FILE = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})", re.DOTALL)
+CHANNEL_FILE = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})", re.DOTALL)
 _MODALITY_NAMES = {
     "flair": "flair",
     "t2f": "flair",
@@ -36,7 +36,6 @@ _MODALITY_NAMES = {
     "t2": "t2",
     "t2w": "t2",
 }
-_COLOURS = ("red", "green", "blue")
 _SHOWN = 80
 
 
@@ -58,7 +57,7 @@ class _DatasetJson(msgspec.Struct):
     regions_class_order: list[int] | None = None
     training: list[_Listed | str | list[str]] | None = None
     dataset: dict[str, _Listed] | None = None
-    numTraining: int | float | None = None
+    numTraining: Any = None
     name: str | int | float | list[Any] | dict[str, Any] | bool | None = None
 
 
@@ -71,7 +70,7 @@ def dataset_json_cases(root: Path, edition: str | None, refused: Refusal = refus
         refused: called with what is wrong with one case, which is then left out.
 
     Raises:
-        UserError: a ``dataset.json`` that cannot be used, a listed file or a channel that is missing.
+        UserError: a ``dataset.json`` that cannot be used, a listed file or a channel that is missing or left over.
     """
     file = root / "dataset.json"
     table = read_json(file, _DatasetJson)
@@ -92,8 +91,10 @@ def dataset_json_cases(root: Path, edition: str | None, refused: Refusal = refus
         if name not in cases or (entry.label is not None and cases[name].label is None):
             path = entry.label if name in cases else entry.image
             refused(f"{root / str(path)[:_SHOWN]} is listed in {file} but was not found")
-    if not cases:
-        raise UserError(f"{root} holds no cases: its dataset.json says {ending}, but imagesTr and imagesTs hold none")
+    labelled = sum(case.label is not None for case in cases.values())
+    if isinstance(table.numTraining, (int, float)) and labelled != table.numTraining:
+        text = f"{file} says numTraining {table.numTraining:g}, but {labelled} cases have images and labels"
+        warn_once(f"numTraining of {file}", text)
     return list(cases.values())
 
 
@@ -112,7 +113,7 @@ def _label_map(table: _DatasetJson, edition: str | None, root: Path, file: Path)
 def _file_ending(table: _DatasetJson, root: Path, file: Path) -> str:
     """The ending of images and labels, in lower case; where the file does not say, that of most training files."""
     if table.file_ending is not None:
-        ending = table.file_ending.lower()
+        ending = "." + table.file_ending.lower().removeprefix(".")
         if ending not in SUFFIXES:
             raise UserError(f"{file}: files end in {table.file_ending[:_SHOWN]!r}; read are {', '.join(SUFFIXES)}")
         return ending
@@ -135,7 +136,7 @@ def _channel_names(table: _DatasetJson, file: Path) -> list[str]:
     plain = [re.sub(r"[^a-z0-9]", "", name.lower()) for name in ordered]
     canonical = [_MODALITY_NAMES.get(short, name) for short, name in zip(plain, ordered)]
     if len(set(canonical)) < len(canonical):
-        raise UserError(f"{file}: two channels are the same modality: {', '.join(ordered)}")
+        raise UserError(f"{file}: two channels are the same modality: {', '.join(ordered)}; rename one")
     return canonical
 
 
@@ -155,6 +156,13 @@ def _files(folder: Path, ending: str, refused: Refusal) -> dict[str, Path]:
         if stem_of(path) in found:
             refused(f"{found[stem_of(path)]} and {path} are the same file in two spellings; remove one")
         found[stem_of(path)] = path
+    others = [path for path in (folder / name for name in names) if is_listed(path) and suffix_of(path) not in endings]
+    if others:
+        what = f"{len(others)} files of {folder}, such as {others[0].name}, do not end in {ending} ('file_ending')"
+        if found:
+            warn_once(f"other endings in {folder}", f"{what}; they are left out")
+        else:
+            refused(f"{what}: save them so, or change dataset.json")
     return found
 
 
@@ -164,7 +172,7 @@ def _images(
     """Case names and sources of an image folder: single files hold all channels, others one each."""
     by_case: dict[str, dict[int, Path]] = {}
     for stem, path in _files(folder, ending, refused).items():
-        if match := _CHANNEL_FILE.fullmatch(stem):
+        if match := CHANNEL_FILE.fullmatch(stem):
             by_case.setdefault(match["case"], {})[int(match["channel"])] = path
         else:
             yield stem, {name: Source(path, index) for index, name in enumerate(channels)}
@@ -179,11 +187,13 @@ def _sources(name: str, files: dict[int, Path], channels: list[str], folder: Pat
     """The sources of a case of one file per channel; an RGB image is three channels."""
     colours = read_geometry(files[0]).shape[3:] if set(files) == {0} and is_image(files[0]) else ()
     if colours and len(channels) in (1, colours[0]):
-        names = channels if len(channels) > 1 else _COLOURS[: colours[0]]
+        names = channels if len(channels) > 1 else COLOURS[: colours[0]]
         return {colour: Source(files[0], index) for index, colour in enumerate(names)}
     missing = [f"{name}_{index:04d}{ending}" for index in range(len(channels)) if index not in files]
     if missing:
         raise UserError(f"{folder}: case {name} lacks {', '.join(missing)}")
+    if extra := [path.name for index, path in sorted(files.items()) if index >= len(channels)]:
+        raise UserError(f"{folder}: dataset.json names {len(channels)} channels, but there is {', '.join(extra)}")
     return {channel: Source(files[index]) for index, channel in enumerate(channels)}
 
 
@@ -205,7 +215,7 @@ def _listed(table: _DatasetJson, file: Path) -> Iterator[tuple[str, _Listed]]:
 def _name(listed: str) -> str:
     """The case that a listed image belongs to: its file name without ending and, if need be, without the channel."""
     stem = stem_of(PurePosixPath(listed.replace("\\", "/")))
-    match = _CHANNEL_FILE.fullmatch(stem)
+    match = CHANNEL_FILE.fullmatch(stem)
     return match["case"] if match else stem
 
 

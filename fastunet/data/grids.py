@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from fastunet.arguments import checked
-from fastunet.data.case import Case, check_modalities
+from fastunet.data.case import Case, check_modalities, colour_index
 from fastunet.data.volumes import Geometry, read_geometry
 from fastunet.errors import UserError, warn_once
 
@@ -25,6 +25,7 @@ def check_geometry(case: Case, modalities: Iterable[str], *, label: bool = True)
     Raises:
         UserError: a channel that its file lacks, a label file with channels; and see ``check_same_grid``.
     """
+    modalities = list(modalities)
     check_modalities(case, modalities)
     sources = [case.modalities[modality] for modality in modalities]
     grids = {source.path: read_geometry(source.path) for source in sources}
@@ -34,7 +35,7 @@ def check_geometry(case: Case, modalities: Iterable[str], *, label: bool = True)
             if case.is_image:
                 raise UserError(f"{path} has {shape[3]} channels, and a grey image is asked for: convert it to that")
             raise UserError(f"{path}: expected one volume of 3 axes, got shape {shape}")
-        grey_as_colour = case.is_image and len(shape) == 3 and len(sources) == 3
+        grey_as_colour = case.is_image and len(shape) == 3 and None not in map(colour_index, modalities)
         if channel is not None and channel >= (*shape[3:], 1)[0] and not grey_as_colour:
             raise UserError(f"{path}: has no channel {channel}, its shape is {shape}")
     if label and case.label is not None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+import unicodedata
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from fastunet.data.case import Case, Source
-from fastunet.data.formats import IMAGE_SUFFIXES, is_listed, stem_of
+from fastunet.data.case import COLOURS, Case, Source
+from fastunet.data.formats import IMAGE_SUFFIXES, is_listed, listed_below, stem_of
 from fastunet.data.labels import LabelMap
 from fastunet.data.masks import mask_table
 from fastunet.data.volumes import read_geometry
@@ -18,7 +19,6 @@ MASK_FOLDERS = ("masks", "mask", "labels", "label", "annotations", "annotation",
 _MASK_MARK = "masks?|labels?|segmentation|segmap|seg|gt|groundtruth|annotations?|manual1?"
 _IMAGE_MARK = "images?|img|im|input|raw"
 _STACK = re.compile(r"(?P<name>.+)[-_](?P<part>volume|labels?)", re.IGNORECASE | re.DOTALL)
-_COLOURS = ("red", "green", "blue")
 _UNLABELLED = LabelMap("images without masks", (0, 1), ("background", "object"))
 
 
@@ -28,25 +28,32 @@ def image_folder_cases(root: Path, refused: Refusal = refuse) -> list[Case]:
     ``refused`` is called with what is wrong with one image or mask, which is then left out.
 
     Raises:
-        UserError: masks without an image, two files of one name, images of unusual channels, masks of no classes.
+        UserError: masks of no classes.
     """
     images, masks = _folder(root, IMAGE_FOLDERS), _folder(root, MASK_FOLDERS)
     pairs = _stacks(root) if images is None else _pairs(images, masks, refused)
     if not pairs:
         return []
-    channels = {name: _channels(image) for name, (image, _) in pairs.items()}
+    channels = {}
+    for name, (image, _) in pairs.items():
+        try:
+            channels[name] = _channels(image)
+        except UserError as error:
+            refused(str(error))
+    pairs = {name: pairs[name] for name in channels}
     colour = next((pairs[name][0] for name, count in channels.items() if count == 3), None)
     if colour and len(set(channels.values())) > 1:
         mixed = f"{root} holds grey and colour images, such as {colour}; the grey ones count as colour"
         warn_once(f"grey among colour in {root}", mixed)
     labels = [mask for _, mask in pairs.values() if mask is not None]
-    table = mask_table(labels) if labels else _UNLABELLED
+    table = mask_table(labels, refused) if labels else _UNLABELLED
     cases = []
     for name, (image, mask) in pairs.items():
         if colour:
-            sources = {channel: Source(image, index) for index, channel in enumerate(_COLOURS)}
+            sources = {channel: Source(image, index) for index, channel in enumerate(COLOURS)}
         else:
             sources = {"grey": Source(image)}
+        name = name.replace("/", "_")
         cases.append(Case(name, name, sources, mask, table.edition, table))
     return cases
 
@@ -57,20 +64,19 @@ def _folder(root: Path, names: Iterable[str]) -> Path | None:
     return next((found[name] for name in names if name in found), None)
 
 
-def _listing(folder: Path | None) -> list[Path]:
-    return [] if folder is None else sorted(path for path in folder.iterdir() if is_listed(path, IMAGE_SUFFIXES))
-
-
 def _pairs(images: Path, masks: Path | None, refused: Refusal) -> dict[str, tuple[Path, Path | None]]:
-    """Image and mask by name; the name of a mask may end or begin with a mark such as ``_mask``."""
+    """Image and mask by name, with that of the folder inside of ``images`` before it; see ``image_finder``."""
     named: dict[str, Path] = {}
-    for path in _listing(images):
-        if stem_of(path) in named:
-            refused(f"{named[stem_of(path)]} and {path} have one name; remove one")
-        named.setdefault(stem_of(path), path)
+    for path in listed_below(images, IMAGE_SUFFIXES):
+        if (own := _name_below(images, path)) in named:
+            refused(f"{named[own]} and {path} have one name; remove one")
+        named.setdefault(own, path)
     pairs: dict[str, tuple[Path, Path | None]] = {name: (path, None) for name, path in named.items()}
-    for mask in _listing(masks):
-        name = image_name(stem_of(mask), named)
+    if masks is None:
+        return pairs
+    find = image_finder(named)
+    for mask in listed_below(masks, IMAGE_SUFFIXES):
+        name = find(_name_below(masks, mask))
         if name is None:
             refused(f"{mask} has no image of that name in {images}")
         elif pairs[name][1] is not None:
@@ -80,27 +86,47 @@ def _pairs(images: Path, masks: Path | None, refused: Refusal) -> dict[str, tupl
     return pairs
 
 
-def image_name(mask: str, images: Collection[str]) -> str | None:
-    """The image that a mask belongs to, by names without endings: the same, or one that differs by marks only."""
-    if mask in images:
-        return mask
-    bare = _unmarked(mask, _MASK_MARK)
-    if bare in images:
-        return bare
-    alike = [name for name in images if _unmarked(name, _IMAGE_MARK) == bare]
-    return alike[0] if len(alike) == 1 else None
+def _name_below(folder: Path, path: Path) -> str:
+    """The name of ``path`` in ``folder`` without its ending, the folders in between before it."""
+    return path.relative_to(folder).with_name(stem_of(path)).as_posix()
+
+
+def image_finder(images: Iterable[str]) -> Callable[[str], str | None]:
+    """A function from the name of a mask to that of its image, one of ``images``, names without endings.
+
+    It is the same name, or the only one that differs by marks such as ``_mask`` and ``img_``, by capitals, or by how
+    letters with accents are composed, which differs between systems.
+    """
+    spellings: tuple[dict[str, list[str]], ...] = ({}, {}, {})
+    for image in images:
+        for table, spelled in zip(spellings, (image, _folded(image), _folded(_unmarked(image, _IMAGE_MARK)))):
+            table.setdefault(spelled, []).append(image)
+
+    def find(mask: str) -> str | None:
+        bare = _unmarked(mask, _MASK_MARK)
+        found = [table.get(name, []) for table in spellings for name in (mask, bare, _folded(mask), _folded(bare))]
+        return next((alike[0] for alike in found if len(alike) == 1), None)
+
+    return find
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _unmarked(name: str, mark: str) -> str:
-    """``name`` without a mark at its end or at its front."""
-    short = re.sub(rf"[-_. ]({mark})$", "", name, flags=re.IGNORECASE)
-    return short if short != name else re.sub(rf"^({mark})[-_. ]", "", name, flags=re.IGNORECASE)
+    """``name`` without marks at its end or at its front, which a digit or a separator divides from the rest."""
+    before, _, short = name.rpartition("/")
+    while (rest := re.sub(rf"([-_. ]|(?<=\d))({mark})$", "", short, flags=re.IGNORECASE)) not in ("", short):
+        short = rest
+    rest = re.sub(rf"^({mark})([-_. ]|(?=\d))", "", short, flags=re.IGNORECASE)
+    return f"{before}/{rest or short}" if before else rest or short
 
 
 def _stacks(root: Path) -> dict[str, tuple[Path, Path | None]]:
     """Image and mask by name of files such as ``train-volume.tif`` and ``train-labels.tif``."""
     parts: dict[str, dict[str, Path]] = {}
-    for path in _listing(root):
+    for path in sorted(path for path in root.iterdir() if is_listed(path, IMAGE_SUFFIXES)):
         if match := _STACK.fullmatch(stem_of(path)):
             part = "volume" if match["part"].lower() == "volume" else "label"
             parts.setdefault(match["name"], {})[part] = path

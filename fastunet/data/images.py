@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -92,7 +93,8 @@ def _opened(path: Path) -> Iterator[_Reader]:
         except (UserError, MemoryError):
             raise
         except Exception as error:  # both libraries let every kind of exception through on damaged files
-            reason = " ".join(str(error).split())[:120] or type(error).__name__
+            text = re.sub(r"(?:file )?<_io\.[^>]*>", "its format", str(error))
+            reason = " ".join(text.split())[:120] or type(error).__name__
             raise UserError(f"{path} cannot be read as an image: {reason}") from error
 
 
@@ -128,12 +130,16 @@ def _bit_depth(raw: BinaryIO) -> int:
 def _plain_mode(image: Image, path: Path) -> str:
     """The mode without palette, transparency and single bits: L, I;16, I, F or RGB."""
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        warn_once(f"transparency in {path.parent}", f"{path} has transparent pixels; they keep their colour")
+        _note_transparency(path)
     if image.mode in ("1", "L", "LA"):
         return "L"
     if image.mode.startswith("I;16"):
         return image.mode
     return image.mode if image.mode in ("I", "F") else "RGB"
+
+
+def _note_transparency(path: Path) -> None:
+    warn_once(f"transparency in {path.parent}", f"{path} has transparent pixels; they keep their colour")
 
 
 @contextlib.contextmanager
@@ -154,8 +160,10 @@ def _tiff(path: Path, raw: BinaryIO) -> Iterator[_Reader]:
         order = [axes.index("Y"), axes.index("X")]
         pages = [axis for axis in range(len(axes)) if axis not in order and axis != channel]
         order += pages + ([] if channel is None else [channel])
-        alpha = channel is not None and shape[channel] == 4 and series.keyframe.extrasamples != ()
-        channels = () if channel is None else (shape[channel] - alpha,)
+        alpha = channel is not None and shape[channel] in (2, 4) and series.keyframe.extrasamples != ()
+        if alpha:
+            _note_transparency(path)
+        channels = () if channel is None or shape[channel] - alpha == 1 else (shape[channel] - alpha,)
         result = (shape[order[0]], shape[order[1]], math.prod(shape[axis] for axis in pages), *channels)
 
         def read() -> np.ndarray:
@@ -169,7 +177,7 @@ def _tiff(path: Path, raw: BinaryIO) -> Iterator[_Reader]:
                 raise
             pixels = pixels.transpose(order).reshape(*result[:3], *([] if channel is None else [shape[channel]]))
             pixels = pixels.astype(np.uint8) * 255 if pixels.dtype == bool else pixels
-            return pixels[..., : channels[0]] if channels else pixels
+            return pixels[..., : channels[0]] if channels else pixels[..., 0] if alpha else pixels
 
         if series.keyframe.photometric == tifffile.PHOTOMETRIC.PALETTE:
             raise UserError(

@@ -6,6 +6,7 @@ Sources: the challenge papers, arXiv 2107.02314 (2021), 2305.19369 (Africa), 230
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -100,7 +101,8 @@ def label_map_from_json(
     ignore = _take_ignore(members, file)
     check_class_names(members, file)
     values = sorted({value for listed in members.values() for value in listed} | {0})
-    if any(isinstance(listed, Sequence) and not isinstance(listed, str) for listed in labels.values()):
+    lists = any(isinstance(listed, Sequence) and not isinstance(listed, str) for listed in labels.values())
+    if any(len(listed) > 1 for listed in members.values()) or (lists and order is not None):  # as nnU-Net has it
         _check_count(values, file)
         return _with_regions(members, values, order, edition, ignore, file)
     if order is not None:
@@ -168,7 +170,7 @@ def _members(labels: Mapping[str, int | float | str | Sequence[int | float]], fi
         listed = [entry] if isinstance(entry, (int, str, float)) else list(entry)
         if not listed or not all(_is_whole(value) for value in listed):
             raise UserError(f"{file}: 'labels' gives {name!r} the value {entry!r}; expected whole numbers of 32 bits")
-        members[name] = [int(value) for value in listed]
+        members[name] = list(dict.fromkeys(int(value) for value in listed))
     return members
 
 
@@ -181,7 +183,7 @@ def _is_whole(value: object) -> bool:
 
 def _take_ignore(members: dict[str, list[int]], file: str | Path) -> int | None:
     """Removes the "ignore" entry and returns its value."""
-    listed = members.pop("ignore", None)
+    listed = next((members.pop(name) for name in list(members) if name.strip().lower() == "ignore"), None)
     if listed is None:
         return None
     if len(listed) != 1 or any(listed[0] in others for others in members.values()):
@@ -206,14 +208,21 @@ def _with_regions(
     if order is None or len(order) != len(regions):
         found = "is missing" if order is None else f"has {len(order)} values"
         raise UserError(f"{file}: 'regions_class_order' {found}; it needs one value for each of {len(regions)} regions")
-    if not set(order) <= set(values):
-        raise UserError(f"{file}: 'regions_class_order' {list(order)} has a value that no region has")
-    own = {listed[0]: name for name, listed in regions.items() if len(set(listed)) == 1}
+    for value, (name, listed) in zip(order, regions.items()):
+        if value not in listed:
+            raise UserError(f"{file}: 'regions_class_order' {list(order)} writes {name!r} as {value}, which it lacks")
+    for (inner, small), (outer, large) in itertools.combinations(regions.items(), 2):
+        if set(small) < set(large):
+            raise UserError(
+                f"{file}: {outer!r} would be written over {inner!r}, which lies inside of it: list {outer!r} first, in "
+                "'labels' and in 'regions_class_order'"
+            )
+    own = {listed[0]: name for name, listed in regions.items() if len(listed) == 1}
     names = tuple("background" if value == 0 else own.get(value, f"label {value}") for value in values)
     check_class_names(names, file)
     check_class_names(regions, file)
     index = {value: number for number, value in enumerate(values)}
-    table = {name: tuple(index[value] for value in dict.fromkeys(listed)) for name, listed in regions.items()}
+    table = {name: tuple(index[value] for value in listed) for name, listed in regions.items()}
     raw: dict[str, Any] = {}
     if set(map(frozenset, table.values())) == set(map(frozenset, _REGIONS.values())):
         raw = _raw_brats(tuple(values))

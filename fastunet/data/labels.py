@@ -181,20 +181,20 @@ class LabelMap:
 
     def _unknown(self, values: np.ndarray, file: str | Path) -> str:
         found = np.unique(values)
-        shown = ", ".join(f"{value:.9g}" for value in found[:_SHOWN_VALUES])
+        shown = ", ".join(value_name(value) if value >= COLOUR else f"{value:.9g}" for value in found[:_SHOWN_VALUES])
         more = f" and {found.size - _SHOWN_VALUES} more" if found.size > _SHOWN_VALUES else ""
-        hint = f"; {self.hint}" if self.hint else ""
+        hint = self.hint or "correct the file, or name a table that has them ('labels' of dataset.json, --edition)"
         if found.dtype.kind == "f" and (np.abs(found - np.rint(found)) > ROUNDING).any():
-            hint = f"; values within {ROUNDING:g} of a whole number are rounded, these look interpolated"
+            hint = f"values within {ROUNDING:g} of a whole number are rounded, these look interpolated"
         return (
             f"{file}: label values {shown}{more} are not in the table of {self.edition} ({self}), in {values.size} "
-            f"voxels{hint}"
+            f"voxels; {hint}"
         )
 
 
 def value_name(value: int) -> str:
     """How a label value is shown: as a number, or the colour of a mask as "#rrggbb"."""
-    return f"#{value - COLOUR:06x}" if value >= COLOUR else str(value)
+    return f"#{int(value) - COLOUR:06x}" if value >= COLOUR else str(value)
 
 
 def rounded(values: np.ndarray) -> np.ndarray:

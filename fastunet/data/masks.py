@@ -11,7 +11,7 @@ import numpy as np
 from fastunet.data.formats import suffix_of
 from fastunet.data.labels import COLOUR, MAX_CLASSES, LabelMap, rounded, value_name
 from fastunet.data.volumes import read_label_values
-from fastunet.errors import UserError
+from fastunet.errors import Refusal, UserError, refuse
 
 MOST_CLASSES = 32
 _THREADS = 4
@@ -22,16 +22,20 @@ _RARE = 0.05
 _SHOWN = 8
 
 
-def mask_table(paths: Sequence[Path]) -> LabelMap:
+def mask_table(paths: Sequence[Path], refused: Refusal = refuse) -> LabelMap:
     """The classes of all masks together: one for each value, in the order of the values, 0 (black) first.
+
+    ``refused`` is called with what is wrong with a mask that cannot be read, which then counts nothing.
 
     Raises:
         UserError: masks that cannot be read, one value only, or values that no one painted: traces of JPEG compression,
             numbers of single objects, or a photograph.
     """
-    counted = _counted(paths)
+    counted = _counted(paths, refused)
     counts = _summed(counted)
     where = paths[0].parent
+    if not counts:
+        return LabelMap("masks that cannot be read", (0, 1), ("background", "object"))
     _check(counts, counted, paths, where)
     values = sorted(counts)
     names = ["background", "object"] if len(values) == 2 else ["background", *map(value_name, values[1:])]
@@ -62,9 +66,19 @@ def _summed(counted: Sequence[dict[int, int]]) -> dict[int, int]:
     return counts
 
 
-def _counted(paths: Sequence[Path]) -> list[dict[int, int]]:
+def _counted(paths: Sequence[Path], refused: Refusal = refuse) -> list[dict[int, int]]:
+    def count(path: Path) -> dict[int, int] | UserError:
+        try:
+            return count_labels(path)
+        except UserError as error:
+            return error
+
     with ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(count_labels, paths))
+        found = list(pool.map(count, paths))
+    for one in found:
+        if isinstance(one, UserError):
+            refused(str(one))
+    return [{} if isinstance(one, UserError) else one for one in found]
 
 
 def count_labels(path: Path) -> dict[int, int]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastunet.data.formats import parts_of
 from fastunet.data.stored import Stored, with_plane_normal
 from fastunet.data.streams import DataStream, note_compression, open_stream
 from fastunet.errors import UserError
@@ -39,7 +40,7 @@ def open_nifti(path: Path) -> Iterator[tuple[Stored, DataStream]]:
     name = path.name.lower().removesuffix(".gz")
     pair = name.endswith((".hdr", ".img"))
     compressed = path.name.lower().endswith(".gz")
-    header_path = _partner(path, ".hdr") if pair else path
+    header_path, data_path = parts_of(path) if pair else (path, path)
     with open_stream(header_path) as stream:
         note_compression(stream, compressed)
         stored = _read_header(stream, header_path, pair)
@@ -47,18 +48,9 @@ def open_nifti(path: Path) -> Iterator[tuple[Stored, DataStream]]:
             stream.check_holds(stored.offset + stored.count * stored.dtype.itemsize)
             yield stored, stream
             return
-    with open_stream(_partner(path, ".img")) as stream:
+    with open_stream(data_path) as stream:
         stream.check_holds(stored.offset + stored.count * stored.dtype.itemsize)
         yield stored, stream
-
-
-def _partner(path: Path, suffix: str) -> Path:
-    """The other file of a pair, in the spelling of this one."""
-    name, ending = (path.name[:-3], path.name[-3:]) if path.name.lower().endswith(".gz") else (path.name, "")
-    if name.lower().endswith(suffix):
-        return path
-    suffix = suffix.upper() if name[-4:].isupper() else suffix
-    return path.with_name(name[:-4] + suffix + ending)
 
 
 def _read_header(stream: DataStream, path: Path, pair: bool) -> Stored:
@@ -103,7 +95,10 @@ def _check_magic(magic: bytes, path: Path, pair: bool, second: bool) -> None:
 def _dtype(header: Nifti1Header, path: Path) -> np.dtype:
     code, bits = int(header["datatype"]), int(header["bitpix"])
     if code not in _TYPES:
-        raise UserError(f"{path}: voxels are of NIfTI type {code}, expected real numbers of 8 to 64 bits")
+        kind = {32: " (complex)", 128: " (RGB)", 1: " (single bits)", 2304: " (RGBA)"}.get(code, "")
+        raise UserError(
+            f"{path}: voxels are of NIfTI type {code}{kind}, expected real numbers of 8 to 64 bits: convert the file"
+        )
     dtype: np.dtype = np.dtype(f"{header.endianness}{_TYPES[code]}")
     if bits != 8 * dtype.itemsize:
         raise UserError(f"{path}: the header contradicts itself: {bits} bits a voxel (bitpix), but type {dtype.name}")

@@ -113,7 +113,7 @@ def open_stream(path: Path) -> Iterator[DataStream]:
 
 
 def note_compression(stream: DataStream, expected: bool) -> None:
-    """Says once per folder that a name and its content disagree on compression."""
+    """Says once that names and contents disagree on compression."""
     if stream.compressed != expected:
         problem = "is compressed though its name does not say so" if stream.compressed else "is not compressed"
-        warn_once(f"compression in {stream.path.parent}", f"{stream.path} {problem}; it is read by its content")
+        warn_once(f"compression, {expected} by name", f"{stream.path} {problem}; it is read by its content")
