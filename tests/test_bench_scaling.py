@@ -2,17 +2,17 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from bench import scaling
+from bench.measuring import ceilings
 from bench.measuring.rows import OURS, write
 from bench.pages import links, scaling_page
 from bench.scaling import exponent
+from fastunet.architecture import PRESETS
 from tests.bench_rows import environment, row
+from tests.processes import ended, start_group
 
 STEP = "training step"
 
@@ -84,13 +84,16 @@ def test_efficiency_over_processes(tmp_path):
     assert "strong scaling of a training step, strong 1 in one process: 2 processes 80%" in text
 
 
-@pytest.mark.slow
+def quick(*arguments) -> int:
+    """``bench.scaling`` of a small network, with a repeat where it takes several."""
+    ceilings._REPEATS = scaling._WORKER_ROUNDS = 1
+    PRESETS["brats"] = dict(width=4, depth=2)
+    return scaling.main(arguments)
+
+
 def test_two_processes_measure_weak_and_strong_steps(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
-               "bench.scaling", "--worker", str(tmp_path), "--batch", "2", "--side", "16",
-               "--device", "cpu"]  # fmt: skip
-    subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=240,
-                   cwd=Path(__file__).parent.parent)  # fmt: skip
+    line = ["--worker", str(tmp_path), "--batch", "2", "--side", "16", "--device", "cpu"]
+    assert [ended(process) for process in start_group(quick, *line)] == [0, 0]
     (path,) = tmp_path.rglob("*-2-processes-scaling.json")
     found = json.loads(path.read_text())["rows"]
     assert [(r["axis"], r["value"], r["batch"]) for r in found] == [

@@ -14,6 +14,7 @@ from fastunet import __version__, cli, functional
 from fastunet.cli import main
 from fastunet.training.display import Display
 from tests.cli_helpers import assert_user_error, command, run
+from tests.processes import ended, start
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -32,9 +33,9 @@ def test_every_command_has_help(name, capsys):
 def test_completion(tmp_path):
     pytest.importorskip("argcomplete", reason="argcomplete is not installed (pip install 'fastunet[completion]')")
     line = "fastunet seg"
-    environment = {**os.environ, "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE": "1",
-                   "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "out")}  # fmt: skip
-    subprocess.run([sys.executable, "-m", "fastunet"], env=environment, check=True, timeout=60)
+    process = start(main, [], COMP_LINE=line, COMP_POINT=str(len(line)), _ARGCOMPLETE="1",
+                    _ARGCOMPLETE_STDOUT_FILENAME=str(tmp_path / "out"))  # fmt: skip
+    assert ended(process) == 0
     assert (tmp_path / "out").read_text().strip() == "segment"
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from fastunet.functional import conv_norm
+from tests.processes import ended, start_group
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch is built without gloo")
 
@@ -32,9 +32,9 @@ def measured(samples, process_group):
     return [t.detach() for t in (*outputs, dx)], d_parameters, list(running)
 
 
-def work(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def work(folder):
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     samples = slice(0, 1) if rank == 0 else slice(1, 4)
     torch.save(measured(samples, dist.group.WORLD), f"{folder}/{rank}.pt")
     x, weight = (t.requires_grad_() for t in tensors()[:2])
@@ -46,7 +46,7 @@ def work(rank, folder):
 
 
 def test_two_processes_equal_one(tmp_path):
-    mp.spawn(work, args=(str(tmp_path),), nprocs=2)
+    assert [ended(process) for process in start_group(work, tmp_path)] == [0, 0]
     of_samples, d_parameters, running = measured(slice(0, 4), None)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     for a, b, wanted in zip(first[0], second[0], of_samples, strict=True):

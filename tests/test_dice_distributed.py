@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional  # before there is a group, which it would keep alive past the end
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastunet.losses import DiceCrossEntropyLoss
 from fastunet.metrics import SegmentationMetrics
+from tests.processes import ended, start_group
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch is built without gloo")
 
@@ -30,9 +30,9 @@ def batch():
 OPTIONS = dict(ignore_index=255, class_weights=[0.5, 1.0, 2.0, 3.0], empty="skip")
 
 
-def work(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def work(folder):
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     torch.save(measured(rank), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -75,7 +75,7 @@ def measured(rank):
 
 
 def test_two_processes_equal_one(tmp_path):
-    mp.spawn(work, args=(str(tmp_path),), nprocs=2)
+    assert [ended(process) for process in start_group(work, tmp_path)] == [0, 0]
     model, (images, labels) = network(), batch()
     loss = DiceCrossEntropyLoss(**OPTIONS)(model(images), labels)
     loss.backward()

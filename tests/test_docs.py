@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from fastunet.architecture import PRESETS
 from tests.cli_helpers import run
 
 ROOT = Path(__file__).parents[1]
@@ -19,7 +20,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ELSEWHERE = {
     "make ": "continuous integration runs the targets",
     "pip install": "make smoke installs the wheel",
-    "torchrun": "tests/test_train_distributed.py",
+    "torchrun": "tests/test_train_signals.py",
     "pytest bench": "tests/test_bench_measure.py",
     "python -m bench": "tests/test_bench_*.py",
     "fastunet demo": "tests/test_cli_demo.py",
@@ -66,8 +67,9 @@ def test_python_blocks_run(page, folder, monkeypatch):
         exec(compile(block, str(page), "exec"), program)
 
 
-def test_shell_blocks_run(folder, tmp_path):
-    """Page after page in one folder; a command that stands on several pages runs once."""
+def test_shell_blocks_run(folder, tmp_path, monkeypatch):
+    """Page after page in one folder; a command that stands on several pages runs once. The default network is small."""
+    monkeypatch.setitem(PRESETS, "brats", dict(width=4, depth=2))
     (tmp_path / "DATA").symlink_to(folder / "DATA")
     shown = "\n".join(block for page in PAGES for block in blocks(page, "bash"))
     lines = [line.partition("#")[0].strip() for line in shown.splitlines()]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,8 +17,13 @@ from fastunet.data import discover_cases
 from fastunet.interop import save_keras_weights
 from fastunet.training.checkpoint import load_model
 from tests.cli_helpers import checkpoint, phantoms  # noqa: F401
+from tests.processes import ended, start_group
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def as_a_program(path: Path) -> None:
+    runpy.run_path(str(path), run_name="__main__")
 
 
 def falls(told: str) -> bool:
@@ -65,12 +68,11 @@ def has_only_the_loss(run, folder, data, network):
 
 
 def uses_several_gpus(run, folder, data, network):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*torchrun, EXAMPLES / "several_gpus.py"], env={**os.environ, "OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True, timeout=240, check=False)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert falls(done.stdout)
-    assert "all processes hold the same weights: True" in done.stdout
+    group = start_group(as_a_program, EXAMPLES / "several_gpus.py", told=folder / "told")
+    assert [ended(process) for process in group] == [0, 0], (folder / "told0.err").read_text()
+    told = (folder / "told0.out").read_text()
+    assert falls(told)
+    assert "all processes hold the same weights: True" in told
 
 
 def exports(run, folder, data, network):
@@ -97,7 +99,7 @@ def test_example(example, tmp_path, phantoms, checkpoint, monkeypatch, capsys): 
 
     def run(name, *arguments) -> str:
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        as_a_program(EXAMPLES / f"{name}.py")
         return capsys.readouterr().out
 
     torch.manual_seed(0)

@@ -2,47 +2,43 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
+import time
 
 import pytest
 
 from fastunet.errors import UserError
 from fastunet.files import locked, make_output_folder, whole_file, write_text
 from tests.cli_helpers import files_below
-
-WRITES_AND_WAITS = """
-import sys, time
-from fastunet.files import whole_file
-with whole_file(sys.argv[1]) as temporary:
-    temporary.write_text("half")
-    print("writing", flush=True)
-    time.sleep(60)
-"""
-LOCKS_AND_WAITS = """
-import sys, time
-from fastunet.files import locked
-with locked(sys.argv[1]):
-    print("locked", flush=True)
-    time.sleep(60)
-"""
+from tests.processes import ended, start, wait_for
 
 
-def started(script: str, path) -> subprocess.Popen:
-    process = subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True)
-    process.stdout.readline()
+def writes_and_waits(path, at_work) -> None:
+    with whole_file(path) as temporary:
+        temporary.write_text("half")
+        at_work.touch()
+        time.sleep(60)
+
+
+def locks_and_waits(path, at_work) -> None:
+    with locked(path):
+        at_work.touch()
+        time.sleep(60)
+
+
+def started(function, path):
+    at_work = path.parent.with_name(f"{path.parent.name}-at-work")
+    process = start(function, path, at_work)
+    wait_for(at_work)
     return process
 
 
-def killed(process: subprocess.Popen) -> None:
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+def killed(process) -> None:
+    process.kill()
+    ended(process)
 
 
 def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_kept(tmp_path):
-    process = started(WRITES_AND_WAITS, tmp_path / "x.txt")
+    process = started(writes_and_waits, tmp_path / "x.txt")
     make_output_folder(tmp_path)
     assert len(files_below(tmp_path)) == 1, "another process is still writing it"
     killed(process)
@@ -52,7 +48,7 @@ def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_kept(t
 
 
 def test_a_lock_ends_with_its_process(tmp_path):
-    process = started(LOCKS_AND_WAITS, tmp_path / ".lock")
+    process = started(locks_and_waits, tmp_path / ".lock")
     with pytest.raises(UserError, match="another process is at work"), locked(tmp_path / ".lock"):
         pass
     killed(process)

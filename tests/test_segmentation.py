@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import subprocess
 import sys
 
 import nibabel
@@ -13,9 +12,11 @@ import torch
 
 from fastunet import reference
 from fastunet.data import LABEL_MAPS, discover_cases, read_labels
+from fastunet.inference.segmenter import Segmenter
 from fastunet.pictures.overlay import best_slice
 from fastunet.training.checkpoint import load_model
 from tests.cli_helpers import checkpoint, files_below, phantoms, run, write_checkpoint  # noqa: F401
+from tests.processes import ended, start
 
 CASE = "Phantom_001"
 FILE_VALUES = np.array(LABEL_MAPS["brats2021"].values)
@@ -182,34 +183,31 @@ def test_overlay_shows_the_slice_with_most(phantoms, checkpoint, tmp_path):  # n
     assert best_slice(stack) == 3
 
 
-MEASURE = """
-import sys, threading, time
-from pathlib import Path
-import numpy as np, torch
-from fastunet.cli import main
-from fastunet.inference.segmenter import Segmenter
+def measured(*line: object) -> int:
+    """Runs ``fastunet``; prints its memory in MiB before a case is opened, and at most, and the number of batches."""
 
-def status(key):
-    return int(next(l for l in open("/proc/self/status") if l.startswith(key)).split()[1]) / 1024
+    def status(key):
+        return int(next(each for each in open("/proc/self/status") if each.startswith(key)).split()[1]) / 1024
 
-# Batches are alike, so two of them run the network and the others only pass through.
-real, calls = Segmenter._run, []
-def few(self, forward, images):
-    calls.append(1)
-    if len(calls) <= 2:
-        yield from real(self, forward, images)
-    else:
-        shape = (len(images), 4, 240, 240) if forward is self._network else (len(images), 240, 240)
-        yield slice(None), slice(None), torch.zeros(shape, dtype=torch.float32 if len(shape) == 4 else torch.uint8)
-Segmenter._run = few
-opened = Segmenter.open
-def open_case(self, *args, **kwargs):
-    print("before", status("VmRSS"))
-    return opened(self, *args, **kwargs)
-Segmenter.open = open_case
-assert main(sys.argv[1:]) == 0
-print("peak", status("VmHWM"), len(calls))
-"""
+    # Batches are alike, so two of them run the network and the others only pass through.
+    real, opened, calls = Segmenter._run, Segmenter.open, []
+
+    def few(self, forward, images):
+        calls.append(1)
+        if len(calls) <= 2:
+            yield from real(self, forward, images)
+        else:
+            shape = (len(images), 4, 240, 240) if forward is self._network else (len(images), 240, 240)
+            yield slice(None), slice(None), torch.zeros(shape, dtype=torch.float32 if len(shape) == 4 else torch.uint8)
+
+    def open_case(self, *args, **kwargs):
+        print("before", status("VmRSS"))
+        return opened(self, *args, **kwargs)
+
+    Segmenter._run, Segmenter.open = few, open_case
+    code = run(*line)
+    print("peak", status("VmHWM"), len(calls))
+    return code
 
 
 @pytest.mark.slow
@@ -226,9 +224,8 @@ def test_memory_of_a_whole_case(option, tmp_path):
     write_checkpoint(tmp_path / "full.safetensors", width=32, depth=4)
     line = ["segment", tmp_path / "full.safetensors", folder, "--out", tmp_path / "out", "--threads", "1"]
     line += ["--device", "cpu", *([option] if option else [])]
-    done = subprocess.run([sys.executable, "-c", MEASURE, *map(str, line)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    words = done.stdout.split()
+    assert ended(start(measured, *line, told=tmp_path / "told")) == 0, (tmp_path / "told.err").read_text()
+    words = (tmp_path / "told.out").read_text().split()
     before, peak = float(words[words.index("before") + 1]), float(words[words.index("peak") + 1])
     assert int(words[-1]) == 39
     volumes = 2 * np.prod(shape) * 4 / 2**20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,12 @@ import safetensors.torch
 
 from fastunet.training import dataset
 from tests.cli_helpers import phantoms, run  # noqa: F401
+from tests.processes import ended, environments, start_group
+
+
+def augmented(*line) -> int:
+    dataset._PLAIN_SLICES = 10
+    return run(*line)
 
 
 @pytest.mark.parametrize("more", [
@@ -24,13 +31,12 @@ def test_two_processes_equal_one(more, phantoms, tmp_path, monkeypatch):  # noqa
                "--augment", *more]  # fmt: skip
     one, two = tmp_path / "one", tmp_path / "two"
     monkeypatch.setattr(dataset, "_PLAIN_SLICES", 10)  # so that the second epoch is augmented
-    (tmp_path / "script.py").write_text(AUGMENTED)
     assert run("train", phantoms, "--out", one, *options, "--batch-size", "8") == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    line = [*torchrun, tmp_path / "script.py", "train", phantoms, "--out", two, *options, "--batch-size", "4"]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == [str(two)], "one process reports"
+    line = ["train", phantoms, "--out", two, *options, "--batch-size", "4"]
+    group = start_group(augmented, *line, told=tmp_path / "told")
+    assert [ended(process) for process in group] == [0, 0], (tmp_path / "told0.err").read_text()[-2000:]
+    told = [(tmp_path / f"told{rank}.out").read_text().split() for rank in range(2)]
+    assert told == [[str(two)], []], "one process reports"
     expected, actual = read_log(one), read_log(two)
     assert len(expected) == len(actual) == 2
     for row, other in zip(expected, actual, strict=True):
@@ -48,18 +54,10 @@ def test_two_processes_equal_one(more, phantoms, tmp_path, monkeypatch):  # noqa
 def test_the_group_and_its_threads_end_together(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(THREADS)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run([*torchrun, script, tmp_path], capture_output=True, timeout=120, check=True)
+    processes = [subprocess.Popen([sys.executable, script, tmp_path], env=os.environ | each) for each in environments()]
+    assert [process.wait(120) for process in processes] == [0, 0]
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["during True after False"] * 2
 
-
-AUGMENTED = """
-import sys
-from fastunet.cli import main
-from fastunet.training import dataset
-dataset._PLAIN_SLICES = 10
-sys.exit(main())
-"""
 
 THREADS = """
 import pathlib

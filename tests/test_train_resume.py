@@ -7,8 +7,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,33 +14,33 @@ import pytest
 import safetensors.torch
 
 from tests.cli_helpers import TINY, assert_user_error, phantoms, run  # noqa: F401
+from tests.processes import ended, start
 
 TIMINGS = ("slices_per_second", "data_wait_share", "seconds")
 OPTIONS = [*TINY, "--epochs", "3", "--dropout", "0.3", "--seed", "11", "--threads", "1", "--schedule", "cosine"]
 
-# Runs `fastunet` but kills itself, without any chance to clean up, right before or after the n-th file is renamed.
-KILLED_AT_RENAME = """
-import os, pathlib, signal, sys
-left, moment = int(sys.argv.pop(1)), sys.argv.pop(1)
-replace = pathlib.Path.replace
-def counted(self, target):
-    global left
-    left -= 1
-    if left == 0 and moment == "before":
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(self, target)
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-pathlib.Path.replace = counted
-from fastunet.cli import main
-sys.exit(main())
-"""
+
+def killed_at_rename(left: int, moment: str, line: list[str]) -> int:
+    """Runs `fastunet` but kills itself, without any chance to clean up, right before or after a file is renamed."""
+    replace = Path.replace
+
+    def counted(self, target):
+        nonlocal left
+        left -= 1
+        if left == 0 and moment == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(self, target)
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Path.replace = counted
+    return run(*line)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(phantoms, tmp_path_factory) -> Path:  # noqa: F811
     folder = tmp_path_factory.mktemp("whole") / "run"
-    assert subprocess.run([sys.executable, "-m", "fastunet", *arguments(phantoms, folder)], check=False).returncode == 0
+    assert ended(start(run, *arguments(phantoms, folder))) == 0
     return folder
 
 
@@ -74,27 +72,25 @@ def test_killed_between_renames(phantoms, uninterrupted, tmp_path):  # noqa: F81
     line = [*arguments(phantoms, folder), "--checkpoint-every", "0", "--resume"]
     # The first 9 renames are the 8 cache files and the configuration.
     for count, moment in ((4, "before"), (11, "after"), (6, "before")):
-        killed = subprocess.run([sys.executable, "-c", KILLED_AT_RENAME, str(count), moment, *line], check=False)
-        assert killed.returncode == -signal.SIGKILL
-    assert subprocess.run([sys.executable, "-m", "fastunet", *line], check=False).returncode == 0
+        assert ended(start(killed_at_rename, count, moment, line)) == -signal.SIGKILL
+    assert ended(start(run, *line)) == 0
     assert_same_run(folder, uninterrupted)
 
 
 def test_killed_at_random_times(phantoms, uninterrupted, tmp_path):  # noqa: F811
     folder, draw = tmp_path / "run", random.Random(5)
-    line = [sys.executable, "-m", "fastunet", *arguments(phantoms, folder), "--checkpoint-every", "0.05", "--resume"]
+    line = [*arguments(phantoms, folder), "--checkpoint-every", "0.05", "--resume"]
     state, kills = folder / "state.safetensors", 0
     for _ in range(2):
         before = state.stat().st_mtime_ns if state.exists() else 0
-        process = subprocess.Popen(line)
-        while process.poll() is None and (not state.exists() or state.stat().st_mtime_ns == before):
+        process = start(run, *line)
+        while process.is_alive() and (not state.exists() or state.stat().st_mtime_ns == before):
             time.sleep(0.005)
         time.sleep(draw.uniform(0, 0.3))
-        kills += process.poll() is None
         process.kill()
-        process.wait()
+        kills += ended(process) == -signal.SIGKILL
     assert kills >= 1
-    assert subprocess.run(line, check=False).returncode == 0
+    assert ended(start(run, *line)) == 0
     assert_same_run(folder, uninterrupted)
 
 

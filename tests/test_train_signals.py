@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -16,8 +17,10 @@ from fastunet import signals
 from fastunet.signals import Interrupted
 from fastunet.training import checkpoint, learner, loop, tensor_file
 from tests.cli_helpers import TINY, assert_user_error, files_below, phantoms, run  # noqa: F401
+from tests.processes import ended, start, start_group, wait_for
 
 OPTIONS = [*TINY, "--epochs", "2", "--dropout", "0.3", "--seed", "11", "--threads", "1", "--batch-size", "4"]
+ENDLESS = [*OPTIONS, "--epochs", "400", "--checkpoint-every", "0.2"]
 WEIGHTS = ("best.safetensors", "last.safetensors")
 
 
@@ -130,44 +133,42 @@ def test_ignored_signals_stay_ignored():
 
 @pytest.mark.parametrize("who", ["one of them", "torchrun"])
 def test_two_processes_stop_at_one_step(who, phantoms, tmp_path):  # noqa: F811
-    out = tmp_path / "run"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    line = ["train", phantoms, "--out", out, *OPTIONS, "--epochs", "400", "--checkpoint-every", "0.2"]
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    process = subprocess.Popen([*torchrun, script, tmp_path, *line], stderr=subprocess.PIPE, text=True)
-    wait_for(out / "state.safetensors")
-    os.kill(process.pid if who == "torchrun" else int((tmp_path / "pid1").read_text()), signal.SIGTERM)
-    error = process.communicate(timeout=120)[1]
-    assert error.count("fastunet: stopped by SIGTERM; the state is saved") == 1, error
-    assert [(tmp_path / f"code{rank}").read_text() for rank in range(2)] == ["143", "143"]
-    assert "Traceback" not in error.partition("elastic")[0]
-    state = tensor_file.read_tensors(out / "state.safetensors")[1]["fastunet_state"]
+    line = ["train", phantoms, "--out", tmp_path / "run", *ENDLESS]
+    if who == "torchrun":
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+        processes = [subprocess.Popen([*torchrun, sys.executable, "-c", WORKER, tmp_path, *line])]
+    else:
+        processes = start_group(told, tmp_path, *line)
+    wait_for(tmp_path / "run" / "state.safetensors")
+    os.kill(processes[-1].pid, signal.SIGTERM)
+    for process in processes:
+        process.wait(120) if who == "torchrun" else ended(process)
+    codes, errors = ([(tmp_path / f"{name}{rank}").read_text() for rank in range(2)] for name in ("code", "error"))
+    assert codes == ["143", "143"]
+    assert "".join(errors).count("fastunet: stopped by SIGTERM; the state is saved") == 1, errors
+    assert "Traceback" not in "".join(errors)
+    state = tensor_file.read_tensors(tmp_path / "run" / "state.safetensors")[1]["fastunet_state"]
     assert '"batch": ' in state
 
 
+def told(folder: Path, *line: object) -> int:
+    """Runs ``fastunet`` as a process of a group, which leaves its exit code and what it complains of in ``folder``."""
+    with open(folder / f"error{os.environ['RANK']}", "w") as file, contextlib.redirect_stderr(file):
+        code = run(*line)
+    (folder / f"code{os.environ['RANK']}").write_text(str(code))
+    return code
+
+
 WORKER = """
-import os, pathlib, sys
-from fastunet.cli import main
-folder, rank = pathlib.Path(sys.argv[1]), os.environ["RANK"]
-(folder / f"pid{rank}").write_text(str(os.getpid()))
-code = main(sys.argv[2:])
-(folder / f"code{rank}").write_text(str(code))
-sys.exit(code)
+import pathlib, sys
+from tests.test_train_signals import told
+sys.exit(told(pathlib.Path(sys.argv[1]), *sys.argv[2:]))
 """
-
-
-def wait_for(path: Path, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} did not appear"
-        time.sleep(0.02)
 
 
 def test_one_run_folder_takes_one_process(phantoms, tmp_path, capsys):  # noqa: F811
     out = tmp_path / "run"
-    line = [sys.executable, "-m", "fastunet", "train", phantoms, "--out", out, *OPTIONS, "--epochs", "400"]
-    process = subprocess.Popen([*line, "--checkpoint-every", "0.2"], stderr=subprocess.DEVNULL)
+    process = start(run, "train", phantoms, "--out", out, *ENDLESS)
     try:
         wait_for(out / "state.safetensors")
         for resume in ([], ["--resume"]):
@@ -175,7 +176,7 @@ def test_one_run_folder_takes_one_process(phantoms, tmp_path, capsys):  # noqa: 
             assert_user_error(capsys, code, "another process is at work", str(out))
     finally:
         process.kill()
-        process.wait()
+        ended(process)
     assert (out / ".lock").exists(), "a killed process leaves the file"
     assert run("train", phantoms, "--out", out, *OPTIONS, "--epochs", "400") == 2
     assert "holds a run already" in capsys.readouterr().err

@@ -2,85 +2,68 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-import textwrap
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
 
 from fastunet import UNet, reference
+from tests.processes import ended, start_group
 
-ROOT = Path(__file__).parents[1]
 
-PRELUDE = """
-    import os, sys, torch, warnings
-    import torch.distributed as dist
-    from fastunet import UNet, reference
+def built(kind):
+    torch.manual_seed(0)
+    return kind(width=4, depth=2, dropout=0.0)
+
+
+def in_a_group(train) -> None:
+    """What ``train`` does with this process's half of the images, and the gradients of the plain build for all."""
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    rank = int(sys.argv[1])
-    dist.init_process_group("gloo", init_method=sys.argv[2], rank=rank, world_size=2)
-    def build(kind):
-        torch.manual_seed(0)
-        return kind(width=4, depth=2, dropout=0.0)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     torch.manual_seed(1)
     images = torch.randn(4, 2, 16, 12)
-    mine = images[2 * rank : 2 * rank + 2]
-    plain = build(reference.UNet)
+    plain = built(reference.UNet)
     plain(images).square().mean().backward()
-    expected = {name: p.grad for name, p in plain.named_parameters()}
-    def check(name, gradient):
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=lambda m: f"{name}: {m}")
-"""
-
-SCRIPTS = {
-    "DistributedDataParallel": """
-        from torch.nn.parallel import DistributedDataParallel
-        for option in ("gradient_as_bucket_view", "static_graph", "find_unused_parameters"):
-            model = DistributedDataParallel(build(UNet), **{option: True})
-            for step in range(2):
-                model.zero_grad(set_to_none=True)
-                model(mine).square().mean().backward()
-            for name, p in model.module.named_parameters():
-                check(name, p.grad)
-    """,
-    "FSDP2 per block": """
-        from torch.distributed.fsdp import fully_shard
-        from torch.distributed.device_mesh import init_device_mesh
-        mesh = init_device_mesh("cpu", (2,))
-        model = build(UNet)
-        for block in (*model.encoders, model.bottleneck, *model.decoders, model.head):
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        model(mine).square().mean().backward()
-        for name, p in model.named_parameters():
-            check(name, p.grad.full_tensor())
-        optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
-        before = model(mine).square().mean().item()
-        optimiser.step()
-        assert model(mine).square().mean().item() < before
-    """,
-}
+    for found in train(images[2 * rank : 2 * rank + 2]):
+        expected = {name: p.grad for name, p in plain.named_parameters()}
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("wrapper", SCRIPTS)
-def test_two_processes_train_as_the_plain_build_does(wrapper, tmp_path):
-    script = tmp_path / "script.py"
-    body = textwrap.dedent(PRELUDE) + textwrap.dedent(SCRIPTS[wrapper])
-    script.write_text(body + "\ndist.destroy_process_group()\n")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    processes = [subprocess.Popen([sys.executable, script, str(rank), address], cwd=ROOT, stderr=subprocess.PIPE,
-                                  text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}) for rank in range(2)]
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-3000:]
+def data_parallel(mine):
+    for option in ("gradient_as_bucket_view", "static_graph", "find_unused_parameters"):
+        model = nn.parallel.DistributedDataParallel(built(UNet), **{option: True})
+        for _ in range(2):
+            model.zero_grad(set_to_none=True)
+            model(mine).square().mean().backward()
+        yield {name: p.grad for name, p in model.module.named_parameters()}
+
+
+def fully_sharded(mine):
+    """FSDP2, block by block."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2,))
+    model = built(UNet)
+    for block in (*model.encoders, model.bottleneck, *model.decoders, model.head):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    model(mine).square().mean().backward()
+    yield {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = model(mine).square().mean().item()
+    optimiser.step()
+    assert model(mine).square().mean().item() < before
+
+
+@pytest.mark.parametrize("train", [data_parallel, fully_sharded])
+def test_two_processes_train_as_the_plain_build_does(train, tmp_path):
+    group = start_group(in_a_group, train, told=tmp_path / "told")
+    assert [ended(process) for process in group] == [0, 0], (tmp_path / "told0.err").read_text()[-3000:]
 
 
 def test_lora_of_peft_moves_the_output_and_learns():
