@@ -59,8 +59,10 @@ def stop_at(monkeypatch, place: str, count: int, number: int = signal.SIGTERM) -
     monkeypatch.setattr(learner, "_loss", signalling)
 
 
-@pytest.mark.parametrize("place, count", [("training", 1), ("training", 5), ("training", 12), ("validation", 2)])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("place, count, number", [
+    ("training", 1, signal.SIGTERM), ("training", 5, signal.SIGINT), ("training", 12, signal.SIGTERM),
+    ("validation", 2, signal.SIGTERM), ("validation", 2, signal.SIGINT),
+])  # fmt: skip
 def test_a_signal_saves_the_state(place, count, number, phantoms, uninterrupted, tmp_path, capsys, monkeypatch):  # noqa: F811
     line = ["train", phantoms, "--out", tmp_path / "run", *OPTIONS]
     with monkeypatch.context() as patch:
