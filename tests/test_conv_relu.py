@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fastunet.functional import conv_relu, conv_relu_pool
+from fastunet.functional._layout import like_weight
 from fastunet.reference import centre_crop
 from tests import operators
 
@@ -31,7 +32,17 @@ CASES = [
     ((1, 1, 1, 1), None, (1, 1, 3, 3), None),
     ((2, 3, 5, 6), (2, 2, 5, 6), (4, 5, 3, 3), (4,)),
     ((2, 3, 5, 6), (2, 2, 8, 9), (4, 5, 3, 3), (4,)),
+    ((1, 12, 2, 3), None, (12, 12, 3, 3), (12,)),  # a weight much larger than the image
 ]
+
+
+def test_a_weight_much_larger_than_the_image_is_not_reordered():
+    weight, small, large = torch.randn(12, 12, 3, 3), torch.randn(1, 12, 2, 3), torch.randn(1, 12, 9, 9)
+    nhwc = [t.contiguous(memory_format=torch.channels_last) for t in (weight, small, large)]
+    for x in (small, nhwc[1]):
+        assert like_weight(x, weight).is_contiguous()
+        assert like_weight(x, nhwc[0]).stride() == nhwc[1].stride()
+    assert like_weight(large, weight).stride() == nhwc[2].stride()
 
 
 @pytest.mark.parametrize("shapes", CASES)

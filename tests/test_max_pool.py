@@ -39,3 +39,8 @@ def test_ties_skip_and_mask():
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"\(1, 1, 1, 4\)"):
         max_pool2d(torch.zeros(1, 1, 1, 4))
+
+
+def test_on_a_cpu_the_derivative_is_pytorch_s_own():
+    x = torch.randn(1, 2, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
+    assert max_pool2d(x).grad_fn.name().startswith("MaxPool2DWithIndices")

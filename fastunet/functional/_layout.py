@@ -19,6 +19,12 @@ def nhwc(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
 
 
+def like_weight(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``x`` as PyTorch's convolutions should get it: in NCHW memory if the weight is, and is much larger, in NHWC
+    else; they reorder what does not fit in each call."""
+    return x.contiguous() if weight.is_contiguous() and weight.numel() > 4 * x.numel() else nhwc(x)
+
+
 def empty_nhwc(like: torch.Tensor, channels: int, height: int, width: int,
                dtype: torch.dtype | None = None) -> torch.Tensor:
     """An uninitialised (N, channels, height, width) tensor with the batch, dtype and device of ``like``."""

@@ -16,7 +16,7 @@ from fastunet.arguments import checked
 from fastunet.autograd import tracked
 from fastunet.dispatch import autocast_operands, define, select_backend
 from fastunet.functional._checks import check_alike, check_image, check_tensors
-from fastunet.functional._layout import empty_nhwc, nhwc
+from fastunet.functional._layout import empty_nhwc, like_weight, nhwc
 from fastunet.functional._onednn import accumulates, add_convolution
 from fastunet.functional.conv_strided import unsupported
 from fastunet.functional.max_pool import pooled_shape
@@ -42,7 +42,8 @@ def torch_forward(
         y = nhwc(F.conv2d(nhwc(centre_crop(skip, *x.shape[2:])), skip_weight, bias, padding=pad))
         y = add_convolution(y, nhwc(x), x_weight, pad)
     else:
-        y = nhwc(F.conv2d(_joined(x, skip), weight, bias, padding=pad))
+        x = like_weight(x, weight) if skip is None else _joined(x, skip)
+        y = nhwc(F.conv2d(x, weight, bias, padding=pad))
     return activation_(y, slope)
 
 
@@ -63,8 +64,9 @@ def _forward_pool(x, weight, bias, pad, slope):
 
 
 def _convolution_backward(dz, x, weight, pad, mask):
+    dz, x = like_weight(dz, weight), like_weight(x, weight)
     return torch.ops.aten.convolution_backward(
-        nhwc(dz), nhwc(x), weight, [weight.shape[0]], [1, 1], [pad, pad], [1, 1], False, [0, 0], 1, mask
+        dz, x, weight, [weight.shape[0]], [1, 1], [pad, pad], [1, 1], False, [0, 0], 1, mask
     )
 
 

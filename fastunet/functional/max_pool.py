@@ -1,4 +1,7 @@
-"""2×2 max-pool with stride 2, whose backward recomputes the maximum instead of keeping an index tensor."""
+"""2×2 max-pool with stride 2, whose backward recomputes the maximum instead of keeping an index tensor.
+
+By itself it is so as a kernel only; on the PyTorch backend it is PyTorch's own, derivative included.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastunet.arguments import checked
+from fastunet.autograd import transformed
 from fastunet.dispatch import define, select_backend
 from fastunet.functional._checks import check_image
 from fastunet.functional._layout import empty_nhwc, nhwc
@@ -72,4 +76,7 @@ def max_pool2d(x: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
     check_image("max_pool2d", x)
     if min(x.shape[2:]) < 2:
         raise ValueError(f"max_pool2d: x has shape {tuple(x.shape)}; both sides must be at least 2")
-    return _OPS.max_pool2d(x, select_backend(backend, "max_pool2d", x))
+    backend = select_backend(backend, "max_pool2d", x)
+    if backend == "torch" and not transformed():  # its derivative keeps the indices, which cost a pass to find again
+        return _forward(x)
+    return _OPS.max_pool2d(x, backend)
