@@ -110,11 +110,15 @@ def test_the_order_hands_its_epoch_on(folder, tmp_path):
     ],
 )
 def test_sides_of_the_tiles(network, smallest, sides):
-    assert tile_sides(Architecture(**network), None, smallest) == sides
+    assert tile_sides(Architecture(**network), None, [smallest]) == sides
 
 
 def test_a_side_that_does_not_fit():
     valid = Architecture(padding="valid", up="transpose")
-    assert tile_sides(valid, 252, 512) == (252, 68)
+    assert tile_sides(valid, 252, [512]) == (252, 68)
     with pytest.raises(UserError, match="nearest sizes that fit, for height 512: 508 or 524"):
-        tile_sides(valid, 512, 512)
+        tile_sides(valid, 512, [512])
+
+
+def test_a_tiny_image_does_not_decide_on_the_tiles_of_large_ones():
+    assert tile_sides(Architecture(in_channels=1, num_classes=2, depth=4), None, [1, 300, 256, 260, 300]) == (128, 128)

@@ -138,8 +138,8 @@ def prepare_data(
     tile: int | None = None
     output = 0
     if cases[0].is_image:
-        smallest = min(min(read_geometry(case.files[0]).shape[:2]) for case in cases)
-        tile, output = tile_sides(architecture_of(config), config.size, smallest)
+        sides = [min(read_geometry(case.files[0]).shape[:2]) for case in cases]
+        tile, output = tile_sides(architecture_of(config), config.size, sides)
     elif config.border_weights:
         raise UserError(f"--border-weights is for 2-D images; {config.data} holds volumes")
 
@@ -185,18 +185,20 @@ def architecture_of(config: TrainConfig, **overrides: Any) -> Architecture:
         raise UserError(str(error)) from error
 
 
-def tile_sides(architecture: Architecture, size: int | None, smallest: int) -> tuple[int, int]:
+def tile_sides(architecture: Architecture, size: int | None, sides: Sequence[int]) -> tuple[int, int]:
     """The side of the tiles that a network takes from images, and of the middle that it predicts.
 
     Args:
         architecture: of the network.
-        size: the side asked for, of the input. None takes tiles that predict the smallest image whole, but inputs of no
-            more than 572 pixels, the source's, under "valid" convolutions and 512 under "same" ones.
-        smallest: the least side of all images.
+        size: the side asked for, of the input. None takes tiles that predict the smallest image whole, or half the
+            median one if that is larger, but inputs of no more than 572 pixels, the source's, under "valid"
+            convolutions and 512 under "same" ones.
+        sides: the shorter side of each image.
 
     Raises:
         UserError: ``size`` does not fit the network; the message names the nearest that do.
     """
+    smallest = max(min(sides), int(np.median(sides)) // 2)
     if size is None and architecture.padding == "same":
         unit = 2**architecture.depth
         size = min(smallest, _LARGEST_SAME)
