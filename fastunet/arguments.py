@@ -122,7 +122,8 @@ def _real(value: object) -> Problem:
 def _tensor(value: object) -> Problem:
     if not isinstance(value, torch.Tensor):
         return TypeError
-    return None if value.layout == torch.strided and not value.is_quantized and not value.is_complex() else ValueError
+    dense = value.layout == torch.strided and not (value.is_quantized or value.is_nested or value.is_complex())
+    return None if dense else ValueError
 
 
 def _array(value: object) -> Problem:
@@ -145,7 +146,8 @@ _RULES: dict[Any, Callable[[object], Problem]] = {
 def _shown(value: object) -> str:
     """``value`` in a few words."""
     if isinstance(value, torch.Tensor):
-        return f"a tensor of {value.dtype}, {value.layout}, shape {tuple(value.shape)}"
+        shape = "nested" if value.is_nested else f"shape {tuple(value.shape)}"
+        return f"a tensor of {value.dtype}, {value.layout}, {shape}"
     if isinstance(value, np.ndarray):
         return f"an array of {value.dtype}, shape {value.shape}"
     return reprlib.repr(value)

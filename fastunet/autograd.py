@@ -70,8 +70,7 @@ def through(implementation: Function) -> tuple[Function, Function]:
 def vjp(function: Function, inputs: Sequence[Any], needed: Sequence[bool], grads: Sequence[Any]) -> list[Any]:
     """The gradients of the ``needed`` inputs of ``function``, None for others; differentiable if grad mode is on."""
     again = torch.is_grad_enabled()
-    levels = torch._C._functorch.get_interpreter_stack() or []
-    if any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels):
+    if vmapped():
         # As torch.func.jacrev asks: the level of the saved tensors is gone, and the numbers would be zeros.
         raise NotImplementedError("fastunet: no second derivatives under torch.func.vmap, jacrev or hessian")
     with torch.enable_grad():
@@ -103,6 +102,14 @@ def transformed() -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def vmapped() -> bool:
+    """Whether ``torch.func.vmap`` is at work."""
+    if torch.compiler.is_compiling():
+        return False
+    levels = torch._C._functorch.get_interpreter_stack() or []
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
 
 
 def differentiated_again() -> bool:

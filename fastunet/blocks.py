@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import is_parametrized
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from fastunet import reference
 from fastunet.architecture import Architecture
@@ -38,20 +40,29 @@ class Made(NamedTuple):
     has_bias: bool
 
 
-def _class_forwards() -> tuple[Any, ...]:
-    return nn.Conv2d.forward, nn.Conv2d._conv_forward, nn.ConvTranspose2d.forward, nn.Dropout.forward
+def _shared_code() -> tuple[Any, ...]:
+    """What PyTorch runs for every layer, and people replace to see or change all of them."""
+    layers = nn.Conv2d, nn.ConvTranspose2d, nn.Dropout, nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm
+    return (nn.Module.__call__, nn.Conv2d._conv_forward, *(layer.forward for layer in layers), F.conv2d,
+            F.conv_transpose2d, F.relu, F.leaky_relu, F.max_pool2d, F.interpolate)  # fmt: skip
 
 
-_CLASS_FORWARDS = _class_forwards()
+_SHARED_CODE = _shared_code()
 
 
 def why_not_anywhere() -> str | None:
     """What hangs on every module of the process, or None."""
     if _has_any_global_hook():
         return "global module hooks are registered"
-    if _class_forwards() != _CLASS_FORWARDS:
-        return "the forward of a torch.nn class has been replaced"
-    return None
+    if _shared_code() != _SHARED_CODE:
+        return "code that torch.nn runs for every layer has been replaced"
+    if torch.compiler.is_compiling() or not torch._C._len_torch_function_stack():  # export has a mode of its own
+        return None
+    others = any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
+    return "a TorchFunctionMode is active" if others else None
+
+
+_METHODS = frozenset({"forward", "_conv_forward", "_call_impl", "upsampled", "logits_of_padded"})
 
 
 def why_touched(module: nn.Module, kind: type) -> str | None:
@@ -59,7 +70,7 @@ def why_touched(module: nn.Module, kind: type) -> str | None:
     if type(module) is not kind and not (type(module).__bases__ == (kind,) and is_parametrized(module)):
         return f"is of class {type(module).__name__}, not {kind.__name__}"
     d = module.__dict__
-    if "forward" in d or "_conv_forward" in d or "_call_impl" in d:
+    if not _METHODS.isdisjoint(d):
         return "has a forward of its own"
     if d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]:
         return "has hooks"
@@ -134,6 +145,9 @@ def warn_plain(name: str, reason: str) -> None:
         warnings.warn(f"{name} of fastunet.UNet runs through its modules, not fused: {reason}", stacklevel=2)
 
 
+_UPSAMPLED = reference.DecoderBlock.upsampled
+
+
 class _Block(nn.Module):
     """What both kinds of fused block share; comes before a block of the plain build among the bases.
 
@@ -149,12 +163,18 @@ class _Block(nn.Module):
         super().__init__(in_channels, out_channels, padding, *others, **keywords)
         self.padding, self.name, self.backend, self.sync_norms = padding, "a block", "auto", False
         self._made = {name: made(layer) for name, layer in self.named_children()}
+        self._made_style = self.style, getattr(self, "up_kind", None)
         self._warned: str | None = None
 
     def why_not_fused(self) -> str | None:
         """Why the block runs through its layers, or None if it runs fused."""
-        layers = self._modules
-        for name, layer_made in self._made.items():
+        d = self.__dict__
+        layers, (style, up) = d["_modules"], d["_made_style"]
+        if len(layers) != len(d["_made"]):
+            return "it has other layers than it was made with"
+        if (d["style"] is not style and d["style"] != style) or d.get("up_kind") != up:
+            return "it has another style than it was made with"
+        for name, layer_made in d["_made"].items():
             if not _as_made(layers.get(name), layer_made):
                 reason = why_not_layer(layers.get(name), layer_made)
                 if reason is not None:
@@ -183,6 +203,10 @@ class _Block(nn.Module):
         y = reference.convolution(self, index, x)
         return (y, F.max_pool2d(y, 2)) if pool else y
 
+    def _as_layers_leave_it(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        conv: Any = self._modules["conv1"]
+        return nchw(y) if leaves_nchw(x, conv._parameters.get("weight")) else y
+
     def _warn(self, reason: str) -> None:
         if reason != self._warned:
             warn_plain(self.name, reason)
@@ -192,6 +216,8 @@ class _Block(nn.Module):
         if why_not_anywhere():
             return True
         reason = self.why_not_fused()
+        if "upsampled" in self.__dict__ or getattr(type(self), "upsampled", _UPSAMPLED) is not _UPSAMPLED:
+            reason = "it has a way of its own to upsample"
         if reason is not None:
             self._warn(reason)
         return reason is not None
@@ -218,7 +244,7 @@ class ConvBlock(_Block, reference.ConvBlock):
             return super().forward(x)
         if not self.style.is_classic:
             y = self._convolution(2, self._convolution(1, x), pool=pool)
-            return y if checked else like(x, y)
+            return y if checked else self._as_layers_leave_it(x, y)
         tensors = self._tensors()
         common: dict[str, Any] = dict(padding=self.padding, backend=self.backend)
         try:
@@ -229,7 +255,7 @@ class ConvBlock(_Block, reference.ConvBlock):
             self._refused(error, x)
             y = super().forward(x)
             return (y, F.max_pool2d(y, 2)) if pool else y
-        return y if checked else like(x, y)
+        return y if checked else self._as_layers_leave_it(x, y)
 
 
 class DecoderBlock(_Block, reference.DecoderBlock):
@@ -257,7 +283,7 @@ class DecoderBlock(_Block, reference.DecoderBlock):
             up = self._up(x)
             up = up if up.shape[2:] == skip.shape[2:] else reference.padded_to(up, skip, self.style.odd)
             y = self._convolution(2, self._convolution(1, up, skip))
-            return y if checked else like(x, y)
+            return y if checked else self._as_layers_leave_it(x, y)
         tensors = self._tensors()
         common: dict[str, Any] = dict(up=self.up_kind, padding=self.padding, backend=self.backend)
         try:
@@ -268,7 +294,7 @@ class DecoderBlock(_Block, reference.DecoderBlock):
             self._refused(error, x)
             y = super().forward(F.relu(x) if mask_input else x, skip)
             return y if head is None else finish(head(y), output)
-        return y if checked else like(x, y)
+        return y if checked else self._as_layers_leave_it(x, y)
 
     def _up(self, x: torch.Tensor) -> torch.Tensor:
         operands, backend = (x, *parameters(self.up)), self.backend
@@ -298,6 +324,11 @@ def runs_as(block: nn.Module, kind: type[nn.Module]) -> bool:
     return getattr(type(block), "forward", None) is kind.forward and "forward" not in block.__dict__
 
 
-def like(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """``y`` in contiguous memory if ``x`` is, as layers would leave it."""
-    return y.contiguous() if x.is_contiguous() else y
+def leaves_nchw(x: torch.Tensor, weight: torch.Tensor | None) -> bool:
+    """Whether a convolution of ``x`` would leave its result in NCHW memory, as both say; of one channel by strides."""
+    return all(t is None or (t.is_contiguous() and t.stride()[1] == t.shape[2] * t.shape[3]) for t in (x, weight))
+
+
+def nchw(y: torch.Tensor) -> torch.Tensor:
+    """``y`` in NCHW memory, with just the strides of that where there is one channel or pixel."""
+    return y.contiguous().view(y.shape)

@@ -17,8 +17,9 @@ from fastunet.blocks import (
     ConvBlock,
     DecoderBlock,
     fused_head,
-    like,
+    leaves_nchw,
     made,
+    nchw,
     runs_as,
     warn_plain,
     why_not_anywhere,
@@ -34,6 +35,12 @@ _NO_TORCHSCRIPT = (
     "fastunet.UNet is not for TorchScript, which PyTorch has given up: use torch.export, torch.compile or"
     " fastunet.to_onnx"
 )
+
+_THROUGH_BLOCKS = reference.UNet.logits_of_padded
+
+
+def _unchanged(x: torch.Tensor) -> torch.Tensor:
+    return x
 
 
 @checked
@@ -165,7 +172,11 @@ class UNet(reference.UNet):
 
     def runs_apart(self) -> bool:
         """Whether something about the model or a part of it keeps it from running as one fused network now."""
-        return bool(self._why_wrapped() or self.why_not_fused())
+        return self._is_rewritten() or bool(self._why_wrapped() or self.why_not_fused())
+
+    def _is_rewritten(self) -> bool:
+        """Whether a subclass, or this object, has its own way through the blocks."""
+        return type(self).logits_of_padded is not _THROUGH_BLOCKS or "logits_of_padded" in self.__dict__
 
     def why_not_fused(self) -> dict[str, str]:
         """The parts that would not run now as parts of one fused network, by name, and why; empty if all would."""
@@ -194,25 +205,28 @@ class UNet(reference.UNet):
     def _check(self, x: torch.Tensor) -> tuple[int, int]:
         if torch.jit.is_tracing():  # type: ignore[no-untyped-call, attr-defined]
             raise ValueError(_NO_TORCHSCRIPT)
-        size = super()._check(x)
-        first: Any = self.encoders[0] if len(self.encoders) else self.bottleneck
-        weight = first.conv1._parameters.get("weight") if type(first) is ConvBlock else None
-        if weight is not None and x.dtype != weight.dtype and not autocasts(x.device.type):
-            raise ValueError(f"the images are {x.dtype}, but the first layer's parameters {weight.dtype}")
-        return size
+        return super()._check(x)
 
     def _run(self, x: torch.Tensor, output: str) -> torch.Tensor:
         height, width = self._check(x)
+        if self._is_rewritten():
+            return finish(reference.top_left(self.logits_of_padded(self._pad(x)), height, width), output)
         apart, style = self.why_not_fused(), self.architecture
         if apart:
             self._warn(apart)
+        name, first, _ = next(self._blocks())
+        weight = None if name in apart else first.conv1._parameters.get("weight")
+        if weight is not None and x.dtype != weight.dtype and not autocasts(x.device.type):
+            raise ValueError(f"the images are {x.dtype}, but the first layer's parameters {weight.dtype}")
         if self.activation_checkpointing and style.norm == "batch" and self.training and torch.is_grad_enabled():
             raise ValueError("activation_checkpointing would count each batch twice in the running statistics of norms")
-        images, x = x, nhwc(self._pad(x))  # once, not in each operator that reads it
+        drops = "dropout" not in apart and self.dropout.training and self.dropout.p
+        as_layers_leave_it = nchw if (apart or drops) and leaves_nchw(x, self._first_weight()) else _unchanged
+        x = nhwc(self._pad(x))  # once, not in each operator that reads it
 
         def run(name: str, block: nn.Module, *inputs: torch.Tensor, **links: Any) -> Any:
             if name in apart:  # called as the plain build would, with inputs in the memory format it would give
-                inputs, links = tuple(like(images, each) for each in inputs), {}
+                inputs, links = tuple(map(as_layers_leave_it, inputs)), {}
             else:
                 links["checked"] = True
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -232,7 +246,7 @@ class UNet(reference.UNet):
         joined = [style.is_classic and a not in apart and b not in apart for a, b in itertools.pairwise(chain)]
         joined[0] = joined[0] and "dropout" not in apart
         x = run("bottleneck", self.bottleneck, x, grad_masked=joined[0])
-        x = self.dropout(like(images, x) if "dropout" in apart else x)
+        x = self.dropout(as_layers_leave_it(x))  # which draws in the order of memory
         for level, decoder in enumerate(self.decoders):
             links = {"mask_input": joined[level], "grad_masked": joined[level + 1]}
             if joined[-1] and level + 3 == len(chain) and not torch.is_grad_enabled():
@@ -240,10 +254,14 @@ class UNet(reference.UNet):
                 return reference.top_left(logits, height, width)
             x = run(chain[level + 1], decoder, x, skips.pop(), **links)
         if "head" in apart:
-            x = finish(self.head(like(images, x)), output)
+            x = finish(self.head(as_layers_leave_it(x)), output)
         else:
             x = fused_head(self.head, x, output=output, mask_input=joined[-1], backend=self.backend)
         return reference.top_left(x, height, width)
+
+    def _first_weight(self) -> torch.Tensor | None:
+        """The first kernel larger than a pixel, whose strides tell its memory format."""
+        return next((p for p in self.parameters() if p.dim() == 4 and p.shape[2] > 1), None)
 
     def _warn(self, apart: dict[str, str]) -> None:
         """Once for each part that runs through its modules and does not say so itself, as blocks of our own do."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import pickle
 
@@ -163,6 +164,43 @@ def _(model):
             return torch.func.functional_call(self.model, state, (x,))
 
     return Called()
+
+
+@change("a way of its own through the blocks")
+def _(model):
+    class Doubled(type(model)):
+        def logits_of_padded(self, x):
+            return 2 * super().logits_of_padded(x)
+
+    model.__class__ = Doubled
+
+
+@change("a patched way through the blocks")
+def _(model):
+    through = model.logits_of_padded
+    model.logits_of_padded = lambda x: 2 * through(x)
+
+
+@change("a way of its own to upsample")
+def _(model):
+    class Doubled(type(model.decoders[0])):
+        def upsampled(self, x):
+            return 2 * super().upsampled(x)
+
+    model.decoders[0].__class__ = Doubled
+    up = model.decoders[1].upsampled
+    model.decoders[1].upsampled = lambda x: up(x) - 0.5
+
+
+@change("another activation in blocks")
+def _(model):
+    for block in (model.bottleneck, model.decoders[0]):
+        block.style = dataclasses.replace(block.style, activation="leaky_relu", slope=0.2)
+
+
+@change("a norm in a block")
+def _(model):
+    model.bottleneck.norm1 = nn.BatchNorm2d(16).to(model.head.weight)
 
 
 class Marked(nn.Parameter):

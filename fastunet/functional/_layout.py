@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from fastunet import autograd
+
 
 def nhwc_strides(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
     """Strides of NHWC memory for a logical (N, C, H, W) shape."""
@@ -16,6 +18,8 @@ def nhwc(x: torch.Tensor) -> torch.Tensor:
     strides = nhwc_strides(x.shape)
     if x.stride() == strides:
         return x
+    if autograd.vmapped():  # which cannot write into a tensor that holds one image
+        return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
 
 

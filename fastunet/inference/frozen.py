@@ -36,6 +36,9 @@ class FrozenUNet(torch.nn.Module):
     changes of parameters that were made in inference mode, a CUDA graph of the user's own that trains. Call
     :meth:`refresh` after them. Several threads, and streams of a GPU, may call one frozen network at once.
 
+    Parameters that are computed (parametrisations), and a part in training mode, such as dropout for Monte Carlo
+    samples, run in each call as in the model: nothing is prepared then.
+
     A copy, or a pickle, holds the model and prepares its own. What ``torch.export`` and ``torch.compile`` see is the
     model itself, without gradients.
 
@@ -109,7 +112,7 @@ class FrozenUNet(torch.nn.Module):
             raise RuntimeError("a frozen network needs its model in evaluation mode: call model.eval()")
         if self.model.runs_apart():  # what hangs on a module must run, in each call
             return self.model.infer(x, output)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._moves():
             return self.model._run(x, output)
         height, width = self.model._check(x)
         weight = self.model.head.weight
@@ -151,8 +154,16 @@ class FrozenUNet(torch.nn.Module):
         self._casts[dtype] = FrozenUNet(copy.deepcopy(self.model).requires_grad_(False).to(dtype), self.graphs)
         return self._casts[dtype]
 
+    def _moves(self) -> bool:
+        """Whether something in the model may act differently in each call and leave no trace: a part that trains by
+        itself, such as dropout, and parameters that are computed, or kept where PyTorch does not list them."""
+        parts = [module.__dict__ for module in self.model.modules()]
+        return any(d["training"] or "parametrizations" in d["_modules"] or "weight" in d or "bias" in d for d in parts)
+
     def _tensors(self) -> list[torch.Tensor]:
-        return [*self.model.parameters(), *self.model.buffers()]
+        """Parameters and buffers, shared ones more than once."""
+        held = [tensors for m in self.model.modules() for tensors in (m._parameters, m._buffers)]
+        return [tensor for tensors in held for tensor in tensors.values() if tensor is not None]
 
     def _fingerprint(self) -> tuple[Any, ...]:
         """What changes when a parameter is written in place or replaced, and nothing that needs the device."""
