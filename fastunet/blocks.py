@@ -43,11 +43,11 @@ class Made(NamedTuple):
 def _shared_code() -> tuple[Any, ...]:
     """What PyTorch runs for every layer, and people replace to see or change all of them."""
     layers = nn.Conv2d, nn.ConvTranspose2d, nn.Dropout, nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm
-    return (nn.Module.__call__, nn.Conv2d._conv_forward, *(layer.forward for layer in layers), F.conv2d,
+    return (nn.Conv2d._conv_forward, *(layer.forward for layer in layers), F.conv2d,
             F.conv_transpose2d, F.relu, F.leaky_relu, F.max_pool2d, F.interpolate)  # fmt: skip
 
 
-_SHARED_CODE = _shared_code()
+_SHARED_CODE, _CALL = _shared_code(), nn.Module.__call__
 
 
 def why_not_anywhere() -> str | None:
@@ -56,7 +56,11 @@ def why_not_anywhere() -> str | None:
         return "global module hooks are registered"
     if _shared_code() != _SHARED_CODE:
         return "code that torch.nn runs for every layer has been replaced"
-    if torch.compiler.is_compiling() or not torch._C._len_torch_function_stack():  # export has a mode of its own
+    if torch.compiler.is_compiling():  # export replaces calls and has a mode, both of its own
+        return None
+    if nn.Module.__call__ is not _CALL:
+        return "nn.Module.__call__ has been replaced"
+    if not torch._C._len_torch_function_stack():
         return None
     others = any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
     return "a TorchFunctionMode is active" if others else None
