@@ -22,3 +22,8 @@ def search_for_garbage_among_what_is_new():
     """A collection takes half a second once PyTorch's compiler is loaded, all of it on what stays."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """At the end everything is let go, so that no library complains of leaks."""
+    gc.unfreeze()
