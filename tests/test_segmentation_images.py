@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import shutil
 from pathlib import Path
 
@@ -159,6 +160,20 @@ def test_a_folder_whose_masks_lack_a_class_is_scored_by_the_classes_of_the_model
     assert "100    200" in capsys.readouterr().out
     foreign = image_folder(tmp_path / "foreign", values=(0, 7), sizes=SIZES[:1])
     assert_user_error(capsys, run("evaluate", tmp_path / "run", foreign, "--device", "cpu"), "the model knows")
+
+
+def test_a_value_of_masks_that_counts_nowhere(tmp_path, capsys):
+    data = image_folder(tmp_path / "data", values=(0, 100, 200))
+    options = ["--ignore-label", "200"]
+    assert run("check", data, *options) == 0
+    assert re.search(r"^200 +\(ignored\)", capsys.readouterr().out, re.MULTILINE)
+    assert run("train", data, "--out", tmp_path / "run", *TINY, *options) == 0
+    assert run("evaluate", tmp_path / "run", data, "--csv", tmp_path / "s.csv", "--device", "cpu") == 0
+    with open(tmp_path / "s.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    counts = [(np.asarray(Image.open(path)) == 100).sum() for path in sorted((data / "masks").iterdir())]
+    assert [(row["structure"], int(row["truth_voxels"])) for row in rows[:4]] == [("100", count) for count in counts]
+    assert_user_error(capsys, run("check", data, "--ignore-label", "0"), "cannot ignore 0")
 
 
 def test_the_stacks_of_the_isbi_challenge(tmp_path, capsys):

@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, help="a folder of cases; every file in it is read once")
     parser.add_argument("--modalities", type=names, metavar="A,B", help="channels to train on (default: as train)")
     parser.add_argument("--edition", choices=tuple(LABEL_MAPS), help="of the data, where its folders do not tell")
+    parser.add_argument("--ignore-label", type=int, metavar="VALUE", help="of the label files, counted nowhere")
     parser.add_argument("--size", type=positive_int, help="the side of the slices that training is asked for")
     parser.add_argument("--axis", type=int, choices=(0, 1, 2), default=2, help="the slicing axis (default: 2, axial)")
     add_nan_option(parser)
@@ -38,7 +39,8 @@ def run(args: argparse.Namespace) -> None:
 
     problems: list[str] = []
     try:
-        cases = discover_cases(args.data, modalities=None, edition=args.edition, refused=problems.append)
+        cases = discover_cases(args.data, modalities=None, edition=args.edition, ignore=args.ignore_label,
+                               refused=problems.append)  # fmt: skip
     except UserError as error:
         if not problems:
             raise

@@ -22,6 +22,7 @@ def discover_cases(
     *,
     modalities: Sequence[str] | None = DEFAULT_MODALITIES,
     edition: str | None = None,
+    ignore: int | None = None,
     refused: Refusal = refuse,
 ) -> list[Case]:
     """All cases below ``root``, sorted by name; ``root`` may also be the folder of one case.
@@ -35,6 +36,7 @@ def discover_cases(
         root: the folder.
         modalities: what every case must have; None asks for nothing, and so does the default of 2-D images.
         edition: a key of ``LABEL_MAPS`` that overrides the rule above.
+        ignore: a value of the label files that counts nowhere; see ``LabelMap.ignoring``.
         refused: called with what is wrong with one case, which is then left out; by default that raises.
 
     Raises:
@@ -68,6 +70,8 @@ def discover_cases(
         hint = f" (but there is one in {nested[0].parent})" if nested else ""
         names = "no files named like *_flair.nii.gz or *-t2f.nii.gz, no folders images and masks"
         raise UserError(f"{root} holds no cases: {names}, and no dataset.json{hint}")
+    if ignore is not None:
+        cases = [replace(case, label_map=case.label_map.ignoring(ignore)) for case in cases]
     asked = () if modalities is DEFAULT_MODALITIES and cases[0].is_image else modalities or ()
     return _checked(cases, root, asked, refused)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,22 @@ class LabelMap:
         if not known.all():
             raise UserError(self._unknown(values[~known], file))
         return classes
+
+    def ignoring(self, value: int) -> LabelMap:
+        """The table in which ``value`` of the files counts nowhere; a class that it was is left out.
+
+        Raises:
+            UserError: another value is ignored, regions hold the class, or it is one of two, or the first.
+        """
+        if self.ignore not in (None, value):
+            raise UserError(f"the table of {self.edition} ignores {self.ignore}; it cannot ignore {value} too")
+        if value not in self.values:
+            return replace(self, ignore=value, aliases={k: v for k, v in self.aliases.items() if k != value})
+        index = self.values.index(value)
+        if index == 0 or len(self.values) < 3 or self.regions or self.aliases:
+            raise UserError(f"the table of {self.edition} cannot ignore {value}, a class that it needs ({self})")
+        values, names = ((*of[:index], *of[index + 1 :]) for of in (self.values, self.class_names))
+        return replace(self, values=values, class_names=names, ignore=value)
 
     def decode(self, classes: np.ndarray) -> np.ndarray:
         """Class indices → file values, in the smallest of uint8, int16 and int32 that holds the whole table.
@@ -183,7 +199,8 @@ class LabelMap:
         found = np.unique(values)
         shown = ", ".join(value_name(value) if value >= COLOUR else f"{value:.9g}" for value in found[:_SHOWN_VALUES])
         more = f" and {found.size - _SHOWN_VALUES} more" if found.size > _SHOWN_VALUES else ""
-        hint = self.hint or "correct the file, or name a table that has them ('labels' of dataset.json, --edition)"
+        ways = "correct the file, name a table that has them ('labels' of dataset.json, --edition), or --ignore-label"
+        hint = self.hint or ways
         if found.dtype.kind == "f" and (np.abs(found - np.rint(found)) > ROUNDING).any():
             hint = f"values within {ROUNDING:g} of a whole number are rounded, these look interpolated"
         return (

@@ -78,9 +78,12 @@ class Segmenter:
         model's, if that has all of them.
         """
         table = self.label_map
-        if case.is_image and set(case.label_map.values) <= set(table.values):
+        if case.is_image and set(case.label_map.values) <= {*table.values, table.ignore}:
             return table
-        return case.label_map if case.label_map.class_names == table.class_names else None
+        own = case.label_map
+        if table.ignore is not None and own.ignore is None and table.ignore not in own.values:
+            own = own.ignoring(table.ignore)
+        return own if own.class_names == table.class_names else None
 
     def open(self, case: Case, *, on_nan: str = "error") -> CaseSlices:
         """The slices of ``case`` as this network wants them, uncropped."""

@@ -52,6 +52,7 @@ class TrainConfig:
     """Options of ``fastunet train``. Network options left at None take the preset's value.
 
     ``regions``: "brats" and "none" as the option says; None trains the regions that a ``dataset.json`` orders.
+    ``ignore_label`` is a value of the label files that counts nowhere.
     ``size`` is the side of the square slices (None: as large as they are). ``spacing`` is in millimetres per pixel, or
     "median", to which slices are resampled. ``turns`` lets augmentation mirror both axes and turn by 90 degrees (None:
     of 2-D images, not of volumes), ``elastic`` lets it deform (None: the same). ``border_weights`` weighs gaps between
@@ -74,6 +75,7 @@ class TrainConfig:
     activation: Activation | None = None
     modalities: list[str] | None = None
     edition: str | None = None
+    ignore_label: int | None = None
     regions: Literal["brats", "none"] | None = None
     size: Positive | None = None
     axis: Literal[0, 1, 2] = 2

@@ -266,7 +266,8 @@ def centre_crop(labels: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def _labelled_cases(config: TrainConfig, display: Display) -> list[Case]:
-    found = discover_cases(config.data, modalities=None, edition=config.edition)  # check_quickly asks for modalities
+    # check_quickly asks for modalities
+    found = discover_cases(config.data, modalities=None, edition=config.edition, ignore=config.ignore_label)
     cases = [case for case in found if case.label is not None]
     if not cases:
         raise UserError(f"{config.data} holds no labelled cases")
