@@ -21,7 +21,7 @@ from torch.utils._device import DeviceContext
 
 from fastunet import reference
 from fastunet.architecture import Architecture
-from fastunet.chains import with_norm
+from fastunet.chains import layers_are_faster, with_norm
 from fastunet.dispatch import select_backend
 from fastunet.functional.blocks import conv_block, decoder_block, decoder_block_head, encoder_block
 from fastunet.functional.conv_relu import conv_relu, conv_relu_pool
@@ -185,6 +185,10 @@ class _Block(nn.Module):
                     return f"{name} {reason}"
         return None
 
+    def prefers_layers(self, x: torch.Tensor) -> bool:
+        """Whether the block is faster through its layers, which do the same."""
+        return self.style.norm is not None and not self.sync_norms and layers_are_faster(x, self.backend)
+
     def _tensors(self) -> list[Any]:
         """Weight and bias of each layer in the order of use."""
         return [tensor for name in self._made for tensor in parameters(getattr(self, name))]
@@ -216,8 +220,8 @@ class _Block(nn.Module):
             warn_plain(self.name, reason)
             self._warned = reason
 
-    def _runs_plain(self) -> bool:
-        if why_not_anywhere():
+    def _runs_plain(self, x: torch.Tensor) -> bool:
+        if why_not_anywhere() or self.prefers_layers(x):
             return True
         reason = self.why_not_fused()
         if "upsampled" in self.__dict__ or getattr(type(self), "upsampled", _UPSAMPLED) is not _UPSAMPLED:
@@ -244,7 +248,7 @@ class ConvBlock(_Block, reference.ConvBlock):
         self, x: torch.Tensor, *, checked: bool = False, pool: bool = False, grad_masked: bool = False
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """(N, C_in, H, W) → (N, C_out, H', W'), with ``pool`` also its 2×2 maximum."""
-        if not checked and self._runs_plain():
+        if not checked and self._runs_plain(x):
             return super().forward(x)
         if not self.style.is_classic:
             y = self._convolution(2, self._convolution(1, x), pool=pool)
@@ -281,7 +285,7 @@ class DecoderBlock(_Block, reference.DecoderBlock):
         output: str = "logits",
     ) -> torch.Tensor:
         """(N, C_in, H, W) and the encoder's (N, C_out, H_s, W_s) → (N, C_out, H', W'), or ``output`` of ``head``."""
-        if not checked and self._runs_plain():
+        if not checked and self._runs_plain(x):
             return super().forward(x, skip)
         if not self.style.is_classic:
             up = self._up(x)

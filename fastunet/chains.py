@@ -8,9 +8,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from fastunet.dispatch import select_backend
 from fastunet.functional.conv_norm import conv_norm
 
 NORMS = nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d, nn.GroupNorm
+
+
+def layers_are_faster(x: torch.Tensor, backend: str | None = None) -> bool:
+    """Norms on a CPU, unless a ``backend`` is asked for: by the operator a training step of the presets with norms took
+    1.1 to 1.4 times as long, evaluation 0.9 to 1.2 times (one and two cores, 2×96×96 to 2×128×128)."""
+    return x.device.type == "cpu" and backend in (None, "auto") and select_backend(None, "conv_norm", x) == "torch"
 
 
 def why_not_norm(norm: Any, channels: int) -> str | None:

@@ -26,6 +26,7 @@ from fastunet.blocks import (
     why_not_layer,
     why_touched,
 )
+from fastunet.chains import layers_are_faster
 from fastunet.dispatch import BACKENDS, autocasts
 from fastunet.functional._layout import nhwc
 from fastunet.functional.segmentation_head import finish
@@ -76,7 +77,8 @@ class UNet(reference.UNet):
 
     Parameters are made in contiguous memory, as PyTorch's tools for pruning and sharding expect. As for any
     convolutional network, ``model.to(memory_format=torch.channels_last)`` saves reordering them in each step. Logits
-    are in ``channels_last`` memory.
+    are in ``channels_last`` memory. A network with norms runs through its layers on a CPU, where these are faster, in
+    the memory format of its images; ``fastest_format(device)`` says which suits it best.
     """
 
     conv_block, decoder_block = ConvBlock, DecoderBlock
@@ -170,6 +172,11 @@ class UNet(reference.UNet):
             return finish(self(x), output)
         return self._run(x, output)
 
+    def fastest_format(self, device: torch.device) -> torch.memory_format:
+        """The memory format of images and parameters in which the network is fastest on a device."""
+        slow = device.type == "cpu" and self.architecture.norm == "instance" and not self.sync_norms
+        return torch.contiguous_format if slow else torch.channels_last
+
     def runs_apart(self) -> bool:
         """Whether something about the model or a part of it keeps it from running as one fused network now."""
         return self._is_rewritten() or bool(self._why_wrapped() or self.why_not_fused())
@@ -218,6 +225,9 @@ class UNet(reference.UNet):
         weight = None if name in apart else first.conv1._parameters.get("weight")
         if weight is not None and x.dtype != weight.dtype and not autocasts(x.device.type):
             raise ValueError(f"the images are {x.dtype}, but the first layer's parameters {weight.dtype}")
+        by_operators = style.norm is None or self.sync_norms or self.activation_checkpointing
+        if not by_operators and layers_are_faster(x, self.backend):
+            return finish(super().forward(x), output)
         if self.activation_checkpointing and style.norm == "batch" and self.training and torch.is_grad_enabled():
             raise ValueError("activation_checkpointing would count each batch twice in the running statistics of norms")
         drops = "dropout" not in apart and self.dropout.training and self.dropout.p

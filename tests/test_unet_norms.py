@@ -18,6 +18,7 @@ from fastunet.pictures.summary import layers
 from fastunet.training.config import TrainConfig
 from fastunet.training.dataset import architecture_of
 from tests.fuse_results import randomised, same
+from tests.test_layers import Recorder
 from tests.tolerance import assert_within_budget
 
 SMALL = dict(in_channels=1, num_classes=3, width=4, depth=2, dropout=0.0)
@@ -39,10 +40,10 @@ STYLES = {
 }
 
 
-def builds(style, training=True, dtype=torch.float64):
+def builds(style, training=True, dtype=torch.float64, backend="torch"):
     torch.manual_seed(0)
     plain = randomised(reference.UNet(**SMALL, **style).to(dtype)).train(training)
-    model = UNet(**SMALL, **style).to(dtype).train(training)
+    model = UNet(**SMALL, **style, backend=backend).to(dtype).train(training)
     model.load_state_dict(plain.state_dict())
     sides = (44, 60) if style.get("padding") == "valid" else (13, 18)
     return model, plain, torch.randn(2, 1, *sides, dtype=dtype)
@@ -58,6 +59,28 @@ def test_results_are_those_of_the_plain_build(style, training):
         with torch.no_grad():
             torch.testing.assert_close(model.predict_proba(x), plain.predict_proba(x))
             assert torch.equal(model.predict(x), plain.predict(x))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("style", ["batch", "instance, stride", "zeros"])
+def test_norms_run_through_their_layers_on_a_cpu(style, training):
+    """As fast as the plain build, of which nothing is to be told; operators run where they are asked for."""
+    model, plain, x = builds(STYLES[style], training, backend="auto")
+    same(model, plain, x)
+    assert not model.why_not_fused()
+    for backend in ("auto", "torch"):
+        model.backend = backend
+        with Recorder() as operators:
+            model(x)
+        assert bool(operators.calls) == (backend == "torch")
+
+
+def test_instance_norm_is_fastest_in_contiguous_memory_on_a_cpu():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    model = UNet(**SMALL, norm="instance")
+    assert (model.fastest_format(cpu), model.fastest_format(cuda)) == (torch.contiguous_format, torch.channels_last)
+    model.sync_norms = True  # which takes operators
+    assert model.fastest_format(cpu) == UNet(**SMALL, norm="batch").fastest_format(cpu) == torch.channels_last
 
 
 @pytest.mark.parametrize("style", ["batch", "instance, stride", "zeros", "LeakyReLU"])

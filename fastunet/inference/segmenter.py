@@ -63,6 +63,9 @@ class Segmenter:
             seen = "this network was trained without mirrored slices, which it would take for others"
             raise UserError(f"--tta: {seen} (--no-augment, sagittal slices, or too short a run)")
         self._network: Any = self.model.freeze() if isinstance(self.model, UNet) else self.model
+        self._format = torch.channels_last
+        if isinstance(self.model, UNet):
+            self._format = self.model.fastest_format(self.device)
         self._architecture = cast(Architecture, self.model.architecture)
         self._painted = self.label_map.painted if self.card.regions else None
 
@@ -199,7 +202,7 @@ class Segmenter:
     def _run(
         self, forward: Callable[[torch.Tensor], torch.Tensor], images: np.ndarray
     ) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-        batch = torch.from_numpy(images).to(self.device).to(memory_format=torch.channels_last)
+        batch = torch.from_numpy(images).to(self.device).to(memory_format=self._format)
         with autocast(self.device, self.precision):
             if self.tile is None and self._architecture.padding == "same":
                 yield slice(None), slice(None), forward(batch)

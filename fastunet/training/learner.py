@@ -49,8 +49,9 @@ class Learner:
         self.device = processes.device
         torch.manual_seed(config.seed)
         self.model = build_model(config, data)
-        self.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model.sync_norms = processes.world > 1
+        self.format = self.model.fastest_format(self.device)
+        self.model.to(self.device, memory_format=self.format)  # type: ignore[call-overload]
         self.parameters = list(self.model.parameters())
         self.average = copy.deepcopy(self.model).requires_grad_(False) if config.ema else None
         # Without decay AdamW computes what Adam does.
@@ -96,7 +97,7 @@ class Learner:
         epoch, and ``wishes`` is asked, once the gradients are there, whether this process wants to stop.
         """
         config = self.config
-        images = images.to(self.device, non_blocking=True).to(memory_format=torch.channels_last)
+        images = images.to(self.device, non_blocking=True).to(memory_format=self.format)
         others = [part.to(self.device, non_blocking=True) for part in (labels, *border)]
         images, labels, *terms = self.data.augment(images, *others, epoch=progress.epoch, positions=batch.positions)
         for group in self.optimizer.param_groups:
@@ -131,7 +132,7 @@ class Learner:
     @torch.no_grad()
     def validate(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Logits of a batch (for regions: predicted classes), its labels there, and the loss of all processes."""
-        images = images.to(self.device).to(memory_format=torch.channels_last)
+        images = images.to(self.device).to(memory_format=self.format)
         with autocast(self.device, self.config.precision):
             logits = self.result(images).float()
         labels = centre_crop(labels.to(self.device), *logits.shape[-2:])
