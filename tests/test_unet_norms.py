@@ -14,6 +14,7 @@ from fastunet import UNet, fuse, reference, to_onnx
 from fastunet.architecture import PRESETS, Architecture
 from fastunet.errors import UserError
 from fastunet.interop import save_keras_weights
+from fastunet.interop.onnx import _Spelled
 from fastunet.pictures.summary import layers
 from fastunet.training.config import TrainConfig
 from fastunet.training.dataset import architecture_of
@@ -199,13 +200,17 @@ def test_keras_files_are_refused_for_norms(suffix, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_onnx_files_of_norms_that_hang_on_the_image_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="instance norm is not exported for every size"):
-        to_onnx(UNet(**SMALL, norm="instance"), tmp_path / "m.onnx")
-    assert not (tmp_path / "m.onnx").exists()
+@pytest.mark.parametrize("norm", [
+    nn.GroupNorm(2, 6, eps=0.1), nn.GroupNorm(3, 6, affine=False), nn.InstanceNorm2d(6),
+    nn.InstanceNorm2d(6, affine=True, track_running_stats=True).eval(),
+])  # fmt: skip
+def test_norms_are_spelled_for_onnx_as_they_are(norm):
+    norm = randomised(norm.double())
+    x = 3 + torch.randn(2, 6, 5, 4, dtype=torch.float64)
+    torch.testing.assert_close(_Spelled(norm)(x), norm(x))
 
 
-@pytest.mark.parametrize("style", ["zeros"])
+@pytest.mark.parametrize("style", ["zeros", "instance"])
 def test_onnx_files_hold_norms(style, tmp_path):
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     model, plain, _ = builds(STYLES[style], False, torch.float32)

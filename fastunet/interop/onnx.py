@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import nn
 
 from fastunet import reference
 from fastunet.arguments import checked
-from fastunet.blocks import ConvBlock, DecoderBlock
+from fastunet.blocks import ConvBlock, DecoderBlock, why_touched
 from fastunet.errors import UserError
 from fastunet.files import write_bytes
 from fastunet.unet import UNet
@@ -30,21 +31,23 @@ def to_onnx(model: reference.UNet, path: str | Path) -> None:
 
     Raises:
         TypeError: the model is no U-Net of this package.
-        ValueError: onnx or onnxscript is not installed, the model has hooks or a forward of its own, or instance or
-            group norm, or the file cannot be written.
+        ValueError: onnx or onnxscript is not installed, the model has hooks or a forward of its own, or
+            the file cannot be written.
     """
     own = type(model).forward not in _FORWARDS or "forward" in vars(model)
     if own or model._forward_hooks or model._forward_pre_hooks:
         raise ValueError("to_onnx exports what is inside of the model: take off its own hooks, or its own forward")
-    if model.architecture.norm in ("instance", "group"):
-        raise ValueError(f"to_onnx writes networks with batch norm or none: {model.architecture.norm} norm is not "
-                         "exported for every size")  # fmt: skip
     try:
         import onnx
         import onnxscript  # noqa: F401 - what the exporter is written in
     except ImportError as error:
         raise UserError("ONNX files need onnx and onnxscript: pip install 'fastunet[onnx]'") from error
-    plain = _AnySize(plain_twin(model).float().cpu().eval())
+    twin = plain_twin(model).float().cpu().eval()
+    for block in [*twin.modules()]:
+        for name, norm in block.named_children():
+            if type(norm) in (nn.InstanceNorm2d, nn.GroupNorm) and why_touched(norm, type(norm)) is None:
+                setattr(block, name, _Spelled(norm))
+    plain = _AnySize(twin)
     free = torch.export.Dim.DYNAMIC
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -62,6 +65,28 @@ def plain_twin(model: reference.UNet) -> reference.UNet:
     for module in [twin, *twin.modules()]:
         module.__class__ = _PLAIN.get(type(module), type(module))
     return twin
+
+
+class _Spelled(nn.Module):
+    """Instance or group norm by means over the image, for PyTorch's exporter keeps the sizes of its example."""
+
+    def __init__(self, norm: Any):
+        super().__init__()
+        self.norm = norm
+        self.groups = norm.num_groups if isinstance(norm, nn.GroupNorm) else norm.num_features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        norm = self.norm
+        if getattr(norm, "running_mean", None) is not None:
+            y: torch.Tensor = norm(x)
+            return y
+        parts = x.unflatten(1, (self.groups, -1))
+        centred = parts - parts.mean((2, 3, 4), keepdim=True)
+        variance = (centred * centred).mean((2, 3, 4), keepdim=True)
+        y = (centred / (variance + norm.eps).sqrt()).flatten(1, 2)
+        if norm.weight is not None:
+            y = y * norm.weight[:, None, None]
+        return y if norm.bias is None else y + norm.bias[:, None, None]
 
 
 class _AnySize(nn.Module):
