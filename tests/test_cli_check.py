@@ -57,7 +57,7 @@ def test_every_problem_at_once(data, capsys):
     path = two / f"{two.name}_flair.nii.gz"
     path.write_bytes(path.read_bytes()[:200])
     save(three / f"{three.name}_seg.nii.gz", random_labels(0, (32, 32, 17), (0, 1, 9)), np.diag([-1, -1, 1, 1.0]))
-    save(four / f"{four.name}_t1.nii.gz", random_image(0, (32, 31, 17)))
+    save(four / f"{four.name}_t1ce.nii.gz", random_image(0, (32, 31, 17)))
     shutil.copytree(four, data / "zz_again")
     code = run("check", data)
     captured = capsys.readouterr()
@@ -69,7 +69,7 @@ def test_every_problem_at_once(data, capsys):
             (f"case {one.name} has no t1ce",),
             (f"{two.name}_flair.nii.gz", "truncated"),
             (f"{three.name}_seg.nii.gz", "label values 9"),
-            (f"{four.name}_t1.nii.gz", "(32, 31, 17)"),
+            (f"{four.name}_t1ce.nii.gz", "(32, 31, 17)"),
         ]
     ):
         assert any(all(word in problem for word in words) for problem in problems), (number, words, problems)
@@ -126,6 +126,17 @@ def test_nnunet_folders(tmp_path, capsys, damage):
     out = capsys.readouterr().out
     for word in ("a_0001.nii.gz", "b_0000.nii.gz") if damage == "channel" else ("x.nii.gz", "y.nii.gz"):
         assert word in out
+
+
+def test_a_modality_that_training_does_not_take_is_no_problem(data, capsys):
+    one, two, *_ = (folder / f"{folder.name}_t2.nii.gz" for folder in sorted(data.iterdir()))
+    one.write_bytes(b"junk" * 100)
+    save(two, voxels_of(two), np.eye(4))
+    assert run("check", data) == 0
+    out = capsys.readouterr().out
+    assert "what training does not need" in out
+    assert all(out.count(f"{path}") == 1 for path in (one, two))
+    assert run("check", data, "--modalities", "flair,t2") == 2
 
 
 def test_problems_are_listed_though_no_case_is_left(tmp_path, capsys):

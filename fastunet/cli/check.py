@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> None:
     bar = tqdm(cases, unit="case", leave=False, disable=not sys.stderr.isatty())
     reports = [inspect_case(case, modalities, on_nan=args.on_nan) for case in bar]
     aside = [problem for report in reports if report.case.label is None for problem in report.problems]
+    remarks = [remark for report in reports for remark in report.remarks]
     problems += [problem for report in reports if report.case.label is not None for problem in report.problems]
     problems += check_quickly(cases, modalities, size=args.size, axis=args.axis)
     labelled = [case for case in cases if case.label is not None]
@@ -61,9 +62,11 @@ def run(args: argparse.Namespace) -> None:
     except UserError as error:
         problems.append(str(error))
     print("\n".join(_described(args.data, reports, modalities)))
-    problems = _without_repeats(problems + _without_foreground(reports))
+    problems += _without_foreground(reports)
+    every, problems = _without_repeats(problems + remarks), _without_repeats(problems)
     for title, found in (
         ("problems of cases without labels, which training leaves out", _without_repeats(aside)),
+        ("what training does not need, or takes as it is", every[len(problems) :]),
         ("problems", problems),
     ):
         if found:

@@ -38,6 +38,7 @@ class CaseReport:
         values: voxels by label value, as stored.
         intensities: by modality.
         problems: sentences, each a reason to refuse the case.
+        remarks: sentences on what does not keep the case from training, such as a modality that training does not take.
     """
 
     case: Case
@@ -45,6 +46,7 @@ class CaseReport:
     values: Counter[int] = field(default_factory=Counter)
     intensities: dict[str, Intensities] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def spacing(self) -> tuple[float, ...]:
@@ -99,21 +101,21 @@ def inspect_case(case: Case, modalities: Sequence[str], *, on_nan: str = "error"
     report = CaseReport(case)
     try:
         check_modalities(case, modalities)
-        report.geometry = check_geometry(case, list(case.modalities))
+        report.geometry = check_geometry(case, modalities)
+        check_geometry(case, list(case.modalities))
     except UserError as error:
-        report.problems.append(str(error))
+        (report.remarks if report.geometry else report.problems).append(str(error))
+    used = {case.modalities[name].path for name in modalities if name in case.modalities}
     for path in dict.fromkeys(source.path for source in case.modalities.values()):
         try:
             data = read_volume(path, on_nan=on_nan).data
         except UserError as error:
-            report.problems.append(str(error))
+            (report.problems if path in used else report.remarks).append(str(error))
             continue
         channels = data[..., None] if data.ndim == 3 else data
         for name, source in case.modalities.items():
             if source.path == path and (source.channel or 0) < channels.shape[3]:
                 report.intensities[name] = _intensities(channels[..., source.channel or 0])
-    if report.intensities and all(found.zeros == 1 for found in report.intensities.values()) and not case.is_image:
-        report.problems.append(f"{case.files[0]}: every voxel of case {case.name} is 0")
     if case.label is not None:
         try:
             values = read_label_values(case.label)
@@ -122,7 +124,13 @@ def inspect_case(case: Case, modalities: Sequence[str], *, on_nan: str = "error"
             case.label_map.encode(values, case.label)
         except UserError as error:
             report.problems.append(str(error))
+    found = [report.intensities[name] for name in modalities if name in report.intensities]
+    if found and all(one.zeros == 1 for one in found) and not case.is_image:
+        labelled = any(value != case.label_map.values[0] for value in report.values)
+        text = f"{case.files[0]}: every voxel of case {case.name} is 0"
+        (report.remarks if labelled else report.problems).append(text)
     report.problems = list(dict.fromkeys(report.problems))
+    report.remarks = [text for text in dict.fromkeys(report.remarks) if text not in report.problems]
     return report
 
 
