@@ -10,18 +10,22 @@ import os
 import reprlib
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing  # what annotations name, which NumPy before 2 does not import by itself
 import torch
+from torch.nn.parameter import UninitializedTensorMixin
 
 Thing = TypeVar("Thing", bound=Callable[..., Any])
 Problem = type[TypeError] | type[ValueError] | None
 _MOST = 2**63 - 1
 """The greatest whole number that PyTorch and NumPy take."""
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.bool, torch.uint8, torch.int8,
+           torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)  # fmt: skip
+"""Of real numbers: not those of complex and quantised ones, nor what is only stored, as 8-bit floating point."""
 
 
 def checked(thing: Thing) -> Thing:
@@ -29,8 +33,8 @@ def checked(thing: Thing) -> Thing:
 
     ``int`` is a whole number of at most 64 bits, ``float`` any finite number; True and False are neither, and NumPy's
     scalars become Python's. A tensor is dense and real, an array holds numbers, a path may be any ``os.PathLike``,
-    a tuple of any length also a list, and text is no sequence of texts. Nothing is checked under ``torch.compile``, and
-    under ``torch.jit.trace``, for which sizes are tensors.
+    a tuple of any length also a list, what is iterated over once becomes a tuple, and text is no sequence of texts.
+    Nothing is checked under ``torch.compile``, and under ``torch.jit.trace``, for which sizes are tensors.
 
     Raises:
         TypeError: (the call) an argument of another type; the message shows it.
@@ -54,7 +58,10 @@ def checked(thing: Thing) -> Thing:
     def fitting(name: str, value: Any) -> Any:
         if isinstance(value, np.generic):
             value = value.item()
-        problem = mismatch(value, hints().get(name, Any))
+        hint = hints().get(name, Any)
+        if isinstance(value, Iterator) and typing.get_origin(hint) is Iterable:
+            value = tuple(value)
+        problem = mismatch(value, hint)
         if problem is not None:
             where = thing.__qualname__.split("._")[0]  # a class, for what it does for itself
             raise problem(f"{where}: {name} is {_shown(value)}; expected {thing.__annotations__[name]}")
@@ -111,19 +118,27 @@ def _whole(value: object) -> Problem:
 
 
 def _real(value: object) -> Problem:
-    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
+    if isinstance(value, numbers.Integral):
+        return _whole(value)
+    if not isinstance(value, numbers.Real):
         return TypeError
     try:
         return None if math.isfinite(value) else ValueError
-    except OverflowError:
+    except OverflowError:  # a fraction
         return ValueError
 
 
 def _tensor(value: object) -> Problem:
     if not isinstance(value, torch.Tensor):
         return TypeError
-    dense = value.layout == torch.strided and not (value.is_quantized or value.is_nested or value.is_complex())
-    return None if dense else ValueError
+    return None if is_dense(value) else ValueError
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` holds numbers that PyTorch's operators compute with, each in its place in memory."""
+    if isinstance(tensor, UninitializedTensorMixin) or tensor.is_nested:
+        return False
+    return tensor.layout == torch.strided and tensor.dtype in _DTYPES
 
 
 def _array(value: object) -> Problem:
@@ -143,11 +158,17 @@ _RULES: dict[Any, Callable[[object], Problem]] = {
 }
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 2  # six of each of six levels would be thousands
+
+
 def _shown(value: object) -> str:
     """``value`` in a few words."""
+    if isinstance(value, UninitializedTensorMixin):
+        return f"a tensor without a shape, {type(value).__name__}"
     if isinstance(value, torch.Tensor):
         shape = "nested" if value.is_nested else f"shape {tuple(value.shape)}"
         return f"a tensor of {value.dtype}, {value.layout}, {shape}"
     if isinstance(value, np.ndarray):
         return f"an array of {value.dtype}, shape {value.shape}"
-    return reprlib.repr(value)
+    return _SHORT.repr(value)

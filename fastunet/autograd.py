@@ -44,6 +44,7 @@ def kernel(operator: torch._ops.OpOverload, setup: Function, backward: Function)
     def run(*arguments: Any) -> Any:
         if forward_ad._current_level < 0 and not tracked(*arguments):
             return below(*arguments)
+        refuse_inference(operator.name(), arguments)
         with autograd_function.enable_single_level_autograd_function():  # type: ignore[attr-defined]
             return apply(*arguments)
 
@@ -93,6 +94,12 @@ def vjp(function: Function, inputs: Sequence[Any], needed: Sequence[bool], grads
 def tracked(*values: Any) -> bool:
     """Whether a derivative with respect to one of ``values`` may be asked for later."""
     return torch.is_grad_enabled() and any(isinstance(v, torch.Tensor) and v.requires_grad for v in values)
+
+
+def refuse_inference(operator: str, values: Sequence[Any]) -> None:
+    """Raises ``ValueError`` for tensors that were made in inference mode, which PyTorch keeps for no derivative."""
+    if any(isinstance(value, torch.Tensor) and value.is_inference() for value in values):
+        raise ValueError(f"{operator}: tensors of inference mode have no part in derivatives; clone() them")
 
 
 def transformed() -> bool:

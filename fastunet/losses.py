@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from fastunet.arguments import checked
 from fastunet.functional import dice, dice_regions
+from fastunet.functional._checks import check_tensors
 from fastunet.functional.dice_rule import check_rule, check_tversky
 from fastunet.functional.weighted_cross_entropy import weighted_cross_entropy
 
@@ -21,13 +23,22 @@ class _LossOfSums(nn.Module):
         super().__init__()
         check_rule(options["empty"], options["smooth"])
         check_tversky(options["tversky"])
-        if weights is not None:
-            weights = torch.as_tensor(weights, dtype=torch.float32)
-        self.register_buffer(name, weights, persistent=False)
+        self.register_buffer(name, None if weights is None else _weights(name, weights), persistent=False)
         self.options = options
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+def _weights(name: str, given: Any) -> torch.Tensor:
+    """Float32 (C,) of a sequence, array or tensor of finite numbers of at least 0."""
+    try:
+        weights = torch.as_tensor(given, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        weights = None
+    if weights is None or weights.ndim != 1 or not (weights.is_meta or (weights.isfinite() & (weights >= 0)).all()):
+        raise ValueError(f"{name} is {reprlib.repr(given)}; expected finite numbers of at least 0")
+    return weights
 
 
 @checked
@@ -164,6 +175,7 @@ class RegionDiceCrossEntropyLoss(_LossOfSums):
 
     def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The loss, a scalar, of (N, R, H, W) ``logits`` of R regions and (N, H, W) class indices."""
+        check_tensors("RegionDiceCrossEntropyLoss", logits=logits, labels=labels)
         if logits.ndim < 2 or logits.shape[1] != len(self.regions):
             raise ValueError(f"logits have shape {tuple(logits.shape)}, for {len(self.regions)} regions")
         return dice_regions.region_dice_cross_entropy(

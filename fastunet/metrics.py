@@ -117,7 +117,8 @@ class SegmentationMetrics:
         """Merges the counts of every process of ``group`` (None: all), after which all hold the same; returns self."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             raise ValueError("all_reduce needs a process group: call torch.distributed.init_process_group first")
-        state = None if self._pooled is None else self._pooled.cpu(), {k: v.cpu() for k, v in self._cases.items()}
+        cases = {name: _on_host(counts) for name, counts in self._cases.items()}
+        state = None if self._pooled is None else _on_host(self._pooled), cases
         states: list[Any] = [None] * torch.distributed.get_world_size(group)
         torch.distributed.all_gather_object(states, state, group=group)
         self.reset()
@@ -149,7 +150,7 @@ class SegmentationMetrics:
 
         Raises:
             KeyError: an unknown case.
-            ValueError: a label out of range was counted; the message names it.
+            ValueError: a label out of range was counted, and the message names it; or tensors on "meta".
         """
         matrix = (self.matrix if case is None else self._checked(self._cases[case])).double()
         total = matrix.sum()
@@ -188,9 +189,15 @@ class SegmentationMetrics:
         }
 
     def _checked(self, counts: torch.Tensor) -> torch.Tensor:
-        counts = counts.cpu()
+        counts = _on_host(counts)
         raise_for_wrong(int(counts[-2]), int(counts[-1]), self.num_classes)
         return counts[:-2].reshape(self.num_classes, self.num_classes)
+
+
+def _on_host(counts: torch.Tensor) -> torch.Tensor:
+    if counts.is_meta:
+        raise ValueError("the counts are on meta, without numbers: update() was given labels there")
+    return counts.cpu()
 
 
 def _combined(counts: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from torch import nn
 
 from fastunet.architecture import Architecture
 from fastunet.arguments import checked
+from fastunet.dispatch import autocasts
 
 __all__ = ["UNet"]
 
@@ -224,11 +225,25 @@ class UNet(nn.Module):
 
     @checked
     def _check(self, x: torch.Tensor) -> tuple[int, int]:
-        """The output size for ``x``, after checking its shape."""
+        """The output size for ``x``, after checking its shape, dtype and device."""
         channels = self.architecture.in_channels
         if x.dim() != 4 or x.shape[1] != channels:
             raise ValueError(f"expected images of shape (N, {channels}, H, W), got {tuple(x.shape)}")
-        return self.output_size(*x.shape[2:])
+        size = self.output_size(*x.shape[2:])
+        first: Any = self.encoders[0] if len(self.encoders) else self.bottleneck
+        layer = first.conv1 if type(first) is self.conv_block else None
+        if layer is None or layer._forward_pre_hooks or "forward" in vars(layer):  # which may move weights or images
+            return size
+        weight = layer._parameters.get("weight")
+        if weight is None:
+            return size
+        # autocast takes float64 for what it is
+        casts = autocasts(x.device.type) and x.is_floating_point() and torch.float64 not in (x.dtype, weight.dtype)
+        if x.dtype != weight.dtype and not casts:
+            raise ValueError(f"the images are {x.dtype}, but the first layer's parameters {weight.dtype}")
+        if x.device != weight.device:
+            raise ValueError(f"the images are on {x.device}, but the first layer's parameters on {weight.device}")
+        return size
 
     def _pad(self, x: torch.Tensor) -> torch.Tensor:
         """Under "same", zeros at the bottom and right up to a multiple of 2**depth."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from fastunet import UNet, functional, reference
 from fastunet.arguments import checked
 
 X = torch.zeros(2, 2)
+NESTED = torch.nested.nested_tensor([X, X])
 
 
 @checked
@@ -28,6 +30,7 @@ def takes(
     pair: tuple[int, str] = (0, ""),
     many: tuple[int, ...] = (),
     table: Mapping[str, Iterable[int]] | None = None,
+    once: Iterable[int] = (),
     **options: int,
 ):
     return dict(locals())
@@ -38,6 +41,9 @@ def takes(
     ("whole", np.uint64(2**64 - 1), ValueError), ("whole", "1", TypeError), ("whole", None, TypeError),
     ("real", float("nan"), ValueError), ("real", np.float32("inf"), ValueError), ("real", 10**400, ValueError),
     ("real", 1j, TypeError), ("real", X, TypeError), ("real", False, TypeError), ("flag", 1, TypeError),
+    ("real", 2**63, ValueError), ("real", Fraction(10**400), ValueError),
+    ("tensor", X.to(torch.float8_e5m2), ValueError),
+    ("tensor", torch.nn.UninitializedParameter(), ValueError), ("tensor", NESTED, ValueError),
     ("text", b"x", TypeError), ("tensor", [1.0], TypeError), ("tensor", X.numpy(), TypeError),
     ("tensor", X.to_sparse(), ValueError), ("tensor", torch.nested.nested_tensor([X]), ValueError),
     ("tensor", X.to(torch.complex64), ValueError),
@@ -45,12 +51,14 @@ def takes(
     ("names", "flair", TypeError), ("names", [1], TypeError), ("path", b"x", TypeError), ("path", 1, TypeError),
     ("pair", (1,), ValueError), ("pair", ("", 1), TypeError), ("many", [1, 1.5], TypeError),
     ("table", {"a": 1}, TypeError), ("table", {1: [1]}, TypeError), ("table", {"a": [None]}, TypeError),
-    ("table", {"a": X.sum()}, TypeError),
+    ("table", {"a": X.sum()}, TypeError), ("names", [[["x" * 9] * 9] * 9] * 9, TypeError),
+    ("once", iter([1, "a"]), TypeError),
 ])  # fmt: skip
 def test_refused_with_name_and_value(name, value, error):
     shown = "tensor" if isinstance(value, torch.Tensor) else "array" if isinstance(value, np.ndarray) else ""
-    with pytest.raises(error, match=rf"^takes: {name} is .*{shown}.*; expected "):
+    with pytest.raises(error, match=rf"^takes: {name} is .*{shown}.*; expected ") as caught:
         takes(**{name: value})
+    assert len(str(caught.value)) < 600
 
 
 def test_taken_with_numbers_of_numpy_as_those_of_python():
@@ -59,6 +67,7 @@ def test_taken_with_numbers_of_numpy_as_those_of_python():
     )
     assert [type(given[name]) for name in ("whole", "real", "flag")] == [int, float, bool]
     assert takes(real=1)["real"] == 1
+    assert takes(once=(i for i in range(3)))["once"] == (0, 1, 2)
 
 
 def test_a_class_is_checked_and_its_instances_are_its_own():

@@ -115,6 +115,10 @@ def test_labels_that_are_not_whole_numbers(c):
                 function(logits.sigmoid(), labels)
     compiled = torch.compile(dice_cross_entropy, backend="aot_eager", fullgraph=True)
     assert compiled(logits, labels).isnan()
+    for wrong in (-0.5, 1.5, torch.nan):
+        soft = logits.softmax(1)
+        soft[0, 0].fill_(wrong)
+        assert compiled(logits, soft).isnan()
 
 
 def test_one_logit_takes_floating_labels_as_soft_targets_or_with_ignored_pixels_as_indices():

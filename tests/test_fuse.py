@@ -105,7 +105,7 @@ def quantised():
 
 
 @pytest.mark.parametrize(("module", "error", "said"), [
-    ("model.pt", TypeError, r"fuse takes a torch\.nn\.Module, not a str"),
+    ("model.pt", TypeError, r"fuse: module is 'model.pt'; expected nn.Module"),
     (nn.Linear(2, 2), ValueError, r"there is nothing to fuse: no 2-D convolutions"),
     (nn.Sequential(nn.Conv2d(1, 2, 5), nn.ReLU()), ValueError, r"there is nothing to fuse \(0: it is 5×5, not 3×3\)"),
     (nn.Sequential(nn.Conv3d(1, 2, 3), nn.ReLU()), ValueError, REFUSED),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,11 @@ class Augmentation:
             raise ValueError(f"flip is {self.flip}; image axes are -2 and -1")
         if not 0 <= self.zoom < 1:
             raise ValueError(f"zoom is {self.zoom}; expected at least 0 and less than 1")
+        for name in ("rotate", "translate", "scale", "shift", "gamma", "noise"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 0")
+        if not 0 <= self.probability <= 1:
+            raise ValueError(f"probability is {self.probability}; expected 0 to 1")
 
     @classmethod
     def for_slices(
@@ -65,6 +71,8 @@ class Augmentation:
         ``turns``: mirror both axes and turn by 90 degrees; None for images only. Otherwise left and right are
         exchanged, which sagittal slices (axis 0) do not show. ``elastic``: None for images only.
         """
+        if axis not in (0, 1, 2):
+            raise ValueError(f"axis is {axis}; expected 0, 1 or 2")
         elastic = images if elastic is None else elastic
         if turns or (turns is None and images):
             return cls(flip=(-2, -1), turn=True, mirror=images, elastic=elastic)
@@ -94,18 +102,28 @@ def augment(
         labels: class indices of any integer dtype.
         seed: of the whole run.
         epoch: counts from 0.
-        positions: N integers.
+        positions: N integers of at least 0.
         options: what may happen; None for the defaults.
         weights: of each pixel, (N, H, W).
         share: of the samples that are changed at all; the others keep their bits.
+
+    Raises:
+        ValueError: shapes that do not fit, images that are not floating point, negative numbers.
     """
     options = options or Augmentation()
     if np.shape(positions) != (len(images),):
         raise ValueError(f"positions of shape {np.shape(positions)} given for {len(images)} images")
+    if not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype}; expected floating point")
     if images.ndim != 4 or labels.shape != (len(images), *images.shape[2:]):
         raise ValueError(f"images have shape {tuple(images.shape)} and labels {tuple(labels.shape)}; expected "
                          "(N, M, H, W) and (N, H, W)")  # fmt: skip
-    draw = _Draws(seed, epoch, positions, images.device)
+    if weights is not None and weights.shape != labels.shape:
+        raise ValueError(f"weights have shape {tuple(weights.shape)}; expected {tuple(labels.shape)}, as the labels")
+    numbers = np.asarray(positions)
+    if epoch < 0 or (numbers.size and (numbers.dtype.kind not in "iu" or numbers.min() < 0)):
+        raise ValueError(f"epoch is {epoch}, positions are {reprlib.repr(positions)}; expected integers of at least 0")
+    draw = _Draws(seed, epoch, numbers, images.device)
     modalities = images.shape[1]
     if weights is not None:
         images = torch.cat([images, weights[:, None].to(images.dtype)], 1)
@@ -194,10 +212,10 @@ def _change_intensities(images: torch.Tensor, draw: _Draws, options: Augmentatio
 class _Draws:
     """Random numbers that depend on (seed, epoch, position, number of the draw) and on nothing else in the batch."""
 
-    def __init__(self, seed: int, epoch: int, positions: Sequence[int] | np.ndarray, device: torch.device) -> None:
+    def __init__(self, seed: int, epoch: int, positions: np.ndarray, device: torch.device) -> None:
         self._device = device
         run = _mix(np.uint64(seed % 2**64) ^ _mix(np.uint64(epoch)))
-        self._states = _mix(np.asarray(positions, dtype=np.uint64) ^ run)
+        self._states = _mix(positions.astype(np.uint64) ^ run)
 
     def numbers(self, columns: int) -> np.ndarray:
         """Uniform in [0, 1), float32 (N, columns), on the host."""

@@ -43,7 +43,7 @@ def discover_cases(
         UserError: no such folder, no case in it, a missing modality, or cases whose classes differ.
     """
     root = Path(root)
-    if not root.is_dir():
+    if not os.path.isdir(root):  # False, not an error, for names that no file can have
         raise UserError(f"{root}: there is no such folder")
     if edition is not None and edition not in LABEL_MAPS:
         raise UserError(f"edition {edition!r} is unknown; the editions are {', '.join(LABEL_MAPS)}")
@@ -53,7 +53,7 @@ def discover_cases(
         said.append(text)
         refused(text)
 
-    described = (root / "dataset.json").is_file()
+    described = os.path.isfile(root / "dataset.json")
     try:
         if described:
             cases = dataset_json_cases(root, edition, note)
@@ -89,7 +89,7 @@ def cases_from_files(paths: Iterable[str | Path], modalities: Sequence[str] = DE
     if not files or not modalities:
         raise UserError(f"{len(files)} files and {len(modalities)} modalities given; a case has at least one of both")
     for path in files:
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise UserError(f"{path}: there is no such file")
     named = brats_cases(files, None)
     if files and sum(len(case.files) for case in named) == len(files):

@@ -142,7 +142,7 @@ def _channel_names(table: _DatasetJson, file: Path) -> list[str]:
 
 def _files(folder: Path, ending: str, refused: Refusal) -> dict[str, Path]:
     """The files of a folder by name without ending. Broken links count: reading them says what is wrong."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return {}
     try:
         names = sorted(os.listdir(folder))
@@ -231,6 +231,6 @@ def _listed_case(name: str, entry: _Listed, channels: list[str], label_map: Labe
     }
     label = None if entry.label is None else root / entry.label
     for path in [*paths, *([] if label is None else [label])]:
-        if "\0" in str(path) or not path.is_file():
+        if not os.path.isfile(path):
             raise UserError(f"{str(path)[:_SHOWN]!r} is listed in {file} but was not found")
     return Case(name, name, sources, label, label_map.edition, label_map)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def _opened(path: Path) -> Iterator[tuple[Stored, Callable[[], np.ndarray]]]:
         import SimpleITK
     except ImportError as error:
         raise UserError(f"{path}: MetaImage files need SimpleITK: pip install 'fastunet[metaimage]'") from error
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{path}: there is no such file")
     reader = SimpleITK.ImageFileReader()
     reader.SetImageIO("MetaImageIO")  # by itself it knows lower-case names only

@@ -38,6 +38,8 @@ def epoch_order(foreground: np.ndarray, seed: int, epoch: int, foreground_fracti
         foreground_fraction: the least share of the order that holds foreground. If there is less, samples with
             foreground repeat in place of others, both drawn as evenly as possible. None takes every sample once.
     """
+    if seed < 0 or epoch < 0:
+        raise ValueError(f"seed is {seed} and epoch {epoch}; expected at least 0")
     rng = np.random.default_rng([seed, epoch])
     n = len(foreground)
     with_foreground, without = np.flatnonzero(foreground), np.flatnonzero(~foreground)
@@ -73,8 +75,8 @@ def split_into_batches(
             and a process left without samples skips it.
         epoch: handed on to the batches.
     """
-    if not 1 <= batch_size <= _MOST_SAMPLES or not 0 <= rank < world:
-        raise ValueError(f"batch_size {batch_size} or rank {rank} of {world} is out of range")
+    if not 1 <= batch_size <= _MOST_SAMPLES or not 0 <= rank < world or start < 0:
+        raise ValueError(f"batch_size {batch_size}, rank {rank} of {world} or start {start} is out of range")
     steps = count_steps(len(order), batch_size, world)
     total = steps * batch_size * world if wrap else len(order)
     for step in range(start, steps):

@@ -16,6 +16,9 @@ from fastunet.data.resampling import resample, resampled_shape
 from fastunet.data.volumes import Volume, read_volume
 from fastunet.errors import UserError
 
+_LARGEST = 2**16
+"""Pixels of a slice's side; a float32 slice of that takes 16 GiB."""
+
 
 def orient(array: np.ndarray, affine: np.ndarray, file: object = "the volume") -> np.ndarray:
     """A view of ``array`` (X, Y, Z) whose axes run to the left, the back and the top of the head, as in BraTS files.
@@ -54,8 +57,8 @@ def _axes(affine: np.ndarray, file: object) -> tuple[np.ndarray, np.ndarray]:
 def fit_slice(array: np.ndarray, size: int | Sequence[int]) -> np.ndarray:
     """The last two axes cropped or padded with zeros around their centre to ``size``, an integer or (H, W)."""
     target = slice_size(size)
-    if array.ndim < 2 or min(target) < 0:
-        raise ValueError(f"an array of shape {array.shape} has no slices of size {target}")
+    if array.ndim < 2:
+        raise ValueError(f"an array of shape {array.shape} has no slices")
     height, width = array.shape[-2:]
     (into_h, from_h), (into_w, from_w) = overlap(height, target[0]), overlap(width, target[1])
     fitted = np.zeros((*array.shape[:-2], *target), dtype=array.dtype)
@@ -70,12 +73,14 @@ def unfit_slice(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
 
 
 def slice_size(size: Any) -> tuple[int, int]:
-    """(height, width) of an integer or a pair of them; raises ``ValueError`` for anything else."""
+    """(height, width) of an integer or a pair of them, from 1 to 2**16; raises ``ValueError`` for anything else."""
     try:
         sides = (size, size) if np.ndim(size) == 0 else tuple(size)
         height, width = (operator.index(side) for side in sides)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"the slice size is {reprlib.repr(size)}; expected a whole number or two") from None
+    if not (1 <= height <= _LARGEST and 1 <= width <= _LARGEST):
+        raise ValueError(f"the slice size is {reprlib.repr(size)}; expected 1 to {_LARGEST} pixels")
     return height, width
 
 
@@ -210,6 +215,8 @@ class CaseSlices:
 
     def batches(self, batch_size: int) -> Iterator[tuple[int, np.ndarray]]:
         """Yields (index of the first slice, slices as ``read`` gives them) over the whole case."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; expected at least 1")
         for start in range(0, len(self), batch_size):
             yield start, self.read(start, start + batch_size)
 
@@ -225,8 +232,11 @@ class CaseSlices:
         """Writes a batch (n, H, W) of per-pixel results for the slices from ``start`` on into ``volume`` (X, Y, Z).
 
         Raises:
-            ValueError: slices were resampled, and results were not brought back by ``restore``.
+            ValueError: slices that the case does not have; or slices were resampled, and results were not brought back
+                by ``restore``.
         """
+        if not 0 <= start <= len(self) - len(batch):
+            raise ValueError(f"slices {start} to {start + len(batch) - 1} are not among the {len(self)} of the case")
         if self.grid != self.slice_shape and batch.shape[1:] != self.slice_shape:
             raise ValueError(f"results of shape {batch.shape[1:]} do not fit {self.slice_shape}: restore them")
         self.stack(volume)[start : start + len(batch)] = unfit_slice(batch, self.slice_shape)

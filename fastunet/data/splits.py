@@ -51,6 +51,8 @@ def split_cases(cases: Iterable[Case], *, validation: float = 0.2, test: float =
             f"the split needs at least {needed} patients (1 for training, {n_validation} for validation, "
             f"{n_test} for testing), but there are {len(patients)} ({len(cases)} cases)"
         )
+    if seed < 0:
+        raise ValueError(f"seed is {seed}; expected at least 0")
     order = [patients[index] for index in np.random.default_rng(seed).permutation(len(patients))]
     side = dict.fromkeys(order, 0)
     side.update(dict.fromkeys(order[:n_validation], 1))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from fastunet.arguments import is_dense
+
 
 def check_tensors(operator: str, **values: object) -> None:
     """Raises unless each of ``values`` is a dense tensor, or None where its name is not x, weight, logits or labels."""
     for name, value in values.items():
         if isinstance(value, torch.Tensor):
-            if value.layout != torch.strided or value.is_quantized or value.is_complex():
+            if not is_dense(value):
                 raise ValueError(f"{operator}: {name} is {value.layout} {value.dtype}; expected dense, real numbers")
         elif value is not None or name in ("x", "weight", "logits", "labels"):
             raise TypeError(f"{operator}: {name} must be a tensor, got {str(value)[:80]!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,8 +74,8 @@ def dice_cross_entropy(
             :func:`fastunet.functional.dice_rule.dice_score`, under "skip" left out of the mean.
         check_labels: raise for a label out of range or not whole, and for a one-hot or soft target beyond [0, 1]. On a
             GPU this waits. Under ``torch.compile`` and while a CUDA graph is captured, where nothing can be raised, a
-            wrong label makes the loss NaN instead. With False, labels are trusted: a pixel whose label is out of range
-            counts nowhere.
+            wrong label or target makes the loss NaN instead. With False, labels are trusted: a pixel whose label is out
+            of range counts nowhere.
         sync: sum I, P, T and the cross-entropy over the processes of ``process_group`` (None: all) before the ratio.
         grad_reduction: how the caller then combines the parameter gradients of the processes: "mean", as
             DistributedDataParallel does, or "sum". Either way they end equal to one process with the whole batch.
@@ -96,12 +97,15 @@ def dice_cross_entropy(
     targets, class_weights, ignore_index = validated(logits, labels, class_weights, ignore_index, check_labels)
     if autograd.tracked(labels, class_weights):
         raise ValueError("labels or class_weights require a gradient, which the Dice losses do not give; detach() them")
-    return loss_of_sums(
+    loss = loss_of_sums(
         "dice_cross_entropy", logits, (targets, class_weights, None), max(logits.shape[1], 2), ignore_index,
         (float(label_smoothing),), (smooth, empty, include_background, dice_weight, ce_weight), tversky=tversky,
         reduction=reduction, check_labels=check_labels, sync=sync, process_group=process_group,
         grad_reduction=grad_reduction, backend=backend,
     )  # fmt: skip
+    if check_labels and targets.ndim == 3 and cannot_raise(logits):
+        loss = loss * torch.where(((targets >= 0) & (targets <= 1)).all(), 1.0, math.nan)
+    return loss
 
 
 @checked

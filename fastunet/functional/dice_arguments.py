@@ -70,8 +70,15 @@ def validated(
     if class_weights is not None:
         if tuple(class_weights.shape) != (max(shape[1], 2),):
             raise ValueError(f"class_weights have shape {tuple(class_weights.shape)}; expected ({max(shape[1], 2)},)")
-        class_weights = class_weights.to(logits.device, dice_cpu.sum_dtype(logits))
+        class_weights = moved(class_weights, logits)
     return targets, class_weights, ignore_index
+
+
+def moved(weights: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Weights of classes or regions in the dtype of the sums on the device of ``logits``."""
+    if weights.is_meta and not logits.is_meta:
+        raise ValueError(f"the weights are on meta, without numbers, the logits on {logits.device}")
+    return weights.to(logits.device, dice_cpu.sum_dtype(logits))
 
 
 def class_indices(

@@ -126,6 +126,8 @@ def confusion_counts(
         if shape[1] > 1 and tuple(labels.shape) == shape:
             labels = indices_of_one_hot(labels)
     else:
+        if predictions.ndim < 2:
+            raise ValueError(f"predicted labels have shape {tuple(predictions.shape)}; expected (N, H, W)")
         predictions, _ = class_indices(predictions, labels.ndim)
         predictions, pixels = predictions.flatten(1), tuple(predictions.shape)
     labels, ignore_index = class_indices(labels, len(pixels), ignore_index)

@@ -195,6 +195,8 @@ def loss_of_sums(
         raise ValueError(f"grad_reduction is {grad_reduction!r}; expected 'mean' or 'sum'")
     if sync and reduction == "sample":
         raise ValueError("sync=True sums over the whole batch and needs reduction='batch'")
+    if autograd.tracked(logits) and not torch.compiler.is_compiling():
+        autograd.refuse_inference(operator, [logits, *tensors])
     backend = dispatch.select_backend(backend, operator, logits)
     may_raise = check_labels and not cannot_raise(logits)
     if sync:

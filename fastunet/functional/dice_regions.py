@@ -13,9 +13,8 @@ import torch
 
 from fastunet import autograd
 from fastunet.arguments import checked
-from fastunet.functional import dice_cpu
 from fastunet.functional._checks import check_classes, check_tensors
-from fastunet.functional.dice_arguments import MOST_CLASSES, class_indices
+from fastunet.functional.dice_arguments import MOST_CLASSES, class_indices, moved
 from fastunet.functional.dice_operators import loss_of_sums
 
 MOST_REGIONS = 32
@@ -104,7 +103,7 @@ def region_dice_cross_entropy(
     if region_weights is not None:
         if tuple(region_weights.shape) != (count,):
             raise ValueError(f"region_weights have shape {tuple(region_weights.shape)}; expected ({count},)")
-        region_weights = region_weights.to(logits.device, dice_cpu.sum_dtype(logits))
+        region_weights = moved(region_weights, logits)
     if not logits.dtype.is_floating_point or labels.device != logits.device:
         raise ValueError(f"logits are {logits.dtype} on {logits.device}, labels on {labels.device}")
     targets, ignore_index = class_indices(labels, logits.ndim - 1, ignore_index)

@@ -163,11 +163,11 @@ def _head(x, weight, bias, output, mask_x, backend):
     check_tensors("segmentation_head", weight=weight, bias=bias)
     if output not in OUTPUTS:
         raise ValueError(f"segmentation_head: output is {output!r}; expected one of {', '.join(OUTPUTS)}")
-    if weight.shape[0] > {"labels": 256, "regions": 255}.get(output, weight.shape[0]):
-        raise ValueError(f"segmentation_head: {weight.shape[0]} classes do not fit uint8 {output}")
     x, weight, bias = autocast_operands(x, weight, bias)
     check_weight("segmentation_head", weight, (None, x.shape[1], 1, 1), x)
     check_bias("segmentation_head", bias, weight.shape[0], x)
+    if weight.shape[0] > {"labels": 256, "regions": 255}.get(output, weight.shape[0]):
+        raise ValueError(f"segmentation_head: {weight.shape[0]} classes do not fit uint8 {output}")
     backend = select_backend(backend, "segmentation_head", x, too_many_classes(weight))
     if mask_x and output == "logits" and not autograd.transformed():
         return _MaskingHead.apply(x, weight, bias, backend)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from fastunet.functional._checks import check_tensors
+from fastunet.functional.dice_arguments import class_indices
 from fastunet.functional.dice_cpu import sum_dtype
 
 
@@ -36,12 +38,16 @@ def weighted_cross_entropy(
     Raises:
         ValueError: shapes or dtypes that do not fit.
     """
+    check_tensors("weighted_cross_entropy", logits=logits, labels=labels, weight=pixel_weights)
     pixels = (logits.shape[0], *logits.shape[2:])
     for name, given in (("labels", labels), ("pixel_weights", pixel_weights)):
         if tuple(given.shape) != pixels:
             raise ValueError(f"{name} have shape {tuple(given.shape)}; expected {pixels}, as the logits")
     if logits.shape[1] < 2 or labels.dtype.is_floating_point:
         raise ValueError(f"{logits.shape[1]} logits and {labels.dtype} labels; pixel weights take classes, at least 2")
+    if pixel_weights.device != logits.device:
+        raise ValueError(f"pixel_weights are on {pixel_weights.device}, logits on {logits.device}")
+    labels, ignore_index = class_indices(labels, len(pixels), ignore_index)
     counted = (labels >= 0) & (labels < logits.shape[1])
     if ignore_index is not None:
         counted &= labels != ignore_index

@@ -6,6 +6,7 @@ mirrored image, and carry a border as wide as the network looks: the result does
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -15,6 +16,9 @@ from fastunet.architecture import Architecture
 from fastunet.arguments import checked
 from fastunet.data.slices import mirror
 from fastunet.errors import UserError
+
+_LARGEST = 2**15
+"""Pixels of a tile's side: the activations of more fit into no memory."""
 
 
 @checked
@@ -36,11 +40,15 @@ def segment_tiled(
             step of the pooling grid is passed over.
 
     Raises:
-        ValueError: images of another number of channels than the network's.
+        ValueError: images of another number of channels than the network's, a tile of no pixel or of more than 2**15,
+            or results of ``forward`` that are no maps of the network's size.
+        RuntimeError: whatever else ``forward`` raises.
         UserError: ``tile`` does not fit the network, or is no larger than its border.
     """
     if images.ndim != 4 or images.shape[1] != architecture.in_channels:
         raise ValueError(f"images have shape {tuple(images.shape)}; expected (N, {architecture.in_channels}, H, W)")
+    if tile is not None and not 1 <= tile <= _LARGEST:
+        raise ValueError(f"tile is {tile}; expected 1 to {_LARGEST} pixels")
     height, width = images.shape[-2:]
     border = border_width(architecture)
     unit = 2**architecture.depth
@@ -48,11 +56,15 @@ def segment_tiled(
     if not tile and largest and max(side_height, side_width) > largest >= 2 * border + unit:
         side_height = side_width = largest
     step_height, step_width = (_step(architecture, side, border, unit) for side in (side_height, side_width))
+    size = architecture.output_size(side_height, side_width)
     for top in range(0, height, step_height):
         for left in range(0, width, step_width):
             rows = _mirrored(top - border, side_height, height, images.device)
             columns = _mirrored(left - border, side_width, width, images.device)
             result = forward(images[:, :, rows][..., columns])
+            if not isinstance(result, torch.Tensor) or tuple(result.shape[-2:]) != size:
+                got = tuple(result.shape) if isinstance(result, torch.Tensor) else reprlib.repr(result)
+                raise ValueError(f"forward gave {got} for tiles of {side_height}×{side_width}; expected maps of {size}")
             # Only "same" networks return their border; valid convolutions have consumed it.
             skip = border if architecture.padding == "same" else 0
             tall, wide = min(step_height, height - top), min(step_width, width - left)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastunet.arguments import checked
 from fastunet.blocks import why_not_anywhere
 from fastunet.interop import steps
 from fastunet.interop.patterns import COUNTED, Found, rewrite
@@ -51,6 +52,7 @@ class Report:
         return "\n".join([head, *(f"{name:<{width}}  {text}" for name, text in rows)])
 
 
+@checked
 def fuse(module: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report]:
     """Runs what fastunet has operators for in any module as those operators; outputs and gradients stay.
 
@@ -94,8 +96,6 @@ def fuse(module: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report
 
 
 def _check(module: nn.Module) -> None:
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"fuse takes a torch.nn.Module, not a {type(module).__name__}")
     for name, part in module.named_modules():
         where = f"{name or 'the module'} is of class {type(part).__module__}.{type(part).__name__}"
         if isinstance(part, torch.jit.ScriptModule):

@@ -7,6 +7,7 @@ all that it holds, which is checked when it is read, and never a value that is n
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -220,10 +221,10 @@ def load_state(
 def checkpoint_file(path: str | Path) -> Path:
     """The file that :func:`load_model` reads for ``path``; a run folder without any is a ``UserError``."""
     path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return path
     for name in (BEST, LAST):
-        if (path / name).is_file():
+        if os.path.isfile(path / name):
             return path / name
     raise UserError(f"{path} holds no checkpoint ({BEST} or {LAST})")
 

@@ -31,7 +31,8 @@ class TrainingStep:
         precision: autocast dtype for the forward pass and the loss, or None.
 
     Raises:
-        ValueError: the model has no parameters, or is on a CUDA device and the optimiser is not capturable.
+        ValueError: the model has no parameters, or is on a CUDA device and the optimiser is not capturable; another
+            precision; in a call, a loss that is no scalar.
     """
 
     def __init__(
@@ -49,6 +50,8 @@ class TrainingStep:
         self._device = parameter.device
         if self._device.type == "cuda" and not all(group.get("capturable") for group in optimizer.param_groups):
             raise ValueError(f"{type(optimizer).__name__} cannot be captured: construct it with capturable=True")
+        if precision not in (None, torch.float16, torch.bfloat16):
+            raise ValueError(f"precision is {precision}; expected torch.float16, torch.bfloat16 or None")
         self._calls: dict[tuple[Any, ...], int] = {}
         self._graphs: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         self._stream: torch.cuda.Stream | None = None
@@ -78,6 +81,9 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self._device.type, self.precision, enabled=self.precision is not None):
             loss = self.loss(self.model(images), labels)
+        if not isinstance(loss, torch.Tensor) or loss.ndim or not loss.requires_grad:
+            kind = f"of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+            raise ValueError(f"the loss is {kind}; expected a scalar tensor that depends on parameters in training")
         loss.backward()
         self.optimizer.step()
         return loss.detach()
