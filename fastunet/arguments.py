@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import numpy.typing  # what annotations name, which NumPy before 2 does not import by itself
 import torch
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 Thing = TypeVar("Thing", bound=Callable[..., Any])
 Problem = type[TypeError] | type[ValueError] | None

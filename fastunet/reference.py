@@ -231,7 +231,7 @@ class UNet(nn.Module):
             raise ValueError(f"expected images of shape (N, {channels}, H, W), got {tuple(x.shape)}")
         size = self.output_size(*x.shape[2:])
         first: Any = self.encoders[0] if len(self.encoders) else self.bottleneck
-        layer = first.conv1 if type(first) is self.conv_block else None
+        layer: Any = first.conv1 if type(first) is self.conv_block else None
         if layer is None or layer._forward_pre_hooks or "forward" in vars(layer):  # which may move weights or images
             return size
         weight = layer._parameters.get("weight")
