@@ -192,6 +192,12 @@ class UNet(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (N, num_classes, H', W') of images (N, in_channels, H, W); raises ValueError for a wrong shape."""
         height, width = self._check(x)
+        first: Any = self.encoders[0] if len(self.encoders) else self.bottleneck
+        layer: Any = first.conv1 if type(first) is self.conv_block else None
+        plain = type(layer) is nn.Conv2d and "weight" in layer._parameters
+        # hooks and other forward passes may move weights or images
+        if plain and not any(m._forward_pre_hooks or "forward" in vars(m) for m in (first, layer)):
+            check_images(x, layer.weight)
         return top_left(self.logits_of_padded(self._pad(x)), height, width)
 
     def logits_of_padded(self, x: torch.Tensor) -> torch.Tensor:
@@ -225,25 +231,11 @@ class UNet(nn.Module):
 
     @checked
     def _check(self, x: torch.Tensor) -> tuple[int, int]:
-        """The output size for ``x``, after checking its shape, dtype and device."""
+        """The output size for ``x``, after checking its shape."""
         channels = self.architecture.in_channels
         if x.dim() != 4 or x.shape[1] != channels:
             raise ValueError(f"expected images of shape (N, {channels}, H, W), got {tuple(x.shape)}")
-        size = self.output_size(*x.shape[2:])
-        first: Any = self.encoders[0] if len(self.encoders) else self.bottleneck
-        layer: Any = first.conv1 if type(first) is self.conv_block else None
-        if layer is None or layer._forward_pre_hooks or "forward" in vars(layer):  # which may move weights or images
-            return size
-        weight = layer._parameters.get("weight")
-        if weight is None:
-            return size
-        # autocast takes float64 for what it is
-        casts = autocasts(x.device.type) and x.is_floating_point() and torch.float64 not in (x.dtype, weight.dtype)
-        if x.dtype != weight.dtype and not casts:
-            raise ValueError(f"the images are {x.dtype}, but the first layer's parameters {weight.dtype}")
-        if x.device != weight.device:
-            raise ValueError(f"the images are on {x.device}, but the first layer's parameters on {weight.device}")
-        return size
+        return self.output_size(*x.shape[2:])
 
     def _pad(self, x: torch.Tensor) -> torch.Tensor:
         """Under "same", zeros at the bottom and right up to a multiple of 2**depth."""
@@ -253,6 +245,15 @@ class UNet(nn.Module):
         if _known(*x.shape[2:]) and (height, width) == tuple(x.shape[2:]):
             return x
         return F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]))
+
+
+def check_images(x: torch.Tensor, weight: torch.Tensor) -> None:
+    """Raises ``ValueError`` unless ``x`` has the dtype, which autocast may give it, and the device of ``weight``."""
+    casts = autocasts(x.device.type) and x.is_floating_point() and torch.float64 not in (x.dtype, weight.dtype)
+    if x.dtype != weight.dtype and not casts:
+        raise ValueError(f"the images are {x.dtype}, but the first layer's parameters {weight.dtype}")
+    if x.device != weight.device:
+        raise ValueError(f"the images are on {x.device}, but the first layer's parameters on {weight.device}")
 
 
 def top_left(x: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -27,7 +27,7 @@ from fastunet.blocks import (
     why_touched,
 )
 from fastunet.chains import layers_are_faster
-from fastunet.dispatch import BACKENDS, autocasts
+from fastunet.dispatch import BACKENDS
 from fastunet.functional._layout import nhwc
 from fastunet.functional.segmentation_head import finish
 from fastunet.inference.frozen import FrozenUNet
@@ -223,8 +223,8 @@ class UNet(reference.UNet):
             self._warn(apart)
         name, first, _ = next(self._blocks())
         weight = None if name in apart else first.conv1._parameters.get("weight")
-        if weight is not None and x.dtype != weight.dtype and not autocasts(x.device.type):
-            raise ValueError(f"the images are {x.dtype}, but the first layer's parameters {weight.dtype}")
+        if weight is not None:
+            reference.check_images(x, weight)
         by_operators = style.norm is None or self.sync_norms or self.activation_checkpointing
         if not by_operators and layers_are_faster(x, self.backend):
             return finish(super().forward(x), output)
