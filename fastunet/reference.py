@@ -12,7 +12,6 @@ from torch import nn
 
 from fastunet.architecture import Architecture
 from fastunet.arguments import checked
-from fastunet.dispatch import autocasts
 
 __all__ = ["UNet"]
 
@@ -249,8 +248,9 @@ class UNet(nn.Module):
 
 def check_images(x: torch.Tensor, weight: torch.Tensor) -> None:
     """Raises ``ValueError`` unless ``x`` has the dtype, which autocast may give it, and the device of ``weight``."""
-    casts = autocasts(x.device.type) and x.is_floating_point() and torch.float64 not in (x.dtype, weight.dtype)
-    if x.dtype != weight.dtype and not casts:
+    kind = x.device.type
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.is_floating_point()
+    if x.dtype != weight.dtype and (not casts or torch.float64 in (x.dtype, weight.dtype)):
         raise ValueError(f"the images are {x.dtype}, but the first layer's parameters {weight.dtype}")
     if x.device != weight.device:
         raise ValueError(f"the images are on {x.device}, but the first layer's parameters on {weight.device}")
