@@ -9,9 +9,10 @@ import contextlib
 import json
 import os
 import platform
+import re
 import subprocess
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def pytest_addoption(parser):
     group.addoption("--log", type=Path, help="emulated: append a line of JSON for each test to this file")
     group.addoption("--label", default="", help="emulated: the log's name of this run; what passed in it is left out")
     group.addoption("--share", default="1/1", help="emulated: i/n, the i-th of n shares of the tests")
-    group.addoption("--subset", action="store_true", help="emulated: bfloat16, and one test of each other kernel")
+    group.addoption("--subset", action="store_true", help="emulated: in bfloat16, each kernel, variant and option once")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -58,10 +59,20 @@ _SUBSET = (
     "bf16", "bfloat16", "test_forward_head[4-pointer", "test_forward_head[4-box-1x8+24",
     "test_forward_head[4-rows-1x0+24-64x7x17-pad1-logits", "test_forward_head[4-two_rows-2x8",
     "test_confusion_of_logits[4-NHWC-200", "test_confusion_of_labels", "test_confusion_in_several",
-    "test_dice_rule.py", "test_backward_equals_autograd", "test_relu.py", "test_weights.py",
-    "test_soft_targets[4-NCHW", "test_more_samples",
+    "test_dice_rule.py", "test_backward_equals_autograd", "test_soft_targets[4-NCHW", "test_more_samples",
 )  # fmt: skip
 """Parts of the names of the tests in the subset."""
+_SIZE = re.compile(r"(?<![rtkx\d])\d[\dx+.]*")
+"""A number in a test's name, but in that of a tile ("bulk1x4", "first1x1") or a type."""
+
+
+def _subset(items: list[pytest.Item]) -> set[pytest.Item]:
+    """Of the cases that differ in numbers alone the one with the most digits: each kernel, variant and option once."""
+    alike = defaultdict(list)
+    for item in items:
+        if any(part in item.nodeid for part in _SUBSET):
+            alike[_SIZE.sub("", item.nodeid)].append(item)
+    return {max(group, key=lambda item: len(item.nodeid)) for group in alike.values()}
 
 
 class _Emulation:
@@ -73,13 +84,12 @@ class _Emulation:
     def pytest_collection_modifyitems(self, config, items):
         self.collected = len(items)  # before -k
         share, shares = map(int, self.option.share.split("/"))
+        wanted = _subset(items) if self.option.subset else set(items)
         rows = logged(self.option.log) if self.option.log else []
         done = {row["test"] for row in rows
                 if row["label"] == self.option.label and row.get("outcome") in ("passed", "skipped")}  # fmt: skip
-        mine = items[share - 1 :: shares]
+        mine = [item for item in items if item in wanted][share - 1 :: shares]
         chosen = [item for item in mine if item.nodeid not in done]
-        if self.option.subset:
-            chosen = [item for item in chosen if any(part in item.nodeid for part in _SUBSET)]
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = chosen
 

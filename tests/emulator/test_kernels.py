@@ -24,8 +24,8 @@ def every_kernel() -> set[str]:
     return found
 
 
-def subset(target: campaign.Target, log, **options) -> list[dict]:
-    campaign.run(target, log, subset=True, **options)
+def results(target: campaign.Target, log, **options) -> list[dict]:
+    campaign.run(target, log, **options)
     rows = logged(log)
     print(proof.table(rows))
     tests = [row for row in rows if "test" in row]
@@ -36,7 +36,7 @@ def subset(target: campaign.Target, log, **options) -> list[dict]:
 
 
 def test_every_kernel_on_sm_90(tmp_path):
-    tests = subset(campaign.Target(90, "newest", False), tmp_path / "log.jsonl", jobs=2)
+    tests = results(campaign.Target(90, "newest", False), tmp_path / "log.jsonl", subset=True)
     launched = {kernel for row in tests for kernel in row["launches"]}
     assert launched == every_kernel()
 
@@ -44,5 +44,5 @@ def test_every_kernel_on_sm_90(tmp_path):
 def test_sm_80(tmp_path):
     """By cp.async and mma.sync: one forward pass and its gradients."""
     some = "(pointer and 1x0+24-16x15x17) or (POINTER and 33x3) or (1x33x4x7 and bf16)"
-    tests = subset(campaign.Target(80, "newest", False), tmp_path / "log.jsonl", keyword=some)
+    tests = results(campaign.Target(80, "newest", False), tmp_path / "log.jsonl", dtype="bf16", keyword=some)
     assert {"conv_relu_pointer_kernel", "stride2_forward_kernel"} <= {k for row in tests for k in row["launches"]}
