@@ -8,7 +8,10 @@ cannot see from outside (parametrisations, swapped or shared parameters) works t
 
 from __future__ import annotations
 
+import copy
+import operator
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -29,15 +32,25 @@ from fastunet.functional.conv_transpose import conv_transpose2d
 from fastunet.functional.segmentation_head import finish, head_of_network, segmentation_head
 from fastunet.functional.upsample_conv import upsample_conv_relu
 
+_HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+_SETTINGS = (
+    ("kernel_size", "stride", "padding", "dilation", "output_padding", "groups", "padding_mode"),
+    ("num_features", "num_channels", "num_groups", "eps", "momentum", "affine", "track_running_stats"),
+)
+"""Attributes of convolutions, and those that norms have some of: what they say besides their parameters."""
+
 
 class Made(NamedTuple):
-    """The class, number of attributes, geometry and whether it has a bias of a layer, as :func:`made` noted them when
-    it was constructed."""
+    """What :func:`made` noted of a layer when it was constructed: class, number of attributes, classes of the
+    parameters, and ``values`` of the attributes ``names``, hooks (none) and settings, which ``read`` takes quickly."""
 
     kind: type
     attributes: int
-    geometry: tuple[Any, ...]
-    has_bias: bool
+    weight: type
+    bias: type
+    names: tuple[str, ...]
+    read: Callable[[dict[str, Any]], tuple[Any, ...]]
+    values: tuple[Any, ...]
 
 
 def _shared_code() -> tuple[Any, ...]:
@@ -66,61 +79,49 @@ def why_not_anywhere() -> str | None:
     return "a TorchFunctionMode is active" if others else None
 
 
-_METHODS = frozenset({"forward", "_conv_forward", "_call_impl", "upsampled", "logits_of_padded"})
-
-
 def why_touched(module: nn.Module, kind: type) -> str | None:
     """Why calling ``module`` is more than running ``kind.forward``, or None; parametrised layers count as untouched."""
     if type(module) is not kind and not (type(module).__bases__ == (kind,) and is_parametrized(module)):
         return f"is of class {type(module).__name__}, not {kind.__name__}"
     d = module.__dict__
-    if not _METHODS.isdisjoint(d):
+    if ("forward" in d or "_conv_forward" in d or "_call_impl" in d or "upsampled" in d
+            or "logits_of_padded" in d):  # fmt: skip
         return "has a forward of its own"
     if d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]:
         return "has hooks"
     return None
 
 
-_SETTINGS_OF_NORMS = "num_features", "num_channels", "num_groups", "eps", "momentum", "affine", "track_running_stats"
-
-
-def _geometry(d: dict[str, Any]) -> tuple[Any, ...]:
-    """What a layer's attributes ``d`` say of its sums, besides the parameters."""
-    if "kernel_size" not in d:
-        return tuple(d.get(name) for name in _SETTINGS_OF_NORMS)
-    return (d["kernel_size"], d["stride"], d["padding"], d["dilation"], d["output_padding"], d["groups"],
-            d["padding_mode"])  # fmt: skip
-
-
 def made(layer: nn.Module) -> Made:
     """What :func:`why_not_layer` compares a layer with."""
-    return Made(type(layer), len(layer.__dict__), _geometry(layer.__dict__), layer.bias is not None)
+    d = layer.__dict__
+    names = (*_HOOKS, *(name for name in _SETTINGS["kernel_size" not in d] if name in d))
+    read = operator.itemgetter(*names)
+    return Made(type(layer), len(d), type(layer.weight), type(layer.bias), names, read, copy.deepcopy(read(d)))
 
 
 def _as_made(layer: nn.Module | None, layer_made: Made) -> bool:
     """Whether ``layer`` is just what its constructor made. The quick answer, for each forward pass asks every layer."""
-    kind, size, geometry, has_bias = layer_made
+    kind, size, weight, bias, _, read, values = layer_made
     if type(layer) is not kind:
         return False
     d = layer.__dict__
-    if d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]:
+    if len(d) != size:
         return False
     tensors = d["_parameters"]
-    return (len(d) == size and type(tensors.get("weight")) is nn.Parameter
-            and type(tensors.get("bias")) is (nn.Parameter if has_bias else type(None))
-            and _geometry(d) == geometry)  # fmt: skip
+    return type(tensors.get("weight")) is weight and type(tensors.get("bias")) is bias and read(d) == values
 
 
 def why_not_layer(layer: nn.Module | None, layer_made: Made) -> str | None:
     """Why the parameters of ``layer`` do not say all that calling it would do, or None."""
-    if _as_made(layer, layer_made):
+    if not torch.compiler.is_compiling() and _as_made(layer, layer_made):  # Dynamo knows no itemgetter
         return None
     if layer is None:
         return f"is None, not a {layer_made.kind.__name__}"
     reason = why_touched(layer, layer_made.kind)
     if reason is not None:
         return reason
-    if _geometry(layer.__dict__) != layer_made.geometry:
+    if tuple(layer.__dict__[name] for name in layer_made.names) != layer_made.values:
         return "has other settings than it was made with, such as kernel, stride, padding, groups or eps"
     for name in ("weight", "bias"):
         tensor = layer._parameters.get(name)
@@ -129,7 +130,7 @@ def why_not_layer(layer: nn.Module | None, layer_made: Made) -> str | None:
         if tensor is None:  # replicas of DataParallel hold their tensors as attributes
             tensor = getattr(layer, name, None)
         if tensor is None:
-            if name == "bias" and not layer_made.has_bias:
+            if name == "bias" and layer_made.bias is type(None):
                 continue
             return f"has no {name}"
         # the tensors by which torch.export traces are as good as plain ones
@@ -178,8 +179,9 @@ class _Block(nn.Module):
             return "it has other layers than it was made with"
         if (d["style"] is not style and d["style"] != style) or d.get("up_kind") != up:
             return "it has another style than it was made with"
+        traced = torch.compiler.is_compiling()
         for name, layer_made in d["_made"].items():
-            if not _as_made(layers.get(name), layer_made):
+            if traced or not _as_made(layers.get(name), layer_made):
                 reason = why_not_layer(layers.get(name), layer_made)
                 if reason is not None:
                     return f"{name} {reason}"

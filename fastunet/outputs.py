@@ -26,7 +26,7 @@ def check_outputs(outputs: Iterable[Path], inputs: Iterable[Path], *, overwrite:
         overwrite: whether existing files may be replaced.
 
     Raises:
-        UserError: an output that is an input, exists against the user's will, is a folder or comes twice.
+        UserError: an output that is an input, exists against the user's will, is a folder or device, or comes twice.
     """
     read = {}
     for path in inputs:
@@ -48,6 +48,8 @@ def check_outputs(outputs: Iterable[Path], inputs: Iterable[Path], *, overwrite:
             raise UserError(f"{path} is an input{alias}; choose another output")
         if path.is_dir():
             raise UserError(f"{path} is a folder; the result of that name cannot be written")
+        if place[0] == "/dev" or f"{place[0]}/".startswith("/proc/") or (path.exists() and not path.is_file()):
+            raise UserError(f"{path} is no place for a file, which is written beside it and then takes its name")
         if not overwrite and os.path.lexists(path):
             raise UserError(f"{path} exists; --overwrite replaces it")
 

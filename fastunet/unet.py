@@ -188,20 +188,22 @@ class UNet(reference.UNet):
     def why_not_fused(self) -> dict[str, str]:
         """The parts that would not run now as parts of one fused network, by name, and why; empty if all would."""
         everywhere, reasons = why_not_anywhere(), {}
+        parts: Any = self._modules  # where looking an attribute up comes last
         for name, block, kind in self._blocks():
             if reason := everywhere or _why_apart(block, kind):
                 reasons[name] = reason
-        if reason := everywhere or why_touched(self.dropout, nn.Dropout):
+        if reason := everywhere or why_touched(parts["dropout"], nn.Dropout):
             reasons["dropout"] = reason
-        if reason := everywhere or why_not_layer(self.head, self._head_made):
+        if reason := everywhere or why_not_layer(parts["head"], self._head_made):
             reasons["head"] = reason
         return reasons
 
     def _blocks(self) -> Iterator[tuple[str, Any, type[nn.Module]]]:
         """Name, block and the class it was made of, in order of use."""
-        yield from ((f"encoders.{i}", block, ConvBlock) for i, block in enumerate(self.encoders))
-        yield "bottleneck", self.bottleneck, ConvBlock
-        yield from ((f"decoders.{i}", block, DecoderBlock) for i, block in enumerate(self.decoders))
+        parts: Any = self._modules
+        yield from ((f"encoders.{i}", block, ConvBlock) for i, block in parts["encoders"]._modules.items())
+        yield "bottleneck", parts["bottleneck"], ConvBlock
+        yield from ((f"decoders.{i}", block, DecoderBlock) for i, block in parts["decoders"]._modules.items())
 
     def _why_wrapped(self) -> str | None:
         """Why calling the model is more than :meth:`forward`, or None."""

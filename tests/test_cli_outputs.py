@@ -218,3 +218,11 @@ def test_rules(tmp_path):
     with pytest.raises(UserError, match="exists"):
         check_outputs([tmp_path / "dangling"], [], overwrite=False)
     assert name_for_file("a b/c\n\0é?") == "a_b_c__é_"
+
+
+@pytest.mark.parametrize("place", ["/dev/stdout", "/dev/null", "/proc/self/fd/1", "pipe"])
+def test_results_take_the_place_of_no_device(place, tmp_path):
+    """A file takes its name by a rename, which as root would have replaced /dev/stdout for every program."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="no place for a file"):
+        check_outputs([tmp_path / place], [])
