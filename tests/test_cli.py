@@ -119,9 +119,10 @@ def test_info_follows_the_environment(capsys, monkeypatch):
 
 def test_info_of_kernels(capsys, monkeypatch):
     table = pytest.importorskip("fastunet.inspection.kernel_table", reason="needs Triton")
-    monkeypatch.setattr(table, "kernel_table", lambda: "conv_relu  90 registers")
-    assert run("info", "--device", "cpu", "--kernels") == 0
-    assert capsys.readouterr().out.endswith("\n\nconv_relu  90 registers\n")
+    monkeypatch.setattr(table, "kernel_table", lambda preset: f"kernels of {preset}")
+    for chosen, preset in ((), None), (("--preset", "nnunet2d"), "nnunet2d"):
+        assert run("info", "--device", "cpu", "--kernels", *chosen) == 0
+        assert capsys.readouterr().out.endswith(f"\n\nkernels of {preset}\n")
     monkeypatch.setattr("fastunet.dispatch.triton_installed", lambda: False)
     assert_user_error(capsys, run("info", "--device", "cpu", "--kernels"), "Triton", "not installed")
 

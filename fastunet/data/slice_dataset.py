@@ -201,10 +201,7 @@ class SliceDataset(torch.utils.data.Dataset[tuple[torch.Tensor, ...]]):
 
     def _common_size(self, size: int | Sequence[int] | None) -> tuple[int, int]:
         if size is not None:
-            height, width = slice_size(size)
-            if min(height, width) < 1:
-                raise UserError(f"the slice size is {size}; it must be at least 1")
-            return height, width
+            return slice_size(size)
         first = self._cached[0].shape[1:]
         for case, cached in zip(self.cases, self._cached):
             if cached.shape[1:] != first:

@@ -73,14 +73,14 @@ def unfit_slice(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
 
 
 def slice_size(size: Any) -> tuple[int, int]:
-    """(height, width) of an integer or a pair of them, from 1 to 2**16; raises ``ValueError`` for anything else."""
+    """(height, width) of an integer or a pair of them, from 1 to 2**16; raises ``UserError`` for anything else."""
     try:
         sides = (size, size) if np.ndim(size) == 0 else tuple(size)
         height, width = (operator.index(side) for side in sides)
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"the slice size is {reprlib.repr(size)}; expected a whole number or two") from None
+        raise UserError(f"the slice size is {reprlib.repr(size)}; expected a whole number or two") from None
     if not (1 <= height <= _LARGEST and 1 <= width <= _LARGEST):
-        raise ValueError(f"the slice size is {reprlib.repr(size)}; expected 1 to {_LARGEST} pixels")
+        raise UserError(f"the slice size is {reprlib.repr(size)}; expected 1 to {_LARGEST} pixels")
     return height, width
 
 
