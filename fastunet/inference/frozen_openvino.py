@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from typing import Any
 
@@ -81,9 +80,8 @@ class _Plain(reference.UNet):
 
 
 def _plain(model: Any) -> _Plain:
-    """The plain build on the parameters of ``model``, as its layers give them."""
+    """The plain build on the parameters of ``model``."""
     with torch.device("meta"):
         plain = _Plain(**model.config).eval()
-    tensors = {name: operator.attrgetter(name)(model) for name in plain.state_dict()}
-    plain.load_state_dict(tensors, assign=True)
+    plain.load_state_dict(model.state_dict(), assign=True)
     return plain
