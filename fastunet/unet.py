@@ -172,6 +172,7 @@ class UNet(reference.UNet):
             return finish(self(x), output)
         return self._run(x, output)
 
+    @checked
     def fastest_format(self, device: torch.device) -> torch.memory_format:
         """The memory format of images and parameters in which the network is fastest on a device."""
         slow = device.type == "cpu" and self.architecture.norm == "instance" and not self.sync_norms
