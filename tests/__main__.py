@@ -52,12 +52,12 @@ def parts() -> list[Part]:
     found = [
         Part("machine code, newest Triton", ("tests/aot",)),
         Part("library, every other file", half),
-        Part("library, the rest", ("tests", *(f"--ignore={path}" for path in (*rooms, *half)))),
         Part("kernels, their machine code executed", ("tests/emulator",)),
+        Part("library, the rest", ("tests", *(f"--ignore={path}" for path in (*rooms, *half)))),
         Part("kernels, interpreted", ("tests/kernels",), (("TRITON_INTERPRET", "1"),)),
     ]
     if OLDEST_TRITON.exists():
-        found.append(Part("machine code, oldest Triton", ("tests/aot",), before(OLDEST_TRITON)))
+        found.insert(2, Part("machine code, oldest Triton", ("tests/aot",), before(OLDEST_TRITON)))
     if (OLDEST / "numpy").exists():
         files = ("oldest", "schema", "data_volumes", "data_images", "pictures", "train", "train_checkpoint")
         paths = tuple(f"tests/test_{name}.py" for name in files)
