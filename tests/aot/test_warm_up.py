@@ -20,7 +20,7 @@ from tests.cli_helpers import assert_user_error
 
 pytestmark = pytest.mark.skipif(_launch.INTERPRETED, reason="the interpreter has no machine code")
 
-NETWORK = Architecture(width=40, depth=0)  # as no other test has it, so that nothing is in memory
+NETWORK = Architecture(width=40, depth=1)  # as no other test has it, so that nothing is in memory
 
 
 def kernels(folder: Path) -> set[Path]:
