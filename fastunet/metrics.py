@@ -206,6 +206,8 @@ def _combined(counts: torch.Tensor) -> torch.Tensor:
 
 
 def _added(total: torch.Tensor | None, counts: torch.Tensor) -> torch.Tensor:
+    if total is not None and total.is_meta != counts.is_meta:
+        raise ValueError("counts of meta tensors hold no data, to be added to those of others")
     return counts.clone() if total is None else _combined(torch.stack([total, counts.to(total.device)]))
 
 

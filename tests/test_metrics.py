@@ -209,3 +209,6 @@ def test_update_on_a_device_never_waits(monkeypatch):
         found.update(logits, labels, case)
     assert found._pooled.is_meta
     assert found.cases == ["a", "b"]
+    found.backend = "torch"
+    with pytest.raises(ValueError, match="counts of meta tensors"):
+        found.update(torch.zeros(2, 8, 8, dtype=torch.uint8), torch.zeros(2, 8, 8, dtype=torch.uint8))
