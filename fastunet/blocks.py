@@ -121,7 +121,7 @@ def why_not_layer(layer: nn.Module | None, layer_made: Made) -> str | None:
     reason = why_touched(layer, layer_made.kind)
     if reason is not None:
         return reason
-    if tuple(layer.__dict__[name] for name in layer_made.names) != layer_made.values:
+    if tuple(layer.__dict__.get(name) for name in layer_made.names) != layer_made.values:
         return "has other settings than it was made with, such as kernel, stride, padding, groups or eps"
     for name in ("weight", "bias"):
         tensor = layer._parameters.get(name)
