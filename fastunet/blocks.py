@@ -1,26 +1,16 @@
-"""The U-Net's blocks as modules that run fused, and the one rule that decides whether they may.
+"""The U-Net's blocks as modules that run fused while their layers are untouched.
 
-A fused block reads the parameters of its layers and calls none of them. So it may run only while they are exactly what
-its constructor made and nothing hangs on them: no hook, no other ``forward``, no other class, no tensor that computes
-in its own way. Otherwise the block runs through its layers, as the plain build does, and says so once. Whatever this
-cannot see from outside (parametrisations, swapped or shared parameters) works through the reading itself.
+Otherwise a block runs through its layers, as the plain build does, and says so once.
 """
 
 from __future__ import annotations
 
-import copy
-import operator
 import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
-from torch.nn.utils.parametrize import is_parametrized
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
 from fastunet import reference
 from fastunet.architecture import Architecture
@@ -31,117 +21,7 @@ from fastunet.functional.conv_relu import conv_relu, conv_relu_pool
 from fastunet.functional.conv_transpose import conv_transpose2d
 from fastunet.functional.segmentation_head import finish, head_of_network, segmentation_head
 from fastunet.functional.upsample_conv import upsample_conv_relu
-
-_HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-_SETTINGS = (
-    ("kernel_size", "stride", "padding", "dilation", "output_padding", "groups", "padding_mode"),
-    ("num_features", "num_channels", "num_groups", "eps", "momentum", "affine", "track_running_stats"),
-)
-"""Attributes of convolutions, and those that norms have some of: what they say besides their parameters."""
-
-
-class Made(NamedTuple):
-    """What :func:`made` noted of a layer when it was constructed: class, number of attributes, classes of the
-    parameters, and ``values`` of the attributes ``names``, hooks (none) and settings, which ``read`` takes quickly."""
-
-    kind: type
-    attributes: int
-    weight: type
-    bias: type
-    names: tuple[str, ...]
-    read: Callable[[dict[str, Any]], tuple[Any, ...]]
-    values: tuple[Any, ...]
-
-
-def _shared_code() -> tuple[Any, ...]:
-    """What PyTorch runs for every layer, and people replace to see or change all of them."""
-    layers = nn.Conv2d, nn.ConvTranspose2d, nn.Dropout, nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm
-    return (nn.Conv2d._conv_forward, *(layer.forward for layer in layers), F.conv2d,
-            F.conv_transpose2d, F.relu, F.leaky_relu, F.max_pool2d, F.interpolate)  # fmt: skip
-
-
-_SHARED_CODE, _CALL = _shared_code(), nn.Module.__call__
-
-
-def why_not_anywhere() -> str | None:
-    """What hangs on every module of the process, or None."""
-    if _has_any_global_hook():
-        return "global module hooks are registered"
-    if _shared_code() != _SHARED_CODE:
-        return "code that torch.nn runs for every layer has been replaced"
-    if torch.compiler.is_compiling():  # export replaces calls and has a mode, both of its own
-        return None
-    if nn.Module.__call__ is not _CALL:
-        return "nn.Module.__call__ has been replaced"
-    if not torch._C._len_torch_function_stack():
-        return None
-    others = any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
-    return "a TorchFunctionMode is active" if others else None
-
-
-def why_touched(module: nn.Module, kind: type) -> str | None:
-    """Why calling ``module`` is more than running ``kind.forward``, or None; parametrised layers count as untouched."""
-    if type(module) is not kind and not (type(module).__bases__ == (kind,) and is_parametrized(module)):
-        return f"is of class {type(module).__name__}, not {kind.__name__}"
-    d = module.__dict__
-    if ("forward" in d or "_conv_forward" in d or "_call_impl" in d or "upsampled" in d
-            or "logits_of_padded" in d):  # fmt: skip
-        return "has a forward of its own"
-    if d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]:
-        return "has hooks"
-    return None
-
-
-def made(layer: nn.Module) -> Made:
-    """What :func:`why_not_layer` compares a layer with."""
-    d = layer.__dict__
-    names = (*_HOOKS, *(name for name in _SETTINGS["kernel_size" not in d] if name in d))
-    read = operator.itemgetter(*names)
-    return Made(type(layer), len(d), type(layer.weight), type(layer.bias), names, read, copy.deepcopy(read(d)))
-
-
-def _as_made(layer: nn.Module | None, layer_made: Made) -> bool:
-    """Whether ``layer`` is just what its constructor made. The quick answer, for each forward pass asks every layer."""
-    kind, size, weight, bias, _, read, values = layer_made
-    if type(layer) is not kind:
-        return False
-    d = layer.__dict__
-    if len(d) != size:
-        return False
-    tensors = d["_parameters"]
-    return type(tensors.get("weight")) is weight and type(tensors.get("bias")) is bias and read(d) == values
-
-
-def why_not_layer(layer: nn.Module | None, layer_made: Made) -> str | None:
-    """Why the parameters of ``layer`` do not say all that calling it would do, or None."""
-    if not torch.compiler.is_compiling() and _as_made(layer, layer_made):  # Dynamo knows no itemgetter
-        return None
-    if layer is None:
-        return f"is None, not a {layer_made.kind.__name__}"
-    reason = why_touched(layer, layer_made.kind)
-    if reason is not None:
-        return reason
-    if tuple(layer.__dict__.get(name) for name in layer_made.names) != layer_made.values:
-        return "has other settings than it was made with, such as kernel, stride, padding, groups or eps"
-    for name in ("weight", "bias"):
-        tensor = layer._parameters.get(name)
-        if type(tensor) is nn.Parameter or is_parametrized(layer, name):
-            continue
-        if tensor is None:  # replicas of DataParallel hold their tensors as attributes
-            tensor = getattr(layer, name, None)
-        if tensor is None:
-            if name == "bias" and layer_made.bias is type(None):
-                continue
-            return f"has no {name}"
-        # the tensors by which torch.export traces are as good as plain ones
-        if type(tensor) is not torch.Tensor and not type(tensor).__module__.startswith("torch._subclasses"):
-            return f"has a {name} of class {type(tensor).__name__}"
-    return None
-
-
-def parameters(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight and bias, each read once: a parametrisation runs when it is read."""
-    return layer.weight, layer.bias
+from fastunet.touched import as_made, made, parameters, why_not_anywhere, why_not_layer
 
 
 def warn_plain(name: str, reason: str) -> None:
@@ -181,7 +61,7 @@ class _Block(nn.Module):
             return "it has another style than it was made with"
         traced = torch.compiler.is_compiling()
         for name, layer_made in d["_made"].items():
-            if traced or not _as_made(layers.get(name), layer_made):
+            if traced or not as_made(layers.get(name), layer_made):
                 reason = why_not_layer(layers.get(name), layer_made)
                 if reason is not None:
                     return f"{name} {reason}"

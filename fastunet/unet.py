@@ -13,24 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 from fastunet import reference
 from fastunet.arguments import checked
-from fastunet.blocks import (
-    ConvBlock,
-    DecoderBlock,
-    fused_head,
-    leaves_nchw,
-    made,
-    nchw,
-    runs_as,
-    warn_plain,
-    why_not_anywhere,
-    why_not_layer,
-    why_touched,
-)
+from fastunet.blocks import ConvBlock, DecoderBlock, fused_head, leaves_nchw, nchw, runs_as, warn_plain
 from fastunet.chains import layers_are_faster
 from fastunet.dispatch import BACKENDS
 from fastunet.functional._layout import nhwc
 from fastunet.functional.segmentation_head import finish
 from fastunet.inference.frozen import FrozenUNet
+from fastunet.touched import made, why_not_anywhere, why_not_layer, why_touched
 
 _NO_TORCHSCRIPT = (
     "fastunet.UNet is not for TorchScript, which PyTorch has given up: use torch.export, torch.compile or"

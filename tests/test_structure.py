@@ -10,17 +10,18 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BASE = {"arguments", "errors", "files", "schema", "outputs", "signals"}
-NETWORK = {"architecture", "autograd", "blocks", "chains", "dispatch", "functional", "reference", "unet"}
+NETWORK = {"architecture", "autograd", "blocks", "chains", "dispatch", "functional", "reference", "touched",
+           "unet"}
 MAY_IMPORT = {
     "errors": set(), "arguments": set(), "autograd": set(), "architecture": {"arguments"}, "signals": BASE,
-    "schema": {"errors"}, "files": {"errors", "schema"}, "outputs": {"errors", "files"},
+    "touched": set(), "schema": {"errors"}, "files": {"errors", "schema"}, "outputs": {"errors", "files"},
     "reference": {"architecture", "arguments"},
     "dispatch": {"autograd", "errors", "kernels", "inspection"},
     "functional": {"arguments", "autograd", "dispatch", "errors", "reference"},
     "losses": {"arguments", "functional"}, "metrics": {"arguments", "functional"},
     "chains": {"dispatch", "functional"},
-    "blocks": {"architecture", "chains", "dispatch", "functional", "reference"},
-    "unet": {"arguments", "blocks", "chains", "dispatch", "functional", "inference", "reference"},
+    "blocks": {"architecture", "chains", "dispatch", "functional", "reference", "touched"},
+    "unet": {"arguments", "blocks", "chains", "dispatch", "functional", "inference", "reference", "touched"},
     "data": BASE,
     "inference": BASE | NETWORK | {"data", "kernels", "metrics", "training"} - {"unet"},
     "pictures": BASE | {"architecture", "inference"},

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from fastunet.arguments import checked
-from fastunet.blocks import why_not_anywhere
 from fastunet.interop import steps
 from fastunet.interop.patterns import COUNTED, Found, rewrite
 from fastunet.interop.trace import State, Untraceable, hooked, is_layer, layer_kind, required, states, trace
+from fastunet.touched import why_not_anywhere
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from torch import nn
 
 from fastunet import reference
 from fastunet.arguments import checked
-from fastunet.blocks import ConvBlock, DecoderBlock, why_touched
+from fastunet.blocks import ConvBlock, DecoderBlock
 from fastunet.errors import UserError
 from fastunet.files import write_bytes
+from fastunet.touched import why_touched
 from fastunet.unet import UNet
 
 _FORWARDS = UNet.forward, reference.UNet.forward
