@@ -98,6 +98,21 @@ def test_sizes(tmp_path, capsys):
     assert "sizes differ: 12 × 10 × 8 (2), 12 × 11 × 8 (1)" in out
 
 
+def test_spacing_and_regions_are_checked_as_training_does(tmp_path, capsys):
+    for number in range(3):
+        affine = np.diag([1.0 + (number == 2), 1, 1, 1])
+        for part in ("flair", "t1ce"):
+            save(tmp_path / f"c{number}_{part}.nii.gz", random_image(0, (12 - 6 * (number == 2), 12, 4)), affine)
+        save(tmp_path / f"c{number}_seg.nii.gz", random_labels(0, (12 - 6 * (number == 2), 12, 4)), affine)
+    assert_user_error(capsys, run("check", tmp_path), "1 problem;")
+    assert run("check", tmp_path, "--spacing", "1", "--regions", "brats") == 0
+    assert "slices are resampled to pixels of 1 × 1 mm" in capsys.readouterr().out
+    images = folder_of(tmp_path / "cells")
+    assert_user_error(capsys, run("check", images, "--spacing", "1", "--regions", "brats"), "2 problems;")
+    for command in ("check", "train"):
+        assert_user_error(capsys, run(command, tmp_path, "--modalities", "flair,flair"), "'flair,flair'")
+
+
 def test_what_training_leaves_out_is_no_problem(data, capsys):
     for number in range(2):
         folder = sorted(data.iterdir())[number]
@@ -179,6 +194,8 @@ def test_nothing_but_background(tmp_path, capsys):
         save(folder / f"{folder.name}_seg.nii.gz", random_labels(0) * 0)
     assert run("check", tmp_path) == 2
     assert "none of 2 label files holds anything but background" in capsys.readouterr().out
+    code = run("train", tmp_path, "--out", tmp_path / "run", *TINY, "--foreground-fraction", "0")
+    assert_user_error(capsys, code, "holds anything but background: nothing to learn")
 
 
 def test_bad_folders(tmp_path, capsys):

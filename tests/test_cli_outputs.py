@@ -135,6 +135,19 @@ def test_summary_never_replaces_its_checkpoint(checkpoint, tmp_path, capsys):  #
     assert files_below(tmp_path) == ["net.png"]
 
 
+def test_drawings_and_tables_are_not_replaced_unasked(phantoms, checkpoint, tmp_path, capsys):  # noqa: F811
+    label = phantoms / CASE / f"{CASE}_seg.nii.gz"
+    for name, line in (
+        ("net.svg", ["summary", "--width", "2", "--depth", "1", "--out", tmp_path / "net"]),
+        ("scores.csv", ["evaluate", label, label, "--labels", "brats2021", "--csv", tmp_path / "scores.csv"]),
+    ):
+        (tmp_path / name).write_text("mine")
+        assert_user_error(capsys, run(*line), f"{name} exists; --overwrite replaces it")
+        assert (tmp_path / name).read_text() == "mine"
+        assert run(*line, "--overwrite") == 0
+        assert (tmp_path / name).read_text() != "mine"
+
+
 def test_demo_removes_only_what_a_demo_made(tmp_path, capsys):
     (tmp_path / demo._MARKER).write_text("")
     (tmp_path / "thesis.txt").write_text("years of work")

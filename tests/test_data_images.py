@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-from PIL import Image
+from PIL import Image, ImageOps
 
 from fastunet.data import (
     CaseSlices,
     SliceDataset,
     cases_from_files,
     discover_cases,
+    read_geometry,
     read_labels,
     read_volume,
     split_cases,
@@ -124,6 +125,37 @@ def test_palettes_single_bits_and_transparency(tmp_path):
     alpha = picture(tmp_path / "t.tif", np.dstack([GREY, GREY // 2]), photometric="minisblack",
                     planarconfig="contig", extrasamples=["unassalpha"])  # fmt: skip
     np.testing.assert_array_equal(read_volume(alpha).data[..., 0], GREY)
+
+
+@pytest.mark.filterwarnings("ignore:.*orientation tag")
+@pytest.mark.parametrize("orientation", range(10))
+def test_orientation_tags_are_obeyed_as_viewers_do(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = picture(tmp_path / "a.png", RGB, exif=exif)
+    shown = np.asarray(ImageOps.exif_transpose(Image.open(path)))
+    tagged = picture(tmp_path / "a.tif", RGB, photometric="rgb", extratags=[(0x0112, "H", 1, orientation, True)])
+    for file in (path, tagged):
+        np.testing.assert_array_equal(read_volume(file).data[:, :, 0], shown)
+        assert read_geometry(file).shape == (*shown.shape[:2], 1, 3)
+
+
+@pytest.mark.parametrize("kind", ["palette", "separated", "ycbcr", "cielab"])
+def test_tiffs_whose_numbers_are_no_grey_and_no_rgb(tmp_path, kind):
+    pixels = {"palette": GREY, "separated": np.dstack([RGB, GREY])}.get(kind, RGB)
+    colours = {"colormap": np.zeros((3, 256), np.uint16)} if kind == "palette" else {}
+    path = picture(tmp_path / "a.tif", pixels, photometric=kind, **colours)
+    with pytest.raises(UserError, match=rf"a\.tif is a TIFF of kind {kind.upper()}.* save it as"):
+        read_volume(path)
+
+
+def test_images_are_read_by_content_and_no_other_format_is(tmp_path):
+    for content, name in (("png", "a.tif"), ("tif", "a.png")):
+        path = picture(tmp_path / f"b.{content}", GREY).rename(tmp_path / name)
+        np.testing.assert_array_equal(read_volume(path).data[..., 0], GREY)
+    Image.fromarray(RGB).save(tmp_path / "c.png", format="EPS")
+    with pytest.raises(UserError, match=r"c\.png is no image: its content is not that of a PNG"):
+        read_volume(tmp_path / "c.png")
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".jpg", ".bmp"])
@@ -331,6 +363,8 @@ def test_masks_that_are_no_classes(tmp_path):
         mask_table([numbered])
     with pytest.raises(UserError, match="every pixel of 1 masks is 7"):
         mask_table([picture(tmp_path / "b.png", np.full((4, 4), 7, np.uint8))])
+    with pytest.raises(UserError, match=r"b\.tif holds values up to 16777217; those of a mask are below 16777216"):
+        mask_table([picture(tmp_path / "b.tif", np.full((4, 4), (1 << 24) + 1, np.int32))])
     with pytest.raises(UserError, match=r"16 voxels are no whole numbers, such as 0\.5"):
         mask_table([picture(tmp_path / "c.tif", np.full((4, 4), 0.5, np.float32))])
 

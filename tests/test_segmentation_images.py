@@ -142,7 +142,7 @@ def test_scores_of_a_folder(trained, tmp_path, capsys):
     assert run("segment", trained, data, "--out", tmp_path / "out", "--device", "cpu") == 0
     tables = []
     for subject, truth in ((trained, data), (tmp_path / "out", data), (tmp_path / "out", data / "masks")):
-        assert run("evaluate", subject, truth, "--csv", tmp_path / "s.csv", "--device", "cpu") == 0
+        assert run("evaluate", subject, truth, "--csv", tmp_path / "s.csv", "--overwrite", "--device", "cpu") == 0
         with open(tmp_path / "s.csv", newline="") as file:
             tables.append([(row["dice"], row["truth_voxels"], row["predicted_voxels"]) for row in csv.DictReader(file)])
     assert len(tables[0]) == 3

@@ -77,10 +77,10 @@ def seed(text: str) -> int:
 
 
 def names(text: str) -> list[str]:
-    """Comma-separated names."""
+    """Comma-separated names, each once."""
     values = [name.strip() for name in text.split(",") if name.strip()]
-    if not values:
-        raise argparse.ArgumentTypeError("no names given")
+    if not values or len(set(values)) < len(values):
+        raise argparse.ArgumentTypeError(f"{text!r} are not different names with commas between")
     return values
 
 

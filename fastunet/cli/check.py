@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastunet.cli.arguments import add_nan_option, names, positive_int
+from fastunet.cli.arguments import add_nan_option, names, positive_int, spacing
 from fastunet.data.label_tables import LABEL_MAPS
 from fastunet.errors import UserError
 
@@ -24,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--modalities", type=names, metavar="A,B", help="channels to train on (default: as train)")
     parser.add_argument("--edition", choices=tuple(LABEL_MAPS), help="of the data, where its folders do not tell")
     parser.add_argument("--ignore-label", type=int, metavar="VALUE", help="of the label files, counted nowhere")
+    parser.add_argument("--regions", choices=("brats", "none"), help="that training is asked for")
+    parser.add_argument("--spacing", type=spacing, metavar="MM|median", help="that slices are to be resampled to")
     parser.add_argument("--size", type=positive_int, help="the side of the slices that training is asked for")
     parser.add_argument("--axis", type=int, choices=(0, 1, 2), default=2, help="the slicing axis (default: 2, axial)")
     add_nan_option(parser)
@@ -35,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     from fastunet.data.cases import discover_cases
     from fastunet.data.checks import check_quickly, inspect_case
     from fastunet.data.splits import split_cases
-    from fastunet.training.dataset import training_modalities
+    from fastunet.training.dataset import target_spacing, trained_labels, training_modalities
 
     problems: list[str] = []
     try:
@@ -52,16 +55,20 @@ def run(args: argparse.Namespace) -> None:
     aside = [problem for report in reports if report.case.label is None for problem in report.problems]
     remarks = [remark for report in reports for remark in report.remarks]
     problems += [problem for report in reports if report.case.label is not None for problem in report.problems]
-    problems += check_quickly(cases, modalities, size=args.size, axis=args.axis)
     labelled = [case for case in cases if case.label is not None]
-    try:
-        if labelled:
+    notes: list[str] = []
+    pixels = None
+    if labelled:
+        with _noted(problems):
+            pixels = target_spacing(labelled, args.spacing, args.axis, notes.append)
+        with _noted(problems):
+            trained_labels(args.regions, labelled[0].label_map, args.data)
+        with _noted(problems):
             split_cases(labelled)
-        elif cases:
-            problems.append(f"{args.data} holds no labelled cases")
-    except UserError as error:
-        problems.append(str(error))
-    print("\n".join(_described(args.data, reports, modalities)))
+    elif cases:
+        problems.append(f"{args.data} holds no labelled cases")
+    problems += check_quickly(cases, modalities, size=args.size, axis=args.axis, spacing=pixels)
+    print("\n".join(_described(args.data, reports, modalities) + notes))
     problems += _without_foreground(reports)
     every, problems = _without_repeats(problems + remarks), _without_repeats(problems)
     for title, found in (
@@ -74,6 +81,15 @@ def run(args: argparse.Namespace) -> None:
     if problems:
         raise UserError(f"{args.data} has {len(problems)} problem{'s'[: len(problems) > 1]}; training would refuse it")
     print("\nno problem found")
+
+
+@contextlib.contextmanager
+def _noted(problems: list[str]) -> Iterator[None]:
+    """Puts a ``UserError`` of the block among the problems."""
+    try:
+        yield
+    except UserError as error:
+        problems.append(str(error))
 
 
 def _without_repeats(problems: Sequence[str]) -> list[str]:

@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("truth", type=Path, metavar="DATA|TRUTH",
                         help="a data folder with labels, a folder of label files, or one of them")  # fmt: skip
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write every score as CSV")
+    parser.add_argument("--overwrite", action="store_true", help="replace a FILE that exists")
     parser.add_argument("--empty", choices=("one", "skip"), default="one",
                         help="Dice of what the truth lacks: as in BraTS, or not scored (default: one)")  # fmt: skip
     parser.add_argument("--labels", metavar="TABLE",
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
         from fastunet.files import make_output_folder, write_text
         from fastunet.outputs import check_outputs
 
-        check_outputs([args.csv], _inputs(args, pairs))
+        check_outputs([args.csv], _inputs(args, pairs), overwrite=args.overwrite)
         make_output_folder(args.csv.parent)
     scores = list(_file_scores(pairs, args.empty) if pairs else _model_scores(args))
     print(text_table(scores, empty=args.empty))

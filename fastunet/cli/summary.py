@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="input height and width, or one number for both (default: 128, isbi 572)")  # fmt: skip
     parser.add_argument("--precision", choices=tuple(ELEMENT_SIZES), default="fp32", help="for the activation memory")
     parser.add_argument("--out", type=Path, metavar="NAME", help="write the drawing as NAME.svg and NAME.png")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -51,7 +52,8 @@ def run(args: argparse.Namespace) -> None:
         from fastunet.pictures.network import draw, drawing_paths
         from fastunet.training.checkpoint import checkpoint_file
 
-        check_outputs(drawing_paths(args.out), [checkpoint_file(args.model)] if args.model else [])
+        inputs = [checkpoint_file(args.model)] if args.model else []
+        check_outputs(drawing_paths(args.out), inputs, overwrite=args.overwrite)
         make_output_folder(args.out.parent)
         written = draw(rows, args.out, title=f"{title}, {height}×{width}")
         print("wrote " + " and ".join(map(str, written)))

@@ -36,7 +36,7 @@ from fastunet.errors import UserError
 from fastunet.files import whole_file, write_text
 from fastunet.schema import read_json
 
-_VERSION = 2  # part of every key: raise it when the same input gives other records
+_VERSION = 3  # part of every key: raise it when the same input gives other records
 _HASH_CHUNK_BYTES = 1 << 20
 _SLICES_AT_ONCE = 16
 _OPEN_FILES = 128  # well below the usual limit of 1024 open files, for data sets of any number of cases

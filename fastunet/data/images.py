@@ -1,6 +1,6 @@
 """Reading 2-D images and stacks: PNG, JPEG and BMP by Pillow, TIFF by tifffile, as volumes whose slices are the pages.
 
-Rows and columns stay as they are: slice k of the default axis is page k, (H, W), by an affine that leaves it unturned.
+Slice k of the default axis is page k, (H, W), as viewers show it: an orientation tag (EXIF, TIFF) is obeyed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 
-from fastunet.data.formats import TIFF_SUFFIXES, suffix_of
 from fastunet.data.labels import COLOUR
 from fastunet.data.stored import Stored, header_of
 from fastunet.data.streams import open_stream
@@ -28,6 +27,21 @@ if TYPE_CHECKING:
 AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])
 _PLAUSIBLE_BYTES = 100 << 20
 _MOST_EXPANSION = 1032  # of deflate, the best of TIFF's usual compressions
+_PICTURES = ("PNG", "JPEG", "BMP")
+_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_PLAIN_KINDS = (0, 1, 2)  # TIFF's photometric interpretations: white or black is 0 (numbers are as stored), RGB
+_CONVERTED = ((6, 6), (6, 7))  # YCbCr in JPEG compression, which tifffile brings to RGB
+_ORIENTATION = 0x0112
+_SHOWN = {
+    2: (False, 1, -1),
+    3: (False, -1, -1),
+    4: (False, -1, 1),
+    5: (True, 1, 1),
+    6: (True, 1, -1),
+    7: (True, -1, -1),
+    8: (True, -1, 1),
+}
+"""By orientation tag: whether rows and columns change places, and the steps through those that result."""
 
 
 def describe_image(path: Path) -> Stored:
@@ -57,10 +71,12 @@ def load_mask(path: Path) -> np.ndarray:
     """A mask as integers (H, W, pages): the grey value, or ``COLOUR`` + 65536 R + 256 G + B where a pixel has a colour.
 
     Raises:
-        UserError: as in ``load_image``, or other than one or three channels of whole numbers.
+        UserError: as in ``load_image``, values beyond 24 bits, or other than one or three channels.
     """
     _, data = load_image(path, None)
     if data.ndim == 3:
+        if data.max() >= COLOUR:
+            raise UserError(f"{path} holds values up to {data.max():.9g}; those of a mask are below {COLOUR}")
         return data
     if data.shape[3] != 3 or data.dtype != np.uint8:
         raise UserError(f"{path}: a mask is grey or 8-bit RGB, this one has {data.shape[3]} channels of {data.dtype}")
@@ -85,7 +101,8 @@ def _stored(path: Path, reader: _Reader) -> Stored:
 def _opened(path: Path) -> Iterator[_Reader]:
     with open_stream(path) as stream:  # the same refusals as for volumes, and the check that nothing changes meanwhile
         try:
-            tiff = suffix_of(path) in TIFF_SUFFIXES
+            tiff = stream.raw.read(4) in _TIFF_MAGIC  # whatever the name says
+            stream.raw.seek(0)
             with _strict(path), (_tiff if tiff else _picture)(path, stream.raw) as reader:
                 if reader.dtype.kind not in "biuf" or 0 in reader.shape:
                     raise UserError(f"{path}: pixels of type {reader.dtype} and shape {reader.shape} are no image")
@@ -100,13 +117,15 @@ def _opened(path: Path) -> Iterator[_Reader]:
 
 @contextlib.contextmanager
 def _picture(path: Path, raw: BinaryIO) -> Iterator[_Reader]:
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
-    with Image.open(raw) as image:
+    try:
+        image = Image.open(raw, formats=_PICTURES)  # no others: EPS, for one, runs a program
+    except UnidentifiedImageError as error:
+        raise UserError(f"{path} is no image: its content is not that of a PNG, JPEG, BMP or TIFF file") from error
+    with image:
         if image.format == "PNG" and _bit_depth(raw) == 16 and image.mode in ("RGB", "RGBA", "LA"):
             raise UserError(f"{path}: 16-bit colour in PNG files cannot be read at full depth; save it as TIFF")
-        if image.getexif().get(0x0112, 1) != 1:
-            warn_once(f"turned images in {path.parent}", f"{path} has an orientation tag; pixels are taken as stored")
         target = _plain_mode(image, path)
         shape = (image.height, image.width, 1) + ((3,) if target == "RGB" else ())
         dtype = {"L": np.uint8, "RGB": np.uint8, "F": np.float32, "I": np.int32}.get(target, np.uint16)
@@ -115,7 +134,22 @@ def _picture(path: Path, raw: BinaryIO) -> Iterator[_Reader]:
             pixels = np.asarray(image if image.mode == target else image.convert(target))
             return pixels.reshape(shape)
 
-        yield _Reader(shape, np.dtype(dtype), read)
+        yield _as_shown(path, _Reader(shape, np.dtype(dtype), read), image.getexif().get(_ORIENTATION, 1))
+
+
+def _as_shown(path: Path, reader: _Reader, orientation: object) -> _Reader:
+    """The image turned and mirrored as its orientation tag says; a tag of no meaning counts as none."""
+    if orientation not in _SHOWN:
+        return reader
+    warn_once(f"turned images in {path.parent}", f"{path} has an orientation tag: it is taken as viewers show it")
+    exchanged, down, right = _SHOWN[orientation]
+    height, width, *rest = reader.shape
+
+    def read() -> np.ndarray:
+        pixels = reader.read()
+        return (pixels.swapaxes(0, 1) if exchanged else pixels)[::down, ::right]
+
+    return _Reader((width, height, *rest) if exchanged else reader.shape, reader.dtype, read)
 
 
 def _bit_depth(raw: BinaryIO) -> int:
@@ -150,7 +184,10 @@ def _tiff(path: Path, raw: BinaryIO) -> Iterator[_Reader]:
         series = file.series[0]
         if len(file.series) > 1:
             warn_once(f"several images in {path.parent}", f"{path} holds images of several sizes; the first is read")
-        axes, shape = series.axes, series.shape
+        axes, shape, page = series.axes, series.shape, series.keyframe
+        if page.photometric not in _PLAIN_KINDS and (page.photometric, page.compression) not in _CONVERTED:
+            kind = getattr(page.photometric, "name", page.photometric)
+            raise UserError(f"{path} is a TIFF of kind {kind}, which cannot be read; save it as grey or RGB, or as PNG")
         size = path.stat().st_size
         if series.nbytes > max(_PLAUSIBLE_BYTES, size * _MOST_EXPANSION):
             raise UserError(f"{path} declares {series.nbytes >> 20} MB, which {size} bytes cannot hold")
@@ -160,7 +197,7 @@ def _tiff(path: Path, raw: BinaryIO) -> Iterator[_Reader]:
         order = [axes.index("Y"), axes.index("X")]
         pages = [axis for axis in range(len(axes)) if axis not in order and axis != channel]
         order += pages + ([] if channel is None else [channel])
-        alpha = channel is not None and shape[channel] in (2, 4) and series.keyframe.extrasamples != ()
+        alpha = channel is not None and shape[channel] in (2, 4) and page.extrasamples != ()
         if alpha:
             _note_transparency(path)
         channels = () if channel is None or shape[channel] - alpha == 1 else (shape[channel] - alpha,)
@@ -179,11 +216,8 @@ def _tiff(path: Path, raw: BinaryIO) -> Iterator[_Reader]:
             pixels = pixels.astype(np.uint8) * 255 if pixels.dtype == bool else pixels
             return pixels[..., : channels[0]] if channels else pixels[..., 0] if alpha else pixels
 
-        if series.keyframe.photometric == tifffile.PHOTOMETRIC.PALETTE:
-            raise UserError(
-                f"{path}: TIFF images with a palette cannot be read; save it as PNG, or as grey or RGB TIFF"
-            )
-        yield _Reader(result, np.dtype(series.dtype), read)
+        tag = page.tags.get(_ORIENTATION)
+        yield _as_shown(path, _Reader(result, np.dtype(series.dtype), read), tag and tag.value)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -122,7 +122,7 @@ def prepare_data(
     if labels.region_order and config.border_weights:
         raise UserError("--border-weights is for exclusive classes, and regions overlap; --regions none trains classes")
     modalities = config.modalities or training_modalities(cases)
-    spacing = _target_spacing(config, cases, display)
+    spacing = target_spacing(cases, config.spacing, config.axis, display.message)
     problems = check_quickly(cases, modalities, size=config.size, axis=config.axis, spacing=spacing)
     if len(problems) > 1:
         raise UserError(f"{problems[0]}; fastunet check {config.data} lists {len(problems) - 1} more")
@@ -155,6 +155,8 @@ def prepare_data(
         with processes.together():
             if processes.leader == leaders_turn:
                 train, val = build()
+    if not train.foreground.any():
+        raise UserError(f"none of the {len(train)} training slices holds anything but background: nothing to learn")
     if val.size != train.size:
         raise UserError(f"training slices are {train.size}, validation slices {val.size}: give one --size for all")
     parts = "slices" if tile is None else "tiles"
@@ -213,29 +215,41 @@ def tile_sides(architecture: Architecture, size: int | None, sides: Sequence[int
         raise UserError(str(error)) from error
 
 
-def _target_spacing(config: TrainConfig, cases: Sequence[Case], display: Display) -> tuple[float, float] | None:
-    """The millimetres per pixel (rows, columns) that ``--spacing`` asks for; without it, advice if it would matter."""
+def target_spacing(
+    cases: Sequence[Case], wanted: float | str | None, axis: int, say: Callable[[str], object]
+) -> tuple[float, float] | None:
+    """The millimetres per pixel (rows, columns) that ``--spacing`` asks for; without it, advice if it would matter.
+
+    Args:
+        cases: those of the training.
+        wanted: millimetres, "median", or None.
+        axis: the slicing axis.
+        say: called with a line for the user.
+
+    Raises:
+        UserError: a spacing of images.
+    """
     if cases[0].is_image:
-        if config.spacing is not None:
+        if wanted is not None:
             raise UserError("--spacing is for volumes: images do not say how large their pixels are")
         return None
     found = []
     for case in cases:
         with contextlib.suppress(UserError):  # said by check_quickly, with every other problem
             geometry = read_geometry(case.files[0])
-            found.append(slice_spacing(geometry.affine, config.axis, geometry.path))
+            found.append(slice_spacing(geometry.affine, axis, geometry.path))
     if not found:
         return None
     least, middle, most = (f(found, axis=0) for f in (np.min, np.median, np.max))
-    if config.spacing is None:
+    if wanted is None:
         if (most > _SPACING_THAT_MATTERS * least).any():
-            display.message(
+            say(
                 f"pixels of slices are from {least[0]:.3g} × {least[1]:.3g} to {most[0]:.3g} × {most[1]:.3g} mm: "
                 "--spacing median would resample all to one size"
             )
         return None
-    height, width = middle.tolist() if config.spacing == "median" else (config.spacing,) * 2
-    display.message(f"slices are resampled to pixels of {height:.4g} × {width:.4g} mm")
+    height, width = middle.tolist() if wanted == "median" else (float(wanted),) * 2
+    say(f"slices are resampled to pixels of {height:.4g} × {width:.4g} mm")
     return height, width
 
 

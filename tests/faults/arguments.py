@@ -44,6 +44,7 @@ _REPLACED = {
     "fastunet.data.phantoms.phantom": lambda *_: (np.zeros((4, 2, 2, 2), np.int16), np.zeros((2, 2, 2), np.uint8)),
     "fastunet.data.cells.cells": lambda *_: (np.zeros((16, 16), np.uint8), np.zeros((16, 16), np.uint8)),
     "fastunet.data.cells.range": lambda count: range(min(count, 3)),
+    "fastunet.data.phantoms.range": lambda count: range(min(count, 3)),
     "torch.onnx.export": unittest.mock.Mock(side_effect=ValueError("exporting takes seconds")),
 }  # fmt: skip
 """What takes seconds once the arguments are found right, and something in its place."""
