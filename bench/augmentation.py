@@ -19,7 +19,7 @@ from fastunet.data import make_phantoms
 from fastunet.files import write_text
 from fastunet.training.config import TrainConfig
 from fastunet.training.distributed import Processes
-from fastunet.training.loop import train
+from fastunet.training.run import train
 
 PAGE = Path(__file__).parent.parent / "docs" / "train.md"
 BEGIN, END = "<!-- augmentation:begin -->", "<!-- augmentation:end -->"

@@ -17,7 +17,7 @@ METHOD = "forkserver"
 _CONTEXT = multiprocessing.get_context(METHOD)
 _CONTEXT.set_forkserver_preload([
     "torch._dynamo", "torch.distributed.nn.functional", "nibabel", "PIL.Image", "pytest", "fastunet.pictures",
-    "fastunet.training.loop", "tests.cli_helpers", "tests.processes",
+    "fastunet.training.run", "tests.cli_helpers", "tests.processes",
 ])  # fmt: skip
 
 

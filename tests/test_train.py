@@ -24,8 +24,8 @@ from fastunet.training.dataset import centre_crop
 from fastunet.training.distributed import Processes
 from fastunet.training.learner import batch_seed
 from fastunet.training.loading import prefetched
-from fastunet.training.loop import train
 from fastunet.training.precision import loss_scaler
+from fastunet.training.run import train
 from tests.cli_helpers import TINY, assert_user_error, files_below, phantoms, run, write_checkpoint  # noqa: F401
 
 ONE_PROCESS = Processes(0, 1, torch.device("cpu"))

@@ -18,8 +18,8 @@ from fastunet.losses import DiceCrossEntropyLoss
 from fastunet.training import dataset, learner
 from fastunet.training.config import TrainConfig
 from fastunet.training.distributed import Processes
-from fastunet.training.loop import train
 from fastunet.training.precision import prepare
+from fastunet.training.run import train
 from tests.cli_helpers import TINY, assert_user_error, phantoms, run  # noqa: F401
 
 ONE_PROCESS = Processes(0, 1, torch.device("cpu"))

@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
     from fastunet.files import write_text
     from fastunet.training.config import TrainConfig
     from fastunet.training.distributed import process_group
-    from fastunet.training.loop import train
+    from fastunet.training.run import train
 
     started, plan = time.monotonic(), PLANS[args.preset]
     set_threads(args.threads)

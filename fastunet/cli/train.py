@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from fastunet.cli.arguments import set_threads
     from fastunet.training.distributed import process_group
-    from fastunet.training.loop import train
+    from fastunet.training.run import train
 
     given = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "run", "command")}
     config = configuration(args.out, args.resume, given)
