@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +14,10 @@ from torch.fx import Graph, Node
 
 from fastunet.chains import NORMS, why_not_norm
 from fastunet.interop import steps
+from fastunet.interop.nodes import alone, between, doubles, pads_after, slope_of, writes
 from fastunet.interop.trace import layer_kind
 
 _CATS = torch.cat, torch.concat, torch.concatenate
-_RELUS: tuple[Any, ...] = F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"
-_LEAKY: tuple[Any, ...] = F.leaky_relu, F.leaky_relu_
 _NOTHING = *steps.DROPOUTS, nn.Identity
 COUNTED = nn.Conv2d, nn.ConvTranspose2d, *NORMS, nn.MaxPool2d, nn.Upsample
 """The layers that a report names."""
@@ -138,8 +136,8 @@ class _Rewriter:
         nodes, layers, last, norm = [node], [str(node.target)], node, False
         while len(last.users) == 1:
             (last,) = last.users
-            layer, slope = self.layer(last), _slope(last)
-            if not _alone(last) or (layer is not None and steps.touched(layer)):
+            layer, slope = self.layer(last), slope_of(last)
+            if not alone(last) or (layer is not None and steps.touched(layer)):
                 break
             nodes.append(last)
             layers += [str(last.target)] if layer is not None else []
@@ -202,30 +200,13 @@ class _Rewriter:
             return None
         if conv.padding != "same":
             pad = found[0]
-            if not isinstance(pad, Node) or len(pad.users) != 1 or not self.pads_after(pad):
+            if not isinstance(pad, Node) or len(pad.users) != 1 or not pads_after(pad, self.layer(pad)):
                 return None
             found.append(pad.args[0])
         up = found[-1]
-        if not isinstance(up, Node) or len(up.users) != 1 or not self.doubles(up) or self.written_between(up, node):
+        if not isinstance(up, Node) or len(up.users) != 1 or not doubles(up, self.layer(up)):
             return None
-        return found  # type: ignore[return-value]
-
-    def pads_after(self, node: Node) -> bool:
-        layer = self.layer(node)
-        if layer is not None:
-            return type(layer) is nn.ZeroPad2d and tuple(layer.padding) == (0, 1, 0, 1) and not steps.touched(layer)
-        values = node.kwargs.get("value"), node.kwargs.get("mode", "constant")
-        return (node.target is F.pad and len(node.args) == 2 and node.args[1] in ([0, 1, 0, 1], (0, 1, 0, 1))
-                and values in ((None, "constant"), (0, "constant")))  # fmt: skip
-
-    def doubles(self, node: Node) -> bool:
-        layer = self.layer(node)
-        if layer is not None:
-            return (type(layer) in (nn.Upsample, nn.UpsamplingNearest2d) and layer.mode == "nearest"
-                    and layer.size is None and layer.scale_factor in (2, (2, 2)) and not steps.touched(layer))
-        options = node.kwargs
-        return (node.target is F.interpolate and len(node.args) == 1 and options.get("size") is None
-                and options.get("scale_factor") in (2, (2, 2), [2, 2]) and options.get("mode", "nearest") == "nearest")
+        return None if self.written_between(up, node) else found  # type: ignore[return-value]
 
     def upsampled(self, node: Node, conv: nn.Conv2d, before: list[Node]) -> None:
         chain = self.chain(node, conv, norms=False)
@@ -245,7 +226,7 @@ class _Rewriter:
 
     def single(self, node: Node, conv: nn.Module, words: str, reason: str | None, step: Any) -> None:
         reason = reason or steps.touched(conv)
-        if reason is not None or not _alone(node):
+        if reason is not None or not alone(node):
             self.found.left[str(node.target)] = reason or "it is called with more than its input"
             return
         with self.graph.inserting_before(node):
@@ -261,40 +242,15 @@ class _Rewriter:
 
     def written_between(self, first: Node, last: Node) -> bool:
         """Whether something may write in place between two nodes, and so into what the first of them reads."""
-        return any(self.writes(node) for node in _between(first, last))
-
-    def writes(self, node: Node) -> bool:
-        layer = self.layer(node)
-        if layer is not None:
-            own = not layer_kind(layer).__module__.startswith("torch.nn.")
-            return bool(own or getattr(layer, "inplace", False) or steps.touched(layer))
-        if node.op == "call_method":
-            return str(node.target).endswith("_")
-        name = getattr(node.target, "__name__", "")
-        in_place = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
-        return bool(node.kwargs.get("inplace") or node.target in in_place or name.endswith("_"))
+        return any(writes(node, self.layer(node)) for node in between(first, last))
 
 
-def _between(first: Node, last: Node) -> Iterator[Node]:
-    node = first.next
-    while node is not last:
-        yield node
-        node = node.next
-
-
-def _alone(node: Node) -> bool:
-    """Whether a node reads one result only, as its first argument."""
-    return len(node.all_input_nodes) == 1 and bool(node.args) and isinstance(node.args[0], Node)
-
-
-def _slope(node: Node) -> float | None:
-    """The slope for negative values if a node is ReLU or LeakyReLU as a function, else None."""
-    if node.target in _RELUS:
-        return 0.0
-    if node.target in _LEAKY:
-        slope = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope", 0.01)
-        return slope if isinstance(slope, float | int) else None
-    return None
+def _why_alone(layer: nn.Module) -> str:
+    if isinstance(layer, NORMS):
+        return "it does not follow a 3×3 convolution that an operator takes it with"
+    if isinstance(layer, nn.MaxPool2d):
+        return "it does not follow a fused convolution"
+    return "no operator takes it with what follows"
 
 
 def _tells(layer: nn.Module) -> bool:
@@ -304,11 +260,3 @@ def _tells(layer: nn.Module) -> bool:
 
 def _words(kind: type[nn.Module]) -> str:
     return {nn.InstanceNorm2d: "instance norm", nn.GroupNorm: "group norm"}.get(kind, "batch norm")
-
-
-def _why_alone(layer: nn.Module) -> str:
-    if isinstance(layer, NORMS):
-        return "it does not follow a 3×3 convolution that an operator takes it with"
-    if isinstance(layer, nn.MaxPool2d):
-        return "it does not follow a fused convolution"
-    return "no operator takes it with what follows"
