@@ -59,7 +59,8 @@ def parts() -> list[Part]:
     if OLDEST_TRITON.exists():
         found.insert(2, Part("machine code, oldest Triton", ("tests/aot",), before(OLDEST_TRITON)))
     if (OLDEST / "numpy").exists():
-        files = ("oldest", "schema", "data_volumes", "data_images", "pictures", "train", "train_checkpoint")
+        files = ("oldest", "schema", "data_volumes", "data_damaged", "data_images", "data_image_folders", "pictures",
+                 "train", "train_checkpoint")  # fmt: skip
         paths = tuple(f"tests/test_{name}.py" for name in files)
         found.append(Part("oldest libraries", paths, (("OLDEST", "1"), *before(OLDEST))))
     found.append(Part("without Triton", ("tests/without_triton",), before(Path("tests/without_triton").absolute())))

@@ -16,6 +16,7 @@ from fastunet.data import LABEL_MAPS, make_phantoms
 from fastunet.training.checkpoint import ModelCard, save_weights
 
 SHAPE = (32, 32, 17)
+CASE = "Phantom_000"
 TINY = ["--width", "4", "--depth", "2", "--batch-size", "8", "--device", "cpu"]
 
 
@@ -72,3 +73,7 @@ def command(*args: object, module: str = "fastunet", **environment: str) -> subp
     env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     line = [sys.executable, "-m", module, *map(str, args)]
     return subprocess.run(line, capture_output=True, text=True, env=env, timeout=240, check=False)
+
+
+def segment(model: Path, source: Path, out: Path, *options: object) -> int:
+    return run("segment", model, source, "--out", out, "--device", "cpu", *options)

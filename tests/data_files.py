@@ -55,6 +55,20 @@ def brats_case(folder: Path, name: str | None = None, seed: int = 0, shape=(6, 5
     return folder
 
 
+def head_case(folder, seed=0, shape=(10, 9, 8), codes="LPS"):
+    """A case with an empty border of different width on every side, and labels in its middle."""
+    brats_case(folder, seed=seed, shape=shape)
+    inside = np.zeros(shape, bool)
+    inside[1:-3, 2:-1, 1:-2] = True
+    lesion = np.zeros(shape, bool)
+    lesion[3:5, 3:6, 3:5] = True
+    for part in ("flair", "t1", "t1ce", "t2", "seg"):
+        path = folder / f"{folder.name}_{part}.nii.gz"
+        array = np.asanyarray(nib.load(path).dataobj)
+        save(path, array * (lesion if part == "seg" else inside), oriented_affine(codes))
+    return folder
+
+
 def gli_case(folder: Path, values=(0, 1, 2, 3), seed: int = 0, shape=(6, 5, 4)) -> Path:
     """A case named as in BraTS 2023 and 2024."""
     for number, part in enumerate(("t2f", "t1n", "t1c", "t2w")):

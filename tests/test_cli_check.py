@@ -15,7 +15,7 @@ from fastunet.data import discover_cases
 from fastunet.data.checks import check_quickly, inspect_case
 from tests.cli_helpers import TINY, assert_user_error, phantoms, run  # noqa: F401
 from tests.data_files import brats_case, msd_folder, nnunet_folder, random_image, random_labels, save
-from tests.test_data_images import folder_of
+from tests.image_data import folder_of
 
 
 @pytest.fixture
