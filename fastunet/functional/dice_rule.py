@@ -67,12 +67,17 @@ def iou_score(
     return _ratio(intersection, predicted + truth - intersection, predicted, truth, smooth, empty)
 
 
-def _denominator(intersection, predicted, truth, alpha: float, beta: float):
+def _denominator(
+    intersection: torch.Tensor, predicted: torch.Tensor, truth: torch.Tensor, alpha: float, beta: float
+) -> torch.Tensor:
     """2 (I + α (P - I) + β (T - I)); with halves the bits of P + T."""
     return 2 * ((1 - alpha - beta) * intersection + (alpha * predicted + beta * truth))
 
 
-def _ratio(numerator, denominator, predicted, truth, smooth: float, empty: str) -> torch.Tensor:
+def _ratio(
+    numerator: torch.Tensor, denominator: torch.Tensor, predicted: torch.Tensor, truth: torch.Tensor, smooth: float,
+    empty: str,
+) -> torch.Tensor:
     if empty == "smooth":
         return (numerator + smooth) / (denominator + smooth)
     absent = truth == 0
