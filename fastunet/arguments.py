@@ -32,8 +32,8 @@ def checked(thing: Thing) -> Thing:
     """``thing``, a function or a class with its public methods, that refuses what its annotations do not allow.
 
     ``int`` is a whole number of at most 64 bits, ``float`` any finite number; True and False are neither, and NumPy's
-    scalars become Python's. A tensor is dense and real, an array holds numbers, a path may be any ``os.PathLike``,
-    a tuple of any length also a list, what is iterated over once becomes a tuple, and text is no sequence of texts.
+    scalars become Python's. A tensor is dense and real, an array holds numbers, a path may be any ``os.PathLike``
+    that a file can be called, a tuple of any length also a list, what is iterated over once becomes a tuple, and text is no sequence of texts.
     Nothing is checked under ``torch.compile``, and under ``torch.jit.trace``, for which sizes are tensors.
 
     Raises:
@@ -84,6 +84,8 @@ def mismatch(value: object, hint: Any) -> Problem:
     """The error that ``value`` deserves where ``hint`` is asked for, or None if it fits."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
+        if Path in inner and isinstance(value, str | os.PathLike):
+            return _path(value)
         found = [mismatch(value, one) for one in inner]
         return None if None in found else ValueError if ValueError in found else TypeError
     kind = dict if typing.is_typeddict(hint) else origin or hint
@@ -141,6 +143,13 @@ def is_dense(tensor: torch.Tensor) -> bool:
     return tensor.layout == torch.strided and tensor.dtype in _DTYPES
 
 
+def _path(value: str | os.PathLike[str]) -> Problem:
+    try:
+        return ValueError if b"\0" in os.fsencode(value) else None
+    except UnicodeEncodeError:
+        return ValueError
+
+
 def _array(value: object) -> Problem:
     if not isinstance(value, np.ndarray):
         return TypeError
@@ -153,7 +162,7 @@ _RULES: dict[Any, Callable[[object], Problem]] = {
     bool: lambda value: None if isinstance(value, bool | np.bool_) else TypeError,
     torch.Tensor: _tensor,
     np.ndarray: _array,
-    Path: lambda value: None if isinstance(value, os.PathLike) else TypeError,
+    Path: lambda value: _path(value) if isinstance(value, os.PathLike) else TypeError,
     object: lambda value: None,
 }
 

@@ -9,7 +9,7 @@ import torch
 
 from fastunet.arguments import checked
 from fastunet.functional import dice_confusion
-from fastunet.functional._checks import check_classes
+from fastunet.functional._checks import check_classes, processes_of
 from fastunet.functional.dice_arguments import MOST_CLASSES, raise_for_wrong, validated
 from fastunet.functional.dice_rule import check_rule, dice_score, iou_score
 
@@ -115,11 +115,10 @@ class SegmentationMetrics:
 
     def all_reduce(self, group: Any = None) -> SegmentationMetrics:
         """Merges the counts of every process of ``group`` (None: all), after which all hold the same; returns self."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            raise ValueError("all_reduce needs a process group: call torch.distributed.init_process_group first")
+        processes = processes_of(group, "all_reduce")
         cases = {name: _on_host(counts) for name, counts in self._cases.items()}
         state = None if self._pooled is None else _on_host(self._pooled), cases
-        states: list[Any] = [None] * torch.distributed.get_world_size(group)
+        states: list[Any] = [None] * processes
         torch.distributed.all_gather_object(states, state, group=group)
         self.reset()
         for pooled, cases in states:

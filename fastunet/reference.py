@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastunet import autograd
 from fastunet.architecture import Architecture
 from fastunet.arguments import checked
 
@@ -247,13 +248,16 @@ class UNet(nn.Module):
 
 
 def check_images(x: torch.Tensor, weight: torch.Tensor) -> None:
-    """Raises ``ValueError`` unless ``x`` has the dtype, which autocast may give it, and the device of ``weight``."""
+    """Raises ``ValueError`` unless ``x`` has the dtype, which autocast may give it, and the device of ``weight``, and
+    neither is of inference mode where a derivative may be asked for."""
     kind = x.device.type
     casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.is_floating_point()
     if x.dtype != weight.dtype and (not casts or torch.float64 in (x.dtype, weight.dtype)):
         raise ValueError(f"the images are {x.dtype}, but the first layer's parameters {weight.dtype}")
     if x.device != weight.device:
         raise ValueError(f"the images are on {x.device}, but the first layer's parameters on {weight.device}")
+    if not torch.compiler.is_compiling() and autograd.tracked(x, weight):
+        autograd.refuse_inference("the images or the first layer", [x, weight])
 
 
 def top_left(x: torch.Tensor, height: int, width: int) -> torch.Tensor:

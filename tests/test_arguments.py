@@ -49,6 +49,7 @@ def takes(
     ("tensor", X.to(torch.complex64), ValueError),
     ("array", X, TypeError), ("array", np.array(["x"]), ValueError), ("array", [0.5], TypeError),
     ("names", "flair", TypeError), ("names", [1], TypeError), ("path", b"x", TypeError), ("path", 1, TypeError),
+    ("path", "a\0b", ValueError), ("path", Path("a\0b"), ValueError), ("path", "\ud800", ValueError),
     ("pair", (1,), ValueError), ("pair", ("", 1), TypeError), ("many", [1, 1.5], TypeError),
     ("table", {"a": 1}, TypeError), ("table", {1: [1]}, TypeError), ("table", {"a": [None]}, TypeError),
     ("table", {"a": X.sum()}, TypeError), ("names", [[["x" * 9] * 9] * 9] * 9, TypeError),

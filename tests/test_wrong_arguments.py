@@ -156,12 +156,27 @@ def test_metrics_without_numbers():
 
 def test_tensors_of_inference_mode_in_a_derivative():
     with torch.inference_mode():
-        weight, labels = W.clone(), LABELS.clone()
+        images, weight, labels = X.clone(), W.clone(), LABELS.clone()
     with pytest.raises(ValueError, match="inference mode"):
         functional.conv_relu(X.clone().requires_grad_(), weight, B)
     with pytest.raises(ValueError, match="inference mode"):
         functional.dice_loss(X.clone().requires_grad_(), labels)
+    with pytest.raises(ValueError, match="inference mode"):
+        functional.dice_coefficient(X.clone().requires_grad_(), labels)
+    for network in (UNet(3, 2, 2, 1), reference.UNet(3, 2, 2, 1)):
+        with pytest.raises(ValueError, match="inference mode"):
+            network(images)
+        with torch.no_grad():
+            assert network.predict(images).shape == (1, 4, 4)
     assert functional.conv_relu(X, weight, B).shape == (1, 4, 4, 4)
+
+
+def test_sums_over_processes_that_are_not_there():
+    for loss in (losses.DiceLoss(sync=True), losses.DiceCrossEntropyLoss(dice_weight=0.0, sync=True)):
+        with pytest.raises(ValueError, match="sync=True needs a process group"):
+            loss(X, LABELS)
+    with pytest.raises(ValueError, match="process_group needs a process group"):
+        functional.conv_norm(X, W, B, process_group="x")
 
 
 def test_training_steps():

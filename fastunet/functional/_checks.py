@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 
 from fastunet.arguments import is_dense
 
@@ -59,3 +60,14 @@ def check_alike(operator: str, name: str, tensor: torch.Tensor, x: torch.Tensor)
         raise ValueError(
             f"{operator}: {name} is {tensor.dtype} on {tensor.device}, but x is {x.dtype} on {x.device}"
         )
+
+
+def processes_of(process_group: object, asked: str) -> int:
+    """How many processes ``process_group`` (None: all) has; raises where there are none, for what was ``asked``."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError(f"{asked} needs a process group: call torch.distributed.init_process_group first")
+    fits = process_group is None or isinstance(process_group, dist.ProcessGroup)
+    processes = dist.get_world_size(process_group) if fits else 0
+    if processes < 1:
+        raise ValueError(f"{asked}: process_group is {str(process_group)[:80]!r}; expected one this process is in")
+    return processes

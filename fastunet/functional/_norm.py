@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastunet.autograd import tracked
+from fastunet.functional._checks import processes_of
 from fastunet.functional._layout import nhwc
 from fastunet.functional.max_pool import unpooled
 from fastunet.functional.relu import activation_, activation_gradient
@@ -26,6 +27,7 @@ def name_of(process_group: dist.ProcessGroup | None) -> str:
     """What :func:`merged` finds ``process_group`` by; "" for None."""
     if process_group is None:
         return ""
+    processes_of(process_group, "process_group")
     _PROCESS_GROUPS[process_group.group_name] = process_group
     return process_group.group_name
 

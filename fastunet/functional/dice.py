@@ -141,6 +141,8 @@ def probability_sums(y_pred: torch.Tensor, y_true: torch.Tensor) -> tuple[torch.
     The arguments are those of :func:`dice_coefficient`. No one-hot tensor is made of integer labels.
     """
     targets, *_ = validated(y_pred, y_true)
+    if autograd.tracked(y_pred):
+        autograd.refuse_inference("dice_coefficient", [y_pred, y_true])
     p = y_pred.flatten(2).to(dice_cpu.sum_dtype(y_pred))
     c = p.shape[1]
     classes = max(c, 2)

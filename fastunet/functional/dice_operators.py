@@ -9,6 +9,7 @@ import torch
 
 from fastunet import autograd, dispatch
 from fastunet.functional import dice_cpu, dice_regions_cpu, dice_rule
+from fastunet.functional._checks import processes_of
 from fastunet.functional.dice_arguments import cannot_raise, pixels_of, raise_out_of_range
 from fastunet.functional.dice_rule import check_rule, check_tversky
 
@@ -200,7 +201,7 @@ def loss_of_sums(
     backend = dispatch.select_backend(backend, operator, logits)
     may_raise = check_labels and not cannot_raise(logits)
     if sync:
-        processes = torch.distributed.get_world_size(process_group)
+        processes = processes_of(process_group, "sync=True")
         shared = process_group, 1 / processes if grad_reduction == "sum" else 1.0
     loss, wrong = (_loss if autograd.transformed() else _DiceLoss.apply)(
         pixels_of(logits), *tensors, (ignore_index, bool(ce_weight)), reduction == "sample", others,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from fastunet.functional._checks import check_tensors
+from fastunet.functional._checks import check_tensors, processes_of
 from fastunet.functional.dice_arguments import class_indices
 from fastunet.functional.dice_cpu import sum_dtype
 
@@ -57,7 +57,7 @@ def weighted_cross_entropy(
     weights = torch.where(counted, pixel_weights, 0).to(logits.dtype)
     total, mass = (weights * nll).sum(), weights.sum()
     if sync:
-        processes = torch.distributed.get_world_size(process_group)
+        processes = processes_of(process_group, "sync=True")
         sums = torch.stack([total.detach(), mass])
         torch.distributed.all_reduce(sums, group=process_group)
         # The value is that of all processes, the gradient that of this one's pixels.

@@ -51,9 +51,9 @@ def load_torch_weights(model: nn.Module, source: str | Path | Mapping[str, Any])
 def _read(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+            from safetensors.torch import load
 
-            return load_file(path)
+            return load(path.read_bytes())
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each reader has exceptions of its own
         reason = next(iter(str(error).splitlines()), repr(error))
