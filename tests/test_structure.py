@@ -15,7 +15,7 @@ NETWORK = {"architecture", "autograd", "blocks", "chains", "dispatch", "function
 MAY_IMPORT = {
     "errors": set(), "arguments": set(), "autograd": set(), "architecture": {"arguments"}, "signals": BASE,
     "touched": set(), "schema": {"errors"}, "files": {"errors", "schema"}, "outputs": {"errors", "files"},
-    "reference": {"architecture", "arguments"},
+    "reference": {"architecture", "arguments", "autograd"},
     "dispatch": {"autograd", "errors", "kernels", "inspection"},
     "functional": {"arguments", "autograd", "dispatch", "errors", "reference"},
     "losses": {"arguments", "functional"}, "metrics": {"arguments", "functional"},
