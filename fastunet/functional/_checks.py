@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -62,7 +64,7 @@ def check_alike(operator: str, name: str, tensor: torch.Tensor, x: torch.Tensor)
         )
 
 
-def processes_of(process_group: object, asked: str) -> int:
+def processes_of(process_group: Any, asked: str) -> int:
     """How many processes ``process_group`` (None: all) has; raises where there are none, for what was ``asked``."""
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError(f"{asked} needs a process group: call torch.distributed.init_process_group first")
