@@ -32,9 +32,10 @@ def checked(thing: Thing) -> Thing:
     """``thing``, a function or a class with its public methods, that refuses what its annotations do not allow.
 
     ``int`` is a whole number of at most 64 bits, ``float`` any finite number; True and False are neither, and NumPy's
-    scalars become Python's. A tensor is dense and real, an array holds numbers, a path may be any ``os.PathLike`` that a
-    file can be called, a tuple of any length also a list, what is iterated over once becomes a tuple, and text is no
-    sequence of texts. Nothing is checked under ``torch.compile``, and under ``torch.jit.trace``, for which sizes are tensors.
+    scalars become Python's. A tensor is dense and real, an array holds numbers, a path may be any ``os.PathLike``
+    that a file can be called, a tuple of any length also a list, what is iterated over once becomes a tuple, and text
+    is no sequence of texts. Nothing is checked under ``torch.compile``, and under ``torch.jit.trace``, for which sizes
+    are tensors.
 
     Raises:
         TypeError: (the call) an argument of another type; the message shows it.
