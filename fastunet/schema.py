@@ -10,7 +10,9 @@ import codecs
 import dataclasses
 import functools
 import json
+import os
 import re
+import stat
 from pathlib import Path
 from typing import TypeVar
 
@@ -36,6 +38,8 @@ def read_json(path: str | Path, kind: type[T]) -> T:
         UserError: the file cannot be read, is no JSON, or does not fit; see :func:`parse_json`.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would wait for its writer
+            raise UserError(f"{path} is not a regular file")
         data = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from error

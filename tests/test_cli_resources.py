@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import resource
 import shutil
@@ -165,6 +166,31 @@ def test_a_full_standard_output_is_one_sentence():
         done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == "fastunet: the standard output: no space left on device\n"
+
+
+class _Full(io.StringIO):
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("stream", [None, _Full()], ids=["closed", "full"])
+def test_standard_streams_that_take_nothing(stream, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert run("check", tmp_path) == 2
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert run("info", "--device", "cpu") == 0
+
+
+def test_names_do_nothing_to_the_terminal(tmp_path, capsys):
+    assert_user_error(capsys, run("check", tmp_path / "a\x1b[31mb\n\x07"), r"a\x1b[31mb \x07: there is no such folder")
+
+
+def test_a_current_folder_that_is_gone(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert_user_error(capsys, run("summary", "--out", "x"), "the current folder: no such file or directory")
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -263,6 +265,7 @@ def test_dataset_json_without_the_modality(tmp_path):
         (json.dumps({**NNUNET_JSON, "training": ["a"]}), "was not found"),
         (json.dumps({**NNUNET_JSON, "training": [{"label": "a"}]}), "names no image"),
         (json.dumps({**NNUNET_JSON, "labels": {"background": 0, "whole": [1, 2]}}), "regions"),
+        (json.dumps({**NNUNET_JSON, "labels": {"background": 1, "liver": 0}}), "needs 0 for the background"),
     ],
 )
 def test_dataset_json_that_cannot_be_used(tmp_path, content, message):
@@ -271,6 +274,14 @@ def test_dataset_json_that_cannot_be_used(tmp_path, content, message):
     with pytest.raises(UserError, match=r"dataset\.json") as caught:
         discover_cases(root)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("nowhere")])
+def test_dataset_json_that_is_no_file(tmp_path, make):
+    brats_case(tmp_path / "case")
+    make(tmp_path / "dataset.json")
+    with pytest.raises(UserError, match=r"dataset\.json(: no such| is not a regular) file"):
+        discover_cases(tmp_path)
 
 
 def test_dataset_json_without_images(tmp_path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import signal
 import sys
 import warnings
@@ -49,6 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 is success; 2 is bad input or a system that refuses (a full disk), with one line on stderr; 130 and 143 mean that
     SIGINT or SIGTERM ended it. Anything else is a defect and raises.
     """
+    # Streams that were closed (`>&-`) would be None, and the next file that is opened would take their number.
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r" if name == "stdin" else "w"))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold bytes that are no text
     try:
@@ -84,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except OSError as error:
         sys.stdout = None
-        _complain(f"{error.filename or 'the standard output'}: {reason(error)}")
+        place = "the current folder" if isinstance(error, FileNotFoundError) else "the standard output"
+        _complain(f"{error.filename or place}: {reason(error)}")
         return 2
     return 0
 
@@ -95,7 +101,7 @@ def _show_warning(
 ) -> None:  # fmt: skip
     """A warning about the data is one line; others look as Python has them."""
     if issubclass(category, DataWarning):
-        print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+        print(f"warning: {_one_line(str(message))}", file=sys.stderr)
     else:
         sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
 
@@ -103,7 +109,13 @@ def _show_warning(
 def _complain(message: str) -> None:
     """Prints the message as one line; an empty one means that another process says it."""
     if message:
-        print(f"fastunet: {' '.join(message.split())}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the exit code says it where nothing can be written
+            print(f"fastunet: {_one_line(message)}", file=sys.stderr, flush=True)
+
+
+def _one_line(message: str) -> str:
+    """``message`` without line breaks, and without what a file's name could make a terminal do."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -54,7 +54,7 @@ def discover_cases(
         said.append(text)
         refused(text)
 
-    described = os.path.isfile(root / "dataset.json")
+    described = os.path.lexists(root / "dataset.json")
     try:
         if described:
             cases = dataset_json_cases(root, edition, note)

@@ -112,8 +112,8 @@ def label_map_from_json(
         if value in names:
             raise UserError(f"{file}: 'labels' gives value {value} to two names, {names[value]!r} and {name!r}")
         names[value] = name
-    if 0 not in names:
-        raise UserError(f"{file}: 'labels' needs 0 for the background")
+    if 0 not in names or any(value and _SYNONYMS.get(_plain(name)) == 0 for value, name in names.items()):
+        raise UserError(f"{file}: 'labels' needs 0 for the background, and for nothing else")
     _check_count(values, file)
     classes = [_SYNONYMS.get(_plain(name)) for name in names.values()]
     if set(classes) == set(range(len(_GLIOMA))) and len(classes) == len(_GLIOMA):

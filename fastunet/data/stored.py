@@ -82,11 +82,12 @@ def read_voxels(stored: Stored, stream: DataStream, channel: int | None) -> np.n
 def scaled(values: np.ndarray, stored: Stored, dtype: np.typing.DTypeLike) -> np.ndarray:
     """``values`` as numbers of ``dtype``, computed in float64 where the header scales them."""
     if (stored.slope, stored.intercept) == (1, 0):
-        return values.astype(dtype, copy=False)
+        with np.errstate(over="ignore"):  # what overflows is infinite, and found as such
+            return values.astype(dtype, copy=False)
     result = np.empty(values.shape, dtype, order="F")
     flat, source = result.reshape(-1, order="F"), values.reshape(-1, order="F")
     step = max(flat.size // _SLABS, 1)
-    with np.errstate(all="ignore"):  # what overflows is infinite, and found as such
+    with np.errstate(all="ignore"):
         for start in range(0, flat.size, step):
             part = slice(start, start + step)
             flat[part] = source[part].astype(np.float64) * stored.slope + stored.intercept
