@@ -108,16 +108,6 @@ def make_output_folder(path: str | Path) -> Path:
     return path
 
 
-def read_text(path: str | Path) -> str:
-    """The text of ``path``; a file that cannot be read, or is not UTF-8 text, is a ``UserError``."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {reason(error)}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"cannot read {path}: it is not a text file") from error
-
-
 def reason(error: OSError) -> str:
     """What the operating system said, for the end of a sentence."""
     return (error.strerror or str(error)).lower()

@@ -275,9 +275,9 @@ def _known(*sides: int) -> bool:
 
 @checked
 def centre_crop(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The central ``height`` × ``width`` pixels of (N, C, H, W); an odd remainder leaves the extra row at the end."""
-    top, left = (x.shape[2] - height) // 2, (x.shape[3] - width) // 2
-    return x[:, :, top : top + height, left : left + width]
+    """The central ``height`` × ``width`` pixels of (…, H, W); an odd remainder leaves the extra row at the end."""
+    top, left = (x.shape[-2] - height) // 2, (x.shape[-1] - width) // 2
+    return x[..., top : top + height, left : left + width]
 
 
 def _fan_in(module: nn.Conv2d | nn.ConvTranspose2d) -> int:

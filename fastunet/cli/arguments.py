@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -104,6 +105,21 @@ def set_threads(count: int | None) -> None:
         torch.set_num_threads(count)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def progress_display(name: str = "", unit: str = "slice") -> Callable[[int, int], None]:
+    """A function (units done, units) that shows a bar on a terminal and nothing elsewhere."""
+    from tqdm import tqdm
+
+    bar = tqdm(desc=name, unit=unit, leave=False, delay=0.1, disable=not sys.stderr.isatty())
+
+    def show(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+
+    return show
 
 
 def _number(kind: Callable[[str], Number], text: str, description: str) -> Number:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from fastunet.cli.segment import add_model_options, make_segmenter, progress_display
+from fastunet.cli.arguments import progress_display
+from fastunet.cli.segment import add_model_options, make_segmenter
 from fastunet.errors import UserError
 
 if TYPE_CHECKING:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastunet.cli.arguments import add_machine_options, add_nan_option, positive_int, set_threads
+from fastunet.cli.arguments import add_machine_options, add_nan_option, positive_int, progress_display, set_threads
 from fastunet.errors import UserError
 
 if TYPE_CHECKING:
@@ -127,23 +126,6 @@ def find_cases(inputs: list[Path], segmenter: Segmenter) -> list[Case]:
         else:
             raise UserError(f"{path}: there is no such file or folder")
     return cases + (cases_from_files(files, modalities) if files else [])
-
-
-def progress_display(name: str) -> Callable[[int, int], None]:
-    """A function (slices done, slices) that shows a bar on a terminal and nothing elsewhere."""
-    import sys
-
-    from tqdm import tqdm
-
-    bar = tqdm(desc=name, unit="slice", leave=False, disable=not sys.stderr.isatty())
-
-    def show(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-        if done == total:
-            bar.close()
-
-    return show
 
 
 def _segment_case(segmenter: Segmenter, case: Case, target: Path, args: argparse.Namespace) -> None:

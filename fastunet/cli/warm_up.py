@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from fastunet.architecture import PRESETS
-from fastunet.cli.arguments import positive_int
+from fastunet.cli.arguments import positive_int, progress_display
 
 SIZES = {"isbi": 572}
 
@@ -24,10 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     import os
-    import sys
 
     import torch
-    from tqdm import tqdm
 
     from fastunet.architecture import Architecture
     from fastunet.dispatch import triton_installed, triton_interpreted
@@ -51,16 +49,8 @@ def run(args: argparse.Namespace) -> None:
         network = Architecture.from_preset(args.preset or "brats")
     size = args.size or SIZES.get(args.preset, 240)
     work = Work(network, (size, size), args.batch, args.precision, architecture)
-    bar = tqdm(unit="kernel", leave=False, disable=not sys.stderr.isatty())
-
-    def progress(done: int, number: int) -> None:
-        bar.total = number
-        bar.update(done - bar.n)
-
     try:
-        number = warm_up([work], args.processes or os.cpu_count() or 1, progress)
+        number = warm_up([work], args.processes or os.cpu_count() or 1, progress_display(unit="kernel"))
     except ValueError as error:
         raise UserError(str(error)) from error
-    finally:
-        bar.close()
     print(f"{number} kernels for sm_{architecture} are in Triton's cache")

@@ -87,7 +87,7 @@ def text_table(scores: Sequence[Score], *, empty: str = "one") -> str:
         by_case.setdefault(score.case, {})[score.kind, score.structure] = score
     # A class and a region may share a name ("enhancing tumour"), so the header says which is which.
     header = [["", *(kind for kind, _ in structures)], ["Dice", *(name for _, name in structures)]]
-    body = [[case, *(_cell(row[s].dice) for s in structures)] for case, row in by_case.items()]
+    body = [[case, *(cell(row[s].dice) for s in structures)] for case, row in by_case.items()]
     widths = [max(len(row[i]) for row in header + body) for i in range(len(structures) + 1)]
 
     def line(row: Sequence[str]) -> str:
@@ -96,8 +96,8 @@ def text_table(scores: Sequence[Score], *, empty: str = "one") -> str:
     rule = "-" * (sum(widths) + 2 * len(structures))
     lines = [*map(line, header), rule, *map(line, body[:-1]), rule, line(body[-1])]
     regions = mean_region_dice(scores)
-    over_regions = "" if math.isnan(regions) else f" Mean region Dice: {_cell(regions)}."
-    lines.append(f"Mean foreground Dice: {_cell(mean_foreground_dice(scores))}.{over_regions} {EMPTY_RULES[empty]}")
+    over_regions = "" if math.isnan(regions) else f" Mean region Dice: {cell(regions)}."
+    lines.append(f"Mean foreground Dice: {cell(mean_foreground_dice(scores))}.{over_regions} {EMPTY_RULES[empty]}")
     return "\n".join(lines)
 
 
@@ -126,5 +126,6 @@ def _number(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.6f}"
 
 
-def _cell(value: float) -> str:
+def cell(value: float) -> str:
+    """A score as tables show it."""
     return "–" if math.isnan(value) else f"{value:.3f}"

@@ -75,7 +75,7 @@ def segment_tiled(
 def border_width(architecture: Architecture) -> int:
     """Pixels of context on each side of a tile, such that what lies beyond cannot change a result inside."""
     if architecture.padding == "valid":
-        side = _smallest_valid(architecture)
+        side = architecture.nearest_inputs(0)[-1]
         return (side - architecture.output_size(side, side)[0]) // 2
     # From the output back to the input: two 3x3 convolutions a level reach 2 pixels, the 2x2 after upsampling 1.
     reach = 0
@@ -109,23 +109,4 @@ def _fitting(architecture: Architecture, side: int, border: int) -> int:
     """The smallest input side whose result, cut to the pooling grid, is at least ``side``."""
     unit: int = 2**architecture.depth
     wanted = 2 * border + -(-side // unit) * unit
-    if architecture.padding == "same":
-        return wanted
-    while not _fits(architecture, wanted):
-        wanted += 1
-    return wanted
-
-
-def _smallest_valid(architecture: Architecture) -> int:
-    side = 1
-    while not _fits(architecture, side):
-        side += 1
-    return side
-
-
-def _fits(architecture: Architecture, side: int) -> bool:
-    try:
-        architecture.output_size(side, side)
-    except ValueError:
-        return False
-    return True
+    return wanted if architecture.padding == "same" else architecture.nearest_inputs(wanted - 1)[-1]

@@ -101,17 +101,12 @@ def examine_all(all_uses: Iterable[Use], threads: int = 2) -> list[Row]:
         return list(pool.map(examine, distinct(all_uses)))
 
 
-def kernel_table(preset: str | None = None, architecture: int | None = None,
-                 dtype: torch.dtype = torch.bfloat16) -> str:
-    """The table of ``fastunet info --kernels``: every kernel of both reference networks, or of one preset, at batch 16,
-    compiled ahead of time.
-
-    ``architecture`` is a compute capability times ten; by default that of the GPU, or 90 without one.
-    """
-    if architecture is None:
-        architecture = _launch.architecture() if torch.cuda.is_available() else 90
+def kernel_table(preset: str | None) -> str:
+    """The table of ``fastunet info --kernels``: every kernel of both reference networks, or of one preset, at batch 16
+    in bfloat16, compiled ahead of time for the GPU, or for compute capability 9.0 without one."""
+    architecture = _launch.architecture() if torch.cuda.is_available() else 90
     names = [name for name in CASES | NORM_CASES if name.split()[0] == preset] or None
-    return format_table(examine_all(uses(architecture, dtype, names=names)))
+    return format_table(examine_all(uses(architecture, torch.bfloat16, names=names)))
 
 
 HEADER = ("kernel", "layer", "arch", "registers", "stack", "shared", "main loop", "products", "loads/product",

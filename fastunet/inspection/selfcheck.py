@@ -11,6 +11,7 @@ from torch.nn import functional as plain
 
 from fastunet import functional
 from fastunet.dispatch import GIVEN_UP
+from fastunet.functional._norm import wide
 
 _CLASSES, _SIDE = 4, 20
 _SLACK = 2.0  # times the error of plain PyTorch in the same dtype, which is judged by the same reference
@@ -71,7 +72,7 @@ def _dice(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _regions(logits: torch.Tensor) -> torch.Tensor:
-    labels, z = _labels(logits), logits if logits.dtype == torch.float64 else logits.float()
+    labels, z = _labels(logits), wide(logits)
     truth = torch.stack([torch.isin(labels, torch.tensor(members).to(labels)) for members in _REGIONS], 1).to(z)
     overlap, total = (z.sigmoid() * truth).sum((0, 2, 3)), (z.sigmoid() + truth).sum((0, 2, 3))
     return 1 - ((2 * overlap + 1) / (total + 1)).mean() + plain.binary_cross_entropy_with_logits(z, truth)
@@ -93,13 +94,10 @@ _LITERAL: dict[str, Callable[..., Any]] = {
     ).relu(),
     "conv_transpose2d": lambda x, w, b: plain.conv_transpose2d(x, w, b, stride=2),
     "segmentation_head": plain.conv2d,
-    "dice_loss": lambda z: 1 - _dice(z.float() if z.dtype != torch.float64 else z),
-    "dice_cross_entropy": lambda z: (
-        1 - _dice(z.float() if z.dtype != torch.float64 else z)
-        + plain.cross_entropy(z.float() if z.dtype != torch.float64 else z, _labels(z))
-    ),
+    "dice_loss": lambda z: 1 - _dice(wide(z)),
+    "dice_cross_entropy": lambda z: 1 - _dice(wide(z)) + plain.cross_entropy(wide(z), _labels(z)),
     "region_dice_cross_entropy": _regions,
-    "dice_coefficient": lambda z: _dice(z),
+    "dice_coefficient": _dice,
     "confusion_matrix": _confusion,
 }  # fmt: skip
 

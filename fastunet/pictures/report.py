@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import base64
 import html
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastunet.inference.scores import EMPTY_RULES, Score, mean_foreground_dice, mean_scores
+from fastunet.inference.scores import EMPTY_RULES, Score, cell, mean_foreground_dice, mean_scores
 from fastunet.pictures.overlay import class_colour
 
 _STYLE = """
@@ -94,8 +93,8 @@ def score_table(scores: Sequence[Score], *, empty: str = "one") -> str:
     rows = ["<tr><th>Dice</th>" + "".join(map(heading, means)) + "</tr>"]
     for case in [*cases, "mean"]:
         values = (cells[case, s.kind, s.structure] for s in means)
-        rows.append(f"<tr><td>{html.escape(case)}</td>{''.join(f'<td>{_number(v)}</td>' for v in values)}</tr>")
-    note = f"Mean over cases and foreground classes: {_number(mean_foreground_dice(scores))}. {EMPTY_RULES[empty]}"
+        rows.append(f"<tr><td>{html.escape(case)}</td>{''.join(f'<td>{cell(v)}</td>' for v in values)}</tr>")
+    note = f"Mean over cases and foreground classes: {cell(mean_foreground_dice(scores))}. {EMPTY_RULES[empty]}"
     return f"<table>{''.join(rows)}</table>" + paragraph(note, muted=True)
 
 
@@ -105,7 +104,3 @@ def _figure(picture: Picture) -> str:
     kind = ' class="small"' if picture.small else ""
     image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
     return f"<figure{kind}>{image}<figcaption>{caption}</figcaption></figure>"
-
-
-def _number(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.3f}"

@@ -273,12 +273,6 @@ def trained_labels(regions: str | None, labels: LabelMap, source: object) -> Lab
     return labels
 
 
-def centre_crop(labels: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The central part of labels (N, H, W) that a network with valid padding predicts."""
-    top, left = (labels.shape[1] - height) // 2, (labels.shape[2] - width) // 2
-    return labels[:, top : top + height, left : left + width]
-
-
 def _labelled_cases(config: TrainConfig, display: Display) -> list[Case]:
     # check_quickly asks for modalities
     found = discover_cases(config.data, modalities=None, edition=config.edition, ignore=config.ignore_label)

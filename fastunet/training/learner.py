@@ -14,9 +14,10 @@ from fastunet.data.sampling import Batch
 from fastunet.errors import UserError
 from fastunet.functional.segmentation_head import finish
 from fastunet.losses import DiceCrossEntropyLoss, RegionDiceCrossEntropyLoss
+from fastunet.reference import centre_crop
 from fastunet.training.checkpoint import ModelCard, Progress
 from fastunet.training.config import TrainConfig
-from fastunet.training.dataset import TrainingData, architecture_of, centre_crop
+from fastunet.training.dataset import TrainingData, architecture_of
 from fastunet.training.distributed import Processes
 from fastunet.training.precision import autocast, loss_scaler
 from fastunet.unet import UNet

@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 from fastunet.data import LabelMap
 from fastunet.files import write_bytes, write_text
@@ -26,11 +27,11 @@ def metric_columns(metrics: SegmentationMetrics) -> dict[str, float]:
     result = metrics.compute()
     foreground = [result["classes"][name] for name in metrics.class_names[1:]]
     columns = {key: result[key] for key in ("accuracy", "mean_iou", "dice")}
-    columns["dice_foreground"] = _mean([scores["dice"] for scores in foreground])
+    columns["dice_foreground"] = fmean(scores["dice"] for scores in foreground)
     if metrics.regions:
-        columns["dice_regions"] = _mean([scores["dice"] for scores in result["regions"].values()])
+        columns["dice_regions"] = fmean(scores["dice"] for scores in result["regions"].values())
     for key in ("precision", "sensitivity", "specificity"):
-        columns[key] = _mean([scores[key] for scores in foreground])
+        columns[key] = fmean(scores[key] for scores in foreground)
     for kind, names in (("region", metrics.regions), ("class", metrics.class_names)):
         for name in names:
             column = f"dice_{name}"
@@ -64,7 +65,3 @@ def write_curves(run: Path, history: Sequence[Row], labels: LabelMap) -> None:
     columns = {name: f"dice_{name}" for name in names}
     columns = {name: own if (own := f"{column} ({kind})") in known else column for name, column in columns.items()}
     write_bytes(run / CURVES, curves(history, columns, (f"mean of the {mean}", f"dice_{mean}")))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
