@@ -78,7 +78,7 @@ def test_an_ignored_label_predicts_nothing(tmp_path, capsys):
 def test_labels_of_a_run_and_of_an_edition(tmp_path, checkpoint):  # noqa: F811
     predicted, truth = folders(tmp_path, (0, 1, 2, 4))
     for table in (checkpoint, "brats2021"):
-        assert run("evaluate", predicted, truth, "--labels", table, "--csv", tmp_path / "s.csv") == 0
+        assert run("evaluate", predicted, truth, "--labels", table, "--csv", tmp_path / "s.csv", "--overwrite") == 0
         assert {"whole tumour", "oedema"} < {structure for _, structure in scores(tmp_path / "s.csv")}
 
 
