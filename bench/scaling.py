@@ -11,6 +11,7 @@ import argparse
 import functools
 import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -54,9 +55,7 @@ def exponent(values: Sequence[float], times: Sequence[float]) -> float:
     points = sorted(zip(values, times))[-3:]
     if len(points) < 2:
         raise ValueError(f"an exponent needs two points, got {len(points)}")
-    logs = [(math.log(v), math.log(t)) for v, t in points]
-    mean_x, mean_y = (sum(c) / len(logs) for c in zip(*logs))
-    return sum((x - mean_x) * (y - mean_y) for x, y in logs) / sum((x - mean_x) ** 2 for x, _ in logs)
+    return statistics.linear_regression(*([math.log(c) for c in column] for column in zip(*points))).slope
 
 
 def axis_rows(axis: str, step: str, device: torch.device, budget: Budget) -> list[Row]:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from bench.measuring import machine
+from fastunet.files import write_text
 from fastunet.inspection import tuning
 from fastunet.inspection.layers import CASES, Call, network_calls
 from fastunet.inspection.machine_code import compile_launch
@@ -106,9 +107,7 @@ def tune_all(todo: list[Task], path: Path, head: dict[str, Any], stamp: dict[str
 def write(path: Path, content: dict[str, Any]) -> None:
     """Writes JSON so that an interruption leaves the old file or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 class Lost:

@@ -48,8 +48,7 @@ class Stage:
         print(f"[{self.name}] {name}: {status} after {seconds:.1f} s", flush=True)
         return step
 
-    def command(self, name: str, arguments: list[str], *, share: float = 1.0, none_is_ok: bool = False,
-                environment: dict[str, str] | None = None) -> Step:
+    def command(self, name: str, arguments: list[str], *, share: float = 1.0, none_is_ok: bool = False) -> Step:
         """Runs a command for at most ``share`` of the time left, then ends it and all that it has started.
 
         Exit 5, pytest's "no tests", counts as "ok" where ``none_is_ok``.
@@ -60,8 +59,7 @@ class Stage:
         started = self.clock()
         with open(self.folder / f"{self.name}-{name}.log", "w+") as log:
             try:
-                process = subprocess.Popen(arguments, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-                                           env=os.environ | (environment or {}))  # fmt: skip
+                process = subprocess.Popen(arguments, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
             except FileNotFoundError:
                 return self.record(name, "absent", 0.0, f"{arguments[0]} is not installed")
             try:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
 
 from bench.measuring.precision import DTYPES, PRECISIONS, precision_settings
+from bench.measuring.timing import clock_of
 
 _REPEATS = 7
 
@@ -18,21 +18,21 @@ def measure_ceilings(device: torch.device) -> tuple[float, dict[str, float]]:
     return copy_bandwidth(device), {precision: matmul_rate(device, precision) for precision in products}
 
 
-def copy_bandwidth(device: torch.device, megabytes: int | None = None) -> float:
-    """GB/s of a copy between two tensors of ``megabytes`` (1024 on a GPU, 256 on a CPU), many times the caches."""
-    count = (megabytes or (1024 if device.type == "cuda" else 256)) * 2**20 // 4
+def copy_bandwidth(device: torch.device) -> float:
+    """GB/s of a copy between two tensors of 1024 MiB on a GPU, 256 MiB on a CPU, many times the caches."""
+    count = (1024 if device.type == "cuda" else 256) * 2**20 // 4
     source = torch.randn(count, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() * 4 / _best_seconds(device, lambda: target.copy_(source)) / 1e9
 
 
-def matmul_rate(device: torch.device, precision: str, size: int | None = None) -> float:
-    """TFLOP/s of a square product of random matrices of ``size`` (8192 on a GPU, 1536 on a CPU).
+def matmul_rate(device: torch.device, precision: str) -> float:
+    """TFLOP/s of a square product of random matrices with sides of 8192 on a GPU, 1536 on a CPU.
 
     On a CPU the better of PyTorch's two libraries: MKL, which multiplies matrices, stays below oneDNN on AMD's
     processors, so a 3×3 convolution of 128 channels, oneDNN's best case, is measured beside it.
     """
-    size = size or (8192 if device.type == "cuda" else 1536)
+    size = 8192 if device.type == "cuda" else 1536
     with precision_settings(precision), torch.no_grad():
         a, b = (torch.randn(size, size, device=device).to(DTYPES[precision]) for _ in range(2))
         out = torch.empty_like(a)
@@ -47,17 +47,5 @@ def matmul_rate(device: torch.device, precision: str, size: int | None = None) -
 
 def _best_seconds(device: torch.device, call: Callable[[], object]) -> float:
     """The shortest of a few calls after a warm-up; a ceiling is what can be reached, hence no median."""
-    samples = []
-    for _ in range(_REPEATS + 1):
-        if device.type == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            samples.append(start.elapsed_time(end) / 1e3)
-        else:
-            begin = time.perf_counter()
-            call()
-            samples.append(time.perf_counter() - begin)
-    return min(samples[1:])
+    clock = clock_of(device)
+    return min([clock(call, 1) for _ in range(_REPEATS + 1)][1:])

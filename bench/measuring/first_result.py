@@ -1,7 +1,6 @@
 """Time to the first result: a new process imports, builds, compiles and predicts once, with empty compiler caches.
 
-``python -m bench.measuring.first_result VARIANT PRESET SIDE DEVICE`` is that process; it prints "ready"
-once it has logits.
+``python -m bench.measuring.first_result VARIANT DEVICE`` is that process; it prints "ready" once it has logits.
 """
 
 from __future__ import annotations
@@ -22,23 +21,23 @@ from bench.workloads.variants import AUTOTUNED, CHANNELS_LAST, COMPILED, FASTUNE
 _VARIANTS = {v.name: v for v in (FASTUNET, CHANNELS_LAST, COMPILED, AUTOTUNED)}
 _CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH")
 _LONGEST = 150.0
+_PRESET, _SIDE = "brats", 128
 
 
-def first_result_rows(device: torch.device, deadline: float, preset: str = "brats", side: int = 128,
-                      names: tuple[str, ...] | None = None) -> Iterator[Row]:
+def first_result_rows(device: torch.device, deadline: float) -> Iterator[Row]:
     """A row for each variant: seconds from starting Python to the first logits of one image, once each.
 
     Autotuning is left out on a CPU, where it takes minutes. Stops at ``deadline`` (of ``time.monotonic``).
     """
     precision = "bf16" if device.type == "cuda" else "fp32"
-    for name in names or [n for n in _VARIANTS if device.type == "cuda" or n != AUTOTUNED.name]:
+    for name in [n for n in _VARIANTS if device.type == "cuda" or n != AUTOTUNED.name]:
         left = min(_LONGEST, deadline - time.monotonic())
         if left <= 0:
             return
-        seconds, problem = _time_process([name, preset, str(side), device.type], left)
+        seconds, problem = _time_process([name, device.type], left)
         role, state = (OURS if name == FASTUNET.name else RIVAL), (FAILED if problem else OK)
         ms = seconds * 1e3
-        yield Row(preset, "first result", f"1×{side}×{side}", 1, precision, name, role, state, problem,
+        yield Row(_PRESET, "first result", f"1×{_SIDE}×{_SIDE}", 1, precision, name, role, state, problem,
                   p20_ms=ms, p50_ms=ms, p80_ms=ms, rounds=1)  # fmt: skip
 
 
@@ -59,18 +58,18 @@ def _time_process(arguments: list[str], limit: float) -> tuple[float, str]:
     return seconds, ""
 
 
-def _predict_once(name: str, preset: str, side: int, device: str) -> None:
+def _predict_once(name: str, device: str) -> None:
     from fastunet import UNet, reference
 
     variant = _VARIANTS[name]
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     build = UNet if variant.form == "fastunet" else reference.UNet
-    model = build.from_preset(preset).to(device, dtype, memory_format=torch.channels_last).eval()
-    image = torch.randn(1, model.architecture.in_channels, side, side, device=device, dtype=dtype)
+    model = build.from_preset(_PRESET).to(device, dtype, memory_format=torch.channels_last).eval()
+    image = torch.randn(1, model.architecture.in_channels, _SIDE, _SIDE, device=device, dtype=dtype)
     with torch.no_grad():
         variant.wrap(model)(variant.place(image)).float().sum().item()
     print("ready")
 
 
 if __name__ == "__main__":
-    _predict_once(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])
+    _predict_once(*sys.argv[1:])

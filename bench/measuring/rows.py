@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+
+from fastunet.files import write_text
 
 RESULTS = Path(__file__).parents[1] / "results"
 """Committed result files, ``<device>/<date>-<commit>.json``."""
@@ -111,9 +112,7 @@ def write(path: Path, environment: Environment, rows: list[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(_without_defaults(row), ensure_ascii=False) for row in rows)
     text = f'{{"environment": {json.dumps(asdict(environment), indent=1)},\n"rows": [\n{lines}\n]}}\n'
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
+    write_text(path, text)
 
 
 def read(path: Path) -> Results:

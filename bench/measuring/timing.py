@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
@@ -21,11 +22,7 @@ class Timing:
 
     def percentile(self, share: float) -> float:
         """The sample below which ``share`` of them lie, linearly interpolated."""
-        ordered = sorted(self.samples)
-        position = share * (len(ordered) - 1)
-        low = int(position)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+        return float(np.quantile(self.samples, share))
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ def interleave(passes: Sequence[Callable[[], object]], calls: Sequence[int], dev
     """
     if not passes:
         return []
-    clock = _seconds_on_cuda if device.type == "cuda" else _seconds_on_cpu
+    clock = clock_of(device)
     for run in passes:
         clock(run, 1)
     estimates = [max(clock(run, 1), 1e-7) for run in passes]
@@ -95,6 +92,11 @@ def open_second_pool() -> None:
 
     threading.Thread(target=wait, daemon=True).start()
     opened.wait()
+
+
+def clock_of(device: torch.device) -> Callable[[Callable[[], object], int], float]:
+    """``clock(run, repeats)``: the seconds that so many calls of ``run`` take on ``device``."""
+    return _seconds_on_cuda if device.type == "cuda" else _seconds_on_cpu
 
 
 def _seconds_on_cuda(run: Callable[[], object], repeats: int) -> float:
