@@ -75,7 +75,7 @@ def test_a_saved_program_names_the_import_that_it_needs(tmp_path):
 def test_aot_inductor_runs_the_program_on_a_cpu(tmp_path):
     model = UNet(width=2, depth=0).eval()
     x = torch.randn(1, 2, 8, 8)
-    with torch.no_grad():
+    with torch.no_grad(), torch._inductor.config.patch("aot_inductor.precompile_headers", False):
         program = torch.export.export(model, (x,))
         path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "network.pt2"))
         torch.testing.assert_close(torch._inductor.aoti_load_package(path)(x), model(x), rtol=1e-5, atol=1e-5)
@@ -101,23 +101,24 @@ class Trained(torch.nn.Module):
         return self.loss(self.model(x), labels)
 
 
-@pytest.mark.parametrize("options", [
-    dict(), dict(dynamic=True), dict(mode="max-autotune"),
+@pytest.mark.parametrize("name, options", [
+    ("brats", dict()), ("brats", dict(dynamic=True)), ("isbi", dict(mode="max-autotune")),
 ], ids=["default", "dynamic", "max-autotune"])  # fmt: skip
-def test_compiled_training_and_inference_are_the_eager_ones(options):
-    """One graph each (``fullgraph``), by Inductor; shapes change where they may."""
+def test_compiled_training_and_inference_are_the_eager_ones(name, options):
+    """One graph each (``fullgraph``), by Inductor, for every shape where it may change (2 images would share the channels' symbol)."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model = UNet(width=2, depth=1, dropout=0.0)
-    batches = [torch.randn(2, 2, 6, 10), torch.randn(3, 2, 9, 12)]
+    model = UNet(**NETWORKS[name][0] | dict(width=2, depth=1, dropout=0.0))
+    sizes = {"brats": [(7, 10), (9, 12)], "isbi": [(20, 24)]}[name]
+    batches = [torch.randn(n, model.architecture.in_channels, *size) for n, size in zip((5, 3), sizes)]
     step, infer = (torch.compile(f, fullgraph=True, **options) for f in (Trained(model), model))
     for x in batches if options.get("dynamic") else batches[:1]:
-        labels = torch.randint(4, (len(x), *x.shape[2:]))
+        labels = torch.randint(4, (len(x), *model.output_size(*x.shape[2:])))
         found = {}
-        for name, function in (("compiled", step), ("eager", Trained(model))):
+        for each, function in (("compiled", step), ("eager", Trained(model))):
             loss = function(x, labels)
-            found[name] = [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
-        for got, want in zip(found["compiled"], found["eager"]):
+            found[each] = [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+        for got, want in zip(found["compiled"], found["eager"], strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
         if not options.get("dynamic"):  # exported programs are, too
             with torch.no_grad():
