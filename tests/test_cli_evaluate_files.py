@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import nibabel
@@ -88,6 +89,24 @@ def test_masks(tmp_path):
         Image.fromarray((mask * 255).astype(np.uint8)).save(tmp_path / folder / "a.png")
     assert run("evaluate", tmp_path / "predicted", tmp_path / "truth", "--csv", tmp_path / "s.csv") == 0
     assert scores(tmp_path / "s.csv")["a", "label 255"] == pytest.approx(2 / 3, abs=1e-6)
+
+
+@pytest.mark.parametrize("suffix, scale, words", [(".png", 1, "has values 255, "), (".jpg", 200, "JPEG")])
+def test_predictions_in_other_values_than_the_truth(tmp_path, capsys, suffix, scale, words):
+    disc = np.hypot(*(np.indices((64, 64)) - 32)) < 20
+    for folder, mask, ending in (("truth", disc * 255, ".png"), ("predicted", disc * scale, suffix)):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(mask.astype(np.uint8)).save(tmp_path / folder / f"a{ending}")
+    assert_user_error(capsys, run("evaluate", tmp_path / "predicted", tmp_path / "truth"), words)
+
+
+def test_predictions_without_truth_are_named(tmp_path, capsys):
+    predicted, truth = folders(tmp_path)
+    for name in ("a_prob", "other"):
+        shutil.copy(predicted / "a.nii.gz", predicted / f"{name}.nii.gz")
+    assert run("evaluate", predicted, truth) == 0
+    assert "1 files of" in (said := capsys.readouterr().err)
+    assert "such as other.nii.gz, have no truth, and are not scored" in said
 
 
 def test_what_cannot_be_compared(tmp_path, capsys):

@@ -104,6 +104,19 @@ def test_spellings_of_training(tmp_path, entry):
         discover_cases(root)
 
 
+def test_labels_are_those_that_training_names(tmp_path, recwarn):
+    root = nnunet_folder(tmp_path, names=("case_a", "case_b", "case_c"))
+    (root / "labelsTr" / "case_a.nii.gz").rename(root / "labelsTr" / "a_seg.nii.gz")
+    rewrite(root, training=[{"image": "case_a.nii.gz", "label": "./labelsTr/a_seg.nii.gz"},
+                            {"image": "case_b.nii.gz", "label": "./labelsTr/case_c.nii.gz"}])  # fmt: skip
+    assert [case.label.name for case in discover_cases(root)] == ["a_seg.nii.gz", "case_c.nii.gz", "case_c.nii.gz"]
+    said = " ".join(str(warning.message) for warning in recwarn)
+    assert "'training' of" in said
+    assert "lacks 1 cases with labels, such as case_c; all are taken" in said
+    assert "1 label files of" in said
+    assert "such as case_b.nii.gz, belong to no image, and are left out" in said
+
+
 def test_the_dataset_entry_of_nnunet_2(tmp_path):
     root = nnunet_folder(tmp_path / "data")
     elsewhere = tmp_path / "elsewhere"

@@ -42,6 +42,8 @@ def run(args: argparse.Namespace) -> None:
     if not args.subject.exists():
         raise UserError(f"{args.subject}: there is no such file or folder")
     pairs = [] if _is_model(args.subject) else _pairs(args)
+    if pairs and args.subject.is_dir():
+        _note_unscored(args.subject, [predicted for _, predicted, *_ in pairs])
     if args.csv:
         from fastunet.files import make_output_folder, write_text
         from fastunet.outputs import check_outputs
@@ -127,7 +129,7 @@ def _pairs(args: argparse.Namespace) -> list[Pair]:
     if args.truth.is_file() or args.subject.is_file():
         if not (args.truth.is_file() and args.subject.is_file()):
             raise UserError(f"{args.subject} and {args.truth} must both be label files, or both be folders")
-        table = _table([args.subject, args.truth], args)
+        table = _table([args.truth], [args.subject], args)
         return [(stem_of(args.truth), args.subject, args.truth, table)]
     if not args.truth.is_dir():
         raise UserError(f"{args.truth}: there is no such file or folder")
@@ -137,8 +139,19 @@ def _pairs(args: argparse.Namespace) -> list[Pair]:
         return [(case.name, _prediction(args.subject, case.name), cast(Path, case.label), case.label_map)
                 for case in cases]  # fmt: skip
     predictions = [_prediction(args.subject, stem_of(path)) for path in plain]
-    table = _table([*plain, *predictions], args)
+    table = _table(plain, predictions, args)
     return [(stem_of(path), predicted, path, table) for path, predicted in zip(plain, predictions, strict=True)]
+
+
+def _note_unscored(folder: Path, scored: list[Path]) -> None:
+    """Says which predictions have no truth; what ``segment`` writes beside the label files is none."""
+    from fastunet.data.formats import stem_of, suffix_of
+    from fastunet.errors import warn_once
+
+    suffixes, beside = {suffix_of(path) for path in scored}, tuple(f"{stem_of(path)}_" for path in scored)
+    rest = sorted(path.name for path in {*folder.iterdir()} - {*scored} if suffix_of(path) in suffixes)
+    if rest := [name for name in rest if not name.startswith((".", *beside))]:
+        warn_once("unscored", f"{len(rest)} files of {folder}, such as {rest[0]}, have no truth, and are not scored")
 
 
 def _prediction(folder: Path, name: str) -> Path:
@@ -154,7 +167,7 @@ def _prediction(folder: Path, name: str) -> Path:
     return found[0]
 
 
-def _table(files: list[Path], args: argparse.Namespace) -> LabelMap:
+def _table(truths: list[Path], predictions: list[Path], args: argparse.Namespace) -> LabelMap:
     """The table of plain label files: the one that is named, that of a ``dataset.json`` nearby, or the values found."""
     from fastunet.data import LABEL_MAPS, LabelMap
     from fastunet.data.dataset_json import read_label_map
@@ -172,9 +185,10 @@ def _table(files: list[Path], args: argparse.Namespace) -> LabelMap:
                 f"--labels is {args.labels!r}; it names a dataset.json, a run or one of {', '.join(LABEL_MAPS)}"
             )
         return LabelMap.from_dict(load_model(named)[1].labels, named)
-    folders = list(dict.fromkeys(parent for path in reversed(files) for parent in (path.parent, path.parent.parent)))
+    files = [*reversed(truths), *reversed(predictions)]
+    folders = list(dict.fromkeys(parent for path in files for parent in (path.parent, path.parent.parent)))
     file = next((folder / "dataset.json" for folder in folders if (folder / "dataset.json").is_file()), None)
-    table = found_table(files) if file is None else read_label_map(file)
+    table = found_table(truths, predictions) if file is None else read_label_map(file)
     print(f"labels as {'found' if file is None else f'{file} has them'}: {table}")
     return table
 

@@ -5,6 +5,7 @@ Both keep images in ``imagesTr`` and ``imagesTs`` and labels in ``labelsTr`` and
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections import Counter
@@ -77,25 +78,42 @@ def dataset_json_cases(root: Path, edition: str | None, refused: Refusal = refus
     label_map = _label_map(table, edition, root, file)
     channels = _channel_names(table, file)
     ending = _file_ending(table, root, file)
-    cases = {}
+    cases: dict[str, Case] = {}
+    labels: dict[str, Path] = {}
     for part in ("Tr", "Ts"):
-        labels = _files(root / f"labels{part}", ending, refused)
+        found = _files(root / f"labels{part}", ending, refused)
+        labels |= found
         for name, sources in _images(root / f"images{part}", channels, ending, refused):
             if name in cases:
                 refused(f"{root}: case {name} is in imagesTr and in imagesTs")
                 continue
-            cases[name] = Case(name, name, sources, labels.get(name), label_map.edition, label_map)
+            cases[name] = Case(name, name, sources, found.get(name), label_map.edition, label_map)
     for name, entry in _listed(table, file):
         if name not in cases and table.dataset is not None:
             cases[name] = _listed_case(name, entry, channels, label_map, root, file)
-        if name not in cases or (entry.label is not None and cases[name].label is None):
+        label = None if entry.label is None else labels.get(stem_of(_posix(entry.label)))
+        if name in cases and label is not None:
+            cases[name] = dataclasses.replace(cases[name], label=label)  # which may be called otherwise
+        elif name not in cases or (entry.label is not None and cases[name].label is None):
             path = entry.label if name in cases else entry.image
             refused(f"{root / str(path)[:_SHOWN]} is listed in {file} but was not found")
-    labelled = sum(case.label is not None for case in cases.values())
-    if isinstance(table.numTraining, (int, float)) and labelled != table.numTraining:
-        text = f"{file} says numTraining {table.numTraining:g}, but {labelled} cases have images and labels"
-        warn_once(f"numTraining of {file}", text)
+    _note_counts(table, cases, labels, file)
     return list(cases.values())
+
+
+def _note_counts(table: _DatasetJson, cases: dict[str, Case], labels: dict[str, Path], file: Path) -> None:
+    """Says where the numbers of images, labels, and cases that ``file`` names disagree."""
+    labelled = {name: case.label for name, case in cases.items() if case.label is not None}
+    if isinstance(table.numTraining, (int, float)) and len(labelled) != table.numTraining:
+        text = f"{file} says numTraining {table.numTraining:g}, but {len(labelled)} cases have images and labels"
+        warn_once(f"numTraining of {file}", text)
+    unlisted = sorted(labelled.keys() - {name for name, _ in _listed(table, file)})
+    if table.training and unlisted:
+        text = f"'training' of {file} lacks {len(unlisted)} cases with labels, such as {unlisted[0]}; all are taken"
+        warn_once(f"training of {file}", text)
+    if stray := [path.name for path in labels.values() if path not in labelled.values()]:
+        text = f"{len(stray)} label files of {file.parent}, such as {stray[0]}, belong to no image, and are left out"
+        warn_once(f"labels of {file}", text)
 
 
 def read_label_map(file: Path) -> LabelMap:
@@ -214,9 +232,13 @@ def _listed(table: _DatasetJson, file: Path) -> Iterator[tuple[str, _Listed]]:
 
 def _name(listed: str) -> str:
     """The case that a listed image belongs to: its file name without ending and, if need be, without the channel."""
-    stem = stem_of(PurePosixPath(listed.replace("\\", "/")))
+    stem = stem_of(_posix(listed))
     match = CHANNEL_FILE.fullmatch(stem)
     return match["case"] if match else stem
+
+
+def _posix(listed: str) -> PurePosixPath:
+    return PurePosixPath(listed.replace("\\", "/"))
 
 
 def _listed_case(name: str, entry: _Listed, channels: list[str], label_map: LabelMap, root: Path, file: Path) -> Case:

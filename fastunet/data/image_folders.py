@@ -67,23 +67,42 @@ def _folder(root: Path, names: Iterable[str]) -> Path | None:
 def _pairs(images: Path, masks: Path | None, refused: Refusal) -> dict[str, tuple[Path, Path | None]]:
     """Image and mask by name, with that of the folder inside of ``images`` before it; see ``image_finder``."""
     named: dict[str, Path] = {}
-    for path in listed_below(images, IMAGE_SUFFIXES):
+    for path in _readable(images, refused):
         if (own := _name_below(images, path)) in named:
             refused(f"{named[own]} and {path} have one name; remove one")
         named.setdefault(own, path)
     pairs: dict[str, tuple[Path, Path | None]] = {name: (path, None) for name, path in named.items()}
-    if masks is None:
+    if masks is None or not named:
         return pairs
     find = image_finder(named)
-    for mask in listed_below(masks, IMAGE_SUFFIXES):
-        name = find(_name_below(masks, mask))
+    strays: dict[str, list[Path]] = {}
+    for mask in _readable(masks, refused):
+        own = _name_below(masks, mask)
+        name = find(own)
         if name is None:
-            refused(f"{mask} has no image of that name in {images}")
+            beginnings = [own[: match.start()] for match in re.finditer("[-_. /]", own)]
+            owners = named if len(named) == 1 else [image for image in beginnings if image in named]
+            strays.setdefault([own, *owners][-1], []).append(mask)
         elif pairs[name][1] is not None:
             refused(f"{pairs[name][1]} and {mask} are masks of one image, {named[name]}; remove one")
         else:
             pairs[name] = (named[name], mask)
+    for image, found in strays.items():
+        if len(found) > 1:
+            refused(f"{images}: {image} has {len(found)} masks, such as {found[0]}: join them to one")
+        else:
+            refused(f"{found[0]} has no image of that name in {images}")
     return pairs
+
+
+def _readable(folder: Path, refused: Refusal) -> list[Path]:
+    """The images below ``folder``; other files alone are refused."""
+    found = list(listed_below(folder, IMAGE_SUFFIXES))
+    others = [] if found else sorted(path for path in folder.rglob("[!.]*") if path.is_file())
+    if others:
+        endings = ", ".join(IMAGE_SUFFIXES)
+        refused(f"{folder} holds no image that can be read, but {others[0].name}: images end in {endings}")
+    return found
 
 
 def _name_below(folder: Path, path: Path) -> str:

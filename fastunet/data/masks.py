@@ -42,13 +42,25 @@ def mask_table(paths: Sequence[Path], refused: Refusal = refuse) -> LabelMap:
     return LabelMap(f"the masks in {where.name}", tuple(values), tuple(names))
 
 
-def found_table(paths: Sequence[Path]) -> LabelMap:
+def found_table(truths: Sequence[Path], predictions: Sequence[Path]) -> LabelMap:
     """The classes of label files as they are found: 0, the background, and one for each other value.
 
     Raises:
-        UserError: files that cannot be read, values that are no whole numbers, or too many.
+        UserError: files that cannot be read, values that are no whole numbers, or too many, traces of JPEG compression,
+            or truth and predictions that have values, but none in common.
     """
-    values = sorted(_summed(_counted(paths)) | {0: 0})
+    paths = [*truths, *predictions]
+    counted = _counted(paths)
+    if lossy := _lossy(paths, counted):
+        raise UserError(f"{lossy[0]}: its values look like traces of JPEG compression; save masks as PNG")
+    true, predicted = (sorted(_summed(part).keys() - {0}) for part in (counted[: len(truths)], counted[len(truths) :]))
+    if true and predicted and not {*true} & {*predicted}:
+        where = truths[0].parent, predictions[0].parent
+        raise UserError(
+            f"the truth in {where[0]} has values {_shown(true)}, the predictions in {where[1]} have {_shown(predicted)}: "
+            "bring one to the values of the other"
+        )
+    values = sorted({0, *true, *predicted})
     if len(values) > MAX_CLASSES:
         raise UserError(
             f"{paths[0].parent}: label files hold {len(values)} values ({_shown(values)}), too many classes"
@@ -117,7 +129,7 @@ def _check(counts: dict[int, int], counted: list[dict[int, int]], paths: Sequenc
     values = sorted(counts)
     grey = [value for value in values if value < COLOUR]
     stray = [value for value in grey if grey[-1] > _LABEL_NUMBERS and _is_stray(value, grey, counts)]
-    lossy = [path for path, found in zip(paths, counted) if suffix_of(path) in (".jpg", ".jpeg") and len(found) > 2]
+    lossy = _lossy(paths, counted)
     if stray or lossy:
         kept = [value for value in grey if value not in stray]
         example = lossy[0] if lossy else next(p for p, found in zip(paths, counted) if set(stray) & set(found))
@@ -133,6 +145,10 @@ def _check(counts: dict[int, int], counted: list[dict[int, int]], paths: Sequenc
             f"{where}: masks hold {len(values)} different values ({_shown(values)}), at most {MOST_CLASSES} can be "
             f"classes{hint}"
         )
+
+
+def _lossy(paths: Sequence[Path], counted: Sequence[dict[int, int]]) -> list[Path]:
+    return [path for path, found in zip(paths, counted) if suffix_of(path) in (".jpg", ".jpeg") and len(found) > 2]
 
 
 def _is_stray(value: int, grey: list[int], counts: dict[int, int]) -> bool:
