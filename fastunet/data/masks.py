@@ -57,8 +57,8 @@ def found_table(truths: Sequence[Path], predictions: Sequence[Path]) -> LabelMap
     if true and predicted and not {*true} & {*predicted}:
         where = truths[0].parent, predictions[0].parent
         raise UserError(
-            f"the truth in {where[0]} has values {_shown(true)}, the predictions in {where[1]} have {_shown(predicted)}: "
-            "bring one to the values of the other"
+            f"the truth in {where[0]} has values {_shown(true)}, the predictions in {where[1]} have "
+            f"{_shown(predicted)}: bring one to the values of the other"
         )
     values = sorted({0, *true, *predicted})
     if len(values) > MAX_CLASSES:
