@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 import warnings
+from collections import OrderedDict, namedtuple
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,6 +108,43 @@ def test_a_flag_of_a_module_counts():
         same(fused, net, x)
 
 
+class Configured(nn.Module):
+    """Its forward pass hangs on attributes of every kind."""
+
+    scale, shift = 2.0, staticmethod(torch.abs)
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.cfg, self.options = nn.Conv2d(1, 2, 3, padding=1), SimpleNamespace(add=-0.5), {"mul": [3.0]}
+        self.act = functools.partial(nn.functional.leaky_relu, negative_slope=0.1)
+
+    def forward(self, x):
+        y = torch.relu(self.conv(x)) * self.scale
+        return self.shift(self.act(y + self.cfg.add) * self.options["mul"][0])
+
+
+@pytest.mark.parametrize("change", [
+    lambda m: setattr(m, "scale", 3.0), lambda m: setattr(m, "shift", torch.sin),
+    lambda m: setattr(m, "act", functools.partial(m.act.func, negative_slope=0.5)),
+    lambda m: setattr(m.cfg, "add", -2.0), lambda m: m.options["mul"].insert(0, -1.0),
+    lambda m: setattr(Configured, "scale", 5.0), lambda m: setattr(Configured, "forward", lambda self, x: self.conv(x)),
+])  # fmt: skip
+def test_what_the_forward_pass_reads_counts(change, monkeypatch):
+    for name in ("scale", "forward"):
+        monkeypatch.setattr(Configured, name, vars(Configured)[name])  # set back at the end
+    fused, net = pair(Configured())
+    fused.unread = 0.0
+    x = torch.randn(1, 1, 6, 6, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*runs through its modules")
+        same(fused, net, x)
+    for each in (fused, net):
+        change(each)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        same(fused, net, x)
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 def test_copies_are_fused_and_their_own(copied):
     fused, net = pair(CommonUNet())
@@ -153,9 +193,19 @@ def test_it_compiles_as_a_whole_and_exports():
         torch.testing.assert_close(program(x), want, rtol=1e-4, atol=1e-5)
 
 
-def test_results_have_the_memory_format_of_the_module():
-    net = CommonUNet()
-    fused = fuse(net)[0]
+Maps = namedtuple("Maps", "logits features")
+
+
+@pytest.mark.parametrize("made", [lambda **maps: OrderedDict(maps), Maps, dict, lambda **maps: [*maps.values()]])
+def test_results_have_the_class_and_the_memory_format_of_the_module(made):
+    class Net(CommonUNet):
+        def forward(self, x):
+            return made(logits=super().forward(x), features=self.inc(x))
+
+    fused, net = pair(Net().float())
     x = torch.randn(2, 1, 16, 16)
-    assert fused(x).is_contiguous()
-    assert fused.to(memory_format=torch.channels_last)(x).is_contiguous(memory_format=torch.channels_last)
+    for memory in (torch.contiguous_format, torch.channels_last):
+        got, want = (each.float().to(memory_format=memory)(x.to(memory_format=memory)) for each in (fused, net))
+        assert type(got) is type(want)
+        for one, other in zip(*(each.values() if isinstance(each, dict) else each for each in (got, want))):
+            assert one.stride() == other.stride()

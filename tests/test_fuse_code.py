@@ -234,7 +234,13 @@ def asks(m, x):
     return m.head(F.relu(m.conv(x)) if isinstance(x, torch.Tensor) else x)
 
 
-@pytest.mark.parametrize("code", [follows_training, without_gradients, keeps, makes, asks])
+def writes_view(m, x):
+    y = F.relu(m.conv(x)) + 0
+    y.flatten(2)[:, :, 3:7].zero_()
+    return m.head(y)
+
+
+@pytest.mark.parametrize("code", [follows_training, without_gradients, keeps, makes, asks, writes_view])
 def test_code_whose_path_may_be_another_is_not_followed(code):
     net = Code(code)
     before = dict(net.__dict__)
@@ -259,8 +265,16 @@ def test_optional_arguments_run_the_module_itself():
         fused(x, wrong=1)
 
 
-def test_dropout_drops_in_training_only():
-    net = Code(dropout_then_norm, dropout=nn.Dropout2d(0.5)).double()
+def draws(m, x):
+    y = m.dropout(F.relu(m.conv2(F.relu(m.conv(x)))))
+    return m.head(F.relu(m.dropout(m.conv2(y))))
+
+
+@pytest.mark.parametrize(("code", "dropout"), [
+    (dropout_then_norm, nn.Dropout2d(0.5)), (draws, nn.Dropout(0.5)), (draws, nn.AlphaDropout(0.5)),
+])  # fmt: skip
+def test_dropout_drops_in_training_only_and_in_the_order_of_the_layers_memory(code, dropout):
+    net = Code(code, dropout=dropout).double()
     fused = fuse(net)[0]
     x = torch.randn(2, 1, 8, 8, dtype=torch.float64)
     for each in (fused, net):

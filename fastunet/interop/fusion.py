@@ -14,7 +14,8 @@ from torch import nn
 from fastunet.arguments import checked
 from fastunet.interop import steps
 from fastunet.interop.patterns import COUNTED, Found, rewrite
-from fastunet.interop.trace import State, Untraceable, hooked, is_layer, layer_kind, required, states, trace
+from fastunet.interop.settings import State, setting, states
+from fastunet.interop.trace import Untraceable, hooked, is_layer, layer_kind, required, trace
 from fastunet.touched import why_not_anywhere
 
 
@@ -86,7 +87,7 @@ def fuse(module: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report
     search.visit(fused, "")
     report = search.report()
     if not report.fused:
-        reasons = "; ".join(f"{each.layer}: {each.reason}" for each in report.left[:3])
+        reasons = "; ".join(f"{each.layer or 'the module'}: {each.reason}" for each in report.left[:3])
         raise ValueError("there is nothing to fuse" + (f" ({reasons})" if reasons else ": no 2-D convolutions"))
     for part, program in search.programs:
         part.__dict__[_PROGRAM] = program
@@ -173,12 +174,12 @@ class _Search:
 
 
 def _follow(module: nn.Module) -> tuple[Program, Found, dict[nn.Module, str]]:
-    graph, kept = trace(module)
+    graph, kept, reads = trace(module)
     found = rewrite(module, graph)
     code = graph.python_code("self")
     names: dict[str, Any] = dict(code.globals)
     exec(code.src, names)
-    return Program(names["forward"], required(module), states(module, set(kept))), found, kept
+    return Program(names["forward"], required(module), states(module, set(kept), reads)), found, kept
 
 
 _PROGRAM = "_fastunet_program"
@@ -222,13 +223,9 @@ class Program:
                 if child != key or (type(now) is not was and (now is None or layer_kind(now) is not was)):
                     return f"{name + '.' if name else ''}{key} is another module"
             for key, value in settings:
-                now = d.get(key, _MISSING)
-                if (tuple(now) if type(now) is list else now) != value:
-                    return f"{key} of {name or 'the module'} was {value!r} when it was fused"
+                if setting(d, kind, key) != value:
+                    return f"{key} of {name or 'the module'} has changed since it was fused"
         return None
-
-
-_MISSING = object()
 
 
 class _FusedForward:

@@ -14,6 +14,7 @@ from torch.fx import Graph, Node
 
 from fastunet.chains import NORMS, why_not_norm
 from fastunet.interop import steps
+from fastunet.interop.formats import keep_formats
 from fastunet.interop.nodes import alone, between, doubles, pads_after, slope_of, writes
 from fastunet.interop.trace import layer_kind
 
@@ -50,7 +51,8 @@ def rewrite(root: nn.Module, graph: Graph) -> Found:
 class _Rewriter:
     def __init__(self, root: nn.Module, graph: Graph):
         self.root, self.graph, self.found = root, graph, Found()
-        self.calls = Counter(self.layer(node) for node in graph.nodes if node.op == "call_module")
+        self.called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+        self.calls = Counter(map(root.get_submodule, self.called))
 
     def run(self) -> Found:
         for node in list(self.graph.nodes):
@@ -65,33 +67,9 @@ class _Rewriter:
             if node.op == "call_module" and isinstance(layer := self.layer(node), COUNTED):
                 self.found.left.setdefault(str(node.target), _why_alone(layer))
         if self.found.fused:
-            self.keep_formats()
+            keep_formats(self.root, self.graph, self.called)
             self.graph.lint()
         return self.found
-
-    def keep_formats(self) -> None:
-        """What comes from operators in NHWC memory reaches other code in the memory that layers would leave."""
-        placeholder = next(iter(self.graph.nodes))
-        fused = [(path, self.root.get_submodule(path)) for _, layers in self.found.fused for path in layers]
-        convs = [path for path, layer in fused if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)]
-        telling = [path for path, layer in fused if _tells(layer)]
-        nodes = list(self.graph.nodes)
-        first = next(node for node in nodes if node.op != "placeholder")
-        with self.graph.inserting_before(first):
-            witness = self.graph.get_attr((telling or convs)[0])
-            plain = self.graph.call_function(steps.is_plain, (placeholder, witness))
-        for node in nodes:
-            if node.op == "call_method" and node.target == "view" and not any(
-                    isinstance(a, torch.dtype) for a in node.args):
-                node.target = "reshape"
-            layer = self.layer(node)
-            own = layer is not None and not layer_kind(layer).__module__.startswith("torch.nn.")
-            if own or node.op == "output":
-                with self.graph.inserting_before(node):
-                    node.args = torch.fx.map_arg(node.args, lambda a: self.graph.call_function(
-                        steps.as_layers_leave_it, (a, plain)))
-                    node.kwargs = torch.fx.map_arg(node.kwargs, lambda a: self.graph.call_function(
-                        steps.as_layers_leave_it, (a, plain)))
 
     def layer(self, node: Node) -> nn.Module | None:
         return self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -251,11 +229,6 @@ def _why_alone(layer: nn.Module) -> str:
     if isinstance(layer, nn.MaxPool2d):
         return "it does not follow a fused convolution"
     return "no operator takes it with what follows"
-
-
-def _tells(layer: nn.Module) -> bool:
-    """Whether the memory format of a layer's weight can be told from its strides."""
-    return isinstance(layer, nn.Conv2d) and layer.in_channels > 1 and layer.kernel_size != (1, 1)
 
 
 def _words(kind: type[nn.Module]) -> str:

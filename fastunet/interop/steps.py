@@ -92,11 +92,11 @@ def touched(layer: nn.Module) -> str | None:
 
 
 def convolution(x: torch.Tensor, skip: torch.Tensor | None, layers: list[Any], name: str,
-                slope: float | None = None, pool: bool = False) -> Any:
+                slope: float | None = None, pool: bool = False, plain: bool = False) -> Any:
     """A 3×3 convolution of ``cat([skip, x], 1)`` and what ``layers`` has behind it; with a pooling (y, pooled).
 
-    Dropout among the layers makes them run one by one while it drops, and so do norms on a CPU. ``slope`` and
-    ``pool`` stand for an activation, or pooling, that is a function and no layer.
+    Dropout among the layers makes them run one by one while it drops, in the order of ``plain`` memory or not, and so
+    do norms on a CPU. ``slope`` and ``pool`` stand for an activation, or pooling, that is a function and no layer.
     """
     drops = any(isinstance(layer, DROPOUTS) and layer.training and layer.p for layer in layers)
     norm = any(isinstance(layer, NORMS) for layer in layers)
@@ -110,7 +110,7 @@ def convolution(x: torch.Tensor, skip: torch.Tensor | None, layers: list[Any], n
             except ValueError as error:
                 reason = str(error)
         say_plain(name, reason)
-    y = x if skip is None else torch.cat([skip, x], 1)
+    y = as_layers_leave_it(x if skip is None else torch.cat([skip, x], 1), drops and plain)
     for layer in layers:
         if isinstance(layer, nn.MaxPool2d):
             return y, layer(y)
@@ -121,7 +121,7 @@ def convolution(x: torch.Tensor, skip: torch.Tensor | None, layers: list[Any], n
 
 def is_plain(x: torch.Tensor, conv: nn.Conv2d | nn.ConvTranspose2d) -> bool:
     """Whether a module's layers would leave their results in NCHW memory, as its image and weights say."""
-    return x.is_contiguous() and conv.weight.is_contiguous()
+    return x.is_contiguous() and conv.weight.is_contiguous() and conv.weight.stride()[3] == 1
 
 
 def as_layers_leave_it(y: Any, plain: bool) -> Any:

@@ -7,9 +7,11 @@ or changes gradient mode or autocast. It stays a call of itself, and its parents
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import operator
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -115,6 +117,13 @@ class _Tracer(torch.fx.Tracer):
         self.inside.pop()
         return result
 
+    def create_arg(self, a: Any) -> Any:
+        if type(a) is not dict and issubclass(type(a), dict):
+            if type(a) is not OrderedDict:
+                raise Untraceable(f"it makes a {type(a).__name__}")
+            a = self.create_proxy("call_function", OrderedDict, (dict(a),), {})
+        return super().create_arg(a)
+
     def create_node(
         self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: Any = None,
         type_expr: Any = None,
@@ -134,8 +143,12 @@ def _modes() -> tuple[Any, ...]:
             *((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds))  # fmt: skip
 
 
-def trace(root: nn.Module) -> tuple[torch.fx.Graph, dict[nn.Module, str]]:
-    """The graph of ``root``, and the modules in it that could not be followed, each with its reason.
+Reads = dict[nn.Module, set[str]]
+
+
+def trace(root: nn.Module) -> tuple[torch.fx.Graph, dict[nn.Module, str], Reads]:
+    """The graph of ``root``, the modules in it that could not be followed, each with its reason, and which attributes
+    were read of those that could.
 
     It is the graph of a call with the :func:`required` arguments, in training and evaluation alike. Modules keep their
     attributes and modes.
@@ -150,7 +163,8 @@ def trace(root: nn.Module) -> tuple[torch.fx.Graph, dict[nn.Module, str]]:
     while True:
         try:
             root.__class__ = type(kind.__name__, (kind,), {"forward": _CALLS[count](kind.forward)})
-            return _trace_once(root, set(kept)), kept
+            graph, reads = _trace_once(root, set(kept))
+            return graph, kept, reads
         except _At as error:
             if error.module is root:
                 raise Untraceable(error.reason) from error.__cause__
@@ -182,18 +196,19 @@ class _At(Exception):
         self.module, self.reason = module, reason
 
 
-def _trace_once(root: nn.Module, kept: set[nn.Module]) -> torch.fx.Graph:
+def _trace_once(root: nn.Module, kept: set[nn.Module]) -> tuple[torch.fx.Graph, Reads]:
     modules = [module for _, module in inlined(root, kept)]
     modes = {module: module.training for module in root.modules()}
     before = {module: _copied(module.__dict__) for module in modules}
-    graphs = []
+    graphs, reads = [], {module: set[str]() for module in modules}
     try:
         for training in (True, False):
             for module in modes:
                 module.training = training
             tracer = _Tracer(root, kept)
             try:
-                graphs.append(tracer.trace(root))
+                with _noted(reads):
+                    graphs.append(tracer.trace(root))
             except Exception as error:
                 reason = str(error) if isinstance(error, Untraceable) else _said(error)
                 raise _At(tracer.inside[-1] if tracer.inside else root, reason) from error
@@ -212,7 +227,23 @@ def _trace_once(root: nn.Module, kept: set[nn.Module]) -> torch.fx.Graph:
             raise _At(a.meta["inside"] or root, "it does something else in training")
     if len(training_nodes) != len(nodes):
         raise _At(root, "it does something else in training")
-    return graphs[0]
+    return graphs[0], reads
+
+
+@contextlib.contextmanager
+def _noted(reads: Reads) -> Iterator[None]:
+    """Notes which attributes are read of the modules that ``reads`` has, as ``torch.fx`` itself watches their calls."""
+
+    def read(self: nn.Module, name: str) -> Any:
+        if (names := reads.get(self)) is not None:
+            names.add(name)
+        return object.__getattribute__(self, name)
+
+    nn.Module.__getattribute__ = read  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del nn.Module.__getattribute__
 
 
 def _copied(d: dict[str, Any]) -> dict[str, Any]:
@@ -241,28 +272,3 @@ def _said(error: Exception) -> str:
     if isinstance(error, torch.fx.proxy.TraceError):
         return "it branches on its input, or loops over it"
     return f"torch.fx cannot follow it ({type(error).__name__})"
-
-
-State = tuple[tuple[str, ...], type, tuple[tuple[str, type], ...], tuple[tuple[str, Any], ...]]
-
-
-def states(root: nn.Module, kept: set[nn.Module]) -> tuple[State, ...]:
-    """What the graph of ``root`` hangs on: of each module in it that is no layer its class, children and settings."""
-    return tuple((tuple(path.split(".")) if path else (), layer_kind(module), _children(module), _settings(module))
-                 for path, module in inlined(root, kept))  # fmt: skip
-
-
-_SIMPLE = (bool, int, float, str, type(None))
-
-
-def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
-    found = []
-    for key, value in module.__dict__.items():
-        simple = type(value) in _SIMPLE or (type(value) in (tuple, list) and all(type(v) in _SIMPLE for v in value))
-        if simple and key not in ("training", "_is_full_backward_hook", "_fastunet_program"):
-            found.append((key, tuple(value) if type(value) is list else value))
-    return tuple(found)
-
-
-def _children(module: nn.Module) -> tuple[tuple[str, type], ...]:
-    return tuple((name, type(None) if child is None else layer_kind(child)) for name, child in module._modules.items())
