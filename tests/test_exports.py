@@ -105,7 +105,7 @@ class Trained(torch.nn.Module):
     ("brats", dict()), ("brats", dict(dynamic=True)), ("isbi", dict(mode="max-autotune")),
 ], ids=["default", "dynamic", "max-autotune"])  # fmt: skip
 def test_compiled_training_and_inference_are_the_eager_ones(name, options):
-    """One graph each (``fullgraph``), by Inductor, for every shape where it may change (2 images would share the channels' symbol)."""
+    """One graph each, by Inductor, for every shape where it may change (2 images would share the channels' symbol)."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = UNet(**NETWORKS[name][0] | dict(width=2, depth=1, dropout=0.0))

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from fastunet.arguments import is_dense
+from fastunet.dispatch import autocast_operands
 
 
 def check_tensors(operator: str, **values: object) -> None:
@@ -39,21 +40,24 @@ def check_image(operator: str, x: torch.Tensor, name: str = "x") -> None:
         raise ValueError(f"{operator}: {name} has shape {tuple(x.shape)}; only the batch may be empty")
 
 
-def check_weight(operator: str, weight: torch.Tensor, shape: tuple[int | None, ...], x: torch.Tensor) -> None:
-    """Raises unless ``weight`` has ``shape`` (None matches any size) and the dtype and device of ``x``."""
-    if weight.dim() != len(shape) or any(want not in (None, got) for want, got in zip(shape, weight.shape)):
-        want = ", ".join("any" if side is None else str(side) for side in shape)
-        raise ValueError(f"{operator}: weight must have shape ({want}), got {tuple(weight.shape)}")
+def checked_operands(
+    operator: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, side: int, transposed: bool = False
+) -> list[Any]:
+    """Image, weight and bias of a convolution of ``side`` × ``side`` pixels, in the autocast dtype; raises unless all
+    fit: (C_out, C_in, side, side), if ``transposed`` (C_in, C_out, side, side), and (C_out,)."""
+    check_image(operator, x)
+    x, weight, bias = operands = autocast_operands(x, weight, bias)
+    shape = (x.shape[1], "any", side, side) if transposed else ("any", x.shape[1], side, side)
+    if weight.dim() != 4 or any(want not in ("any", got) for want, got in zip(shape, weight.shape)):
+        wanted = ", ".join(map(str, shape))
+        raise ValueError(f"{operator}: weight must have shape ({wanted}), got {tuple(weight.shape)}")
     check_alike(operator, "weight", weight, x)
-
-
-def check_bias(operator: str, bias: torch.Tensor | None, channels: int, x: torch.Tensor) -> None:
-    """Raises unless ``bias`` is None or (channels,) with the dtype and device of ``x``."""
-    if bias is None:
-        return
-    if tuple(bias.shape) != (channels,):
+    channels = weight.shape[1 if transposed else 0]
+    if bias is not None and tuple(bias.shape) != (channels,):
         raise ValueError(f"{operator}: bias must have shape ({channels},), got {tuple(bias.shape)}")
-    check_alike(operator, "bias", bias, x)
+    if bias is not None:
+        check_alike(operator, "bias", bias, x)
+    return operands
 
 
 def check_alike(operator: str, name: str, tensor: torch.Tensor, x: torch.Tensor) -> None:

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 
 from fastunet.arguments import checked
 from fastunet.dispatch import autocast_operands, define, select_backend
-from fastunet.functional import _norm, conv_strided
-from fastunet.functional._checks import check_tensors
+from fastunet.functional import _gradients, _norm, conv_strided
 from fastunet.functional._layout import empty_nhwc, nhwc
 from fastunet.functional.conv_relu import (
     check_conv,
@@ -87,7 +86,7 @@ def _differentiate(ctx, dy, d_pooled, dz_more, d_mean, d_var, _):
     pad, _, backend = ctx.options
     one_source, dskip = (needed[0], needed[2], needed[3]), None
     if backend == "torch" and skip is None:
-        dx, dw, db = conv_strided.torch_gradients(dz, x, weight, pad, ctx.stride, one_source)
+        dx, dw, db = _gradients.gradients(dz, x, weight, ctx.stride, pad, one_source)
     elif ctx.stride == 2:
         dx, dw, db = conv_strided.gradients(dz, x, weight, pad, one_source, backend)
     else:
@@ -247,7 +246,6 @@ def _check_norm(norm, groups, parameters, x, channels, training, process_group):
     """Raises unless the norm's parameters and options belong to it and to C_out ``channels``."""
     if norm not in NORMS:
         raise ValueError(f"conv_norm: norm is {norm!r}; expected 'batch', 'instance' or 'group'")
-    check_tensors("conv_norm", **parameters)
     for name, tensor in parameters.items():
         if tensor is not None and (tuple(tensor.shape) != (channels,) or not tensor.is_floating_point()):
             got = f"{tuple(tensor.shape)} {tensor.dtype}"

@@ -15,7 +15,8 @@ from torch import Tensor
 from fastunet.arguments import checked
 from fastunet.autograd import tracked
 from fastunet.dispatch import autocast_operands, define, select_backend
-from fastunet.functional._checks import check_alike, check_image, check_tensors
+from fastunet.functional import _gradients
+from fastunet.functional._checks import check_alike, check_image
 from fastunet.functional._layout import empty_nhwc, like_weight, nhwc
 from fastunet.functional._onednn import accumulates, add_convolution
 from fastunet.functional.conv_strided import unsupported
@@ -63,25 +64,23 @@ def _forward_pool(x, weight, bias, pad, slope):
     return y, nhwc(F.max_pool2d(y, 2))
 
 
-def _convolution_backward(dz, x, weight, pad, mask):
-    dz, x = like_weight(dz, weight), like_weight(x, weight)
-    return torch.ops.aten.convolution_backward(
-        dz, x, weight, [weight.shape[0]], [1, 1], [pad, pad], [1, 1], False, [0, 0], 1, mask
-    )
-
-
 def _data_grad(dz, weight, x, skip, pad, mask_x, mask_skip):
     skip_weight, x_weight = _slices(weight, skip)
-    dx = _masked(_convolution_backward(dz, x, x_weight, pad, [True, False, False])[0], x, mask_x)
+    dx = _masked(_source_gradient(dz, x, x_weight, pad), x, mask_x)
     if skip is None:
         return dx, dx.new_empty(0)
     crop = centre_crop(skip, *x.shape[2:])
-    d_crop = _convolution_backward(dz, crop, skip_weight, pad, [True, False, False])[0]
+    d_crop = _source_gradient(dz, crop, skip_weight, pad)
     if crop.shape == skip.shape:
         return dx, _masked(d_crop, skip, mask_skip)
     dskip = empty_nhwc(skip, *skip.shape[1:]).zero_()
     centre_crop(dskip, *x.shape[2:]).copy_(_masked(d_crop, crop, mask_skip))
     return dx, dskip
+
+
+def _source_gradient(dz, x, weight, pad):
+    dz, x = like_weight(dz, weight), like_weight(x, weight)
+    return _gradients.gradients(dz, x, weight, 1, pad, (True, False, False))[0]
 
 
 def _masked(gradient, x, mask):
@@ -92,9 +91,8 @@ def _masked(gradient, x, mask):
 
 def _weight_grad(dz, x, skip, pad, has_bias):
     x = _joined(x, skip)
-    weight = x.new_empty(()).expand(dz.shape[1], x.shape[1], 3, 3)
-    _, dw, db = _convolution_backward(dz, x, weight, pad, [False, True, has_bias])
-    return nhwc(dw), db if has_bias else dw.new_empty(0)
+    dw, db = _gradients.weight_gradient(dz, x, (dz.shape[1], x.shape[1], 3, 3), 1, pad, has_bias)
+    return nhwc(dw), db
 
 
 def fake_forward(
@@ -115,8 +113,7 @@ def _fake_data_grad(dz, weight, x, skip, pad, mask_x, mask_skip):
 
 def _fake_weight_grad(dz, x, skip, pad, has_bias):
     channels = x.shape[1] + (0 if skip is None else skip.shape[1])
-    dw = empty_nhwc(dz.new_empty(dz.shape[1]), channels, 3, 3)
-    return dw, x.new_empty(dz.shape[1] if has_bias else 0)
+    return _gradients.fake_weight_gradient(dz, (dz.shape[1], channels, 3, 3), has_bias)
 
 
 def _setup(ctx, inputs, y):
@@ -264,7 +261,6 @@ def check_conv(
 ) -> int:
     """Validates the shapes of a 3×3 convolution's operands and returns the padding in pixels."""
     check_image(operator, x)
-    check_tensors(operator, weight=weight, bias=bias)
     if padding not in PADDINGS:
         raise ValueError(f"{operator}: padding is {padding!r}; expected 'same' or 'valid'")
     if padding == "valid" and min(x.shape[2:]) < 3:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastunet.dispatch import define
+from fastunet.functional import _gradients
 from fastunet.functional._layout import empty_nhwc, nhwc
 from fastunet.functional.relu import activation_
 
@@ -21,23 +21,13 @@ def torch_forward(x: Tensor, weight: Tensor, bias: Tensor | None, pad: int, slop
     return activation_(nhwc(F.conv2d(nhwc(x), weight, bias, stride=2, padding=pad)), slope)
 
 
-def torch_gradients(
-    dz: Tensor, x: Tensor, weight: Tensor, pad: int, stride: int, needed: Sequence[bool]
-) -> list[Any]:
-    """(dx, dw, db) of one source by one call of PyTorch, None where none is ``needed``; in any memory order."""
-    geometry = [stride, stride], [pad, pad], [1, 1], False, [0, 0], 1
-    found = torch.ops.aten.convolution_backward(dz, x, weight, [weight.shape[0]], *geometry, list(needed))
-    return [each if need else None for each, need in zip(found, needed)]
-
-
 def _data_grad(dz, weight, x, pad):
-    return nhwc(torch_gradients(nhwc(dz), nhwc(x), weight, pad, 2, (True, False, False))[0])
+    return nhwc(_gradients.gradients(nhwc(dz), nhwc(x), weight, 2, pad, (True, False, False))[0])
 
 
 def _weight_grad(dz, x, pad, has_bias):
-    weight = x.new_empty(()).expand(dz.shape[1], x.shape[1], 3, 3)
-    _, dw, db = torch_gradients(nhwc(dz), nhwc(x), weight, pad, 2, (False, True, has_bias))
-    return nhwc(dw), db if has_bias else dw.new_empty(0)
+    dw, db = _gradients.weight_gradient(dz, x, (dz.shape[1], x.shape[1], 3, 3), 2, pad, has_bias)
+    return nhwc(dw), db
 
 
 def output_size(x: Tensor, pad: int, stride: int) -> tuple[int, int]:
@@ -76,10 +66,6 @@ def _differentiate(ctx, dy):
     return *gradients(dz, x, weight, pad, ctx.needs_input_grad[:3], backend), None, None, None
 
 
-def _fake_weight_grad(dz, x, pad, has_bias):
-    return empty_nhwc(dz.new_empty(dz.shape[1]), x.shape[1], 3, 3), x.new_empty(dz.shape[1] if has_bias else 0)
-
-
 define(
     "conv_strided(Tensor x, Tensor weight, Tensor? bias, int pad, float slope, str backend) -> Tensor",
     torch_impl=torch_forward,
@@ -98,5 +84,7 @@ define(
     "conv_strided_weight_grad(Tensor dz, Tensor x, int pad, bool has_bias, str backend) -> (Tensor, Tensor)",
     torch_impl=_weight_grad,
     triton_impl="conv_strided:weight_grad",
-    fake=_fake_weight_grad,
+    fake=lambda dz, x, pad, has_bias: _gradients.fake_weight_gradient(
+        dz, (dz.shape[1], x.shape[1], 3, 3), has_bias
+    ),
 )

@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 
 from fastunet.arguments import checked
-from fastunet.dispatch import autocast_operands, define, select_backend
-from fastunet.functional._checks import check_bias, check_image, check_tensors, check_weight
+from fastunet.dispatch import define, select_backend
+from fastunet.functional._checks import checked_operands
+from fastunet.functional._gradients import fake_weight_gradient, gradients, weight_gradient
 from fastunet.functional._layout import empty_nhwc, nhwc
 from fastunet.functional.relu import masked
 
 _OPS = torch.ops.fastunet
-_GEOMETRY = [2, 2], [0, 0], [1, 1], True, [0, 0], 1
 
 
 def _forward(x, weight, bias):
@@ -21,17 +21,13 @@ def _forward(x, weight, bias):
 
 def _data_grad(dy, weight, x, mask_x):
     x = nhwc(x)
-    dx, _, _ = torch.ops.aten.convolution_backward(nhwc(dy), x, weight, None, *_GEOMETRY, [True, False, False])
-    dx = nhwc(dx)
+    dx = nhwc(gradients(nhwc(dy), x, weight, 2, 0, (True, False, False), transposed=True)[0])
     return masked(dx, x) if mask_x else dx
 
 
 def _weight_grad(dy, x, has_bias):
-    weight = x.new_empty(()).expand(x.shape[1], dy.shape[1], 2, 2)
-    _, dw, db = torch.ops.aten.convolution_backward(
-        nhwc(dy), nhwc(x), weight, [dy.shape[1]], *_GEOMETRY, [False, True, has_bias]
-    )
-    return nhwc(dw), db if has_bias else x.new_empty(0)
+    dw, db = weight_gradient(dy, x, (x.shape[1], dy.shape[1], 2, 2), 2, 0, has_bias, transposed=True)
+    return nhwc(dw), db
 
 
 def _setup(ctx, inputs, y):
@@ -69,10 +65,7 @@ define(
     "conv_transpose2d_weight_grad(Tensor dy, Tensor x, bool has_bias, str backend) -> (Tensor, Tensor)",
     torch_impl=_weight_grad,
     triton_impl="conv_transpose:weight_grad",
-    fake=lambda dy, x, has_bias: (
-        empty_nhwc(x.new_empty(x.shape[1]), dy.shape[1], 2, 2),
-        x.new_empty(dy.shape[1] if has_bias else 0),
-    ),
+    fake=lambda dy, x, has_bias: fake_weight_gradient(dy, (x.shape[1], dy.shape[1], 2, 2), has_bias),
 )
 
 
@@ -94,9 +87,5 @@ def conv_transpose2d(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; the message shows them.
     """
-    check_image("conv_transpose2d", x)
-    check_tensors("conv_transpose2d", weight=weight, bias=bias)
-    x, weight, bias = autocast_operands(x, weight, bias)
-    check_weight("conv_transpose2d", weight, (x.shape[1], None, 2, 2), x)
-    check_bias("conv_transpose2d", bias, weight.shape[1], x)
+    x, weight, bias = checked_operands("conv_transpose2d", x, weight, bias, 2, transposed=True)
     return _OPS.conv_transpose2d(x, weight, bias, select_backend(backend, "conv_transpose2d", x))

@@ -11,7 +11,6 @@ import torch
 from fastunet import autograd
 from fastunet.arguments import checked
 from fastunet.functional import dice_cpu
-from fastunet.functional._checks import check_tensors
 from fastunet.functional.dice_arguments import cannot_raise, raise_out_of_range, validated
 from fastunet.functional.dice_operators import loss_of_sums
 from fastunet.functional.dice_rule import check_rule, dice_score, mean_over_counted
@@ -91,7 +90,6 @@ def dice_cross_entropy(
         raise ValueError(f"label_smoothing is {label_smoothing}; expected 0 to 1")
     if label_smoothing and not ce_weight:
         raise ValueError(f"label_smoothing={label_smoothing} acts on the cross-entropy, which has no weight here")
-    check_tensors("dice", logits=logits, labels=labels, class_weights=class_weights)
     if not include_background and logits.ndim > 1 and logits.shape[1] == 1:
         raise ValueError("include_background=False leaves no class: one logit already stands for the foreground alone")
     targets, class_weights, ignore_index = validated(logits, labels, class_weights, ignore_index, check_labels)

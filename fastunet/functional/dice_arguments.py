@@ -6,7 +6,6 @@ import torch
 
 from fastunet.autograd import transformed
 from fastunet.functional import dice_cpu
-from fastunet.functional._checks import check_tensors
 
 MOST_CLASSES = 128
 
@@ -45,7 +44,6 @@ def validated(
         The labels; the class weights in the dtype of the sums on the logits' device; ``ignore_index``, or None if no
         label can have that value.
     """
-    check_tensors("dice", logits=logits, labels=labels)
     shape = tuple(logits.shape)
     if len(shape) < 3 or not 1 <= shape[1] <= MOST_CLASSES:
         raise ValueError(f"logits have shape {shape}; expected (N, C, H, W) with C from 1 to {MOST_CLASSES}")

@@ -7,7 +7,7 @@ import torch
 from fastunet import dispatch
 from fastunet.arguments import checked
 from fastunet.functional import dice_cpu
-from fastunet.functional._checks import check_classes, check_tensors
+from fastunet.functional._checks import check_classes
 from fastunet.functional.dice_arguments import (
     MOST_CLASSES,
     cannot_raise,
@@ -116,7 +116,6 @@ def confusion_counts(
         range, and the greatest such label.
     """
     check_classes(num_classes, MOST_CLASSES)
-    check_tensors("confusion_matrix", logits=logits_or_labels, labels=labels)
     predictions = logits_or_labels
     if predictions.dtype.is_floating_point:
         shape = tuple(predictions.shape)

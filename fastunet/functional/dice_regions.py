@@ -13,7 +13,7 @@ import torch
 
 from fastunet import autograd
 from fastunet.arguments import checked
-from fastunet.functional._checks import check_classes, check_tensors
+from fastunet.functional._checks import check_classes
 from fastunet.functional.dice_arguments import MOST_CLASSES, class_indices, moved
 from fastunet.functional.dice_operators import loss_of_sums
 
@@ -89,7 +89,6 @@ def region_dice_cross_entropy(
     Raises:
         ValueError: shapes, dtypes, regions or options that do not fit, or a label out of range; the message names it.
     """
-    check_tensors("region_dice", logits=logits, labels=labels, region_weights=region_weights)
     table = regions if isinstance(regions, torch.Tensor) else region_table(regions, num_classes).to(logits.device)
     if table.dtype != torch.int32 or table.ndim != 1 or table.device != logits.device:
         raise ValueError(

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 
 from fastunet import autograd
 from fastunet.arguments import checked
-from fastunet.dispatch import autocast_operands, define, select_backend
-from fastunet.functional._checks import check_bias, check_image, check_tensors, check_weight
+from fastunet.dispatch import define, select_backend
+from fastunet.functional._checks import checked_operands
+from fastunet.functional._gradients import gradients
 from fastunet.functional._layout import empty_nhwc, nhwc
 from fastunet.functional.conv_relu import fake_forward as fake_conv_relu
 from fastunet.functional.conv_relu import torch_forward as torch_conv_relu
@@ -45,13 +46,9 @@ def fake_finish(x: torch.Tensor, classes: int, size: Sequence[int], output: str)
 
 def _backward(d_logits, x, weight, mask_x, has_bias):
     x = nhwc(x)
-    dx, dw, db = torch.ops.aten.convolution_backward(
-        nhwc(d_logits), x, weight, [weight.shape[0]], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, True, has_bias]
-    )
+    dx, dw, db = gradients(nhwc(d_logits), x, weight, 1, 0, (True, True, has_bias))
     dx = nhwc(dx)
-    if mask_x:
-        dx = masked(dx, x)
-    return dx, nhwc(dw), db if has_bias else x.new_empty(0)
+    return masked(dx, x) if mask_x else dx, nhwc(dw), x.new_empty(0) if db is None else db
 
 
 def _setup(ctx, inputs, y):
@@ -159,13 +156,9 @@ def too_many_classes(weight: torch.Tensor) -> str | None:
 
 
 def _head(x, weight, bias, output, mask_x, backend):
-    check_image("segmentation_head", x)
-    check_tensors("segmentation_head", weight=weight, bias=bias)
     if output not in OUTPUTS:
         raise ValueError(f"segmentation_head: output is {output!r}; expected one of {', '.join(OUTPUTS)}")
-    x, weight, bias = autocast_operands(x, weight, bias)
-    check_weight("segmentation_head", weight, (None, x.shape[1], 1, 1), x)
-    check_bias("segmentation_head", bias, weight.shape[0], x)
+    x, weight, bias = checked_operands("segmentation_head", x, weight, bias, 1)
     if weight.shape[0] > {"labels": 256, "regions": 255}.get(output, weight.shape[0]):
         raise ValueError(f"segmentation_head: {weight.shape[0]} classes do not fit uint8 {output}")
     backend = select_backend(backend, "segmentation_head", x, too_many_classes(weight))

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 
 from fastunet.arguments import checked
-from fastunet.dispatch import autocast_operands, define, select_backend
-from fastunet.functional._checks import check_bias, check_image, check_tensors, check_weight
+from fastunet.dispatch import define, select_backend
+from fastunet.functional._checks import checked_operands
+from fastunet.functional._gradients import fake_weight_gradient, gradients, weight_gradient
 from fastunet.functional._layout import empty_nhwc, nhwc
 from fastunet.functional.relu import activation_, check_slope, masked
 
 _OPS = torch.ops.fastunet
-_GEOMETRY = [2, 2], [1, 1], [1, 1], True, [1, 1], 1
 
 
 def transposed_kernel(weight: torch.Tensor) -> torch.Tensor:
@@ -34,21 +34,15 @@ def _forward(x, weight, bias, slope):
 
 
 def _data_grad(dz, weight, x, mask_x):
-    k = transposed_kernel(weight)
     x = nhwc(x)
-    dx, _, _ = torch.ops.aten.convolution_backward(nhwc(dz), x, k, None, *_GEOMETRY, [True, False, False])
-    dx = nhwc(dx)
+    dx = nhwc(gradients(nhwc(dz), x, transposed_kernel(weight), 2, 1, (True, False, False), transposed=True)[0])
     return masked(dx, x) if mask_x else dx
 
 
 def _weight_grad(dz, x, has_bias):
-    k = x.new_empty(()).expand(x.shape[1], dz.shape[1], 3, 3)
-    bias_sizes = [dz.shape[1]]
-    _, g, db = torch.ops.aten.convolution_backward(
-        nhwc(dz), nhwc(x), k, bias_sizes, *_GEOMETRY, [False, True, has_bias]
-    )
+    g, db = weight_gradient(dz, x, (x.shape[1], dz.shape[1], 3, 3), 2, 1, has_bias, transposed=True)
     folded = g[..., :2, :2] + g[..., :2, 1:] + g[..., 1:, :2] + g[..., 1:, 1:]
-    return nhwc(folded.flip(2, 3).transpose(0, 1)), db if has_bias else x.new_empty(0)
+    return nhwc(folded.flip(2, 3).transpose(0, 1)), db
 
 
 def _setup(ctx, inputs, y):
@@ -87,10 +81,7 @@ define(
     "upsample_conv_relu_weight_grad(Tensor dz, Tensor x, bool has_bias, str backend) -> (Tensor, Tensor)",
     torch_impl=_weight_grad,
     triton_impl="upsample_conv:weight_grad",
-    fake=lambda dz, x, has_bias: (
-        empty_nhwc(x.new_empty(dz.shape[1]), x.shape[1], 2, 2),
-        x.new_empty(dz.shape[1] if has_bias else 0),
-    ),
+    fake=lambda dz, x, has_bias: fake_weight_gradient(dz, (dz.shape[1], x.shape[1], 2, 2), has_bias),
 )
 
 
@@ -118,10 +109,6 @@ def upsample_conv_relu(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; the message shows them.
     """
-    check_image("upsample_conv_relu", x)
-    check_tensors("upsample_conv_relu", weight=weight, bias=bias)
-    x, weight, bias = autocast_operands(x, weight, bias)
-    check_weight("upsample_conv_relu", weight, (None, x.shape[1], 2, 2), x)
-    check_bias("upsample_conv_relu", bias, weight.shape[0], x)
+    x, weight, bias = checked_operands("upsample_conv_relu", x, weight, bias, 2)
     slope = check_slope("upsample_conv_relu", slope)
     return _OPS.upsample_conv_relu(x, weight, bias, slope, select_backend(backend, "upsample_conv_relu", x))
