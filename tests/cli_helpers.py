@@ -7,33 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 import fastunet
 from fastunet.cli import main
-from fastunet.data import LABEL_MAPS, make_phantoms
+from fastunet.data import LABEL_MAPS
 from fastunet.training.checkpoint import ModelCard, save_weights
 
 SHAPE = (32, 32, 17)
 CASE = "Phantom_000"
 TINY = ["--width", "4", "--depth", "2", "--batch-size", "8", "--device", "cpu"]
-
-
-@pytest.fixture(scope="session")
-def phantoms(tmp_path_factory) -> Path:
-    """A folder of four cases; tests only read it."""
-    root = tmp_path_factory.mktemp("phantoms")
-    make_phantoms(root, 4, 3, shape=SHAPE)
-    return root
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory) -> Path:
-    """A run folder with an untrained network."""
-    run = tmp_path_factory.mktemp("run")
-    write_checkpoint(run / "best.safetensors")
-    return run
 
 
 def write_checkpoint(path: Path, *, modalities=("flair", "t1ce"), size=None, axis=2, **network) -> torch.nn.Module:

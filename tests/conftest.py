@@ -1,9 +1,10 @@
-"""What every test shares: a cache of compiled code for each kind of processor, and a heap that is soon searched."""
+"""What tests share: a cache of compiled code for each kind of processor, a heap that is soon searched, small data."""
 
 from __future__ import annotations
 
 import gc
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -25,6 +26,33 @@ def search_for_garbage_among_what_is_new():
     """A collection takes half a second once PyTorch's compiler is loaded, all of it on what stays."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory) -> Path:
+    """A folder of four cases; tests only read it."""
+    from fastunet.data import make_phantoms
+    from tests.cli_helpers import SHAPE
+
+    root = tmp_path_factory.mktemp("phantoms")
+    make_phantoms(root, 4, 3, shape=SHAPE)
+    return root
+
+
+@pytest.fixture
+def data(phantoms, tmp_path) -> Path:
+    """A copy of the phantoms to damage."""
+    return shutil.copytree(phantoms, tmp_path / "data")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """A run folder with an untrained network."""
+    from tests.cli_helpers import write_checkpoint
+
+    run = tmp_path_factory.mktemp("run")
+    write_checkpoint(run / "best.safetensors")
+    return run
 
 
 def pytest_unconfigure() -> None:

@@ -10,23 +10,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from tests.cli_helpers import (  # noqa: F401
-    CASE,
-    TINY,
-    assert_user_error,
-    checkpoint,
-    files_below,
-    phantoms,
-    run,
-    segment,
-    write_checkpoint,
-)
-
-
-@pytest.fixture
-def data(phantoms, tmp_path) -> Path:  # noqa: F811
-    """A copy of the phantoms to damage."""
-    return shutil.copytree(phantoms, tmp_path / "data")
+from tests.cli_helpers import CASE, TINY, assert_user_error, files_below, run, segment, write_checkpoint
 
 
 def rewrite(path: Path, change) -> None:
@@ -53,7 +37,7 @@ def make_text_in_gzip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [truncate, make_empty, make_text, make_text_in_gzip])
-def test_damaged_volume(damage, data, checkpoint, tmp_path, capsys):  # noqa: F811
+def test_damaged_volume(damage, data, checkpoint, tmp_path, capsys):
     name = f"{CASE}_flair.nii.gz"
     damage(data / CASE / name)
     code = segment(checkpoint, data / CASE, tmp_path / "out")
@@ -62,7 +46,7 @@ def test_damaged_volume(damage, data, checkpoint, tmp_path, capsys):  # noqa: F8
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_nan_is_named_and_can_be_replaced(bad, data, checkpoint, tmp_path, capsys):  # noqa: F811
+def test_nan_is_named_and_can_be_replaced(bad, data, checkpoint, tmp_path, capsys):
     def spoil(voxels, affine):
         voxels = voxels.astype(np.float32)
         voxels[5, 6, 7] = bad
@@ -76,21 +60,21 @@ def test_nan_is_named_and_can_be_replaced(bad, data, checkpoint, tmp_path, capsy
     assert files_below(tmp_path / "out") == [f"{CASE}.nii.gz"]
 
 
-def test_modalities_of_different_shapes(data, checkpoint, tmp_path, capsys):  # noqa: F811
+def test_modalities_of_different_shapes(data, checkpoint, tmp_path, capsys):
     rewrite(data / CASE / f"{CASE}_t1ce.nii.gz", lambda voxels, affine: (voxels[:, :-1], affine))
     code = segment(checkpoint, data / CASE, tmp_path / "out")
     assert_user_error(capsys, code, f"{CASE}_t1ce.nii.gz", "(32, 31, 17)", "(32, 32, 17)")
     assert files_below(tmp_path / "out") == []
 
 
-def test_modalities_of_different_affines(data, checkpoint, tmp_path, capsys):  # noqa: F811
+def test_modalities_of_different_affines(data, checkpoint, tmp_path, capsys):
     rewrite(data / CASE / f"{CASE}_t1ce.nii.gz", lambda voxels, affine: (voxels, affine + np.eye(4) * 0.5))
     code = segment(checkpoint, data / CASE, tmp_path / "out")
     assert_user_error(capsys, code, f"{CASE}_t1ce.nii.gz", "affine")
     assert files_below(tmp_path / "out") == []
 
 
-def test_missing_modality(data, checkpoint, tmp_path, capsys):  # noqa: F811
+def test_missing_modality(data, checkpoint, tmp_path, capsys):
     (data / CASE / f"{CASE}_t1ce.nii.gz").unlink()
     code = segment(checkpoint, data, tmp_path / "out")
     assert_user_error(capsys, code, CASE, "t1ce")
@@ -110,7 +94,7 @@ def test_label_outside_the_table(data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", ["segment", "train", "evaluate"])
-def test_empty_folder(command, checkpoint, tmp_path, capsys):  # noqa: F811
+def test_empty_folder(command, checkpoint, tmp_path, capsys):
     empty = tmp_path / "empty"
     empty.mkdir()
     lines = {
@@ -122,7 +106,7 @@ def test_empty_folder(command, checkpoint, tmp_path, capsys):  # noqa: F811
     assert files_below(tmp_path) == []
 
 
-def test_checkpoint_of_another_architecture(data, checkpoint, tmp_path, capsys):  # noqa: F811
+def test_checkpoint_of_another_architecture(data, checkpoint, tmp_path, capsys):
     from fastunet.training.checkpoint import load_model, save_weights
 
     other = tmp_path / "other.safetensors"
@@ -142,7 +126,7 @@ def test_checkpoint_of_another_program(data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("length", [0, 5, 300, -1])
-def test_truncated_checkpoint(length, data, checkpoint, tmp_path, capsys):  # noqa: F811
+def test_truncated_checkpoint(length, data, checkpoint, tmp_path, capsys):
     short = tmp_path / "short.safetensors"
     short.write_bytes((checkpoint / "best.safetensors").read_bytes()[:length])
     assert_user_error(capsys, segment(short, data, tmp_path / "out"), str(short), "not a whole safetensors file")

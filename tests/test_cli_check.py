@@ -13,14 +13,9 @@ import pytest
 
 from fastunet.data import discover_cases
 from fastunet.data.checks import check_quickly, inspect_case
-from tests.cli_helpers import TINY, assert_user_error, phantoms, run  # noqa: F401
+from tests.cli_helpers import TINY, assert_user_error, run
 from tests.data_files import brats_case, msd_folder, nnunet_folder, random_image, random_labels, save
 from tests.image_data import folder_of
-
-
-@pytest.fixture
-def data(phantoms, tmp_path) -> Path:  # noqa: F811
-    return shutil.copytree(phantoms, tmp_path / "data")
 
 
 def test_a_good_folder(data, capsys):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.cli_helpers import assert_user_error, checkpoint, run  # noqa: F401
+from tests.cli_helpers import assert_user_error, run
 from tests.data_files import NNUNET_JSON, nnunet_folder, random_labels, save
 
 
@@ -76,7 +76,7 @@ def test_an_ignored_label_predicts_nothing(tmp_path, capsys):
     assert_user_error(capsys, code, "case_a.nii.gz", "2", "ignored")
 
 
-def test_labels_of_a_run_and_of_an_edition(tmp_path, checkpoint):  # noqa: F811
+def test_labels_of_a_run_and_of_an_edition(tmp_path, checkpoint):
     predicted, truth = folders(tmp_path, (0, 1, 2, 4))
     for table in (checkpoint, "brats2021"):
         assert run("evaluate", predicted, truth, "--labels", table, "--csv", tmp_path / "s.csv", "--overwrite") == 0

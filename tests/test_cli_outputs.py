@@ -16,7 +16,7 @@ from fastunet.cli import demo
 from fastunet.errors import UserError
 from fastunet.outputs import check_outputs, name_for_file
 from fastunet.training.checkpoint import ModelCard, save_weights
-from tests.cli_helpers import assert_user_error, checkpoint, files_below, phantoms, run  # noqa: F401
+from tests.cli_helpers import assert_user_error, files_below, run
 from tests.data_files import msd_folder
 
 CASE = "Phantom_000"
@@ -91,7 +91,7 @@ def test_segment_never_replaces_its_inputs(how, tmp_path, capsys):
     assert content(tmp_path) == before
 
 
-def test_evaluate_never_replaces_what_it_reads(phantoms, checkpoint, tmp_path, capsys):  # noqa: F811
+def test_evaluate_never_replaces_what_it_reads(phantoms, checkpoint, tmp_path, capsys):
     data, model = shutil.copytree(phantoms, tmp_path / "data"), shutil.copytree(checkpoint, tmp_path / "model")
     (tmp_path / "link.csv").symlink_to(data / CASE / f"{CASE}_seg.nii.gz")
     before = content(tmp_path)
@@ -106,7 +106,7 @@ def test_evaluate_never_replaces_what_it_reads(phantoms, checkpoint, tmp_path, c
         assert content(tmp_path) == before
 
 
-def test_train_never_replaces_what_it_reads(phantoms, tmp_path, capsys):  # noqa: F811
+def test_train_never_replaces_what_it_reads(phantoms, tmp_path, capsys):
     data = shutil.copytree(phantoms, tmp_path / "data")
     (tmp_path / "run").mkdir()
     os.link(data / CASE / f"{CASE}_seg.nii.gz", tmp_path / "run" / "log.csv")
@@ -129,13 +129,13 @@ def test_train_never_replaces_what_it_reads(phantoms, tmp_path, capsys):  # noqa
     assert content(tmp_path) == before
 
 
-def test_summary_never_replaces_its_checkpoint(checkpoint, tmp_path, capsys):  # noqa: F811
+def test_summary_never_replaces_its_checkpoint(checkpoint, tmp_path, capsys):
     shutil.copy(checkpoint / "best.safetensors", tmp_path / "net.png")
     assert_user_error(capsys, run("summary", tmp_path / "net.png", "--out", tmp_path / "net"), "is an input")
     assert files_below(tmp_path) == ["net.png"]
 
 
-def test_drawings_and_tables_are_not_replaced_unasked(phantoms, checkpoint, tmp_path, capsys):  # noqa: F811
+def test_drawings_and_tables_are_not_replaced_unasked(phantoms, checkpoint, tmp_path, capsys):
     label = phantoms / CASE / f"{CASE}_seg.nii.gz"
     for name, line in (
         ("net.svg", ["summary", "--width", "2", "--depth", "1", "--out", tmp_path / "net"]),
@@ -194,7 +194,7 @@ def test_images_and_their_overlays(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["_prob_oedema.nii.gz", ".png"])
-def test_maps_and_pictures_are_not_replaced_unasked(name, phantoms, checkpoint, tmp_path, capsys):  # noqa: F811
+def test_maps_and_pictures_are_not_replaced_unasked(name, phantoms, checkpoint, tmp_path, capsys):
     precious = tmp_path / f"{CASE}{name}"
     precious.write_text("precious")
     line = [

@@ -8,7 +8,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from tests.cli_helpers import TINY, assert_user_error, checkpoint, phantoms, run  # noqa: F401 - fixtures
+from tests.cli_helpers import TINY, assert_user_error, run
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -17,7 +17,7 @@ def labels(folder):
     return {path.name: np.asarray(nibabel.load(path).dataobj) for path in sorted(folder.glob("*.nii.gz"))}
 
 
-def test_segment_agrees_over_precisions(phantoms, checkpoint, tmp_path):  # noqa: F811
+def test_segment_agrees_over_precisions(phantoms, checkpoint, tmp_path):
     found = {}
     for precision in (*PRECISIONS, "fp32"):
         out = tmp_path / f"{precision}-{len(found)}"
@@ -34,7 +34,7 @@ def test_segment_agrees_over_precisions(phantoms, checkpoint, tmp_path):  # noqa
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_train_and_evaluate(precision, phantoms, tmp_path, capsys):  # noqa: F811
+def test_train_and_evaluate(precision, phantoms, tmp_path, capsys):
     assert run("train", phantoms, "--out", tmp_path / "run", "--epochs", 1, "--precision", precision, *TINY) == 0
     assert json.loads((tmp_path / "run" / "config.json").read_text())["precision"] == precision
     capsys.readouterr()
@@ -43,6 +43,6 @@ def test_train_and_evaluate(precision, phantoms, tmp_path, capsys):  # noqa: F81
         assert "Mean foreground Dice" in capsys.readouterr().out
 
 
-def test_tf32_needs_a_cuda_device(phantoms, checkpoint, tmp_path, capsys):  # noqa: F811
+def test_tf32_needs_a_cuda_device(phantoms, checkpoint, tmp_path, capsys):
     code = run("segment", checkpoint, phantoms, "--out", tmp_path / "out", "--precision", "tf32", "--device", "cpu")
     assert_user_error(capsys, code, "tf32", "CUDA")

@@ -7,7 +7,6 @@ import errno
 import io
 import os
 import resource
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,23 +18,7 @@ import pytest
 
 from fastunet import files
 from fastunet.errors import UserError
-from tests.cli_helpers import (  # noqa: F401
-    CASE,
-    TINY,
-    assert_user_error,
-    checkpoint,
-    files_below,
-    phantoms,
-    run,
-    segment,
-    write_checkpoint,
-)
-
-
-@pytest.fixture
-def data(phantoms, tmp_path) -> Path:  # noqa: F811
-    """A copy of the phantoms to damage."""
-    return shutil.copytree(phantoms, tmp_path / "data")
+from tests.cli_helpers import CASE, TINY, assert_user_error, files_below, run, segment
 
 
 @contextlib.contextmanager
@@ -63,7 +46,7 @@ def as_ordinary_user(folder: Path):
         folder.chmod(0o755)
 
 
-def test_output_folder_below_a_file(data, checkpoint, tmp_path, capsys):  # noqa: F811
+def test_output_folder_below_a_file(data, checkpoint, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for line in (
         ["segment", checkpoint, data, "--out", tmp_path / "file" / "out"],
@@ -83,7 +66,7 @@ def test_output_folder_without_permission():
             files.write_text(Path(name) / "file", "text")
 
 
-def test_disk_that_is_full_when_data_reach_it(data, checkpoint, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_disk_that_is_full_when_data_reach_it(data, checkpoint, tmp_path, capsys, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -97,7 +80,7 @@ def test_disk_that_is_full_when_data_reach_it(data, checkpoint, tmp_path, capsys
 
 
 @pytest.mark.parametrize("option, limit", [(None, 2500), ("--probabilities", 20_000), ("--overlay", 20_000)])
-def test_file_size_limit_in_the_middle_of_a_write(option, limit, data, checkpoint, tmp_path, capsys):  # noqa: F811
+def test_file_size_limit_in_the_middle_of_a_write(option, limit, data, checkpoint, tmp_path, capsys):
     """Like a full disk, but real: the kernel refuses bytes beyond the limit in the middle of a file."""
     out = tmp_path / "out"
     with file_size_limit(limit):
@@ -120,7 +103,7 @@ def test_training_that_fills_the_disk_keeps_the_last_whole_state(data, tmp_path,
     assert run(*line, "--epochs", "2", "--resume") == 0
 
 
-def test_results_are_not_overwritten_unasked(data, checkpoint, tmp_path, capsys):  # noqa: F811
+def test_results_are_not_overwritten_unasked(data, checkpoint, tmp_path, capsys):
     assert segment(checkpoint, data / CASE, tmp_path / "out") == 0
     before = (tmp_path / "out" / f"{CASE}.nii.gz").read_bytes()
     assert_user_error(capsys, segment(checkpoint, data / CASE, tmp_path / "out"), f"{CASE}.nii.gz", "--overwrite")
@@ -129,7 +112,7 @@ def test_results_are_not_overwritten_unasked(data, checkpoint, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("probabilities", [False, True])
-def test_a_device_without_memory_gets_smaller_batches(probabilities, data, checkpoint, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_a_device_without_memory_gets_smaller_batches(probabilities, data, checkpoint, tmp_path, capsys, monkeypatch):
     """The batch is halved until it fits, with one line each time, and the labels are those of the small batch."""
     import torch
 

@@ -11,7 +11,7 @@ from fastunet.data.border_weights import border_term, components
 from fastunet.data.sampling import Batch
 from fastunet.functional.weighted_cross_entropy import weighted_cross_entropy
 from fastunet.losses import DiceCrossEntropyLoss
-from tests.cli_helpers import assert_user_error, phantoms, run  # noqa: F401
+from tests.cli_helpers import assert_user_error, run
 from tests.test_segmentation_images import TINY, image_folder
 
 RNG = np.random.default_rng(4)
@@ -96,7 +96,7 @@ def test_tiles_carry_the_term_of_the_whole_image(tmp_path):
     assert len(data[0]) == 3
 
 
-def test_the_option(tmp_path, phantoms, capsys):  # noqa: F811
+def test_the_option(tmp_path, phantoms, capsys):
     data = image_folder(tmp_path / "data")
     line = ["train", data, "--border-weights", "--preset", "isbi", *TINY]
     assert run(*line, "--class-weights", "1,2", "--out", tmp_path / "run") == 0

@@ -16,7 +16,6 @@ import fastunet
 from fastunet.data import discover_cases
 from fastunet.interop import save_keras_weights
 from fastunet.training.checkpoint import load_model
-from tests.cli_helpers import checkpoint, phantoms  # noqa: F401
 from tests.processes import ended, start_group
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -94,7 +93,7 @@ CHECKS = {
 
 
 @pytest.mark.parametrize("example", sorted(path.stem for path in EXAMPLES.glob("*.py")))
-def test_example(example, tmp_path, phantoms, checkpoint, monkeypatch, capsys):  # noqa: F811
+def test_example(example, tmp_path, phantoms, checkpoint, monkeypatch, capsys):
     assert len((EXAMPLES / f"{example}.py").read_text().splitlines()) <= 60
 
     def run(name, *arguments) -> str:

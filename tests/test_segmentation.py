@@ -15,7 +15,7 @@ from fastunet.data import LABEL_MAPS, discover_cases, read_labels
 from fastunet.inference.segmenter import Segmenter
 from fastunet.pictures.overlay import best_slice
 from fastunet.training.checkpoint import load_model
-from tests.cli_helpers import checkpoint, files_below, phantoms, run, write_checkpoint  # noqa: F401
+from tests.cli_helpers import files_below, run, write_checkpoint
 from tests.processes import ended, start
 
 CASE = "Phantom_001"
@@ -53,7 +53,7 @@ def agree(labels: np.ndarray, logits: np.ndarray) -> None:
     assert (labels[clear] == FILE_VALUES[logits.argmax(-1)][clear]).all()
 
 
-def test_labels_are_those_of_the_reference(phantoms, checkpoint, tmp_path, capsys):  # noqa: F811
+def test_labels_are_those_of_the_reference(phantoms, checkpoint, tmp_path, capsys):
     assert run("segment", checkpoint, phantoms, "--out", tmp_path, "--device", "cpu") == 0
     assert files_below(tmp_path) == [f"Phantom_00{i}.nii.gz" for i in range(4)]
     assert capsys.readouterr().out.split() == [str(tmp_path / name) for name in files_below(tmp_path)]
@@ -68,7 +68,7 @@ def test_labels_are_those_of_the_reference(phantoms, checkpoint, tmp_path, capsy
     assert np.array_equal(written.header.get_qform(), source.header.get_qform())
 
 
-def test_probabilities(phantoms, checkpoint, tmp_path):  # noqa: F811
+def test_probabilities(phantoms, checkpoint, tmp_path):
     line = ["segment", checkpoint, phantoms / CASE, "--out", tmp_path, "--probabilities", "--device", "cpu"]
     assert run(*line, "--batch-size", "5") == 0
     names = ["background", "necrotic_core", "oedema", "enhancing_tumour"]
@@ -81,7 +81,7 @@ def test_probabilities(phantoms, checkpoint, tmp_path):  # noqa: F811
     agree(volume(tmp_path / f"{CASE}.nii.gz"), logits)
 
 
-def test_loose_files_and_other_orientation(phantoms, checkpoint, tmp_path):  # noqa: F811
+def test_loose_files_and_other_orientation(phantoms, checkpoint, tmp_path):
     """The same head stored along other axes gives the same labels, in the other orientation."""
     assert run("segment", checkpoint, phantoms / CASE, "--out", tmp_path / "a", "--device", "cpu") == 0
     for modality in ("flair", "t1ce"):
@@ -97,7 +97,7 @@ def test_loose_files_and_other_orientation(phantoms, checkpoint, tmp_path):  # n
     assert same.mean() > 0.9999, f"{(~same).sum()} voxels differ"
 
 
-def test_tiled_volume_equals_untiled(phantoms, tmp_path):  # noqa: F811
+def test_tiled_volume_equals_untiled(phantoms, tmp_path):
     model = tmp_path / "valid.safetensors"
     write_checkpoint(model, padding="valid", up="transpose")
     assert run("segment", model, phantoms / CASE, "--out", tmp_path / "a", "--device", "cpu") == 0
@@ -132,7 +132,7 @@ def test_images(suffix, tmp_path):
     assert files_below(tmp_path / "whole") == sorted([source.name, "image_overlay.png"])
 
 
-def test_evaluate_model_and_predictions_agree(phantoms, checkpoint, tmp_path, capsys):  # noqa: F811
+def test_evaluate_model_and_predictions_agree(phantoms, checkpoint, tmp_path, capsys):
     assert run("segment", checkpoint, phantoms, "--out", tmp_path / "p", "--device", "cpu") == 0
     assert run("evaluate", checkpoint, phantoms, "--csv", tmp_path / "a.csv", "--device", "cpu") == 0
     capsys.readouterr()
@@ -174,7 +174,7 @@ def test_the_rule_for_empty_structures(rule, shown, tmp_path, capsys):
     assert necrotic == {"one": "0.000", "skip": "–"}[rule]
 
 
-def test_overlay_shows_the_slice_with_most(phantoms, checkpoint, tmp_path):  # noqa: F811
+def test_overlay_shows_the_slice_with_most(phantoms, checkpoint, tmp_path):
     assert run("segment", checkpoint, phantoms / CASE, "--out", tmp_path, "--overlay", "--device", "cpu") == 0
     assert (tmp_path / f"{CASE}.png").read_bytes().startswith(b"\x89PNG")
     stack = np.zeros((5, 9, 9), dtype=np.uint8)

@@ -12,7 +12,7 @@ import fastunet
 from fastunet.data import LABEL_MAPS
 from fastunet.inference.segmenter import Segmenter
 from fastunet.training.checkpoint import ModelCard, load_model
-from tests.cli_helpers import TINY, assert_user_error, checkpoint, phantoms, run  # noqa: F401
+from tests.cli_helpers import TINY, assert_user_error, run
 
 NETWORKS = {
     "same": (dict(), None, (32, 48)),
@@ -43,7 +43,7 @@ def test_the_mean_of_mirrored_copies(options, tile, shape, flips):
         np.testing.assert_allclose(np.flip(mirrored, axis), maps, atol=1e-6)
 
 
-def test_only_mirror_images_that_training_saw(phantoms, checkpoint, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_only_mirror_images_that_training_saw(phantoms, checkpoint, tmp_path, capsys, monkeypatch):
     code = run("segment", checkpoint, phantoms, "--out", tmp_path / "out", "--tta", "--device", "cpu")
     assert_user_error(capsys, code, "--tta", "without mirrored slices")
     run_folder = tmp_path / "run"

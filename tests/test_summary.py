@@ -14,7 +14,7 @@ from torch import nn
 from fastunet import reference
 from fastunet.pictures.network import draw
 from fastunet.pictures.summary import layers, table
-from tests.cli_helpers import checkpoint, run  # noqa: F401
+from tests.cli_helpers import run
 
 NETWORKS = [
     (dict(width=2), (32, 48)),
@@ -85,7 +85,7 @@ def test_drawing_names_every_layer_and_shape(options, size, tmp_path):
     assert len(image.convert("RGB").getcolors(2**24)) > 20
 
 
-def test_command(checkpoint, tmp_path, capsys):  # noqa: F811
+def test_command(checkpoint, tmp_path, capsys):
     assert run("summary", checkpoint, "--size", "40", "24", "--out", tmp_path / "sub" / "net") == 0
     out = capsys.readouterr().out
     assert "4×40×24" in out

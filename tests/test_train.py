@@ -25,7 +25,7 @@ from fastunet.training.learner import batch_seed
 from fastunet.training.loading import prefetched
 from fastunet.training.precision import loss_scaler
 from fastunet.training.run import train
-from tests.cli_helpers import TINY, assert_user_error, files_below, phantoms, run, write_checkpoint  # noqa: F401
+from tests.cli_helpers import TINY, assert_user_error, files_below, run, write_checkpoint
 
 ONE_PROCESS = Processes(0, 1, torch.device("cpu"))
 
@@ -35,7 +35,7 @@ def read_log(folder) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_two_epochs_equal_a_loop_written_out(phantoms, tmp_path):  # noqa: F811
+def test_two_epochs_equal_a_loop_written_out(phantoms, tmp_path):
     """Losses, metrics and final weights are those of a plain loop over the same slices."""
     options = dict(epochs=2, batch_size=8, seed=5, augment=False, schedule="cosine", foreground_fraction=0.75)
     config = TrainConfig(data=str(phantoms), width=4, depth=2, dropout=0.0, device="cpu", **options)
@@ -78,7 +78,7 @@ def test_two_epochs_equal_a_loop_written_out(phantoms, tmp_path):  # noqa: F811
     assert card.labels["values"] == [0, 1, 2, 4]
 
 
-def test_files_of_a_run(phantoms, tmp_path, capsys):  # noqa: F811
+def test_files_of_a_run(phantoms, tmp_path, capsys):
     assert run("train", phantoms, "--out", tmp_path, *TINY, "--epochs", "2", "--loss", "dice") == 0
     captured = capsys.readouterr()
     assert captured.out == f"{tmp_path}\n"
@@ -100,7 +100,7 @@ def test_files_of_a_run(phantoms, tmp_path, capsys):  # noqa: F811
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_precision_changes_the_arithmetic_a_little(precision, phantoms, tmp_path):  # noqa: F811
+def test_precision_changes_the_arithmetic_a_little(precision, phantoms, tmp_path):
     options = [*TINY, "--epochs", "1", "--no-augment", "--dropout", "0"]
     for name in ("fp32", precision):
         assert run("train", phantoms, "--out", tmp_path / name, *options, "--precision", name) == 0
@@ -114,12 +114,12 @@ def test_precision_changes_the_arithmetic_a_little(precision, phantoms, tmp_path
         assert skipped <= 3
 
 
-def test_tf32_needs_a_gpu(phantoms, tmp_path, capsys):  # noqa: F811
+def test_tf32_needs_a_gpu(phantoms, tmp_path, capsys):
     code = run("train", phantoms, "--out", tmp_path / "run", *TINY, "--precision", "tf32")
     assert_user_error(capsys, code, "tf32", "CUDA")
 
 
-def test_valid_network_learns_from_cropped_labels(phantoms, tmp_path):  # noqa: F811
+def test_valid_network_learns_from_cropped_labels(phantoms, tmp_path):
     options = ["--preset", "isbi", "--width", "4", "--depth", "1", "--dropout", "0", "--size", "30", "--device", "cpu"]
     assert run("train", phantoms, "--out", tmp_path, *options, "--epochs", "3", "--learning-rate", "0.01") == 0
     rows = read_log(tmp_path)

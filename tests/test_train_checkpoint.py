@@ -18,7 +18,7 @@ from fastunet.training.checkpoint import Progress, load_model, load_state, save_
 from fastunet.training.config import TrainConfig
 from fastunet.training.precision import loss_scaler
 from fastunet.training.tensor_file import NotFinite
-from tests.cli_helpers import TINY, assert_user_error, phantoms, run, write_checkpoint  # noqa: F401
+from tests.cli_helpers import TINY, assert_user_error, run, write_checkpoint
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ def test_configurations_that_are_none(text, tmp_path):
     assert len(str(caught.value)) < 400
 
 
-def test_segment_and_resume_refuse_damage(phantoms, tmp_path, capsys):  # noqa: F811
+def test_segment_and_resume_refuse_damage(phantoms, tmp_path, capsys):
     line = ["train", phantoms, "--out", tmp_path / "run", *TINY, "--epochs", "1"]
     assert run(*line) == 0
     for name in ("best.safetensors", "state.safetensors"):
@@ -210,6 +210,6 @@ def test_segment_and_resume_refuse_damage(phantoms, tmp_path, capsys):  # noqa: 
 
 
 @pytest.mark.parametrize("option, value", [("--batch-size", 1000000), ("--seed", -1), ("--seed", 2**70)])
-def test_options_out_of_range(option, value, phantoms, tmp_path, capsys):  # noqa: F811
+def test_options_out_of_range(option, value, phantoms, tmp_path, capsys):
     line = ["train", phantoms, "--out", tmp_path, *TINY, "--epochs", "1", option, value]
     assert_user_error(capsys, run(*line), option, str(value))

@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 
 from fastunet.training import dataset
-from tests.cli_helpers import phantoms, run  # noqa: F401
+from tests.cli_helpers import run
 from tests.processes import ended, environments, start_group
 
 
@@ -25,7 +25,7 @@ def augmented(*line) -> int:
     ["--loss", "dice_ce", "--class-weights", "0.2,1,2,1"],
     ["--loss", "dice", "--clip-norm", "0.1", "--ema", "0.9"],
 ], ids=["dice_ce", "dice"])  # fmt: skip
-def test_two_processes_equal_one(more, phantoms, tmp_path, monkeypatch):  # noqa: F811
+def test_two_processes_equal_one(more, phantoms, tmp_path, monkeypatch):
     # 17 validation slices in batches of 8 leave one process of the last step without any.
     options = ["--width", "4", "--depth", "2", "--epochs", "2", "--dropout", "0", "--device", "cpu", "--threads", "1",
                "--augment", *more]  # fmt: skip

@@ -20,7 +20,7 @@ from fastunet.training.config import TrainConfig
 from fastunet.training.distributed import Processes
 from fastunet.training.precision import prepare
 from fastunet.training.run import train
-from tests.cli_helpers import TINY, assert_user_error, phantoms, run  # noqa: F401
+from tests.cli_helpers import TINY, assert_user_error, run
 
 ONE_PROCESS = Processes(0, 1, torch.device("cpu"))
 
@@ -41,7 +41,7 @@ def test_schedules_and_their_warm_up():
         assert rates(schedule, **warm)[6:] == pytest.approx([2 * share(step / 14) for step in range(14)])
 
 
-def test_options_equal_a_loop_written_out(phantoms, tmp_path):  # noqa: F811
+def test_options_equal_a_loop_written_out(phantoms, tmp_path):
     """Decay, clipping, averaging, class weights and a schedule at once; the average is what is validated and saved."""
     weights = [0.1, 1.0, 2.0, 0.5]
     config = TrainConfig(data=str(phantoms), width=4, depth=2, dropout=0.0, device="cpu", epochs=1, seed=5,
@@ -82,7 +82,7 @@ def test_options_equal_a_loop_written_out(phantoms, tmp_path):  # noqa: F811
     assert max((saved["state"][f"model.{n}"] - v).abs().max() for n, v in average.items()) > 1e-3
 
 
-def test_augmentation_begins_after_the_first_thousand_slices(phantoms, tmp_path, monkeypatch):  # noqa: F811
+def test_augmentation_begins_after_the_first_thousand_slices(phantoms, tmp_path, monkeypatch):
     """Of volumes, and counted in slices, so that neither batch nor processes matter."""
     shares, augment = [], dataset.augment
 
@@ -110,7 +110,7 @@ def test_without_decay_adamw_is_adam():
     assert torch.equal(*ends)
 
 
-def test_a_resumed_run_has_the_same_average(phantoms, tmp_path, monkeypatch):  # noqa: F811
+def test_a_resumed_run_has_the_same_average(phantoms, tmp_path, monkeypatch):
     options = [*TINY, "--epochs", 2, "--ema", 0.9, "--clip-norm", 0.5, "--weight-decay", 0.01, "--schedule", "poly",
                "--warm-up", 0.5, "--threads", 1, "--checkpoint-every", 0]  # fmt: skip
     assert run("train", phantoms, "--out", tmp_path / "whole", *options) == 0
@@ -132,7 +132,7 @@ def test_a_resumed_run_has_the_same_average(phantoms, tmp_path, monkeypatch):  #
         assert all(torch.equal(found[key], value) for key, value in wanted.items()), name
 
 
-def test_patience_ends_a_run_and_more_of_it_goes_on(phantoms, tmp_path, capsys):  # noqa: F811
+def test_patience_ends_a_run_and_more_of_it_goes_on(phantoms, tmp_path, capsys):
     """With a learning rate of nothing no epoch is better than the first."""
     line = ["train", phantoms, "--out", tmp_path, *TINY, "--epochs", 9, "--learning-rate", 1e-30, "--patience", 2]
     for given, epochs in (([], 3), (["--resume"], 3), (["--resume", "--patience", "3"], 4)):
@@ -144,7 +144,7 @@ def test_patience_ends_a_run_and_more_of_it_goes_on(phantoms, tmp_path, capsys):
             assert len(list(csv.DictReader(file))) == epochs
 
 
-def test_clipping_sees_gradients_without_the_loss_scale(phantoms, tmp_path, monkeypatch):  # noqa: F811
+def test_clipping_sees_gradients_without_the_loss_scale(phantoms, tmp_path, monkeypatch):
     """The norm of this network's gradient is about 10; with the scale of fp16 it would be above 10,000."""
     clip, norms = torch.nn.utils.clip_grad_norm_, []
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: norms.append(clip(*args).item()))
@@ -155,7 +155,7 @@ def test_clipping_sees_gradients_without_the_loss_scale(phantoms, tmp_path, monk
     assert max(finite) < 200
 
 
-def test_balanced_weights_are_inverse_to_the_pixels(phantoms, tmp_path):  # noqa: F811
+def test_balanced_weights_are_inverse_to_the_pixels(phantoms, tmp_path):
     cases = discover_cases(phantoms)
     data = SliceDataset(cases, cache_dir=tmp_path, skip_empty=True)
     config = TrainConfig(data="d", class_weights="balanced")
@@ -178,7 +178,7 @@ def test_balanced_weights_are_inverse_to_the_pixels(phantoms, tmp_path):  # noqa
     (["--tversky", "0,0"], ["--tversky 0,0"]),
     (["--warm-up", 20], ["--warm-up is 20 epochs of 20"]),
 ])  # fmt: skip
-def test_options_that_cannot_be_honoured(options, words, phantoms, tmp_path, capsys):  # noqa: F811
+def test_options_that_cannot_be_honoured(options, words, phantoms, tmp_path, capsys):
     assert_user_error(capsys, run("train", phantoms, "--out", tmp_path / "run", *TINY, *options), *words)
 
 

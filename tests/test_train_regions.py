@@ -24,14 +24,14 @@ from fastunet.training.config import TrainConfig
 from fastunet.training.dataset import trained_labels
 from fastunet.training.distributed import Processes
 from fastunet.training.results import judged_by, metric_columns
-from tests.cli_helpers import TINY, assert_user_error, phantoms, run, write_checkpoint  # noqa: F401
+from tests.cli_helpers import TINY, assert_user_error, run, write_checkpoint
 
 LABELS = {"background": 0, "whole tumour": [1, 2, 4], "tumour core": [1, 4], "enhancing tumour": 4, "ignore": 7}
 SHORT = [*TINY, "--epochs", 1, "--dropout", 0, "--no-augment", "--val-fraction", 0.5]
 
 
 @pytest.fixture(scope="module")
-def nnunet(phantoms, tmp_path_factory):  # noqa: F811
+def nnunet(phantoms, tmp_path_factory):
     """The phantoms as an nnU-Net folder with regions and an ignored corner."""
     root = tmp_path_factory.mktemp("nnunet")
     for folder in ("imagesTr", "labelsTr"):
@@ -154,7 +154,7 @@ def test_mirror_images_are_averaged_before_regions_are_painted(trained):
     assert np.array_equal(segmenter.predict(images), labels)
 
 
-def test_regions_of_brats_are_asked_for(phantoms, tmp_path, capsys):  # noqa: F811
+def test_regions_of_brats_are_asked_for(phantoms, tmp_path, capsys):
     assert run("train", phantoms, "--out", tmp_path / "run", *SHORT, "--regions", "brats", "--loss", "ce") == 0
     said = capsys.readouterr().err
     assert "written in this order: whole tumour (as 2), tumour core (as 1), enhancing tumour (as 4)" in said

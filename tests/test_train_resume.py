@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 
-from tests.cli_helpers import TINY, assert_user_error, phantoms, run  # noqa: F401
+from tests.cli_helpers import TINY, assert_user_error, run
 from tests.processes import ended, start
 
 TIMINGS = ("slices_per_second", "data_wait_share", "seconds")
@@ -38,7 +38,7 @@ def killed_at_rename(left: int, moment: str, line: list[str]) -> int:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(phantoms, tmp_path_factory) -> Path:  # noqa: F811
+def uninterrupted(phantoms, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "run"
     assert ended(start(run, *arguments(phantoms, folder))) == 0
     return folder
@@ -66,7 +66,7 @@ def log_without_timings(folder: Path) -> list[dict[str, str]]:
         return [{k: v for k, v in row.items() if k not in TIMINGS} for row in csv.DictReader(file)]
 
 
-def test_killed_between_renames(phantoms, uninterrupted, tmp_path):  # noqa: F811
+def test_killed_between_renames(phantoms, uninterrupted, tmp_path):
     """Each attempt gets one step further than the one before; the moments cover best, state, last and log."""
     folder = tmp_path / "run"
     line = [*arguments(phantoms, folder), "--checkpoint-every", "0", "--resume"]
@@ -77,7 +77,7 @@ def test_killed_between_renames(phantoms, uninterrupted, tmp_path):  # noqa: F81
     assert_same_run(folder, uninterrupted)
 
 
-def test_killed_at_random_times(phantoms, uninterrupted, tmp_path):  # noqa: F811
+def test_killed_at_random_times(phantoms, uninterrupted, tmp_path):
     folder, draw = tmp_path / "run", random.Random(5)
     line = [*arguments(phantoms, folder), "--checkpoint-every", "0.05", "--resume"]
     state, kills = folder / "state.safetensors", 0
@@ -94,7 +94,7 @@ def test_killed_at_random_times(phantoms, uninterrupted, tmp_path):  # noqa: F81
     assert_same_run(folder, uninterrupted)
 
 
-def test_finished_run_is_completed_from_its_state(phantoms, uninterrupted, capsys):  # noqa: F811
+def test_finished_run_is_completed_from_its_state(phantoms, uninterrupted, capsys):
     """Killed after the last state and before the other files: resuming writes them again and trains no further."""
     wanted = {name: (uninterrupted / name).read_bytes() for name in ("last.safetensors", "log.csv")}
     (uninterrupted / "last.safetensors").unlink()
@@ -103,7 +103,7 @@ def test_finished_run_is_completed_from_its_state(phantoms, uninterrupted, capsy
     assert {name: (uninterrupted / name).read_bytes() for name in wanted} == wanted
 
 
-def test_a_run_that_ended_in_its_first_state_begins_anew(phantoms, uninterrupted, tmp_path, capsys):  # noqa: F811
+def test_a_run_that_ended_in_its_first_state_begins_anew(phantoms, uninterrupted, tmp_path, capsys):
     """A full disk held the best weights and not the state; weights of later epochs without one are not replaced."""
     out = tmp_path / "run"
     for name in ("config.json", "best.safetensors", "log.csv"):
@@ -117,7 +117,7 @@ def test_a_run_that_ended_in_its_first_state_begins_anew(phantoms, uninterrupted
         assert (out / name).read_bytes() == (uninterrupted / name).read_bytes()
 
 
-def test_resume_refuses_what_would_change_the_results(phantoms, uninterrupted, tmp_path, capsys):  # noqa: F811
+def test_resume_refuses_what_would_change_the_results(phantoms, uninterrupted, tmp_path, capsys):
     line = arguments(phantoms, uninterrupted)
     assert_user_error(capsys, run(*line), "--resume", str(uninterrupted))
     assert_user_error(capsys, run(*line, "--learning-rate", "0.5", "--resume"), "--learning-rate", "0.001", "0.5")

@@ -16,7 +16,7 @@ import torch
 from fastunet import signals
 from fastunet.signals import Interrupted
 from fastunet.training import checkpoint, learner, loop, tensor_file
-from tests.cli_helpers import TINY, assert_user_error, files_below, phantoms, run  # noqa: F401
+from tests.cli_helpers import TINY, assert_user_error, files_below, run
 from tests.processes import ended, start, start_group, wait_for
 
 OPTIONS = [*TINY, "--epochs", "2", "--dropout", "0.3", "--seed", "11", "--threads", "1", "--batch-size", "4"]
@@ -33,7 +33,7 @@ def heed_interrupts():
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(phantoms, tmp_path_factory) -> Path:  # noqa: F811
+def uninterrupted(phantoms, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "run"
     assert run("train", phantoms, "--out", folder, *OPTIONS) == 0
     return folder
@@ -63,7 +63,7 @@ def stop_at(monkeypatch, place: str, count: int, number: int = signal.SIGTERM) -
     ("training", 1, signal.SIGTERM), ("training", 5, signal.SIGINT), ("training", 12, signal.SIGTERM),
     ("validation", 2, signal.SIGTERM), ("validation", 2, signal.SIGINT),
 ])  # fmt: skip
-def test_a_signal_saves_the_state(place, count, number, phantoms, uninterrupted, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_a_signal_saves_the_state(place, count, number, phantoms, uninterrupted, tmp_path, capsys, monkeypatch):
     line = ["train", phantoms, "--out", tmp_path / "run", *OPTIONS]
     with monkeypatch.context() as patch:
         stop_at(patch, place, count, number)
@@ -78,8 +78,8 @@ def test_a_signal_saves_the_state(place, count, number, phantoms, uninterrupted,
         assert (tmp_path / "run" / name).read_bytes() == (uninterrupted / name).read_bytes(), name
 
 
-def test_a_signal_before_the_first_step_ends_at_once(phantoms, tmp_path, capsys, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(loop, "prepare_data", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+def test_a_signal_before_the_first_step_ends_at_once(phantoms, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fastunet.training.run.prepare_data", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
     assert run("train", phantoms, "--out", tmp_path / "run", *OPTIONS) == 143
     assert "stopped by SIGTERM" in capsys.readouterr().err
     assert files_below(tmp_path) == []
@@ -134,7 +134,7 @@ def test_ignored_signals_stay_ignored():
 
 
 @pytest.mark.parametrize("who", ["one of them", "torchrun"])
-def test_two_processes_stop_at_one_step(who, phantoms, tmp_path):  # noqa: F811
+def test_two_processes_stop_at_one_step(who, phantoms, tmp_path):
     line = ["train", phantoms, "--out", tmp_path / "run", *ENDLESS]
     if who == "torchrun":
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
@@ -168,7 +168,7 @@ sys.exit(told(pathlib.Path(sys.argv[1]), *sys.argv[2:]))
 """
 
 
-def test_one_run_folder_takes_one_process(phantoms, tmp_path, capsys):  # noqa: F811
+def test_one_run_folder_takes_one_process(phantoms, tmp_path, capsys):
     out = tmp_path / "run"
     process = start(run, "train", phantoms, "--out", out, *ENDLESS)
     try:
@@ -186,7 +186,7 @@ def test_one_run_folder_takes_one_process(phantoms, tmp_path, capsys):  # noqa: 
 
 @pytest.mark.parametrize("rate", ["1e6", "1e30"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_loss_that_is_not_finite_ends_the_run(rate, precision, phantoms, tmp_path, capsys):  # noqa: F811
+def test_a_loss_that_is_not_finite_ends_the_run(rate, precision, phantoms, tmp_path, capsys):
     line = ["train", phantoms, "--out", tmp_path, *OPTIONS, "--epochs", "40", "--learning-rate", rate]
     code = run(*line, "--precision", precision)
     assert_user_error(capsys, code, "epoch", "batch", "Phantom_00", "slice", "--learning-rate")
@@ -195,7 +195,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(rate, precision, phantoms, tmp_p
             checkpoint.load_model(tmp_path / name)
 
 
-def test_the_last_good_weights_are_kept(phantoms, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_the_last_good_weights_are_kept(phantoms, tmp_path, capsys, monkeypatch):
     line = ["train", phantoms, "--out", tmp_path, *OPTIONS]
     assert run(*line, "--epochs", "1") == 0
     capsys.readouterr()
@@ -213,7 +213,7 @@ def test_the_last_good_weights_are_kept(phantoms, tmp_path, capsys, monkeypatch)
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
 
 
-def test_the_scaler_gets_its_chance(phantoms, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_the_scaler_gets_its_chance(phantoms, tmp_path, capsys, monkeypatch):
     """With fp16 a loss may be infinite as long as the scaler makes it finite within its steps."""
     original, calls = learner._loss, 0
 
@@ -239,14 +239,14 @@ def test_the_scaler_gets_its_chance(phantoms, tmp_path, capsys, monkeypatch):  #
     assert_user_error(capsys, code, "skipped 6 steps in a row", "no weights were saved")
 
 
-def test_weights_alone_are_not_resumed_over(phantoms, uninterrupted, tmp_path, capsys):  # noqa: F811
+def test_weights_alone_are_not_resumed_over(phantoms, uninterrupted, tmp_path, capsys):
     (tmp_path / "best.safetensors").write_bytes((uninterrupted / "best.safetensors").read_bytes())
     line = ["train", phantoms, "--out", tmp_path, *OPTIONS]
     assert_user_error(capsys, run(*line), "holds a run already")
     assert_user_error(capsys, run(*line, "--resume"), "no state.safetensors")
 
 
-def test_configuration_without_a_state_starts_from_the_beginning(phantoms, uninterrupted, tmp_path):  # noqa: F811
+def test_configuration_without_a_state_starts_from_the_beginning(phantoms, uninterrupted, tmp_path):
     (tmp_path / "config.json").write_bytes((uninterrupted / "config.json").read_bytes())
     assert run("train", phantoms, "--out", tmp_path, "--resume") == 0
     for name in WEIGHTS:
