@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import shutil
 from pathlib import Path
 
@@ -34,6 +35,19 @@ def make_text(path: Path) -> None:
 
 def make_text_in_gzip(path: Path) -> None:
     path.write_bytes(gzip.compress(b"not an image\n" * 100))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("make, words", [
+    (os.mkfifo, "is not a regular file"),
+    (lambda path: path.write_bytes(b"PK\3\4" + bytes(99)), "is no NumPy file of numbers, or cut short"),
+    (lambda path: path.write_bytes(b"\x93NUMPY\1\0"), "is no NumPy file of numbers, or cut short"),
+    (lambda path: np.save(path, np.full((4, 4), 1e300)), "holds NaN or infinity"),
+])  # fmt: skip
+def test_arrays_that_are_no_images(make, words, tmp_path, capsys):
+    write_checkpoint(tmp_path / "grey.safetensors", modalities=("em",))
+    make(tmp_path / "a.npy")
+    assert_user_error(capsys, segment(tmp_path / "grey.safetensors", tmp_path / "a.npy", tmp_path / "out"), words)
 
 
 @pytest.mark.parametrize("damage", [truncate, make_empty, make_text, make_text_in_gzip])
@@ -175,6 +189,8 @@ def test_slices_of_different_sizes_need_a_size(data, tmp_path, capsys):
     "line, words",
     [
         (["train", "X", "--out", "Y", "--epochs", "0"], ["--epochs", "0"]),
+        (["train", "X", "--out", "Y", "--size", str(10**30)], ["--size", f"from 1 to {2**31}"]),
+        (["check", "X", "--ignore-label", str(2**31)], ["--ignore-label", f"from {-(2**31)} to {2**31 - 1}"]),
         (["train", "X", "--out", "Y", "--learning-rate", "fast"], ["--learning-rate", "'fast'"]),
         (["train", "X", "--out", "Y", "--precision", "fp8"], ["--precision", "fp8"]),
         (["train", "X", "--out", "Y", "--val-fraction", "2"], ["--val-fraction", "2"]),

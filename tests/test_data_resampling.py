@@ -32,8 +32,9 @@ def test_the_field_of_view_stays():
     assert resampled_shape((100, 80), (1.0, 2.0), (2.0, 2.0)) == (50, 80)
     assert resampled_shape((3, 80), (0.1, 2.0), (2.0, 1.0)) == (1, 160)
     assert resampled_shape((100, 80), (1.0, 2.0), None) == (100, 80)
-    with pytest.raises(UserError, match="1e-05 x 1e-05 mm"):
-        resampled_shape((100, 80), (1.0, 2.0), (1e-5, 1e-5))
+    for size in (1e-5, 1e30):
+        with pytest.raises(UserError, match=f"{size:g} x {size:g} mm".replace("+", r"\+")):
+            resampled_shape((100, 80), (1.0, 2.0), (size, size))
 
 
 def test_images_are_interpolated_and_labels_are_not():

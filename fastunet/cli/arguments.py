@@ -9,13 +9,22 @@ from collections.abc import Callable
 from typing import TypeVar
 
 Number = TypeVar("Number", int, float)
+_MOST = 2**31
 
 
 def positive_int(text: str) -> int:
-    """An integer of at least one."""
+    """An integer from one to what ``TrainConfig`` takes."""
     value = _number(int, text, "a whole number")
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    if not 1 <= value <= _MOST:
+        raise argparse.ArgumentTypeError(f"{text} is not from 1 to {_MOST}")
+    return value
+
+
+def label_value(text: str) -> int:
+    """An integer that a label file can hold: of 32 bits."""
+    value = _number(int, text, "a whole number")
+    if not -_MOST <= value < _MOST:
+        raise argparse.ArgumentTypeError(f"{text} is not from {-_MOST} to {_MOST - 1}")
     return value
 
 

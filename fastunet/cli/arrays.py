@@ -47,17 +47,19 @@ def read_array(path: Path, channels: int) -> np.ndarray:
     Raises:
         UserError: the file cannot be read, has another number of channels, or holds NaN or infinity.
     """
-    try:
-        image = np.load(path, allow_pickle=False)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such file") from error
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} cannot be read as an image: {error}") from error
+    from fastunet.data.streams import open_stream
+
+    with open_stream(path) as stream:
+        try:
+            image = np.lib.format.read_array(stream.raw, allow_pickle=False)
+        except ValueError as error:
+            raise UserError(f"{path} is no NumPy file of numbers, or cut short") from error
     if image.ndim == 2:
         image = image[None]
     if image.ndim != 3 or image.shape[0] != channels or 0 in image.shape or image.dtype.kind not in "buif":
         raise UserError(f"{path} has shape {image.shape} and type {image.dtype}; the network takes {channels} channels")
-    values: np.ndarray = image.astype(np.float32)
+    with np.errstate(over="ignore"):  # what overflows is infinite, and found as such
+        values: np.ndarray = image.astype(np.float32)
     if not np.isfinite(values).all():
         raise UserError(f"{path} holds NaN or infinity")
     return values

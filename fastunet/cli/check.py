@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastunet.cli.arguments import add_nan_option, names, positive_int, spacing
+from fastunet.cli.arguments import add_nan_option, label_value, names, positive_int, spacing
 from fastunet.data.label_tables import LABEL_MAPS
 from fastunet.errors import UserError
 
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, help="a folder of cases; every file in it is read once")
     parser.add_argument("--modalities", type=names, metavar="A,B", help="channels to train on (default: as train)")
     parser.add_argument("--edition", choices=tuple(LABEL_MAPS), help="of the data, where its folders do not tell")
-    parser.add_argument("--ignore-label", type=int, metavar="VALUE", help="of the label files, counted nowhere")
+    parser.add_argument("--ignore-label", type=label_value, metavar="VALUE", help="of the label files, counted nowhere")
     parser.add_argument("--regions", choices=("brats", "none"), help="that training is asked for")
     parser.add_argument("--spacing", type=spacing, metavar="MM|median", help="that slices are to be resampled to")
     parser.add_argument("--size", type=positive_int, help="the side of the slices that training is asked for")

@@ -12,6 +12,7 @@ from fastunet.cli.arguments import (
     class_weights,
     decay,
     fraction,
+    label_value,
     names,
     non_negative_float,
     positive_float,
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
     data.add_argument("--modalities", type=names, metavar="A,B", help="channels, in order (default: flair,t1ce)")
     data.add_argument("--edition", choices=tuple(LABEL_MAPS), help="of the data, where its folders do not tell")
-    data.add_argument("--ignore-label", type=int, metavar="VALUE", help="of the label files, counted nowhere")
+    data.add_argument("--ignore-label", type=label_value, metavar="VALUE", help="of the label files, counted nowhere")
     data.add_argument("--regions", choices=("brats", "none"),
                       help="overlapping outputs: BraTS' regions, or none (default: those of dataset.json)")  # fmt: skip
     data.add_argument("--size", type=positive_int, help="crop or pad slices, or cut images into tiles, of this side")

@@ -20,13 +20,13 @@ def resampled_shape(
     """(H, W) of slices of ``shape`` and ``spacing`` (mm per pixel) on a grid of spacing ``target``; None keeps them.
 
     Raises:
-        UserError: more than 64 times as many pixels, or a grid without extent; named by ``file``.
+        UserError: more than 64 times as many pixels, or less than half of one along both sides; named by ``file``.
     """
     height, width = shape
     if target is None:
         return height, width
     sides = [n * have / want for n, have, want in zip((height, width), spacing, target)]
-    if not 0 < sides[0] * sides[1] <= 64 * height * width:
+    if max(sides) < 0.5 or not sides[0] * sides[1] <= 64 * height * width:
         have, want = (" x ".join(f"{mm:g}" for mm in pair) for pair in (spacing, target))
         raise UserError(f"{file}: slices of {height} x {width} pixels of {have} mm cannot be resampled to {want} mm")
     return max(1, round(sides[0])), max(1, round(sides[1]))

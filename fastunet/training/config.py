@@ -75,7 +75,7 @@ class TrainConfig:
     activation: Activation | None = None
     modalities: list[str] | None = None
     edition: str | None = None
-    ignore_label: int | None = None
+    ignore_label: Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)] | None = None
     regions: Literal["brats", "none"] | None = None
     size: Positive | None = None
     axis: Literal[0, 1, 2] = 2
