@@ -12,7 +12,7 @@ import torch
 
 from fastunet.architecture import Architecture
 from fastunet.inspection.layers import CASES, NORM_CASES, Call, network_calls, standalone_calls
-from fastunet.inspection.machine_code import GFX942, Report, compile_launch, compiled_key, failures, inspect
+from fastunet.inspection.machine_code import GFX942, Report, compile_launch, compiled_key, failures, inspect_all
 from fastunet.inspection.traffic import Traffic, count
 from fastunet.kernels import _launch, _tuned
 from fastunet.kernels._launch import Launch
@@ -86,19 +86,21 @@ def distinct(all_uses: Iterable[Use]) -> list[Use]:
     return list(found.values())
 
 
-def examine(use: Use) -> Row:
-    """Compiles a use, reads its machine code and counts its traffic."""
-    compiled = compile_launch(use.launch, use.architecture)
-    report, traffic = inspect(compiled, use.architecture), count(use.launch, compiled.asm["ttir"])
-    others = [launch for launch in use.launches if launch is not use.launch] if traffic.flop else []
-    call_flop = traffic.flop + sum(count(o, compile_launch(o, use.architecture).asm["ttir"]).flop for o in others)
-    return Row(use, report, traffic, call_flop, failures(report, use.launch))
-
-
 def examine_all(all_uses: Iterable[Use], threads: int = 2) -> list[Row]:
-    """:func:`examine` of each distinct kernel, in ``threads`` threads: the compilers run outside of Python's lock."""
+    """Compiles each distinct kernel, reads its machine code and counts its traffic; all for one architecture.
+
+    ``threads`` compile at a time: the compilers run outside of Python's lock.
+    """
+    found = distinct(all_uses)
     with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(examine, distinct(all_uses)))
+        compiled = list(pool.map(lambda use: compile_launch(use.launch, use.architecture), found))
+    rows = []
+    for use, kernel, report in zip(found, compiled, inspect_all(compiled, found[0].architecture)):
+        traffic = count(use.launch, kernel.asm["ttir"])
+        others = [launch for launch in use.launches if launch is not use.launch] if traffic.flop else []
+        call_flop = traffic.flop + sum(count(o, compile_launch(o, use.architecture).asm["ttir"]).flop for o in others)
+        rows.append(Row(use, report, traffic, call_flop, failures(report, use.launch)))
+    return rows
 
 
 def kernel_table(preset: str | None) -> str:

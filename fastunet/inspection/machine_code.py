@@ -1,7 +1,7 @@
 """What a recorded kernel launch compiles to, read from its machine code; needs no GPU.
 
 :func:`compile_launch` specialises a launch exactly as Triton's own ``kernel[grid](...)`` would and compiles it for any
-target; :func:`inspect` disassembles the result, finds its main loops and counts what an expert would look for;
+target; :func:`inspect_all` disassembles results, finds their main loops and counts what an expert would look for;
 :func:`failures` says what is wrong with it.
 """
 
@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import functools
 import re
-import subprocess
-import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +20,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from fastunet.inspection.control_flow import Instruction, found_in, innermost_loops
+from fastunet.inspection.control_flow import innermost_loops
+from fastunet.inspection.disassembly import Code, amd, nvidia
 from fastunet.inspection.in_flight import parse_ptx, touched
 from fastunet.kernels import _launch
 from fastunet.kernels._launch import Launch
@@ -33,7 +32,6 @@ GFX942 = 942
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, GFX942: 64}
 """KiB of shared memory that one program may use (CUDA C++ Programming Guide, table of technical specifications)."""
 
-_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _PRODUCT = re.compile(r"HGMMA|HMMA|QGMMA|IMMA|UTC\w*MMA|v_mfma_")
 _LOAD = re.compile(r"UTMALDG|LDGSTS|LDG|(?:global|buffer)_load_")
 
@@ -129,9 +127,24 @@ def compile_launch(launch: Launch, architecture: int) -> Any:
 
 
 def inspect(compiled: Any, architecture: int, around: str = "products") -> Report:
-    """Reads the registers, the memory and the main loops of a compiled kernel: those around "products" or "loads"."""
-    read = _read_amdgcn if architecture == GFX942 else _read_cubin
-    registers, stack, spills, instructions = read(compiled)
+    """:func:`inspect_all` of one kernel."""
+    return inspect_all([compiled], architecture, around)[0]
+
+
+def inspect_all(compiled: Sequence[Any], architecture: int, around: str = "products") -> list[Report]:
+    """Reads the registers, the memory and the main loops of compiled kernels: those around "products" or "loads".
+
+    The disassembler, whose start takes longer than a kernel, runs once for all of them.
+    """
+    if architecture == GFX942:
+        codes = [amd(kernel.asm["amdgcn"]) for kernel in compiled]
+    else:
+        codes = nvidia([kernel.asm["cubin"] for kernel in compiled], architecture)
+    return [_report(kernel, code, architecture, around) for kernel, code in zip(compiled, codes)]
+
+
+def _report(compiled: Any, code: Code, architecture: int, around: str) -> Report:
+    instructions = code.instructions
     products = {i.address for i in instructions if _PRODUCT.match(i.opcode)}
     marked = products if around == "products" else {i.address for i in instructions if _LOAD.match(i.opcode)}
     loops = innermost_loops(instructions, marked)
@@ -146,9 +159,9 @@ def inspect(compiled: Any, architecture: int, around: str = "products") -> Repor
     return Report(
         kernel=compiled.metadata.name,
         architecture=architecture,
-        registers=registers,
-        stack=stack,
-        spills=spills,
+        registers=code.registers,
+        stack=code.stack,
+        spills=code.spills,
         shared=compiled.metadata.shared,
         main_loops=len(loops),
         instructions=len(main),
@@ -237,58 +250,3 @@ def _load_bytes(opcode: str) -> int:
         widths = {"x4": 16, "x3": 12, "x2": 8, "dword": 4, "short": 2, "byte": 1}
         return next((size for word, size in widths.items() if word in opcode), 2)
     return 16
-
-
-def _read_cubin(compiled: Any) -> tuple[int, int, int, list[Instruction]]:
-    """Registers, stack bytes, spill instructions and the instructions of an NVIDIA binary."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
-        text = _run("nvdisasm", "-c", "-ndf", file.name)  # without data flow: the same text, sooner
-    registers, stack = map(int, found_in(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    instructions: list[Instruction] = []
-    labels: list[str] = []
-    for line in text.splitlines():
-        if label := re.match(r"(\.L_\w+):", line):
-            labels.append(label[1])
-        elif found := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", line):
-            instructions.append(_sass(int(found[1], 16), found[2], tuple(labels)))
-            labels = []
-    return registers, stack, sum(i.opcode.startswith(("LDL", "STL")) for i in instructions), instructions
-
-
-def _sass(address: int, text: str, labels: tuple[str, ...]) -> Instruction:
-    guard, opcode, rest = found_in(r"^(@!?U?P\w+\s+)?(\S+)\s*(.*)", text).groups()
-    branch = re.search(r"`\((\.L_\w+)\)", rest) if opcode.startswith("BRA") else None
-    # a branch is conditional by its guard or by a predicate operand: "BRA.U UP0, `(.L_x_1)"
-    conditional = guard is not None or "P" in rest.partition("`")[0]
-    ends = opcode.startswith(("BRA", "EXIT", "RET", "BRX")) and not conditional
-    return Instruction(address, opcode, labels, branch[1] if branch else None, falls_through=not ends,
-                       text=f"{opcode} {rest}")  # fmt: skip
-
-
-def _read_amdgcn(compiled: Any) -> tuple[int, int, int, list[Instruction]]:
-    """Registers, scratch bytes, instructions on scratch and the instructions of an AMD assembly text."""
-    text = compiled.asm["amdgcn"]
-    code = text.partition("s_endpgm")[0] + "s_endpgm"
-    instructions: list[Instruction] = []
-    labels: list[str] = []
-    for line in code.splitlines():
-        if label := re.match(r"(\.LBB\w+):", line):
-            labels.append(label[1])
-        elif found := re.match(r"\t([sv]_\w+|ds_\w+|global_\w+|buffer_\w+|scratch_\w+)\s*([^;]*)", line):
-            opcode, operands = found[1], found[2].strip()
-            target = operands if opcode.startswith(("s_branch", "s_cbranch")) else None
-            ends = opcode in ("s_branch", "s_endpgm")
-            instructions.append(Instruction(len(instructions), opcode, tuple(labels), target, falls_through=not ends))
-            labels = []
-    # registers that the compiler calls spilled but keeps in other registers cost no memory traffic
-    spills = sum(i.opcode.startswith("scratch_") for i in instructions)
-    registers, scratch = (int(found_in(rf"\.{field}:\s+(\d+)", text)[1])
-                          for field in ("vgpr_count", "private_segment_fixed_size"))  # fmt: skip
-    return registers, scratch, spills, instructions
-
-
-def _run(tool: str, *arguments: str) -> str:
-    return subprocess.run([_TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout

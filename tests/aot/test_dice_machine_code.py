@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton, which compiles the kernels, is not installed")
 
-from fastunet.inspection.machine_code import compile_launch, failures, inspect
+from fastunet.inspection.machine_code import compile_launch, failures, inspect, inspect_all
 from fastunet.kernels import _launch
 from fastunet.kernels.dice import confusion as dice_confusion
 from fastunet.kernels.dice import regions as dice_regions
@@ -52,8 +52,8 @@ def test_machine_code(architecture, c, layout, dtype, request):
     # rows of 100 two-byte classes start at multiples of 8 bytes only
     narrow_rows = layout == "NHWC" and c > 4 and c * dtype.itemsize % 16 != 0
     width = "64" if narrow_rows else "128"
-    for launch in found:
-        report = inspect(compile_launch(launch, architecture), architecture)
+    reports = inspect_all([compile_launch(launch, architecture) for launch in found], architecture)
+    for launch, report in zip(found, reports):
         name = f"{report.kernel}: {report.registers} registers, {dict(report.opcodes)}"
         assert (report.stack, report.spills) == (0, 0), name
         assert not [text for text in failures(report, launch) if "LDSM" not in text], name
@@ -88,8 +88,7 @@ def test_forward_loop_is_short(c, dtype, layout, most, show_table):
         dice.sums(logits, labels, None, None, True, False)
         dice.sums_grad(grad, slopes, logits, labels, None, None, True)
     forward, _, backward = found
-    loop = inspect(compile_launch(forward, 90), 90, around="loads")
-    whole = inspect(compile_launch(backward, 90), 90)
+    loop, whole = inspect_all([compile_launch(launch, 90) for launch in (forward, backward)], 90, around="loads")
     # of one thread, whose share of a tile's logits the instructions are divided by
     per_logit = loop.instructions / (forward.args["BLOCK_S"] * c / (32 * forward.num_warps))
     per_gradient = sum(n for opcode, n in whole.opcodes.items() if opcode != "NOP")
@@ -128,8 +127,8 @@ def test_regions(architecture, c, dtype, layout, request, show_table):
             dice_regions.sums_grad(grad, slopes, logits, labels, weights, table, ignored, True)
     found = [launch for launch in found if "regions" in launch.kernel.__name__]
     per_logit = []
-    for launch in found:
-        report = inspect(compile_launch(launch, architecture), architecture, around="loads")
+    reports = inspect_all([compile_launch(launch, architecture) for launch in found], architecture, around="loads")
+    for launch, report in zip(found, reports):
         assert (report.stack, report.spills) == (0, 0), f"{report.kernel}: {report.registers} registers"
         assert not [text for text in failures(report, launch) if "LDSM" not in text], report.kernel
         per_logit.append(report.instructions / (launch.args["BLOCK_S"] * c / (32 * launch.num_warps)))
@@ -166,6 +165,5 @@ def test_small_kernels_do_not_spill(architecture, rows, c, empty, request):
         sums = dice.sums(logits, labels, None, None, True, rows > 1)
         dice_rule.loss(sums, torch.empty(c, device="meta"), 1.0, empty, False, 1.0, 1.0, True)
     assert [launch.kernel.__name__ for launch in found[1:]] == ["sum_splits_kernel", "dice_rule_kernel"]
-    for launch in found[1:]:
-        report = inspect(compile_launch(launch, architecture), architecture)
+    for report in inspect_all([compile_launch(launch, architecture) for launch in found[1:]], architecture):
         assert (report.stack, report.spills) == (0, 0), f"{report.kernel}: {report.registers} registers"

@@ -5,14 +5,14 @@ Every shipped kernel is checked by test_machine_code.py, as part of ``failures``
 
 from __future__ import annotations
 
-import dataclasses
-import re
+from dataclasses import replace
 
 import pytest
 import torch
 
+from fastunet.inspection.disassembly import sass
 from fastunet.inspection.in_flight import parse_ptx, touched
-from fastunet.inspection.machine_code import _sass, compile_launch, failures, inspect
+from fastunet.inspection.machine_code import compile_launch, failures, inspect_all
 from fastunet.kernels import _launch
 from fastunet.kernels.conv.weight_grad import weight_grad
 from fastunet.kernels.conv.weight_grad_config import WeightGradConfig
@@ -62,28 +62,21 @@ def test_ptx(before, after, found):
     assert touched(parse_ptx(PTX.replace(before, after) if before else PTX), "ptx") == found
 
 
-SASS = """
-        /*0000*/ LDS.128 R4, [R2] ;
-.L_x_1:
-        /*0010*/ HGMMA.64x8x8.F32.TF32 R24, R4, gdesc[UR4], R24, gsb0 ;
-        /*0020*/ LDS.64 R8, [R2+0x10] ;
-        /*0030*/ WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
-        /*0040*/ LDS.64 R6, [R2] ;
-        /*0050*/ @P0 BRA `(.L_x_1) ;
-        /*0060*/ EXIT ;
-"""
+SASS = [
+    "LDS.128 R4, [R2]",
+    "HGMMA.64x8x8.F32.TF32 R24, R4, gdesc[UR4], R24, gsb0",
+    "LDS.64 R8, [R2+0x10]",
+    "WARPGROUP.DEPBAR.LE gsb0, {left}",
+    "LDS.64 R6, [R2]",
+    "@P0 BRA 0x10",
+    "EXIT",
+]
 
 
 @pytest.mark.parametrize("left, found", [("0x1", ["LDS.64 R6, [R2]"]), ("0x0", [])], ids=["one left", "none left"])
 def test_sass(left, found):
-    instructions, labels = [], ()
-    for line in SASS.replace("0x1 ;", f"{left} ;").splitlines():
-        if line.startswith(".L"):
-            labels = (line[:-1],)
-        elif match := re.match(r"\s+/\*(\w+)\*/ (.*?)\s*;", line):
-            instructions.append(_sass(int(match[1], 16), match[2], labels))
-            labels = ()
-    assert touched(instructions, "sass") == found
+    lines = [(16 * i, text.format(left=left)) for i, text in enumerate(SASS)]
+    assert touched(sass(lines), "sass") == found
 
 
 def launches(c_in, c_out, config):
@@ -113,10 +106,12 @@ CONFIGS = [
 @pytest.mark.parametrize("c_in, c_out, config", CONFIGS, ids=["first", "first of 8 warps", "4", "33", "pointer"])
 def test_tf32_weight_gradients(c_in, c_out, config, tf32):
     """As they are launched they are right; with the stages of other dtypes, Triton before 3.8 gets them wrong."""
-    for launch in launches(c_in, c_out, config):
+    found = launches(c_in, c_out, config)
+    staged = [replace(launch, args=launch.args | {"STAGES": 3}, num_stages=3) for launch in found]
+    reports = inspect_all([compile_launch(launch, 90) for launch in [*found, *staged]], 90)
+    for launch, report in zip(found, reports):
         assert launch.num_stages == launch.args["STAGES"] == 1
-        assert not inspect(compile_launch(launch, 90), 90).touched
-        staged = dataclasses.replace(launch, args=launch.args | {"STAGES": 3}, num_stages=3)
-        report = inspect(compile_launch(staged, 90), 90)
+        assert not report.touched
+    for launch, report in zip(staged, reports[len(found) :]):
         assert bool(report.touched) == BEFORE_3_8
-        assert any("product in flight" in failure for failure in failures(report, staged)) == BEFORE_3_8
+        assert any("product in flight" in failure for failure in failures(report, launch)) == BEFORE_3_8

@@ -24,7 +24,7 @@ from fastunet.inspection.kernel_table import (
     uses_of,
 )
 from fastunet.inspection.layers import CASES, Call, Tensor, network_calls
-from fastunet.inspection.machine_code import GFX942, compile_launch, inspect
+from fastunet.inspection.machine_code import GFX942, compile_launch, inspect_all
 from fastunet.kernels import _launch, _tuned, upsample_bilinear
 from tests.aot.selection import BEFORE_3_8
 
@@ -140,8 +140,7 @@ def test_bilinear_upsampling(architecture, dtype):
         for align_corners in (False, True):
             upsample_bilinear.forward(x, align_corners)
             upsample_bilinear.backward(x, align_corners)
-    for launch in launches:
-        report = inspect(compile_launch(launch, architecture), architecture)
-        assert (report.stack, report.spills) == (0, 0), launch
+    for report in inspect_all([compile_launch(launch, architecture) for launch in launches], architecture):
+        assert (report.stack, report.spills) == (0, 0), report.kernel
         assert report.count("LDG.E.128") >= 4
         assert report.count("STG.E.128") >= 1

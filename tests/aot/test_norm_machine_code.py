@@ -6,7 +6,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton, which compiles the kernels, is not installed")
 
-from fastunet.inspection.machine_code import compile_launch, inspect
+from fastunet.inspection.machine_code import compile_launch, inspect_all
 from fastunet.kernels import _launch
 from fastunet.kernels.norm import backward, forward, statistics
 
@@ -60,9 +60,8 @@ def test_a_convolution_with_its_norm(architecture, dtype, size, kernels):
         launch for launch in found if launch.kernel.__name__ != "permuted_taps_kernel"
     ]  # two_rows stacks its weights
     assert [launch.kernel.__name__ for launch in found] == kernels
-    for launch in found:
-        report = inspect(compile_launch(launch, architecture), architecture)
-        assert (report.stack, report.spills) == (0, 0), f"{launch.kernel.__name__}: {report.registers} registers"
+    for report in inspect_all([compile_launch(launch, architecture) for launch in found], architecture):
+        assert (report.stack, report.spills) == (0, 0), f"{report.kernel}: {report.registers} registers"
 
 
 @pytest.mark.parametrize("architecture, dtype, c", sorted({*QUICK, *ALL}, key=str))
@@ -71,12 +70,11 @@ def test_machine_code(architecture, dtype, c, request):
         pytest.skip("compiled with --full")
     found = {launch.kernel.__name__: launch for launch in launches(architecture, dtype, c)}
     assert len(found) == 6
-    for name, launch in found.items():
-        report = inspect(compile_launch(launch, architecture), architecture)
-        text = f"{name}: {report.registers} registers, {dict(report.opcodes)}"
+    for report in inspect_all([compile_launch(launch, architecture) for launch in found.values()], architecture):
+        text = f"{report.kernel}: {report.registers} registers, {dict(report.opcodes)}"
         assert (report.stack, report.spills) == (0, 0), text
         images = {"norm_statistics_kernel": (1, 0), "norm_forward_kernel": (4, 5), "norm_sums_kernel": (9, 0),
-                  "norm_data_grad_kernel": (9, 4)}.get(name)  # fmt: skip
+                  "norm_data_grad_kernel": (9, 4)}.get(report.kernel)  # fmt: skip
         if images:
             assert report.count("LDG.E.128") >= images[0], text
             assert report.count("STG.E.128") == images[1], text

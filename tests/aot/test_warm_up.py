@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +18,6 @@ from fastunet.inspection.layers import network_calls
 from fastunet.inspection.warm_up import Work, warm_up
 from fastunet.inspection.warm_up import kernels as kernels_of
 from fastunet.kernels import _launch
-from tests.aot.selection import BEFORE_3_8
 from tests.cli_helpers import assert_user_error
 
 pytestmark = pytest.mark.skipif(_launch.INTERPRETED, reason="the interpreter has no machine code")
@@ -27,15 +29,13 @@ def kernels(folder: Path) -> set[Path]:
     return set(folder.rglob("*.cubin"))
 
 
-def test_nothing_is_left_to_compile(tmp_path, monkeypatch, request):
-    if BEFORE_3_8 and not request.config.getoption("--full", default=False):
-        pytest.skip("compiled with --full")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
-    told = []
+def test_nothing_is_left_to_compile(no_code, monkeypatch):
+    threads = SimpleNamespace(Pool=ThreadPool)  # a process of its own would make code
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: threads)
+    folder, told = Path(no_code), []
     number = warm_up([Work(NETWORK, (16, 16), 2, "bf16", 90)], 1, lambda *progress: told.append(progress))
     assert told == [(done, number) for done in range(1, number + 1)]
-    ready = kernels(tmp_path)
+    ready = kernels(folder)
     assert len(ready) == number
     hits = []
     monkeypatch.setattr(triton.knobs.compilation, "listener", lambda **told: hits.append(told["cache_hit"]))
@@ -44,7 +44,7 @@ def test_nothing_is_left_to_compile(tmp_path, monkeypatch, request):
             call.launcher()(*call.random(torch.bfloat16, "cpu"))
         for call in network_calls(NETWORK, 2, 16, 16, training=False, output="labels"):
             call.launcher()(*call.random(torch.bfloat16, "cpu"))
-    assert kernels(tmp_path) == ready
+    assert kernels(folder) == ready
     assert len(hits) > 10  # some kernels are in memory already, from other tests
     assert all(hits)
 
