@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -66,8 +66,9 @@ class UNet(reference.UNet):
 
     Parameters are made in contiguous memory, as PyTorch's tools for pruning and sharding expect. As for any
     convolutional network, ``model.to(memory_format=torch.channels_last)`` saves reordering them in each step. Logits
-    are in ``channels_last`` memory. A network with norms runs through its layers on a CPU, where these are faster, in
-    the memory format of its images; ``fastest_format(device)`` says which suits it best.
+    come in the memory format in which the plain build leaves them, probabilities in that of the logits. A network with
+    norms runs through its layers on a CPU, where these are faster; ``fastest_format(device)`` says which format suits
+    it best.
     """
 
     conv_block, decoder_block = ConvBlock, DecoderBlock
@@ -227,7 +228,8 @@ class UNet(reference.UNet):
         if self.activation_checkpointing and style.norm == "batch" and self.training and torch.is_grad_enabled():
             raise ValueError("activation_checkpointing would count each batch twice in the running statistics of norms")
         drops = "dropout" not in apart and self.dropout.training and self.dropout.p
-        as_layers_leave_it = nchw if (apart or drops) and leaves_nchw(x, self._first_weight()) else _unchanged
+        plain = leaves_nchw(x, self._first_weight() if weight is None else weight)
+        as_layers_leave_it: Callable[[torch.Tensor], torch.Tensor] = nchw if plain else _unchanged
         x = nhwc(self._pad(x))  # once, not in each operator that reads it
 
         def run(name: str, block: nn.Module, *inputs: torch.Tensor, **links: Any) -> Any:
@@ -252,18 +254,20 @@ class UNet(reference.UNet):
         joined = [style.is_classic and a not in apart and b not in apart for a, b in itertools.pairwise(chain)]
         joined[0] = joined[0] and "dropout" not in apart
         x = run("bottleneck", self.bottleneck, x, grad_masked=joined[0])
-        x = self.dropout(as_layers_leave_it(x))  # which draws in the order of memory
+        x = self.dropout(as_layers_leave_it(x) if apart or drops else x)  # which draws in the order of memory
         for level, decoder in enumerate(self.decoders):
             links = {"mask_input": joined[level], "grad_masked": joined[level + 1]}
             if joined[-1] and level + 3 == len(chain) and not torch.is_grad_enabled():
-                logits = run(chain[level + 1], decoder, x, skips.pop(), head=self.head, output=output)
-                return reference.top_left(logits, height, width)
+                x = run(chain[level + 1], decoder, x, skips.pop(), head=self.head, output=output)
+                break
             x = run(chain[level + 1], decoder, x, skips.pop(), **links)
-        if "head" in apart:
-            x = finish(self.head(as_layers_leave_it(x)), output)
         else:
-            x = fused_head(self.head, x, output=output, mask_input=joined[-1], backend=self.backend)
-        return reference.top_left(x, height, width)
+            if "head" in apart:
+                x = finish(self.head(as_layers_leave_it(x)), output)
+            else:
+                x = fused_head(self.head, x, output=output, mask_input=joined[-1], backend=self.backend)
+        x = reference.top_left(x, height, width)
+        return as_layers_leave_it(x) if x.dim() == 4 else x
 
     def _first_weight(self) -> torch.Tensor | None:
         """The first kernel larger than a pixel, whose strides tell its memory format."""

@@ -136,14 +136,14 @@ def losses(labels, backend):
 
 
 def check_network_penalty(name: str, backend: str, dtype: torch.dtype) -> None:
-    """A gradient penalty as in WGAN-GP, of the whole network."""
+    """Penalties of the gradients of the image, as in WGAN-GP, and of the parameters, of the whole network."""
     fast, plain, x, labels = builds(name, backend, dtype)
 
     def gradients(model, loss):
-        image = x.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(loss(model(image)), image, create_graph=True)
-        penalty = (gradient.flatten(1).norm(dim=1) - 1).square().sum() + loss(model(image))
-        return torch.autograd.grad(penalty, [image, *model.parameters()])
+        leaves = [x.clone().requires_grad_(), *model.parameters()]
+        first, *others = torch.autograd.grad(loss(model(leaves[0])), leaves, create_graph=True)
+        penalty = (first.flatten(1).norm(dim=1) - 1).square().sum() + loss(model(leaves[0]))
+        return torch.autograd.grad(penalty + sum(g.square().sum() for g in others), leaves)
 
     for _, ours, theirs in losses(labels, backend):
         for found, wanted in zip(gradients(fast, ours), gradients(plain, theirs), strict=True):

@@ -80,6 +80,17 @@ def test_hooks_see_maps_in_the_memory_of_the_plain_build(style):
     assert seen[model] == seen[plain]
 
 
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("style", ["batch", "plain", "transposed"])
+def test_logits_are_in_the_memory_of_the_plain_build(style, memory):
+    model, plain, x = (each.float().to(memory_format=memory) for each in builds(STYLES[style]))
+    x = F.interpolate(x, (44, 60))  # padded by none
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert model(x).stride() == plain(x).stride()
+            assert model.predict_proba(x).stride() == plain(x).stride()
+
+
 @pytest.mark.filterwarnings("ignore:.*runs through its modules")
 def test_a_hook_may_cast_the_images_for_a_first_layer_of_another_dtype():
     model, plain, x = builds(STYLES["plain"], dtype=torch.float32)

@@ -42,6 +42,7 @@ def _up(x, wu, bu, transpose, backend):
 
 
 def _decoder(x, skip, wu, bu, w1, b1, w2, b2, pad, transpose, mask_input, grad_masked, backend):
+    x = x.relu() if mask_input else x  # which it is already; but all gradients of x, second ones too, come masked
     y1 = _OPS.conv_relu(_up(x, wu, bu, transpose, backend), skip, w1, b1, pad, 0.0, backend)
     return _OPS.conv_relu(y1, None, w2, b2, pad, 0.0, backend)
 

@@ -23,7 +23,8 @@ OUTPUTS = ("logits", "probabilities", "labels", "regions")
 
 
 def _forward(x, weight, bias, output):
-    return finish(F.conv2d(nhwc(x), weight, bias), output)
+    y = finish(F.conv2d(nhwc(x), weight, bias), output)
+    return nhwc(y) if y.dim() == 4 else y
 
 
 def finish(logits: torch.Tensor, output: str) -> torch.Tensor:
@@ -33,11 +34,11 @@ def finish(logits: torch.Tensor, output: str) -> torch.Tensor:
     if output == "regions":
         numbers = torch.arange(1, logits.shape[1] + 1, dtype=torch.uint8, device=logits.device)
         return ((logits > 0) * numbers.view(-1, *[1] * (logits.ndim - 2))).amax(dim=1)
-    return nhwc(logits if output == "logits" else logits.softmax(dim=1))
+    return logits if output == "logits" else logits.softmax(dim=1)
 
 
 def fake_finish(x: torch.Tensor, classes: int, size: Sequence[int], output: str) -> torch.Tensor:
-    """The shape, dtype and strides of :func:`finish`."""
+    """The shape, dtype and strides of :func:`_forward`'s result."""
     if output in ("labels", "regions"):
         return x.new_empty((x.shape[0], *size), dtype=torch.uint8)
     height, width = size
@@ -111,7 +112,8 @@ class _MaskingHead(torch.autograd.Function):
         x, weight, bias = ctx.saved_tensors
         if autograd.differentiated_again():
             head = functools.partial(_OPS.segmentation_head, output="logits", backend=ctx.backend)
-            return *autograd.vjp(head, (x, weight, bias), ctx.needs_input_grad, [d_logits]), None
+            masking = lambda x, *parameters: head(x.relu(), *parameters)  # noqa: E731 - second derivatives of x, too
+            return *autograd.vjp(masking, (x, weight, bias), ctx.needs_input_grad, [d_logits]), None
         dx, dw, db = _OPS.segmentation_head_backward(d_logits, x, weight, True, bias is not None, ctx.backend)
         return dx, dw, db if bias is not None else None, None
 
