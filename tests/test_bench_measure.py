@@ -61,8 +61,9 @@ def with_nan(results):
     return (changed, *results[1:])
 
 
-@pytest.mark.parametrize("spoil, state", [(one_element_off, WRONG), (with_nan, WRONG), (lambda r: r[:-1], FAILED)])
-@pytest.mark.parametrize("step", [LOGITS, TRAINING])
+@pytest.mark.parametrize("spoil, state, step", [
+    (one_element_off, WRONG, TRAINING), (with_nan, WRONG, LOGITS), (lambda r: r[:-1], FAILED, TRAINING),
+])  # fmt: skip
 def test_a_wrong_variant_is_reported_and_never_timed(monkeypatch, spoil, state, step):
     timed = []
     monkeypatch.setattr(measure_module, "interleave", lambda runs, *rest: timed.append(runs) or interleave(runs, *rest))
@@ -105,9 +106,10 @@ def test_labels_may_differ_only_where_logits_tie():
     assert error_shares([wrong], plain, [logits], "fp32", 1)[0] > 1
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("step", [LOGITS, LABELS, TRAINING])
-@pytest.mark.parametrize("preset, side", [("brats", 16), ("isbi", 44)])
+@pytest.mark.parametrize("preset, side, step, precision", [
+    ("brats", 8, LOGITS, "fp32"), ("brats", 8, LABELS, "bf16"), ("brats", 8, TRAINING, "fp32"),
+    ("isbi", 44, LOGITS, "bf16"), ("isbi", 44, LABELS, "fp32"), ("isbi", 44, TRAINING, "bf16"),
+])  # fmt: skip
 def test_every_form_of_a_network_is_right(preset, side, step, precision):
     workload = network_workload(preset, step, 2, side, precision, **TINY)
     found = measure(eager(workload), CPU, MACHINE, QUICK)
@@ -115,9 +117,9 @@ def test_every_form_of_a_network_is_right(preset, side, step, precision):
     assert all(m.row.saved_bytes > 0 for m in found) == (step == TRAINING)
 
 
-@pytest.mark.parametrize("preset, side", [("brats", 8), ("isbi", 44)])
+@pytest.mark.parametrize("preset, side", [("brats", 8), ("isbi", 20)])
 def test_every_operator_at_every_layer_is_right(preset, side):
-    workloads = operator_workloads(Architecture.from_preset(preset, **TINY), 1, side, side, "fp32")
+    workloads = operator_workloads(Architecture.from_preset(preset, width=4, depth=1), 1, side, side, "fp32")
     rows = [m.row for w in workloads for m in measure(eager(w), CPU, MACHINE, QUICK)]
     assert {row.state for row in rows} == {OK}
     missing = "conv_transpose2d" if preset == "brats" else "upsample_conv_relu"
@@ -169,12 +171,6 @@ def test_memory_of_a_call():
     assert peak_bytes(call, CPU) == 3 * 4000
 
 
-def test_fastunet_keeps_less_for_backward_than_the_plain_build():
-    workload = eager(network_workload("brats", TRAINING, 1, 64, "fp32", width=8))
-    kept = {m.row.variant: m.row.saved_bytes for m in measure(workload, CPU, MACHINE, QUICK)}
-    assert kept["fastunet"] <= 0.75 * kept["plain"]
-
-
 def test_floors_agree_with_figures_counted_by_hand():
     """Arithmetic at 800 TFLOP/s and batch 16, 16 and 1, counted independently from the layer tables."""
     expected = {"brats 128": (16, 127e-6), "brats 240": (16, 448e-6), "isbi 572": (1, 376e-6)}
@@ -186,13 +182,13 @@ def test_floors_agree_with_figures_counted_by_hand():
 
 
 def test_selection_names_are_distinct_and_cover_what_is_promised():
-    workloads = [*selection.networks(CPU, True), *selection.operators(["max_pool2d"], CPU, True)]
-    names = [w.name for w in workloads]
+    networks = selection.networks(CPU, True)
+    names = [w.name for w in (*networks, *selection.operators(["max_pool2d"], CPU, True))]
     assert len(set(names)) == len(names)
-    networks = {(w.subject, w.step, w.batch, w.precision) for w in workloads[: len(selection.networks(CPU, True))]}
+    chosen = {(w.subject, w.step, w.batch, w.precision) for w in networks}
     for preset in ("brats", "isbi"):
         for batch in (1, 16, 64):
-            assert (preset, TRAINING, batch, "tf32") in networks
+            assert (preset, TRAINING, batch, "tf32") in chosen
 
 
 def test_folder_names_of_devices():

@@ -26,7 +26,7 @@ def test_demo(preset, options, case, suffixes, tmp_path, monkeypatch, capsys):
     training = plan.training | dict(width=4, depth=2, epochs=1, val_fraction=0.25)
     small = dict(options=options, training_cases=4, unseen_cases=3, training=training)
     monkeypatch.setitem(demo.PLANS, preset, dataclasses.replace(plan, **small))
-    for _ in range(2):  # a second run replaces the first
+    for _ in range(2 if preset == "isbi" else 1):  # a second run replaces the first
         assert run("demo", "--preset", preset, "--out", tmp_path / "demo", "--seed", "3", "--device", "cpu") == 0
     files = files_below(tmp_path / "demo")
     made = [f"segmentation/{case}0{suffix}" for suffix in suffixes]

@@ -64,7 +64,8 @@ def test_valid(shapes):
 def test_gradients_layouts_and_compilation(shapes):
     operators.check_gradients(fast, *shapes)
     operators.check_layouts(fast, *shapes)
-    operators.check_compiles(fast, *shapes)
+    if shapes in CASES[1:4:2]:  # without and with a skip, a bias, a crop
+        operators.check_compiles(fast, *shapes)
 
 
 def test_stride_2():

@@ -16,6 +16,7 @@ import fastunet
 from fastunet.data import discover_cases
 from fastunet.interop import save_keras_weights
 from fastunet.training.checkpoint import load_model
+from tests.cli_helpers import write_checkpoint
 from tests.processes import ended, start_group
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -77,7 +78,8 @@ def uses_several_gpus(run, folder, data, network):
 def exports(run, folder, data, network):
     for module in ("onnxruntime", "onnxscript"):
         pytest.importorskip(module, reason=f"{module} is not installed (pip install 'fastunet[rivals]')")
-    told = run("export_to_onnx", network, folder / "network.onnx")
+    write_checkpoint(folder / "best.safetensors", depth=1)
+    told = run("export_to_onnx", folder, folder / "network.onnx")
     assert float(re.search(r"([\d.]+)% of the labels", told)[1]) > 99
 
 

@@ -61,7 +61,7 @@ def test_state_dict_order_is_the_order_of_use():
 def test_he_normal_statistics():
     torch.manual_seed(0)
     for preset in ("brats", "isbi"):
-        for name, layer in reference.UNet.from_preset(preset).named_modules():
+        for name, layer in reference.UNet.from_preset(preset, width=16).named_modules():
             if not isinstance(layer, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
                 continue
             assert layer.bias.abs().max() == 0
@@ -103,8 +103,8 @@ def keras_build(size):
     return keras.Model(inputs, layers.Conv2D(4, 1, activation="softmax")(x))
 
 
-@pytest.mark.parametrize("size", [(64, 64), (96, 80)])
-def test_agrees_with_a_real_keras_build(size):
+def test_agrees_with_a_real_keras_build():
+    size = 64, 48
     source = keras_build(size)
     convolutions = [layer for layer in source.layers if layer.__class__.__name__ == "Conv2D"]
     rng = np.random.default_rng(0)

@@ -43,8 +43,8 @@ STYLES = {
 
 def builds(style, training=True, dtype=torch.float64, backend="torch"):
     torch.manual_seed(0)
-    plain = randomised(reference.UNet(**SMALL, **style).to(dtype)).train(training)
-    model = UNet(**SMALL, **style, backend=backend).to(dtype).train(training)
+    plain = randomised(reference.UNet(**SMALL | style).to(dtype)).train(training)
+    model = UNet(**SMALL | style, backend=backend).to(dtype).train(training)
     model.load_state_dict(plain.state_dict())
     sides = (44, 60) if style.get("padding") == "valid" else (13, 18)
     return model, plain, torch.randn(2, 1, *sides, dtype=dtype)
@@ -140,7 +140,7 @@ def test_checkpointing_refuses_to_count_batches_twice():
 
 
 def test_it_compiles_as_a_whole():
-    model, plain, x = builds(STYLES["zeros"], False, torch.float32)
+    model, plain, x = builds(STYLES["zeros"] | dict(depth=1), False, torch.float32)
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x), plain(x), rtol=1e-4, atol=1e-5)
@@ -210,10 +210,10 @@ def test_norms_are_spelled_for_onnx_as_they_are(norm):
     torch.testing.assert_close(_Spelled(norm)(x), norm(x))
 
 
-@pytest.mark.parametrize("style", ["zeros", "instance"])
-def test_onnx_files_hold_norms(style, tmp_path):
+def test_onnx_files_hold_norms(tmp_path):
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    model, plain, _ = builds(STYLES[style], False, torch.float32)
+    style = STYLES["instance"] | dict(odd="zeros", up="transpose", depth=1)
+    model, plain, _ = builds(style, False, torch.float32)
     to_onnx(model, tmp_path / "m.onnx")
     session = runtime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
     for shape in ((1, 1, 16, 24), (2, 1, 13, 18)):
@@ -240,11 +240,11 @@ def nnunet():
 
 
 def common():
-    return CommonUNet(width=64, depth=4, in_channels=3)
+    return CommonUNet(width=16, depth=4, in_channels=3)
 
 
-ORIGINALS = {"milesial": (common, (1, 3, 37, 50)), "monai_basic": (monai, (1, 1, 37, 50)),
-             "nnunet2d": (nnunet, (1, 1, 32, 64))}  # fmt: skip
+ORIGINALS = {"milesial": (common, (1, 3, 37, 50), dict(width=16)), "monai_basic": (monai, (1, 1, 37, 50), {}),
+             "nnunet2d": (nnunet, (1, 1, 32, 64), {})}  # fmt: skip
 
 
 def in_order(net, x):
@@ -261,10 +261,10 @@ def in_order(net, x):
 
 @pytest.mark.parametrize("preset", ORIGINALS)
 def test_a_preset_is_its_original_layer_for_layer(preset):
-    build, shape = ORIGINALS[preset]
+    build, shape, options = ORIGINALS[preset]
     torch.manual_seed(0)
     original = build().eval()
-    plain = reference.UNet.from_preset(preset).eval()
+    plain = reference.UNet.from_preset(preset, **options).eval()
     if hasattr(getattr(original, "decoder", None), "deep_supervision"):
         original.decoder.deep_supervision = False
     x = torch.randn(shape)
@@ -277,7 +277,7 @@ def test_a_preset_is_its_original_layer_for_layer(preset):
             state["weight"] = torch.cat(state["weight"].chunk(2, 1)[::-1], 1)
         mine.load_state_dict(state)
     randomised_in_both(ours, theirs)
-    model = UNet.from_preset(preset).eval()
+    model = UNet.from_preset(preset, **options).eval()
     model.load_state_dict(plain.state_dict())
     with torch.no_grad():
         want = original(x)
@@ -299,6 +299,7 @@ def randomised_in_both(ours, theirs):
 
 
 def test_presets_take_overrides():
+    assert Architecture.from_preset("milesial").widths == (64, 128, 256, 512, 1024)
     assert Architecture.from_preset("monai_basic").widths == (32, 32, 64, 128, 256)
     assert Architecture.from_preset("monai_basic", width=8, depth=2).widths == (8, 16, 32)
     assert Architecture.from_preset("nnunet2d", depth=1, features=(32, 48)).widths == (32, 48)
