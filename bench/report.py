@@ -17,11 +17,7 @@ _REPOSITORY = Path(__file__).parent.parent
 README, PAGE = _REPOSITORY / "README.md", _REPOSITORY / "docs" / "benchmarks.md"
 PICTURES = PAGE.parent / "pictures"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-_CAPTIONS = {
-    "rivals": "times against the rivals",
-    "waterfall": "what each fusion brings",
-    "roofline": "roofline",
-}
+_CAPTIONS = {"rivals": "times against the rivals", "waterfall": "what each fusion brings", "roofline": "roofline"}
 
 
 def section(root: Path = RESULTS) -> str:

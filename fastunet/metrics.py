@@ -58,9 +58,7 @@ class SegmentationMetrics:
         self.regions = {name: tuple(classes) for name, classes in (regions or {}).items()}
         for name, classes in self.regions.items():
             if not classes or not all(0 <= c < num_classes for c in classes):
-                raise ValueError(
-                    f"region {name!r} is made of {classes}; expected some of 0 to {num_classes - 1}"
-                )
+                raise ValueError(f"region {name!r} is made of {classes}; expected some of 0 to {num_classes - 1}")
         self.empty = empty
         self.smooth = (1.0 if empty == "smooth" else 0.0) if smooth is None else smooth
         check_rule(self.empty, self.smooth)

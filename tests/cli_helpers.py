@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import subprocess
 import sys
@@ -49,6 +50,12 @@ def assert_user_error(capsys, code: int, *words: str) -> None:
 def files_below(folder: Path) -> list[str]:
     """Every file below ``folder``, hidden ones too, as sorted relative paths."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def read_log(folder: Path) -> list[dict[str, str]]:
+    """The rows of a run folder's log."""
+    with open(folder / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def command(*args: object, module: str = "fastunet", **environment: str) -> subprocess.CompletedProcess:

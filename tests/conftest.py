@@ -55,6 +55,29 @@ def checkpoint(tmp_path_factory) -> Path:
     return run
 
 
+@pytest.fixture
+def cases(tmp_path) -> list:
+    """Three heads, of other shapes and turned differently."""
+    from fastunet.data import discover_cases
+    from tests.data_files import head_case
+
+    for number in range(3):
+        head_case(tmp_path / "data" / f"case_{number}", number, (10 + number, 9, 8), ("LPS", "RAS", "SAR")[number])
+    return discover_cases(tmp_path / "data")
+
+
+@pytest.fixture
+def nothing_said(monkeypatch) -> None:
+    """The test hears the warnings that a process gives once."""
+    monkeypatch.setattr("fastunet.errors._said", set())
+
+
+@pytest.fixture
+def tiny_chunks(monkeypatch) -> None:
+    """So small that the Dice functions walk every image in many chunks, the last one shorter."""
+    monkeypatch.setattr("fastunet.functional.dice_cpu._CHUNK_BYTES", 4 * 4 * 23 // torch.get_num_threads())
+
+
 def pytest_unconfigure() -> None:
     """At the end everything is let go, so that no library complains of leaks."""
     gc.unfreeze()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+
 
 def batch(c, size=(7, 9), n=3, dtype=torch.float64, seed=0, labels=torch.uint8):
     generator = torch.Generator().manual_seed(seed)

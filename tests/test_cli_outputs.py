@@ -16,10 +16,8 @@ from fastunet.cli import demo
 from fastunet.errors import UserError
 from fastunet.outputs import check_outputs, name_for_file
 from fastunet.training.checkpoint import ModelCard, save_weights
-from tests.cli_helpers import assert_user_error, files_below, run
+from tests.cli_helpers import CASE, TINY, assert_user_error, files_below, run
 from tests.data_files import msd_folder
-
-CASE = "Phantom_000"
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -111,20 +109,7 @@ def test_train_never_replaces_what_it_reads(phantoms, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     os.link(data / CASE / f"{CASE}_seg.nii.gz", tmp_path / "run" / "log.csv")
     before = content(tmp_path)
-    line = [
-        "train",
-        data,
-        "--out",
-        tmp_path / "run",
-        "--width",
-        "2",
-        "--depth",
-        "1",
-        "--epochs",
-        "1",
-        "--device",
-        "cpu",
-    ]
+    line = ["train", data, "--out", tmp_path / "run", *TINY, "--epochs", "1"]
     assert_user_error(capsys, run(*line), "is an input")
     assert content(tmp_path) == before
 
@@ -197,17 +182,8 @@ def test_images_and_their_overlays(tmp_path, capsys):
 def test_maps_and_pictures_are_not_replaced_unasked(name, phantoms, checkpoint, tmp_path, capsys):
     precious = tmp_path / f"{CASE}{name}"
     precious.write_text("precious")
-    line = [
-        "segment",
-        checkpoint,
-        phantoms / CASE,
-        "--out",
-        tmp_path,
-        "--device",
-        "cpu",
-        "--probabilities",
-        "--overlay",
-    ]
+    outputs = ["--out", tmp_path, "--probabilities", "--overlay"]
+    line = ["segment", checkpoint, phantoms / CASE, *outputs, "--device", "cpu"]
     assert_user_error(capsys, run(*line), precious.name, "--overwrite")
     assert content(tmp_path) == {precious.name: b"precious"}
     assert run(*line, "--overwrite") == 0

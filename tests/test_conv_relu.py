@@ -48,9 +48,7 @@ def test_a_weight_much_larger_than_the_image_is_not_reordered():
 @pytest.mark.parametrize("shapes", CASES)
 @pytest.mark.parametrize("relu", [True, False])
 def test_same(shapes, relu):
-    operators.check_against_literal(
-        lambda *t: fast(*t, relu=relu), lambda *t: literal(*t, relu=relu), *shapes
-    )
+    operators.check_against_literal(lambda *t: fast(*t, relu=relu), lambda *t: literal(*t, relu=relu), *shapes)
 
 
 @pytest.mark.parametrize("shapes", [CASES[0], CASES[2], CASES[3]])

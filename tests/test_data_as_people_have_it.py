@@ -16,10 +16,7 @@ from fastunet.data import Source, check_geometry, discover_cases, read_labels
 from fastunet.errors import DataWarning, UserError
 from tests.data_files import NNUNET_JSON, brats_case, gli_case, msd_folder, nnunet_folder, random_image, save
 
-
-@pytest.fixture(autouse=True)
-def said(monkeypatch):
-    monkeypatch.setattr("fastunet.errors._said", set())
+pytestmark = pytest.mark.usefixtures("nothing_said")
 
 
 def rewrite(root: Path, **changes) -> Path:

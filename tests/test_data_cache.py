@@ -15,14 +15,7 @@ import torch
 from fastunet.data import CaseSlices, SliceDataset, discover_cases
 from fastunet.data import cache as cache_module
 from fastunet.errors import UserError
-from tests.data_files import brats_case, head_case, oriented_affine, random_labels, save
-
-
-@pytest.fixture
-def cases(tmp_path):
-    for number in range(3):
-        head_case(tmp_path / "data" / f"case_{number}", number, (10 + number, 9, 8), ("LPS", "RAS", "SAR")[number])
-    return discover_cases(tmp_path / "data")
+from tests.data_files import brats_case, oriented_affine, random_labels, save
 
 
 def test_the_cache_is_made_once(tmp_path, cases, monkeypatch):
@@ -163,11 +156,6 @@ def test_the_cache_folder_cannot_be_made(tmp_path, cases):
         SliceDataset(cases, cache_dir=tmp_path / "file" / "cache", size=8)
 
 
-@pytest.fixture
-def said(monkeypatch):
-    monkeypatch.setattr("fastunet.errors._said", set())
-
-
 def flip(path):
     data = bytearray(path.read_bytes())
     data[-10] ^= 1
@@ -179,7 +167,7 @@ def flip(path):
     [flip, lambda path: os.truncate(path, 200), lambda path: path.unlink(), lambda path: path.write_bytes(b"")],
 )
 @pytest.mark.parametrize("opened", [False, True])
-def test_a_cache_file_damaged_during_the_run_is_made_again(tmp_path, cases, damage, opened, said):
+def test_a_cache_file_damaged_during_the_run_is_made_again(tmp_path, cases, damage, opened, nothing_said):
     data = SliceDataset(cases, cache_dir=tmp_path / "cache", size=8, skip_empty=True)
     expected = data.load(range(len(data)))
     if not opened:
@@ -192,7 +180,7 @@ def test_a_cache_file_damaged_during_the_run_is_made_again(tmp_path, cases, dama
         assert len(list((tmp_path / "cache").glob("*.npy"))) == 3
 
 
-def test_a_damaged_cache_file_whose_source_changed(tmp_path, cases, said):
+def test_a_damaged_cache_file_whose_source_changed(tmp_path, cases, nothing_said):
     data = SliceDataset(cases, cache_dir=tmp_path / "cache", size=8)
     for path in (tmp_path / "cache").glob("*.npy"):
         flip(path)

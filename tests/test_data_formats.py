@@ -23,11 +23,7 @@ from tests.data_files import oriented_affine, random_image, random_labels, save
 BRATS = LABEL_MAPS["brats2021"]
 AFFINE = oriented_affine("RAS") + np.array([[0.1, 0, 0, 0], [0, 0, 0.2, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
 
-
-@pytest.fixture(autouse=True)
-def said(monkeypatch):
-    """Each test hears what it would hear first."""
-    monkeypatch.setattr("fastunet.errors._said", set())
+pytestmark = pytest.mark.usefixtures("nothing_said")
 
 
 def renamed(path: Path, name: str) -> Path:

@@ -10,22 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastunet.data import (
-    CaseSlices,
-    SliceDataset,
-    cases_from_files,
-    discover_cases,
-    read_labels,
-    split_cases,
-)
+from fastunet.data import CaseSlices, SliceDataset, cases_from_files, discover_cases, read_labels, split_cases
 from fastunet.data.masks import mask_table
 from fastunet.errors import DataWarning, UserError
 from tests.image_data import GREY, RGB, RNG, folder_of, picture
 
-
-@pytest.fixture(autouse=True)
-def said(monkeypatch):
-    monkeypatch.setattr("fastunet.errors._said", set())
+pytestmark = pytest.mark.usefixtures("nothing_said")
 
 
 @pytest.mark.parametrize("masks", ["masks", "labels", "annotations", "Masks"])

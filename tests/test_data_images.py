@@ -10,19 +10,13 @@ import pytest
 import tifffile
 from PIL import Image, ImageOps
 
-from fastunet.data import (
-    read_geometry,
-    read_volume,
-)
+from fastunet.data import read_geometry, read_volume
 from fastunet.errors import DataWarning, UserError
 from tests.image_data import GREY, RGB, RNG, picture
 
 STACK = RNG.integers(0, 256, (6, 7, 5)).astype(np.uint8)
 
-
-@pytest.fixture(autouse=True)
-def said(monkeypatch):
-    monkeypatch.setattr("fastunet.errors._said", set())
+pytestmark = pytest.mark.usefixtures("nothing_said")
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.PNG", "a.tif", "a.TIFF", "a.bmp"])

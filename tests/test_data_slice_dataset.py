@@ -25,13 +25,6 @@ from tests.data_files import (
 SHAPE = (10, 9, 8)
 
 
-@pytest.fixture
-def cases(tmp_path):
-    for number in range(3):
-        head_case(tmp_path / "data" / f"case_{number}", number, (10 + number, 9, 8), ("LPS", "RAS", "SAR")[number])
-    return discover_cases(tmp_path / "data")
-
-
 @pytest.mark.parametrize("normalise", [True, False])
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("size", [4, 16, (3, 20), (20, 7)])

@@ -5,19 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastunet.functional import dice_cpu
 from fastunet.functional.dice import dice_coefficient, dice_cross_entropy, dice_loss
 from fastunet.functional.dice_confusion import confusion_matrix
-from tests.dice_cases import OPTIONS, arguments, batch, literal
+from tests.dice_cases import LAYOUTS, OPTIONS, arguments, batch, literal
 from tests.tolerance import assert_within_budget
-
-LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
-
-
-@pytest.fixture
-def tiny_chunks(monkeypatch):
-    """So small that every image is walked in many chunks, the last one shorter."""
-    monkeypatch.setattr(dice_cpu, "_CHUNK_BYTES", 4 * 4 * 23 // torch.get_num_threads())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

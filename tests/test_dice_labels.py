@@ -4,20 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastunet.functional import dice_cpu
 from fastunet.functional.dice import dice_coefficient, dice_cross_entropy, dice_loss
 from fastunet.functional.dice_confusion import confusion_matrix
 from fastunet.metrics import precision
-from tests.dice_cases import batch
-
-LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
-
-
-@pytest.fixture
-def tiny_chunks(monkeypatch):
-    """So small that every image is walked in many chunks, the last one shorter."""
-    monkeypatch.setattr(dice_cpu, "_CHUNK_BYTES", 4 * 4 * 23 // torch.get_num_threads())
-
+from tests.dice_cases import LAYOUTS, batch
 
 LABEL_DTYPES = [
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64,

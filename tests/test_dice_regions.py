@@ -4,14 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastunet.functional import dice_cpu, region_dice_cross_entropy
+from fastunet.functional import region_dice_cross_entropy
 from fastunet.functional.dice_regions import region_table
 from fastunet.losses import RegionDiceCrossEntropyLoss
-from tests.dice_cases import batch
+from tests.dice_cases import LAYOUTS, batch
 from tests.region_cases import BRATS, NESTED, literal
 from tests.tolerance import assert_within_budget
 
-LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 REGIONS = {"one": [(1, 3)], "brats": BRATS, "nested": NESTED}
 OPTIONS = {
     "plain": {},
@@ -35,12 +34,6 @@ def arguments(options, regions, dtype):
         options["weights"] = torch.linspace(0.2, 1.7, len(regions), dtype=dtype)
     names = {"weights": "region_weights", "ignore": "ignore_index"}
     return options, {"num_classes": 6} | {names.get(name, name): value for name, value in options.items()}
-
-
-@pytest.fixture
-def tiny_chunks(monkeypatch):
-    """So small that every image is walked in many chunks, the last one shorter."""
-    monkeypatch.setattr(dice_cpu, "_CHUNK_BYTES", 4 * 3 * 23 // torch.get_num_threads())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -10,8 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BASE = {"arguments", "errors", "files", "schema", "outputs", "signals"}
-NETWORK = {"architecture", "autograd", "blocks", "chains", "dispatch", "functional", "reference", "touched",
-           "unet"}
+NETWORK = {"architecture", "autograd", "blocks", "chains", "dispatch", "functional", "reference", "touched", "unet"}
 MAY_IMPORT = {
     "errors": set(), "arguments": set(), "autograd": set(), "architecture": {"arguments"}, "signals": BASE,
     "touched": set(), "schema": {"errors"}, "files": {"errors", "schema"}, "outputs": {"errors", "files"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import threading
@@ -25,14 +24,9 @@ from fastunet.training.learner import batch_seed
 from fastunet.training.loading import prefetched
 from fastunet.training.precision import loss_scaler
 from fastunet.training.run import train
-from tests.cli_helpers import TINY, assert_user_error, files_below, run, write_checkpoint
+from tests.cli_helpers import TINY, assert_user_error, files_below, read_log, run, write_checkpoint
 
 ONE_PROCESS = Processes(0, 1, torch.device("cpu"))
-
-
-def read_log(folder) -> list[dict[str, str]]:
-    with open(folder / "log.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_two_epochs_equal_a_loop_written_out(phantoms, tmp_path):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-
 import safetensors.torch
 
 from fastunet.training import dataset
-from tests.cli_helpers import run
+from tests.cli_helpers import read_log, run
 from tests.processes import ended, start_group
 
 
@@ -39,8 +37,3 @@ def test_two_processes_equal_one(phantoms, tmp_path, monkeypatch):
         assert (weight - others[name]).abs().max() <= 1e-4, name
     learned = float(expected[0]["train_loss"]) - float(expected[1]["train_loss"])
     assert learned > 0.01, "only a network that changes shows whether the gradients agree"
-
-
-def read_log(folder) -> list[dict[str, str]]:
-    with open(folder / "log.csv", newline="") as file:
-        return list(csv.DictReader(file))

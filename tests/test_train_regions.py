@@ -24,7 +24,7 @@ from fastunet.training.config import TrainConfig
 from fastunet.training.dataset import trained_labels
 from fastunet.training.distributed import Processes
 from fastunet.training.results import judged_by, metric_columns
-from tests.cli_helpers import TINY, assert_user_error, run, write_checkpoint
+from tests.cli_helpers import TINY, assert_user_error, read_log, run, write_checkpoint
 
 LABELS = {"background": 0, "whole tumour": [1, 2, 4], "tumour core": [1, 4], "enhancing tumour": 4, "ignore": 7}
 SHORT = [*TINY, "--epochs", 1, "--dropout", 0, "--no-augment", "--val-fraction", 0.5]
@@ -55,11 +55,6 @@ def trained(nnunet, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "run"
     assert run("train", nnunet, "--out", folder, *SHORT) == 0
     return folder
-
-
-def read_log(folder) -> list[dict[str, str]]:
-    with open(folder / "log.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_an_epoch_equals_a_loop_written_out(nnunet, trained, tmp_path):

@@ -14,10 +14,7 @@ from fastunet.inspection.tuning import error_within_budget
 from fastunet.kernels.conv import forward
 from fastunet.kernels.conv.convolution import ConvConfig
 
-CASES = {
-    ConvConfig("box", 128, 16, 8): (128, 128),
-    ConvConfig("two_rows", 32, 16, 4, block_c=32): (32, 32),
-}
+CASES = {ConvConfig("box", 128, 16, 8): (128, 128), ConvConfig("two_rows", 32, 16, 4, block_c=32): (32, 32)}
 """Tilings as large layers of both networks use them, and channels in and out."""
 
 

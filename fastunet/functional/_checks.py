@@ -63,9 +63,7 @@ def checked_operands(
 def check_alike(operator: str, name: str, tensor: torch.Tensor, x: torch.Tensor) -> None:
     """Raises unless ``tensor`` has the dtype and device of ``x``."""
     if tensor.dtype != x.dtype or tensor.device != x.device:
-        raise ValueError(
-            f"{operator}: {name} is {tensor.dtype} on {tensor.device}, but x is {x.dtype} on {x.device}"
-        )
+        raise ValueError(f"{operator}: {name} is {tensor.dtype} on {tensor.device}, but x is {x.dtype} on {x.device}")
 
 
 def processes_of(process_group: Any, asked: str) -> int:

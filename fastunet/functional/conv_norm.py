@@ -191,9 +191,7 @@ def conv_norm(
     pad = check_conv("conv_norm", x, skip, weight, bias, padding)
     check_stride("conv_norm", stride, skip)
     size = x.shape[0], weight.shape[0], *conv_strided.output_size(x, pad, stride)
-    parameters = dict(
-        norm_weight=norm_weight, norm_bias=norm_bias, running_mean=running_mean, running_var=running_var
-    )
+    parameters = dict(norm_weight=norm_weight, norm_bias=norm_bias, running_mean=running_mean, running_var=running_var)
     _check_norm(norm, groups, parameters, x, weight.shape[0], training, process_group)
     slope = check_slope("conv_norm", slope)
     _check_numbers(momentum, eps)

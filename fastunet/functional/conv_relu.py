@@ -95,9 +95,7 @@ def _weight_grad(dz, x, skip, pad, has_bias):
     return nhwc(dw), db
 
 
-def fake_forward(
-    x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor | None, pad: int, slope: float
-) -> Tensor:
+def fake_forward(x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor | None, pad: int, slope: float) -> Tensor:
     """The shape and strides of ``fastunet::conv_relu``."""
     return empty_nhwc(x, weight.shape[0], x.shape[2] + 2 * pad - 2, x.shape[3] + 2 * pad - 2)
 
@@ -256,9 +254,7 @@ def conv_relu_pool(
     return _OPS.conv_relu_pool(x, weight, bias, pad, slope, select_backend(backend, "conv_relu_pool", x))
 
 
-def check_conv(
-    operator: str, x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor | None, padding: str
-) -> int:
+def check_conv(operator: str, x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor | None, padding: str) -> int:
     """Validates the shapes of a 3×3 convolution's operands and returns the padding in pixels."""
     check_image(operator, x)
     if padding not in PADDINGS:
@@ -288,9 +284,7 @@ def check_stride(operator: str, stride: int, skip: Tensor | None) -> None:
         raise ValueError(f"{operator}: stride 2 takes one source, but skip is given")
 
 
-def check_conv_dtypes(
-    operator: str, x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor | None
-) -> None:
+def check_conv_dtypes(operator: str, x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor | None) -> None:
     """Raises unless the operands share x's dtype and device; called after autocast."""
     for name, tensor in (("skip", skip), ("weight", weight), ("bias", bias)):
         if tensor is not None:

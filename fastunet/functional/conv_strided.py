@@ -84,7 +84,5 @@ define(
     "conv_strided_weight_grad(Tensor dz, Tensor x, int pad, bool has_bias, str backend) -> (Tensor, Tensor)",
     torch_impl=_weight_grad,
     triton_impl="conv_strided:weight_grad",
-    fake=lambda dz, x, pad, has_bias: _gradients.fake_weight_gradient(
-        dz, (dz.shape[1], x.shape[1], 3, 3), has_bias
-    ),
+    fake=lambda dz, x, pad, has_bias: _gradients.fake_weight_gradient(dz, (dz.shape[1], x.shape[1], 3, 3), has_bias),
 )

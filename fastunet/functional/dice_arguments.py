@@ -79,9 +79,7 @@ def moved(weights: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     return weights.to(logits.device, dice_cpu.sum_dtype(logits))
 
 
-def class_indices(
-    labels: torch.Tensor, ndim: int, ignore_index: int | None = None
-) -> tuple[torch.Tensor, int | None]:
+def class_indices(labels: torch.Tensor, ndim: int, ignore_index: int | None = None) -> tuple[torch.Tensor, int | None]:
     """``labels`` of any dtype as signed integers or uint8, with ``ndim`` axes: without a channel axis of one.
 
     Returns:

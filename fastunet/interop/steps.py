@@ -144,8 +144,7 @@ def _why_plain(layers: list[Any], skip: bool) -> str | None:
     return fits_conv3(layers[0], skip)
 
 
-def _convolution(x: torch.Tensor, skip: torch.Tensor | None, layers: list[Any], slope: float | None,
-                 pool: bool) -> Any:
+def _convolution(x: torch.Tensor, skip: torch.Tensor | None, layers: list[Any], slope: float | None, pool: bool) -> Any:
     conv, slope = layers[0], _slope(layers, slope)
     norm = next((layer for layer in layers if isinstance(layer, NORMS)), None)
     pool = pool or isinstance(layers[-1], nn.MaxPool2d)
@@ -170,8 +169,7 @@ def _slope(layers: list[nn.Module], slope: float | None) -> float:
     return 1.0 if slope is None else slope
 
 
-def upsampled_convolution(x: torch.Tensor, layers: list[Any], name: str,
-                          slope: float | None = None) -> torch.Tensor:
+def upsampled_convolution(x: torch.Tensor, layers: list[Any], name: str, slope: float | None = None) -> torch.Tensor:
     """Nearest ×2, a 2×2 convolution that sees zeros at the bottom and right, activation; ``layers``: the last two."""
     conv = layers[0]
     reason = fits_up(conv) or next(filter(None, map(touched, layers)), None)

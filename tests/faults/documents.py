@@ -17,27 +17,8 @@ from tests.cli_helpers import write_checkpoint
 from tests.data_files import msd_folder
 from tests.faults.trials import Deadline, Outcome
 
-VALUES = [
-    None,
-    True,
-    0,
-    -1,
-    1.5,
-    1e308,
-    "",
-    "x",
-    "0",
-    [],
-    [0],
-    {},
-    {"0": 1},
-    2**70,
-    10**6,
-    "\0",
-    "../../x",
-    "é",
-    "gone",
-]
+VALUES = [None, True, 0, -1, 1.5, 1e308, "", "x", "0", [], [0], {}, {"0": 1}, 2**70, 10**6, "\0", "../../x", "é",
+          "gone"]  # fmt: skip
 TEXTS = [b"", b"[", b"[" * 100_000, b"null", b"3", b'"x"', b"NaN", b"\xff\xfe", b'{"a": ' + b"9" * 5000 + b"}",
          b'{"labels": "\\ud800"}', b'{"a": Infinity}', b'{"a": 1, "a": 2}']  # fmt: skip
 

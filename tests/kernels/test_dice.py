@@ -49,15 +49,13 @@ def gradient(slopes, *arguments, **options):
     return dice.sums_grad(torch.full((), 0.5, device=slopes.device), 2 * slopes, *arguments, **options)
 
 
-def check_gradient(actual, grad, logits, targets, *options):
-    found = []
+def check_gradient(actual, slopes, logits, targets, *options):
+    gradients = []
     for dtype in (torch.float32, torch.float64):
-        leaf = logits.detach().clone().requires_grad_()
-        eager(leaf.to(dtype), targets, *options).backward(grad.to(dtype))
-        found.append(leaf.grad)
-    wide = logits.detach().double().requires_grad_()
-    eager(wide, targets, *options).backward(grad.double())
-    assert_within_budget(actual, found[0], wide.grad, "dlogits")
+        leaf = logits.detach().to(logits.dtype if dtype == torch.float32 else dtype, copy=True).requires_grad_()
+        eager(leaf.to(dtype), targets, *options).backward(slopes.to(dtype))
+        gradients.append(leaf.grad)
+    assert_within_budget(actual, *gradients, "dlogits")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
