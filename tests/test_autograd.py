@@ -66,7 +66,6 @@ def test_soft_labels_and_weights_that_want_a_gradient_are_refused():
 def test_networks(name):
     differentiation.check_network_penalty(name, "torch", torch.float64)
     differentiation.check_network_torch_func(name, "torch", torch.float64)
-    differentiation.check_compiled_training(name, "torch", "aot_eager")  # tests/test_exports.py: Inductor
 
 
 @pytest.mark.parametrize("strict", [False, True])
