@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastunet.functional.segmentation_head import finish
 from fastunet.kernels import _launch
 from fastunet.kernels.conv import forward as conv_relu
 from fastunet.kernels.conv.convolution import ConvConfig
@@ -14,27 +13,7 @@ from fastunet.kernels.conv.convolution import ConvConfig
 from ..tolerance import assert_within_budget
 from . import in_order
 from .conftest import COMPILED
-from .conv_cases import ConvCase
-
-POINTER = ConvConfig("pointer", block_k=32, block_w=64, block_c=32)
-FIRST = ConvConfig("first", block_k=16, block_w=64)
-BOX = ConvConfig("box", block_k=64, block_w=16, block_h=4, block_c=16)
-BATCH_BOX = ConvConfig("box", block_k=64, block_w=8, block_h=8, block_n=2, block_c=32)
-SPLIT = ConvConfig("box", block_k=64, block_w=16, block_h=4, block_c=16, splits=5)
-BATCH_SPLIT = ConvConfig("box", block_k=64, block_w=8, block_h=8, block_n=2, block_c=16, splits=3)
-ROWS = ConvConfig("rows", block_k=64, block_w=16, block_c=32)
-TWO_ROWS = ConvConfig("two_rows", block_k=32, block_w=16, block_h=4, block_c=16)
-
-
-@dataclasses.dataclass(frozen=True)
-class Case(ConvCase):
-    """The skip is larger than x by ``crop`` rows and ``crop + 1`` columns."""
-
-    crop: int = 0
-
-    def __str__(self):
-        return f"{super().__str__()}-crop{self.crop}" if self.crop else super().__str__()
-
+from .conv_sources import BATCH_BOX, BATCH_SPLIT, BOX, FIRST, POINTER, ROWS, SPLIT, TWO_ROWS, Case, operands, reference
 
 ONE_SOURCE = [
     Case(POINTER, 3, 0, 33, 48, 3, 7),
@@ -91,29 +70,6 @@ def dtypes_of(cases):
     return params
 
 
-def operands(case, dtype, device, bias=True):
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    c_in = case.c_skip + case.c_x
-    x = normal(case.n, case.c_x, case.h, case.w).to(memory_format=torch.channels_last)
-    skip = normal(case.n, case.c_skip, case.h + case.crop, case.w + case.crop + 1) if case.c_skip else None
-    weight = normal(case.c_out, c_in, 3, 3) / (3 * c_in**0.5)
-    return x, skip, weight, normal(case.c_out) if bias else None
-
-
-def reference(x, skip, weight, bias, pad, relu, dtype, convolve=F.conv2d):
-    """Plain PyTorch in ``dtype``; in float64 the specification."""
-    x, skip, weight, bias = (None if t is None else t.to(dtype) for t in (x, skip, weight, bias))
-    if skip is not None:
-        top, left = (skip.shape[2] - x.shape[2]) // 2, (skip.shape[3] - x.shape[3]) // 2
-        x = torch.cat([skip[:, :, top : top + x.shape[2], left : left + x.shape[3]], x], 1)
-    y = convolve(x, weight, bias, padding=pad)
-    return F.relu(y) if relu else y
-
-
 @pytest.mark.parametrize("case, dtype", dtypes_of(ONE_SOURCE) + dtypes_of(TWO_SOURCES))
 def test_forward(case, dtype, device):
     x, skip, weight, bias = operands(case, dtype, device)
@@ -147,72 +103,6 @@ def test_forward_pool(case, dtype, device):
         assert pooled.numel() == 0
     else:
         assert torch.equal(pooled, F.max_pool2d(y, 2)), "the pooled tensor is not the pool of what was written"
-
-
-@pytest.mark.parametrize("output", ["logits", "probabilities", "labels"])
-@pytest.mark.parametrize("case", [
-    Case(POINTER, 2, 0, 33, 20, 5, 7),
-    Case(BOX, 1, 8, 24, 64, 6, 17),
-    Case(BATCH_BOX, 3, 0, 16, 40, 7, 9, pad=0),
-    Case(ROWS, 1, 0, 24, 64, 7, 17),
-    Case(TWO_ROWS, 2, 8, 24, 24, 6, 17, crop=2),
-    Case(TWO_ROWS, 1, 0, 32, 32, 8, 9, pad=0),
-    Case(None, 1, 0, 32, 100, 3, 5),
-    Case(None, 1, 0, 2, 8, 3, 5),
-], ids=str)  # fmt: skip
-@pytest.mark.parametrize("classes", [1, 4, 17, 32])
-def test_forward_head(case, output, classes, device):
-    if case.config is not TWO_ROWS and classes in (1, 17) and output != "logits":
-        pytest.skip("padded class counts differ from full ones only in the epilogue, which all variants share")
-    x, skip, weight, bias = operands(case, torch.float32, device)
-    head_weight = torch.randn(classes, case.c_out, 1, 1, device=device) / case.c_out**0.5
-    head_bias = torch.randn(classes, device=device)
-    out = conv_relu.forward_head(x, skip, weight, bias, case.pad, head_weight, head_bias, output, case.config)
-    same, exact = (
-        F.conv2d(reference(x, skip, weight, bias, case.pad, True, d), head_weight.to(d), head_bias.to(d))
-        for d in (torch.float32, torch.float64)
-    )
-    if output == "labels":
-        assert out.dtype == torch.uint8
-        assert torch.equal(out.long(), exact.argmax(1))
-    elif output == "probabilities":
-        assert_within_budget(out, same.softmax(1), exact.softmax(1), output)
-    else:
-        assert_within_budget(out, same, exact, output)
-
-
-@pytest.mark.parametrize("case", [Case(BOX, 1, 0, 24, 64, 6, 17)], ids=str)
-def test_head_reads_features_rounded_to_the_activations_dtype(case, device):
-    """The fused head equals a 1×1 convolution of the features as `forward` writes them."""
-    x, _, weight, bias = operands(case, torch.float16, device)
-    head_weight = torch.full((2, 64, 1, 1), 1.0, device=device, dtype=torch.float16)
-    features = conv_relu.forward(x, None, weight, bias, 1, 0.0, BOX)
-    out = conv_relu.forward_head(x, None, weight, bias, 1, head_weight, None, "logits", BOX)
-    assert torch.equal(out, features.double().sum(1, keepdim=True).expand(-1, 2, -1, -1).to(torch.float16))
-
-
-@pytest.mark.parametrize("case", [Case(POINTER, 2, 0, 33, 20, 5, 7), Case(TWO_ROWS, 2, 8, 24, 24, 6, 17, crop=2)],
-                         ids=str)  # fmt: skip
-@pytest.mark.parametrize("classes", [1, 3])
-def test_regions_of_the_head(case, classes, device):
-    x, skip, weight, bias = operands(case, torch.float32, device)
-    head = torch.randn(classes, case.c_out, 1, 1, device=device), torch.randn(classes, device=device) / 2
-    logits, regions = (
-        conv_relu.forward_head(x, skip, weight, bias, case.pad, *head, output, case.config)
-        for output in ("logits", "regions")
-    )
-    assert (logits > 0).any()
-    assert torch.equal(regions, finish(logits, "regions"))
-
-
-@pytest.mark.parametrize("case", [Case(TWO_ROWS, 1, 0, 8, 8, 2, 3)], ids=str)
-def test_labels_take_the_first_maximum_and_nan_above_all(case, device):
-    x, _, weight, _ = operands(case, torch.float32, device)
-    zero = torch.zeros(5, 8, 1, 1, device=device)
-    for head_bias, label in (([0, 2, 1, 2, 0], 1), ([0, 2, float("nan"), 3, 0], 2), ([float("-inf")] * 5, 0)):
-        bias = torch.tensor(head_bias, device=device, dtype=torch.float32)
-        labels = conv_relu.forward_head(x, None, weight, None, 1, zero, bias, "labels", TWO_ROWS)
-        assert (labels == label).all()
 
 
 @pytest.mark.parametrize("case", [
@@ -318,12 +208,6 @@ def test_a_configuration_that_cannot_run_says_why(config, message, device):
     x, weight = torch.randn(1, channels, 5, 8, device=device), torch.randn(48, channels, 3, 3, device=device)
     with pytest.raises(ValueError, match=f"{message}|need compute capability 9.0"):
         conv_relu.forward(x, None, weight, None, 1, 0.0, config)
-
-
-def test_head_of_too_many_features_is_an_error(device):
-    x, weight = torch.randn(1, 8, 4, 4, device=device), torch.randn(129, 8, 3, 3, device=device)
-    with pytest.raises(ValueError, match="at most 128 features, not 129"):
-        conv_relu.forward_head(x, None, weight, None, 1, torch.randn(4, 129, 1, 1, device=device), None, "labels")
 
 
 @pytest.mark.parametrize("architecture, dtype, c_x, c_out, size, expected", [
