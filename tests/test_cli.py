@@ -77,17 +77,6 @@ def test_defects_are_not_hidden(monkeypatch):
         run("info")
 
 
-def test_help_imports_nothing_heavy():
-    code = (
-        "import sys, fastunet.cli\n"
-        "try: fastunet.cli.main(['--help'])\n"
-        "except SystemExit: pass\n"
-        "heavy = {'matplotlib', 'nibabel', 'triton', 'safetensors', 'PIL'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
-
-
 def test_reader_that_goes_away():
     """`python -m fastunet summary | head -1`: no traceback, no complaint at exit."""
     process = subprocess.Popen(

@@ -231,7 +231,7 @@ def test_public_names():
         assert getattr(fastunet, name) is not None
 
 
-def test_import_needs_no_triton_and_no_device():
+def test_import_and_help_need_no_triton_no_device_and_nothing_heavy():
     """In a fresh process where importing Triton fails and any CUDA initialisation would raise."""
     script = """
 import sys
@@ -241,6 +241,11 @@ def touched(*_): raise AssertionError("import touched a device")
 torch.cuda._lazy_init = torch.cuda.is_available = touched
 import fastunet
 slow = {"nibabel", "matplotlib", "PIL", "msgspec", "safetensors.torch", "fastunet.data"} & set(sys.modules)
+assert not slow, slow
+import fastunet.cli
+try: fastunet.cli.main(["--help"])
+except SystemExit: pass
+slow = {"nibabel", "matplotlib", "PIL", "safetensors"} & set(sys.modules)
 assert not slow, slow
 model = fastunet.UNet(width=2, depth=1)
 model(torch.zeros(1, 2, 4, 4))
