@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: an exception at once, or, while there is something to save first, a note."""
+"""SIGINT, SIGTERM and SIGHUP: an exception at once, or, while there is something to save first, a note."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import threading
 import time
 import types
 from collections.abc import Callable, Iterator
+
+_HANDLED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 _PATIENCE_SECONDS = 5.0
 """How long one signal counts as the same request: `torchrun` and schedulers send each signal more than once."""
@@ -35,17 +37,17 @@ class Interrupted(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """130 for SIGINT, 143 for SIGTERM."""
+        """130 for SIGINT, 143 for SIGTERM, 129 for SIGHUP."""
         return 128 + self.number
 
 
 @contextlib.contextmanager
 def handled() -> Iterator[None]:
-    """Turns SIGINT and SIGTERM into ``Interrupted`` inside the block; signals that are ignored stay ignored."""
+    """Turns the signals into ``Interrupted`` inside the block; ignored ones, as under ``nohup``, stay ignored."""
     global _imports_outside
     previous, outside, _imports_outside = {}, _imports_outside, _imports(sys._getframe())
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in _HANDLED:
             if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                 previous[number] = signal.signal(number, _handle)
     try:

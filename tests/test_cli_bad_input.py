@@ -173,6 +173,8 @@ def test_tile_that_does_not_fit(data, tmp_path, capsys):
     write_checkpoint(model, padding="valid", up="transpose")
     assert_user_error(capsys, segment(model, data, tmp_path / "out", "--tile", "50"), "50", "48 or 52")
     write_checkpoint(tmp_path / "same.safetensors")
+    code = segment(tmp_path / "same.safetensors", data, tmp_path / "out", "--tile", "1000000")
+    assert_user_error(capsys, code, "1 to 32768 pixels")
     code = segment(tmp_path / "same.safetensors", data, tmp_path / "out", "--tile", "32")
     assert_user_error(capsys, code, "32", "border")
     assert files_below(tmp_path / "out") == []
@@ -190,6 +192,8 @@ def test_slices_of_different_sizes_need_a_size(data, tmp_path, capsys):
     [
         (["train", "X", "--out", "Y", "--epochs", "0"], ["--epochs", "0"]),
         (["train", "X", "--out", "Y", "--size", str(10**30)], ["--size", f"from 1 to {2**31}"]),
+        (["summary", "--size", str(2**20)], [str(2**20), "1 to 65536 pixels"]),
+        (["demo", "--threads", "1000000"], ["--threads is 1000000"]),
         (["check", "X", "--ignore-label", str(2**31)], ["--ignore-label", f"from {-(2**31)} to {2**31 - 1}"]),
         (["train", "X", "--out", "Y", "--learning-rate", "fast"], ["--learning-rate", "'fast'"]),
         (["train", "X", "--out", "Y", "--precision", "fp8"], ["--precision", "fp8"]),

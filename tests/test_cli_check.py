@@ -91,6 +91,7 @@ def test_sizes(tmp_path, capsys):
     assert run("check", tmp_path, "--size", "8") == 0
     out = capsys.readouterr().out
     assert "sizes differ: 12 × 10 × 8 (2), 12 × 11 × 8 (1)" in out
+    assert_user_error(capsys, run("check", tmp_path, "--size", 2**20), "1 problem;")
 
 
 def test_spacing_and_regions_are_checked_as_training_does(tmp_path, capsys):

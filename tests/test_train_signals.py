@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM, losses that are not finite, and two processes in one folder."""
+"""SIGINT, SIGTERM and SIGHUP, losses that are not finite, and two processes in one folder."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ WEIGHTS = ("best.safetensors", "last.safetensors")
 
 @pytest.fixture(autouse=True, scope="module")
 def heed_interrupts():
-    """A shell starts its background jobs with SIGINT ignored, and so the tests of such a job."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """A shell starts its background jobs with SIGINT ignored, nohup with SIGHUP, and so the tests of such a job."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def stop_at(monkeypatch, place: str, count: int, number: int = signal.SIGTERM) -
 
 
 @pytest.mark.parametrize("place, count, number", [
-    ("training", 1, signal.SIGTERM), ("training", 5, signal.SIGINT), ("training", 12, signal.SIGTERM),
+    ("training", 1, signal.SIGTERM), ("training", 5, signal.SIGINT), ("training", 12, signal.SIGHUP),
     ("validation", 2, signal.SIGTERM),
 ])  # fmt: skip
 def test_a_signal_saves_the_state(place, count, number, phantoms, uninterrupted, tmp_path, capsys, monkeypatch):

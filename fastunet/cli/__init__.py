@@ -47,8 +47,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line ``argv`` (default: this process's) and returns the exit code.
 
-    0 is success; 2 is bad input or a system that refuses (a full disk), with one line on stderr; 130 and 143 mean that
-    SIGINT or SIGTERM ended it. Anything else is a defect and raises.
+    0 is success; 2 is bad input or a system that refuses (a full disk), with one line on stderr; 130, 143 and 129 mean
+    that SIGINT, SIGTERM or SIGHUP ended it. Anything else is a defect and raises.
     """
     # Streams that were closed (`>&-`) would be None, and the next file that is opened would take their number.
     for name in ("stdin", "stdout", "stderr"):

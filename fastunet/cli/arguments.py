@@ -8,8 +8,11 @@ import sys
 from collections.abc import Callable
 from typing import TypeVar
 
+from fastunet.errors import UserError
+
 Number = TypeVar("Number", int, float)
 _MOST = 2**31
+_MOST_THREADS = 1024
 
 
 def positive_int(text: str) -> int:
@@ -111,6 +114,8 @@ def set_threads(count: int | None) -> None:
     import torch
 
     if count is not None:
+        if count > _MOST_THREADS:  # OpenMP ends the process where it cannot start them
+            raise UserError(f"--threads is {count}; expected 1 to {_MOST_THREADS}")
         torch.set_num_threads(count)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)

@@ -31,13 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from fastunet.data.slices import slice_size
     from fastunet.pictures import summary
 
     model, title, usual = _network(args)
     size = args.size or [usual]
     if len(size) > 2:
         raise UserError(f"--size takes one or two numbers, got {len(size)}")
-    height, width = size if len(size) == 2 else size * 2
+    height, width = slice_size(size if len(size) == 2 else size * 2)
     try:
         rows = summary.layers(model, height, width)
     except ValueError as error:

@@ -13,7 +13,7 @@ from fastunet.data.case import Case, check_modalities
 from fastunet.data.grids import check_geometry
 from fastunet.data.masks import value_counts
 from fastunet.data.resampling import resampled_shape
-from fastunet.data.slices import orient, slice_spacing
+from fastunet.data.slices import orient, slice_size, slice_spacing
 from fastunet.data.volumes import Geometry, read_label_values, read_volume
 from fastunet.errors import UserError
 
@@ -80,6 +80,11 @@ def check_quickly(
         spacing: what slices are resampled to, see ``CaseSlices``.
     """
     problems: list[str] = []
+    try:
+        if size is not None:
+            slice_size(size)
+    except UserError as error:
+        problems.append(str(error))
     sizes: dict[tuple[int, ...], str] = {}
     for case in cases:
         if case.label is None:

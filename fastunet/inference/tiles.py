@@ -40,15 +40,15 @@ def segment_tiled(
             step of the pooling grid is passed over.
 
     Raises:
-        ValueError: images of another number of channels than the network's, a tile of no pixel or of more than 2**15,
-            or results of ``forward`` that are no maps of the network's size.
+        ValueError: images of another number of channels than the network's, or results of ``forward`` that are
+            no maps of the network's size.
         RuntimeError: whatever else ``forward`` raises.
-        UserError: ``tile`` does not fit the network, or is no larger than its border.
+        UserError: ``tile`` is below 1 or above 2**15, does not fit the network, or is no larger than its border.
     """
     if images.ndim != 4 or images.shape[1] != architecture.in_channels:
         raise ValueError(f"images have shape {tuple(images.shape)}; expected (N, {architecture.in_channels}, H, W)")
     if tile is not None and not 1 <= tile <= _LARGEST:
-        raise ValueError(f"tile is {tile}; expected 1 to {_LARGEST} pixels")
+        raise UserError(f"tile is {tile}; expected 1 to {_LARGEST} pixels")
     height, width = images.shape[-2:]
     border = border_width(architecture)
     unit = 2**architecture.depth
