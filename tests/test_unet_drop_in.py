@@ -89,6 +89,7 @@ def test_logits_are_in_the_memory_of_the_plain_build(style, memory):
         with torch.set_grad_enabled(grad):
             assert model(x).stride() == plain(x).stride()
             assert model.predict_proba(x).stride() == plain(x).stride()
+    assert model.eval().freeze()(x).stride() == plain(x).stride()
 
 
 @pytest.mark.filterwarnings("ignore:.*runs through its modules")

@@ -19,6 +19,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastunet.arguments import checked
+from fastunet.blocks import leaves_nchw, nchw
 from fastunet.dispatch import autocasts, settings, triton_installed
 from fastunet.functional import _onednn
 from fastunet.functional.segmentation_head import finish
@@ -104,7 +105,8 @@ class FrozenUNet(torch.nn.Module):
 
     def _infer(self, x: torch.Tensor, output: str) -> torch.Tensor:
         result: torch.Tensor = self._inferred(x, output)
-        return result
+        plain = result.dim() == 4 and leaves_nchw(x, self.model._first_weight())
+        return nchw(result) if plain else result
 
     @torch.no_grad()
     def _inferred(self, x: torch.Tensor, output: str) -> Any:
