@@ -103,8 +103,8 @@ class Trained(torch.nn.Module):
 
 
 @pytest.mark.parametrize("name, options", [
-    ("brats", dict()), ("brats", dict(dynamic=True)), ("isbi", dict(mode="max-autotune")),
-], ids=["default", "dynamic", "max-autotune"])  # fmt: skip
+    ("brats", dict(dynamic=True)), ("isbi", dict(mode="max-autotune")),
+], ids=["dynamic", "max-autotune"])  # fmt: skip
 def test_compiled_training_and_inference_are_the_eager_ones(name, options):
     """One graph each (``fullgraph``), by Inductor, for every shape if ``dynamic``: two of 2 would share a symbol."""
     torch._dynamo.reset()
