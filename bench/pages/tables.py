@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from bench.measuring.rows import FAILED, OK, OURS, RIVAL, WRONG, Environment, Results, Row, best, by_workload
+from bench.workloads import any_unet
 
 _NETWORKS = ("brats", "isbi")
 _LOSSES = ("dice_cross_entropy", "dice_loss")
 
 
 def device_report(results: Results) -> str:
-    """All tables of one device: networks, losses, operators, first results, and what was wrong or failed."""
+    """All tables of one device: networks, losses, first results, other U-Nets, operators, and what failed."""
     rows = [row for row in results.rows if row.subject != "waterfall"]
     timed = [row for row in rows if row.step != "first result"]
     parts = [
@@ -19,7 +20,9 @@ def device_report(results: Results) -> str:
         _comparison("Networks", [row for row in timed if row.subject in _NETWORKS], memory=True),
         _comparison("Losses", [row for row in timed if row.subject in _LOSSES], memory=True),
         _first_results([row for row in rows if row.step == "first result"]),
-        _comparison("Operators", [row for row in timed if row.subject not in (*_NETWORKS, *_LOSSES)]),
+        _comparison("Other U-Nets", [row for row in timed if row.subject in any_unet.NETWORKS], memory=True),
+        _comparison("Operators", [row for row in timed
+                                  if row.subject not in (*_NETWORKS, *_LOSSES, *any_unet.NETWORKS)]),
         _problems(results.rows),
     ]
     return "\n\n".join(part for part in parts if part)

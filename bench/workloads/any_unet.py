@@ -1,10 +1,12 @@
-"""Workloads "any U-Net made faster": other people's networks as they are, compiled, and under ``fastunet.fuse``."""
+"""Workloads "any U-Net made faster": other people's networks as they are, compiled, in engines, and under
+``fastunet.fuse``; those that are presets, as ``fastunet.UNet``."""
 
 from __future__ import annotations
 
 import importlib.util
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -12,15 +14,21 @@ from torch import nn
 import fastunet
 from bench.measuring.floors import Floor
 from bench.measuring.precision import DTYPES
-from bench.measuring.rows import OURS
+from bench.measuring.rows import OTHER, OURS
+from bench.workloads import engines
 from bench.workloads.common_unet import CommonUNet
 from bench.workloads.losses import one_hot_dice_cross_entropy
 from bench.workloads.networks import TRAINING, TrainingStep
-from bench.workloads.variants import CHANNELS_LAST, COMPILED, PLAIN, Variant
+from bench.workloads.variants import CHANNELS_LAST, COMPILED, ENGINES, FASTUNET, FROZEN, PLAIN, Variant
 from bench.workloads.workload import Workload
+from fastunet import reference
+from fastunet.architecture import Architecture
+from fastunet.functional.dice import dice_cross_entropy
 from fastunet.inspection.repeats import Function
 
 FUSED = Variant("fastunet.fuse", "fuse", OURS)
+FROZEN_OPENVINO = Variant('fastunet, freeze(engine="openvino")', "fastunet frozen, engine", OTHER, channels_last=False)
+"""Beside the others, since it is the engine's speed."""
 _CLASSES, _CHANNELS, _SEED = 4, 2, 1
 
 
@@ -48,6 +56,11 @@ def _nnunet() -> nn.Module:
     return net
 
 
+def _preset(name: str, **width: int) -> Callable[[], nn.Module]:
+    architecture = Architecture.from_preset(name, in_channels=_CHANNELS, num_classes=_CLASSES, **width)
+    return lambda: reference.UNet(**architecture.as_dict())
+
+
 NETWORKS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "batch-norm U-Net": ("torch", lambda: CommonUNet(width=32, depth=4, in_channels=_CHANNELS, num_classes=_CLASSES)),
     "bilinear U-Net": ("torch", lambda: CommonUNet(True, width=32, depth=4, in_channels=_CHANNELS,
@@ -57,6 +70,9 @@ NETWORKS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "MONAI BasicUNet, group norm": ("monai", _basic(("group", {"num_groups": 8}))),
     "MONAI UNet": ("monai", _monai),
     "nnU-Net PlainConvUNet": ("dynamic_network_architectures", _nnunet),
+    "preset milesial, 32 wide": ("torch", _preset("milesial", width=32)),
+    "preset monai_basic": ("torch", _preset("monai_basic")),
+    "preset nnunet2d": ("torch", _preset("nnunet2d")),
 }  # fmt: skip
 """The package that each is from, and its constructor."""
 
@@ -81,14 +97,24 @@ def any_unet_workload(name: str, step: str, batch: int, side: int, precision: st
 
     def build(variant: Variant, device: torch.device) -> Function:
         model = network(device)
+        if variant in ENGINES:
+            predict = engines.predictor(variant.form, model, operands(device, 0)[0])
+            return lambda x: (predict(x),)
+        if "fastunet" in variant.form:
+            plain, model = model, fastunet.UNet(**model.architecture.as_dict()).to(device, stored)
+            model.load_state_dict(plain.state_dict())
+            model.train(plain.training)
         if variant.channels_last:
             model = model.to(memory_format=torch.channels_last)
         if variant.form == FUSED.form:
             model = fastunet.fuse(model, inplace=True)[0]
+        if "frozen" in variant.form:
+            model = model.freeze(engine="openvino" if variant is FROZEN_OPENVINO else "fastunet")
         if step != TRAINING:
             wrapped = variant.wrap(model)
             return torch.no_grad()(lambda x: (wrapped(x),))
-        return TrainingStep(model, variant.wrap(lambda x, y: one_hot_dice_cross_entropy(model(x), y)), precision)
+        loss = dice_cross_entropy if variant.form == FASTUNET.form else one_hot_dice_cross_entropy
+        return TrainingStep(model, variant.wrap(lambda x, y: loss(model(x), y)), precision)
 
     def exact(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         model = network(tensors[0].device).double()
@@ -101,7 +127,19 @@ def any_unet_workload(name: str, step: str, batch: int, side: int, precision: st
 
     floor, depth = _floor(build_network, batch, side, DTYPES[precision], step == TRAINING)
     return Workload(name, step, f"{batch}×{_CHANNELS}×{side}×{side}", batch, precision, floor, depth,
-                    (PLAIN, CHANNELS_LAST, COMPILED, FUSED), operands, build, exact, without)  # fmt: skip
+                    _variants(name, step, precision), operands, build, exact, without)  # fmt: skip
+
+
+def _variants(name: str, step: str, precision: str) -> tuple[Variant, ...]:
+    """Engines infer in float32; a preset is run by the module in either memory format instead of being fused."""
+    found = [PLAIN, CHANNELS_LAST, COMPILED]
+    found += ENGINES if step != TRAINING and precision == "fp32" else []
+    if not name.startswith("preset"):
+        return (*found, FUSED)
+    found += [replace(FASTUNET, channels_last=False), replace(FASTUNET, name="fastunet, channels_last")]
+    found += [FROZEN] if step != TRAINING else []
+    found += [FROZEN_OPENVINO] if step != TRAINING and importlib.util.find_spec("openvino") else []
+    return tuple(found)
 
 
 def installed() -> list[str]:
