@@ -172,3 +172,17 @@ def test_a_stack_that_declares_more_than_it_holds(tmp_path):
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"a\.tif"):
         read_volume(path)
+
+
+@pytest.mark.parametrize("again", [0, 1])
+def test_a_stack_whose_pages_go_round_in_circles(tmp_path, again):
+    path = picture(tmp_path / "a.tif", GREY, metadata=None)
+    tifffile.imwrite(path, GREY[1:], metadata=None, append=True)
+    with tifffile.TiffFile(path) as file:
+        first, last = (page.offset for page in file.pages)
+    data = bytearray(path.read_bytes())
+    (tags,) = struct.unpack_from("<H", data, last)
+    struct.pack_into("<I", data, last + 2 + 12 * tags, (first, last)[again])
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"a\.tif is cut short or damaged"):
+        read_volume(path)

@@ -181,6 +181,7 @@ def _tiff(path: Path, raw: BinaryIO) -> Iterator[_Reader]:
     import tifffile
 
     with tifffile.TiffFile(raw, name=path.name) as file:
+        len(file.pages)  # walks the chain of pages once, and ends where it bites its tail; to list them would not end
         series = file.series[0]
         if len(file.series) > 1:
             warn_once(f"several images in {path.parent}", f"{path} holds images of several sizes; the first is read")
