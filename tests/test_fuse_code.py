@@ -132,7 +132,32 @@ def pooled(m, x):
     return m.head(m.pool(F.relu(m.conv(x))))
 
 
+def pooled_by_a_layer(m, x):
+    return m.head(m.pool(F.relu(m.norm(m.conv(x)))))
+
+
+def leaky_written(m, x):
+    y = F.leaky_relu(m.conv(x), 0.2)
+    z = F.leaky_relu(m.conv2(y), 0.2)
+    z[:, 1:].add_(y[:, 1:])
+    return m.head(z)
+
+
+def pooled_after_writing(m, x):
+    y = m.norm(m.conv(x))
+    y.add_(1).tanh_()
+    return m.head(F.max_pool2d(y, 2))
+
+
+def by_keywords(m, x):
+    return m.head(input=F.relu(m.conv2(F.relu(input=m.conv(input=x)))))
+
+
 CODE = {
+    "a function, and a pool that is a layer": Code(pooled_by_a_layer, pool=nn.MaxPool2d(2)),
+    "a leaky result written in place": Code(leaky_written),
+    "a result written in place before its pool": Code(pooled_after_writing),
+    "called by keywords": Code(by_keywords),
     "a result with two users": Code(two_users),
     "a skip written in place": Code(written_between, wide=nn.Conv2d(8, 4, 3, padding=1)),
     "an alias written in place": Code(written_alias),

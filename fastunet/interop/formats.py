@@ -9,14 +9,9 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from fastunet.interop import steps
-from fastunet.interop.nodes import writes
+from fastunet.interop.nodes import RESHAPES, VIEWS, name_of, writes
 from fastunet.interop.trace import Untraceable, layer_kind
 
-_RESHAPES = {"view": "reshape", "view_as": "reshape_as", "reshape": "reshape", "reshape_as": "reshape_as",
-             "flatten": "flatten"}  # fmt: skip
-"""Methods that give a view where memory allows, by what gives a copy where it does not."""
-_VIEWS = {"getitem", "permute", "transpose", "movedim", "squeeze", "unsqueeze", "expand", "narrow", "select", "chunk",
-          "split", "unbind", "unflatten", "detach", "T", "mT", "swapaxes"}  # fmt: skip
 _DRAWS = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "rrelu",
           "bernoulli", "bernoulli_", "rand_like", "randn_like", "randint_like", "normal_", "uniform_"}  # fmt: skip
 """What draws a random number for each element in the order of memory."""
@@ -44,7 +39,7 @@ def keep_formats(root: nn.Module, graph: Graph, called: list[str]) -> None:
         if writes(node, layer) and node.args and _is_reshaped(node.args[0]):
             raise Untraceable("it writes into a view")
         if node.op == "call_method" and not any(isinstance(a, torch.dtype) for a in node.args):
-            node.target = _RESHAPES.get(str(node.target), node.target)
+            node.target = RESHAPES.get(str(node.target), node.target)
         if node.target is steps.convolution:
             node.kwargs = {**node.kwargs, "plain": plain}
         if node.op == "output" or _minds(node, layer):
@@ -56,14 +51,9 @@ def keep_formats(root: nn.Module, graph: Graph, called: list[str]) -> None:
 
 def _is_reshaped(node: object) -> bool:
     """Whether a result is, or is a view of, another one in another shape."""
-    while isinstance(node, Node) and node.args:
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        if name in _RESHAPES:
-            return True
-        if name not in _VIEWS:
-            return False
+    while isinstance(node, Node) and node.args and name_of(node) in VIEWS:
         node = node.args[0]
-    return False
+    return isinstance(node, Node) and name_of(node) in RESHAPES
 
 
 def _minds(node: Node, layer: nn.Module | None) -> bool:
@@ -71,7 +61,6 @@ def _minds(node: Node, layer: nn.Module | None) -> bool:
     if layer is not None:
         module = layer_kind(layer).__module__
         return not module.startswith("torch.nn.") or module.endswith(".dropout") or isinstance(layer, nn.RReLU)
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     own = isinstance(node.target, types.FunctionType | type)
     module = getattr(node.target, "__module__", None) or ""
-    return name in _DRAWS or (own and not module.startswith(("torch.", steps.__name__)))
+    return name_of(node) in _DRAWS or (own and not module.startswith(("torch.", steps.__name__)))

@@ -16,6 +16,16 @@ from fastunet.interop.trace import layer_kind
 
 _RELUS: tuple[Any, ...] = F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"
 _LEAKY: tuple[Any, ...] = F.leaky_relu, F.leaky_relu_
+RESHAPES = {"view": "reshape", "view_as": "reshape_as", "reshape": "reshape", "reshape_as": "reshape_as",
+             "flatten": "flatten"}  # fmt: skip
+"""Methods that give a view where memory allows, by what gives a copy where it does not."""
+VIEWS = {"getitem", "permute", "transpose", "movedim", "squeeze", "unsqueeze", "expand", "narrow", "select", "chunk",
+          "split", "unbind", "unflatten", "detach", "T", "mT", "swapaxes"}  # fmt: skip
+
+
+def name_of(node: Node) -> str:
+    """The name of the method or function that a node calls, or what it reads."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
 def pads_after(node: Node, layer: nn.Module | None) -> bool:

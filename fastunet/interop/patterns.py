@@ -15,7 +15,17 @@ from torch.fx import Graph, Node
 from fastunet.chains import NORMS, why_not_norm
 from fastunet.interop import steps
 from fastunet.interop.formats import keep_formats
-from fastunet.interop.nodes import alone, between, doubles, pads_after, slope_of, writes
+from fastunet.interop.nodes import (
+    RESHAPES,
+    VIEWS,
+    alone,
+    between,
+    doubles,
+    name_of,
+    pads_after,
+    slope_of,
+    writes,
+)
 from fastunet.interop.trace import layer_kind
 
 _CATS = torch.cat, torch.concat, torch.concatenate
@@ -75,6 +85,9 @@ class _Rewriter:
         return self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
 
     def convolution(self, node: Node, conv: nn.Conv2d) -> None:
+        if not alone(node):
+            self.found.left[str(node.target)] = "it is called with other arguments than one map"
+            return None
         if conv.kernel_size == (1, 1):
             return self.single(node, conv, "conv 1×1", steps.fits_head(conv), steps.head)
         up = self.upsampling(node, conv)
@@ -128,12 +141,25 @@ class _Rewriter:
                 chain = _Chain([*nodes], [*layers], [*chain.words, _words(layer_kind(layer))])
                 continue
             if kind in (nn.ReLU, nn.LeakyReLU) or slope is not None:
+                if (kind is nn.LeakyReLU or slope) and self.written(last):
+                    break  # the operator keeps its result, PyTorch the result of the convolution
                 word = "ReLU" if kind is nn.ReLU or slope == 0 else "LeakyReLU"
                 chain = _Chain(nodes, layers, [*chain.words, word], slope)
             break
-        if len(chain.nodes) > 1:
+        if len(chain.nodes) > 1 and not self.written(chain.nodes[-1]):
             self.pooling(chain)
         return chain
+
+    def written(self, node: Node) -> bool:
+        """Whether a function, or a layer of PyTorch, writes into a result or a view of it."""
+        for user in node.users:
+            layer = self.layer(user)
+            known = layer is None or layer_kind(layer).__module__.startswith("torch.nn.")
+            first = known and user.args and user.args[0] is node
+            view = name_of(user) in VIEWS | RESHAPES.keys()
+            if first and (writes(user, layer) or (view and self.written(user))):
+                return True
+        return False
 
     def takes(self, norm: nn.Module, conv: nn.Conv2d, before: Node, node: Node) -> bool:
         """Whether the operator takes a norm; raises ValueError for one that cannot stand there."""
@@ -205,7 +231,7 @@ class _Rewriter:
     def single(self, node: Node, conv: nn.Module, words: str, reason: str | None, step: Any) -> None:
         reason = reason or steps.touched(conv)
         if reason is not None or not alone(node):
-            self.found.left[str(node.target)] = reason or "it is called with more than its input"
+            self.found.left[str(node.target)] = reason or "it is called with other arguments than one map"
             return
         with self.graph.inserting_before(node):
             layer = self.graph.get_attr(str(node.target))

@@ -111,11 +111,12 @@ def convolution(x: torch.Tensor, skip: torch.Tensor | None, layers: list[Any], n
                 reason = str(error)
         say_plain(name, reason)
     y = as_layers_leave_it(x if skip is None else torch.cat([skip, x], 1), drops and plain)
-    for layer in layers:
-        if isinstance(layer, nn.MaxPool2d):
-            return y, layer(y)
+    pooling = layers[-1] if isinstance(layers[-1], nn.MaxPool2d) else None
+    for layer in layers if pooling is None else layers[:-1]:
         y = layer(y)
     y = y if slope is None else reference.activation(y, slope)
+    if pooling is not None:
+        return y, pooling(y)
     return (y, F.max_pool2d(y, 2)) if pool else y
 
 
@@ -125,8 +126,8 @@ def is_plain(x: torch.Tensor, conv: nn.Conv2d | nn.ConvTranspose2d) -> bool:
 
 
 def as_layers_leave_it(y: Any, plain: bool) -> Any:
-    """A result in the memory format that code may count on (``view``); what is no image stays."""
-    return y.contiguous() if plain and isinstance(y, torch.Tensor) and y.dim() == 4 else y
+    """A result in the memory format that code may count on (``view``); what is no tensor stays."""
+    return y.contiguous() if plain and isinstance(y, torch.Tensor) else y
 
 
 def _why_plain(layers: list[Any], skip: bool) -> str | None:
