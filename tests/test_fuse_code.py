@@ -275,6 +275,22 @@ def test_code_whose_path_may_be_another_is_not_followed(code):
     assert net.__dict__ == before
 
 
+def test_what_modules_share_stays_shared():
+    class Keeps(nn.Module):
+        def __init__(self, shared):
+            super().__init__()
+            self.layers, self.shared = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU()), shared
+
+        def forward(self, x):
+            self.shared[0] = y = self.layers(x)
+            return y
+
+    maps = [None]
+    fused, net = pair(Code(lambda m, x: m.head(m.keeps(x)) + m.maps[0].mean(), keeps=Keeps(maps), maps=maps))
+    assert fused.maps is fused.keeps.shared
+    same(fused, net, torch.randn(1, 1, 6, 6, dtype=torch.float64))
+
+
 def test_optional_arguments_run_the_module_itself():
     class Net(Plain):
         def forward(self, x, scale=None):

@@ -199,6 +199,7 @@ class _At(Exception):
 def _trace_once(root: nn.Module, kept: set[nn.Module]) -> tuple[torch.fx.Graph, Reads]:
     modules = [module for _, module in inlined(root, kept)]
     modes = {module: module.training for module in root.modules()}
+    values = {module: dict(module.__dict__) for module in modules}
     before = {module: _copied(module.__dict__) for module in modules}
     graphs, reads = [], {module: set[str]() for module in modules}
     try:
@@ -215,8 +216,7 @@ def _trace_once(root: nn.Module, kept: set[nn.Module]) -> tuple[torch.fx.Graph, 
     finally:
         changed = [m for m in modules if not _same(m.__dict__, before[m])]
         for module in changed:
-            module.__dict__.clear()
-            module.__dict__.update(before[module])
+            _restore(module.__dict__, values[module], before[module])
         for module, training in modes.items():
             module.training = training
     if changed:
@@ -248,6 +248,18 @@ def _noted(reads: Reads) -> Iterator[None]:
 
 def _copied(d: dict[str, Any]) -> dict[str, Any]:
     return {key: value.copy() if type(value) in (list, dict, set) else value for key, value in d.items()}
+
+
+def _restore(d: dict[str, Any], values: dict[str, Any], before: dict[str, Any]) -> None:
+    """Gives a module its attributes back: the same objects, which others may share, and in them what was ``before``."""
+    d.clear()
+    d.update(values)
+    for key, value in values.items():
+        if type(value) is list:
+            value[:] = before[key]
+        elif type(value) in (dict, set):
+            value.clear()
+            value.update(before[key])
 
 
 def _same(d: dict[str, Any], before: dict[str, Any]) -> bool:
