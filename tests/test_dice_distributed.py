@@ -7,7 +7,7 @@ import torch.distributed.nn.functional  # before there is a group, which it woul
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastunet.losses import DiceCrossEntropyLoss
+from fastunet.losses import DiceCrossEntropyLoss, DiceLoss, RegionDiceCrossEntropyLoss
 from fastunet.metrics import SegmentationMetrics
 from tests.processes import ended, start_group
 
@@ -30,6 +30,16 @@ def batch():
 OPTIONS = dict(ignore_index=255, class_weights=[0.5, 1.0, 2.0, 3.0], empty="skip")
 
 
+def losses(**sync):
+    """By names; the four outputs are taken as four regions, too."""
+    regions = dict(regions=[(1, 2, 3), (1, 3), (3,), (2,)], num_classes=4, ignore_index=255)
+    return {
+        "cross-entropy too": DiceCrossEntropyLoss(**OPTIONS, **sync),
+        "Dice alone": DiceLoss(**OPTIONS, **sync),
+        "regions": RegionDiceCrossEntropyLoss(**regions, **sync),
+    }
+
+
 def work(folder):
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -41,16 +51,17 @@ def measured(rank):
     images, labels = (x[2 * rank : 2 * rank + 2] for x in batch())
     found = {}
 
-    model = DistributedDataParallel(network())
-    loss = DiceCrossEntropyLoss(**OPTIONS, sync=True)(model(images), labels)
-    loss.backward()
-    found["mean"] = loss.detach(), model.module.weight.grad
-
-    model = network()
-    loss = DiceCrossEntropyLoss(**OPTIONS, sync=True, grad_reduction="sum")(model(images), labels)
-    loss.backward()
-    dist.all_reduce(model.weight.grad)
-    found["sum"] = loss.detach(), model.weight.grad
+    for name, function in losses(sync=True).items():
+        model = DistributedDataParallel(network())
+        loss = function(model(images), labels)
+        loss.backward()
+        found[name, "mean"] = loss.detach(), model.module.weight.grad
+    for name, function in losses(sync=True, grad_reduction="sum").items():
+        model = network()
+        loss = function(model(images), labels)
+        loss.backward()
+        dist.all_reduce(model.weight.grad)
+        found[name, "sum"] = loss.detach(), model.weight.grad
 
     weights = torch.linspace(0, 3, 4 * 6 * 7, dtype=torch.float64).view(4, 6, 7)
     for way, factor in (("weighted mean", 0.5), ("weighted sum", 1.0)):
@@ -77,8 +88,10 @@ def measured(rank):
 def test_two_processes_equal_one(tmp_path):
     assert [ended(process) for process in start_group(work, tmp_path)] == [0, 0]
     model, (images, labels) = network(), batch()
-    loss = DiceCrossEntropyLoss(**OPTIONS)(model(images), labels)
-    loss.backward()
+    expected = {}
+    for name, function in losses().items():
+        loss = function(model(images), labels)
+        expected[name] = loss.detach(), torch.autograd.grad(loss, model.weight)[0]
     scores = SegmentationMetrics(4, ignore_index=255)
     scores.update(model(images), labels, ["case 0", "shared", "case 1", "shared"])
     weighted = network()
@@ -87,9 +100,10 @@ def test_two_processes_equal_one(tmp_path):
     weighted_loss.backward()
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        for way in ("mean", "sum"):
-            torch.testing.assert_close(found[way][0], loss.detach(), rtol=1e-12, atol=0)
-            torch.testing.assert_close(found[way][1], model.weight.grad, rtol=1e-10, atol=1e-14)
+        for name, (loss, gradient) in expected.items():
+            for way in ("mean", "sum"):
+                torch.testing.assert_close(found[name, way][0], loss, rtol=1e-12, atol=0)
+                torch.testing.assert_close(found[name, way][1], gradient, rtol=1e-10, atol=1e-14)
         for way in ("weighted mean", "weighted sum"):
             torch.testing.assert_close(found[way][0], weighted_loss.detach(), rtol=1e-12, atol=0)
             torch.testing.assert_close(found[way][1], weighted.weight.grad, rtol=1e-10, atol=1e-14)
