@@ -14,12 +14,8 @@ import fastunet
 from fastunet.losses import DiceCrossEntropyLoss
 
 
-def main() -> None:
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if cuda else "gloo")
-    device = torch.device("cuda" if cuda else "cpu")
+def train(device: torch.device) -> list[float]:
+    """The sum of each parameter after 20 steps."""
     torch.manual_seed(0)  # the same weights everywhere
     model = fastunet.UNet(in_channels=1, num_classes=2, width=8, depth=2, dropout=0.0).to(device)
     model = DistributedDataParallel(model)
@@ -35,7 +31,15 @@ def main() -> None:
         optimizer.step()
         if step % 5 == 0 and dist.get_rank() == 0:
             print(f"step {step}: loss {loss.item():.4f}", flush=True)
-    weights = [p.detach().double().sum().item() for p in model.parameters()]
+    return [p.detach().double().sum().item() for p in model.parameters()]
+
+
+def main() -> None:
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo")
+    weights = train(torch.device("cuda" if cuda else "cpu"))  # whose model ends here: outliving its group, it may hang
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, weights)
     if dist.get_rank() == 0:
