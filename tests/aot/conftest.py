@@ -19,6 +19,15 @@ def pytest_ignore_collect(collection_path, config):
     return True if os.environ.get("TRITON_INTERPRET") == "1" and collection_path.name.startswith("test_") else None
 
 
+@pytest.fixture
+def newest_unless_full(request):
+    """For what is no product: only products have differed between versions of Triton."""
+    from tests.aot.selection import BEFORE_3_8
+
+    if BEFORE_3_8 and not request.config.getoption("--full", default=False):
+        pytest.skip("compiled with --full")
+
+
 @pytest.fixture(scope="module")
 def no_code(tmp_path_factory):
     """A cache of its own for kernels that are compiled as far as Triton's GPU dialect, which says what a launch passes

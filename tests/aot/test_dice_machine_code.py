@@ -15,12 +15,11 @@ from fastunet.kernels.dice import confusion as dice_confusion
 from fastunet.kernels.dice import regions as dice_regions
 from fastunet.kernels.dice import rule as dice_rule
 from fastunet.kernels.dice import sums as dice
-from tests.aot.selection import BEFORE_3_8
 
 pytestmark = pytest.mark.skipif(_launch.INTERPRETED, reason="the interpreter has no machine code")
 
 PIXELS = 240 * 240
-QUICK = [(90, 4), (90, 100)] if BEFORE_3_8 else [(90, 3), (90, 4), (90, 100), (80, 4), (100, 4)]
+QUICK = [(90, 3), (90, 4), (90, 100), (80, 4), (100, 4)]
 ALL = [(architecture, c) for architecture in (80, 90, 100) for c in (1, 2, 3, 4, 8, 16, 24, 32, 48, 64, 100, 128)]
 
 
@@ -40,6 +39,7 @@ def launches(c, layout, dtype, architecture):
     return [launch for launch in found if "dice" in launch.kernel.__name__ or "confusion" in launch.kernel.__name__]
 
 
+@pytest.mark.usefixtures("newest_unless_full")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 @pytest.mark.parametrize("architecture, c", ALL)
@@ -67,6 +67,7 @@ def test_machine_code(architecture, c, layout, dtype, request):
                 assert report.count("LDG.E.128") - slopes == report.count("STG.E.128") == vectors, name
 
 
+@pytest.mark.usefixtures("newest_unless_full")
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 @pytest.mark.parametrize("c, dtype, most", [
     (2, torch.bfloat16, 42), (3, torch.bfloat16, 42), (4, torch.bfloat16, 34), (4, torch.float32, 34),
@@ -104,6 +105,7 @@ def test_forward_loop_is_short(c, dtype, layout, most, show_table):
         assert loop.count("SHFL") == 0
 
 
+@pytest.mark.usefixtures("newest_unless_full")
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 @pytest.mark.parametrize("architecture, c, dtype", [
     (architecture, c, dtype) for architecture in (80, 90, 100) for c in (1, 2, 3, 4, 5, 8, 16, 32)
@@ -151,6 +153,7 @@ def test_wide_confusion_product_waits_before_its_operands_change():
     assert report.count("WARPGROUP.DEPBAR") == 1
 
 
+@pytest.mark.usefixtures("newest_unless_full")
 @pytest.mark.parametrize("rows, c, empty", [
     (1, 4, "smooth"), (1, 128, "skip"), (16, 4, "one"), (64, 128, "smooth"), (64, 128, "skip"), (64, 128, "one"),
 ])  # fmt: skip

@@ -62,8 +62,10 @@ def test_a_convolution_with_its_norm(architecture, dtype, size, kernels):
     assert [launch.kernel.__name__ for launch in found] == kernels
     for report in inspect_all([compile_launch(launch, architecture) for launch in found], architecture):
         assert (report.stack, report.spills) == (0, 0), f"{report.kernel}: {report.registers} registers"
+        assert not report.touched
 
 
+@pytest.mark.usefixtures("newest_unless_full")
 @pytest.mark.parametrize("architecture, dtype, c", sorted({*QUICK, *ALL}, key=str))
 def test_machine_code(architecture, dtype, c, request):
     if (architecture, dtype, c) not in QUICK and not request.config.getoption("--full", default=False):
