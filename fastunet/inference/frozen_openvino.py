@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from fastunet import reference
 from fastunet.dispatch import autocasts
@@ -34,7 +35,8 @@ class CompiledNetwork:
 
     def within(self, x: torch.Tensor) -> bool:
         """Whether no sum can overflow, so that there is no NaN to lose."""
-        return bounds.below(x, self.limit)
+        values = x.detach().numpy()  # PyTorch's threads would keep the cores from OpenVINO's for a while
+        return bool(-self.limit < values.min() and values.max() < self.limit)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(self.request.infer([x.detach().contiguous().numpy()], share_inputs=True)[0])
@@ -72,6 +74,12 @@ class _Decoder(reference.DecoderBlock):
         return reference.activation(x, self.style.negative_slope)
 
 
+class _InstanceNorm(nn.InstanceNorm2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.layer_norm(x, x.shape[2:], eps=self.eps)  # which OpenVINO has an operation for
+        return y * self.weight[:, None, None] + self.bias[:, None, None]
+
+
 class _Plain(reference.UNet):
     decoder_block = _Decoder
 
@@ -83,5 +91,8 @@ def _plain(model: Any) -> _Plain:
     """The plain build on the parameters of ``model``."""
     with torch.device("meta"):
         plain = _Plain(**model.config).eval()
+    for module in plain.modules():
+        if type(module) is nn.InstanceNorm2d:
+            module.__class__ = _InstanceNorm
     plain.load_state_dict(model.state_dict(), assign=True)
     return plain
