@@ -109,7 +109,7 @@ def roofline(results: Results) -> Figure | None:
         place.plot([], [], _MARKERS[index % len(_MARKERS)], color=f"C{index % 10}", label=subject)
     place.set(xscale="log", yscale="log", xlabel="counted FLOP per counted byte", ylabel="TFLOP/s")
     place.set_title(f"{results.environment.device}: fastunet's workloads below the measured ceilings", fontsize=10)
-    place.legend(fontsize=8, loc="lower right")
+    figure.legend(fontsize=8, loc="outside right upper")
     place.grid(alpha=0.3, which="both")
     return figure
 
