@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,10 +47,10 @@ def nvidia(cubins: Sequence[bytes], architecture: int) -> list[Code]:
         target = f"SM{architecture}{'a' if architecture >= 90 else ''}"
         text = _run("nvdisasm", "--binary", target, "--no-dataflow", "sections", folder=folder)
     lines = [(int(address, 16), line) for address, line in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", text)]
-    codes = []
+    starts, codes = [address for address, _ in lines], []
     for usage, start, end in zip(usages, ends, ends[1:]):
         registers, stack = map(int, found_in(r"REG:(\d+) STACK:(\d+)", usage).groups())
-        instructions = sass([(address, line) for address, line in lines if start <= address < end])
+        instructions = sass(lines[bisect_left(starts, start) : bisect_left(starts, end)])
         spills = sum(i.opcode.startswith(("LDL", "STL")) for i in instructions)
         codes.append(Code(registers, stack, spills, instructions))
     return codes
@@ -59,12 +60,12 @@ def sass(lines: Sequence[tuple[int, str]]) -> list[Instruction]:
     """Instructions of their addresses and texts; an address is the label of an instruction to which a branch goes."""
     parts = [found_in(r"^(@!?U?P\w+\s+)?(\S+)\s*(.*)", text).groups() for _, text in lines]
     targets = [_target(opcode, rest) for _, opcode, rest in parts]
-    instructions = []
+    reached, instructions = set(targets), []
     for (address, _), (guard, opcode, rest), target in zip(lines, parts, targets):
         # a branch is conditional by its guard or by a predicate operand: "BRA.U UP0, 0x1230"
         conditional = guard is not None or "P" in rest.partition("0x")[0]
         ends = opcode.startswith(("BRA", "EXIT", "RET", "BRX")) and not conditional
-        labels = (f"{address:#x}",) if f"{address:#x}" in targets else ()
+        labels = (f"{address:#x}",) if f"{address:#x}" in reached else ()
         instructions.append(Instruction(address, opcode, labels, target, falls_through=not ends,
                                         text=f"{opcode} {rest}"))  # fmt: skip
     return instructions
