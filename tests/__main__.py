@@ -83,7 +83,7 @@ def run(part: Part, arguments: list[str]) -> Outcome:
     workers = ["-n", str(WORKERS), "--dist", "worksteal"] if WORKERS > 1 else ["-n", "0"]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", *part.paths, "-q", *workers, f"--junitxml={report}", *arguments]
+        command = [sys.executable, "-m", "pytest", *part.paths, "-v", *workers, f"--junitxml={report}", *arguments]
         process = subprocess.Popen(command, env={**os.environ, **threads, **dict(part.environment)}, text=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
         ended = threading.Event()
@@ -104,9 +104,10 @@ def run(part: Part, arguments: list[str]) -> Outcome:
         ended_well = code == 0 or (code == 5 and bool(arguments))
         outcome = read(report, part, time.monotonic() - started)
         if not ended_well and not outcome.failed:
-            outcome.failed.append(f"{part.name}: pytest ended with {code}")
+            reached = ["its start", *(re.split(r" |Fatal", line)[0] for line in lines if "::" in line)][-1]
+            outcome.failed.append(f"{part.name}: pytest ended with {code}, at {reached}")
     if outcome.failed:
-        print("".join(lines), flush=True)
+        print("".join(line for line in lines if not re.search(r" (PASSED|SKIPPED) ", line)), flush=True)
     print(f"{part.name}: {counts(outcome)}, {outcome.seconds:.0f} s", flush=True)
     return outcome
 

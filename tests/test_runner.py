@@ -30,5 +30,13 @@ def test_every_part_runs_and_the_status_counts(three_parts, capsys):
     assert any("FAILED" in line and "test_bad::test_a" in line for line in lines)
     assert any(line.startswith("skipped 1:") and "no such device" in line for line in lines)
     assert any("reason of the failure" in line for line in lines), "the output of a part that failed is shown"
+    assert any("pytest ended with 4, at its start" in line for line in lines)
     del three_parts[:2]
     assert runner.main([]) == 0
+
+
+def test_the_summary_names_the_test_in_which_a_process_died(three_parts, tmp_path, capsys):
+    (tmp_path / "test_bad.py").write_text("import os\ndef test_a():\n    os.abort()\n")
+    del three_parts[1:]
+    assert runner.main([]) == 1
+    assert "bad: pytest ended with -6, at test_bad.py::test_a" in capsys.readouterr().out

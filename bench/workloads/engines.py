@@ -9,6 +9,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from fastunet.inference import frozen_openvino
+
 OPENVINO, ONNX_RUNTIME = "OpenVINO", "ONNX Runtime"
 _PACKAGES = {OPENVINO: "openvino", ONNX_RUNTIME: "onnxruntime"}
 
@@ -36,9 +38,7 @@ def _exported(predict: torch.nn.Module, x: torch.Tensor) -> bytes:
 
 
 def _openvino(model: bytes) -> Callable[[np.ndarray], np.ndarray]:
-    import openvino
-
-    core = openvino.Core()
+    core = frozen_openvino.core()
     options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY",
                "INFERENCE_NUM_THREADS": torch.get_num_threads()}  # fmt: skip
     request = core.compile_model(core.read_model(io.BytesIO(model)), "CPU", options).create_infer_request()

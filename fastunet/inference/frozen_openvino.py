@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 
@@ -23,15 +24,14 @@ class CompiledNetwork:
     """
 
     def __init__(self, model: Any, x: torch.Tensor):
-        openvino = _openvino()
         self.limit = bounds.largest_images(model, x.shape[2] * x.shape[3])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            graph = openvino.convert_model(torch.export.export(_plain(model), (torch.zeros(x.shape),)))
+            graph = _openvino().convert_model(torch.export.export(_plain(model), (torch.zeros(x.shape),)))
         graph.reshape(list(x.shape))
         options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY",
                    "INFERENCE_NUM_THREADS": torch.get_num_threads()}  # fmt: skip
-        self.request = openvino.Core().compile_model(graph, "CPU", options).create_infer_request()
+        self.request = core().compile_model(graph, "CPU", options).create_infer_request()
 
     def within(self, x: torch.Tensor) -> bool:
         """Whether no sum can overflow, so that there is no NaN to lose."""
@@ -40,6 +40,13 @@ class CompiledNetwork:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(self.request.infer([x.detach().contiguous().numpy()], share_inputs=True)[0])
+
+
+@functools.cache
+def core() -> Any:
+    """One for the process: each gives the thread new memory to handle signals on and takes it back at its end. After
+    two that end in another order than the reverse, the next signal, such as Ctrl-C, would end the process."""
+    return _openvino().Core()
 
 
 def check_installed() -> None:
