@@ -117,6 +117,19 @@ def test_a_run_that_ended_in_its_first_state_begins_anew(phantoms, uninterrupted
         assert (out / name).read_bytes() == (uninterrupted / name).read_bytes()
 
 
+def test_weights_alone_are_not_resumed_over(phantoms, uninterrupted, tmp_path, capsys):
+    shutil.copy(uninterrupted / "best.safetensors", tmp_path)
+    line = arguments(phantoms, tmp_path)
+    assert_user_error(capsys, run(*line), "holds a run already")
+    assert_user_error(capsys, run(*line, "--resume"), "no state.safetensors")
+
+
+def test_configuration_without_a_state_starts_from_the_beginning(phantoms, uninterrupted, tmp_path):
+    shutil.copy(uninterrupted / "config.json", tmp_path)
+    assert run("train", phantoms, "--out", tmp_path, "--resume") == 0
+    assert_same_run(tmp_path, uninterrupted)
+
+
 def test_resume_refuses_what_would_change_the_results(phantoms, uninterrupted, tmp_path, capsys):
     line = arguments(phantoms, uninterrupted)
     assert_user_error(capsys, run(*line), "--resume", str(uninterrupted))

@@ -1,4 +1,4 @@
-"""``fastunet.UNet`` with norms, LeakyReLU and strides against the plain build, and presets against their originals."""
+"""``fastunet.UNet`` with norms, LeakyReLU and strides against the plain build."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench.workloads.common_unet import CommonUNet
-from fastunet import UNet, fuse, reference, to_onnx
-from fastunet.architecture import PRESETS, Architecture
+from fastunet import UNet, reference, to_onnx
 from fastunet.errors import UserError
 from fastunet.interop import save_keras_weights
 from fastunet.interop.onnx import _Spelled
@@ -222,85 +220,3 @@ def test_onnx_files_hold_norms(tmp_path):
             want = plain(x)
         (got,) = session.run(None, {"images": x.numpy()})
         torch.testing.assert_close(torch.from_numpy(got), want, rtol=1e-4, atol=1e-4)
-
-
-# Presets against their originals ------------------------------------------------------------------
-
-
-def monai():
-    nets = pytest.importorskip("monai.networks.nets", reason="MONAI is not installed")
-    return nets.BasicUNet(spatial_dims=2, in_channels=1, out_channels=2)
-
-
-def nnunet():
-    unet = pytest.importorskip("dynamic_network_architectures.architectures.unet", reason="nnU-Net's nets are missing")
-    return unet.PlainConvUNet(1, 6, (32, 64, 128, 256, 512, 512), nn.Conv2d, 3, (1, 2, 2, 2, 2, 2), 2, 2, 2, True,
-                              nn.InstanceNorm2d, dict(eps=1e-5, affine=True), None, None, nn.LeakyReLU,
-                              dict(inplace=True))  # fmt: skip
-
-
-def common():
-    return CommonUNet(width=16, depth=4, in_channels=3)
-
-
-ORIGINALS = {"milesial": (common, (1, 3, 37, 50), dict(width=16)), "monai_basic": (monai, (1, 1, 37, 50), {}),
-             "nnunet2d": (nnunet, (1, 1, 32, 64), {})}  # fmt: skip
-
-
-def in_order(net, x):
-    """The layers with parameters as a forward pass calls them."""
-    found = []
-    handles = [m.register_forward_hook(lambda m, i, y: found.append(m)) for m in net.modules()
-               if isinstance(m, nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm2d | nn.InstanceNorm2d)]  # fmt: skip
-    with torch.no_grad():
-        net(x)
-    for handle in handles:
-        handle.remove()
-    return found
-
-
-@pytest.mark.parametrize("preset", ORIGINALS)
-def test_a_preset_is_its_original_layer_for_layer(preset):
-    build, shape, options = ORIGINALS[preset]
-    torch.manual_seed(0)
-    original = build().eval()
-    plain = reference.UNet.from_preset(preset, **options).eval()
-    if hasattr(getattr(original, "decoder", None), "deep_supervision"):
-        original.decoder.deep_supervision = False
-    x = torch.randn(shape)
-    theirs, ours = in_order(original, x), in_order(plain, x)
-    assert [type(a) for a in ours] == [type(b) for b in theirs]
-    swapped = {id(decoder.conv1) for decoder in plain.decoders} if preset == "nnunet2d" else ()
-    for mine, other in zip(ours, theirs, strict=True):
-        state = other.state_dict()
-        if id(mine) in swapped:  # it concatenates [upsampled, skip]
-            state["weight"] = torch.cat(state["weight"].chunk(2, 1)[::-1], 1)
-        mine.load_state_dict(state)
-    randomised_in_both(ours, theirs)
-    model = UNet.from_preset(preset, **options).eval()
-    model.load_state_dict(plain.state_dict())
-    with torch.no_grad():
-        want = original(x)
-        scale = want.abs().max().item()
-        torch.testing.assert_close(plain(x), want, rtol=0, atol=2e-5 * scale)
-        torch.testing.assert_close(model(x), want, rtol=0, atol=2e-5 * scale)
-        torch.testing.assert_close(fuse(original)[0](x), want, rtol=0, atol=2e-5 * scale)
-
-
-def randomised_in_both(ours, theirs):
-    """Norms and their statistics that are not 0 and 1."""
-    for mine, other in zip(ours, theirs):
-        if isinstance(mine, nn.BatchNorm2d | nn.InstanceNorm2d):
-            with torch.no_grad():
-                for (name, a), (_, b) in zip(mine.state_dict().items(), other.state_dict().items()):
-                    if a.is_floating_point():
-                        a.uniform_(0.5, 1.5) if name in ("weight", "running_var") else a.uniform_(-0.5, 0.5)
-                        b.copy_(a)
-
-
-def test_presets_take_overrides():
-    assert Architecture.from_preset("milesial").widths == (64, 128, 256, 512, 1024)
-    assert Architecture.from_preset("monai_basic").widths == (32, 32, 64, 128, 256)
-    assert Architecture.from_preset("monai_basic", width=8, depth=2).widths == (8, 16, 32)
-    assert Architecture.from_preset("nnunet2d", depth=1, features=(32, 48)).widths == (32, 48)
-    assert set(PRESETS) == {"brats", "isbi", "milesial", "monai_basic", "nnunet2d"}
