@@ -26,7 +26,8 @@ from fastunet.architecture import Architecture
 from fastunet.functional.dice import dice_cross_entropy
 from fastunet.inspection.repeats import Function
 
-FUSED = Variant("fastunet.fuse", "fuse", OURS)
+FUSED = (Variant("fastunet.fuse", "fuse", OURS, channels_last=False),
+         Variant("fastunet.fuse, channels_last", "fuse", OURS))  # fmt: skip
 FROZEN_OPENVINO = Variant('fastunet, freeze(engine="openvino")', "fastunet frozen, engine", OTHER, channels_last=False)
 """Beside the others, since it is the engine's speed."""
 _CLASSES, _CHANNELS, _SEED = 4, 2, 1
@@ -106,7 +107,7 @@ def any_unet_workload(name: str, step: str, batch: int, side: int, precision: st
             model.train(plain.training)
         if variant.channels_last:
             model = model.to(memory_format=torch.channels_last)
-        if variant.form == FUSED.form:
+        if variant.form == "fuse":
             model = fastunet.fuse(model, inplace=True)[0]
         if "frozen" in variant.form:
             model = model.freeze(engine="openvino" if variant is FROZEN_OPENVINO else "fastunet")
@@ -131,11 +132,11 @@ def any_unet_workload(name: str, step: str, batch: int, side: int, precision: st
 
 
 def _variants(name: str, step: str, precision: str) -> tuple[Variant, ...]:
-    """Engines infer in float32; a preset is run by the module in either memory format instead of being fused."""
+    """Engines infer in float32; a preset is run by the module instead of being fused."""
     found = [PLAIN, CHANNELS_LAST, COMPILED]
     found += ENGINES if step != TRAINING and precision == "fp32" else []
     if not name.startswith("preset"):
-        return (*found, FUSED)
+        return (*found, *FUSED)
     found += [replace(FASTUNET, channels_last=False), replace(FASTUNET, name="fastunet, channels_last")]
     found += [FROZEN] if step != TRAINING else []
     found += [FROZEN_OPENVINO] if step != TRAINING and importlib.util.find_spec("openvino") else []
