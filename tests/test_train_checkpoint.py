@@ -196,6 +196,13 @@ def test_configurations_that_are_none(text, tmp_path):
 def test_segment_and_resume_refuse_damage(phantoms, tmp_path, capsys):
     line = ["train", phantoms, "--out", tmp_path / "run", *TINY, "--epochs", "1"]
     assert run(*line) == 0
+    config = tmp_path / "run" / "config.json"
+    kept = config.read_text()
+    for name, value in (("seed", 1), ("loss", "ce"), ("tversky", [0.3, 0.7]), ("modalities", ["t1ce", "flair"])):
+        config.write_text(json.dumps(json.loads(kept) | {name: value}))
+        code = run("train", phantoms, "--out", tmp_path / "run", "--resume")
+        assert_user_error(capsys, code, f'was saved with "{name}": ', f"cannot go on with {json.dumps(value)} (config")
+    config.write_text(kept)
     for name in ("best.safetensors", "state.safetensors"):
         path = tmp_path / "run" / name
         data = bytearray(path.read_bytes())

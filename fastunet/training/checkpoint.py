@@ -99,10 +99,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class State:
-    """What a training state holds beside its tensors."""
+    """What a training state holds beside its tensors; ``options`` are those that ``TrainConfig.fixed`` gives."""
 
     progress: Progress
     scaler: dict[str, int | float]
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def save_weights(path: Path, model: torch.nn.Module, card: ModelCard) -> None:
@@ -159,9 +160,10 @@ def save_state(
     scaler: torch.amp.GradScaler,
     progress: Progress,
     average: torch.nn.Module | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes everything from which training continues bit for bit: weights, their average if there is one, optimiser,
-    loss scale and progress.
+    loss scale and progress, and the ``options`` that decided it.
 
     Random numbers need no state: each batch seeds its own (see :func:`fastunet.training.learner.batch_seed`).
 
@@ -174,7 +176,8 @@ def save_state(
     for name, parameter in model.named_parameters():
         for slot, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{slot}.{name}"] = value
-    write_tensors(path, tensors, _STATE_KEY, {"progress": asdict(progress), "scaler": scaler.state_dict()})
+    facts = {"progress": asdict(progress), "scaler": scaler.state_dict(), "options": dict(options or {})}
+    write_tensors(path, tensors, _STATE_KEY, facts)
 
 
 def load_state(
@@ -189,10 +192,7 @@ def load_state(
     Raises:
         UserError: the file is damaged, is no training state, or belongs to another architecture.
     """
-    tensors, metadata = read_tensors(path)
-    if _STATE_KEY not in metadata:
-        raise UserError(f"{path} holds no training state")
-    state = parse_json(metadata[_STATE_KEY], State, path)
+    tensors, state = _read_state(path)
     found: dict[str, dict[str, torch.Tensor]] = {"model": {}, "average": {}, "optimizer": {}}
     for key, value in tensors.items():
         kind, _, name = key.partition(".")
@@ -218,6 +218,11 @@ def load_state(
     return state.progress
 
 
+def saved_options(path: Path) -> dict[str, Any]:
+    """The options that :func:`save_state` wrote, none in a state of an older version; errors as in ``load_state``."""
+    return _read_state(path)[1].options
+
+
 def checkpoint_file(path: str | Path) -> Path:
     """The file that :func:`load_model` reads for ``path``; a run folder without any is a ``UserError``."""
     path = Path(path)
@@ -227,6 +232,13 @@ def checkpoint_file(path: str | Path) -> Path:
         if os.path.isfile(path / name):
             return path / name
     raise UserError(f"{path} holds no checkpoint ({BEST} or {LAST})")
+
+
+def _read_state(path: Path) -> tuple[dict[str, torch.Tensor], State]:
+    tensors, metadata = read_tensors(path)
+    if _STATE_KEY not in metadata:
+        raise UserError(f"{path} holds no training state")
+    return tensors, parse_json(metadata[_STATE_KEY], State, path)
 
 
 def _check_weights(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], path: Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -142,12 +143,28 @@ class TrainConfig:
         Raises:
             UserError: one of them would change the results (only a run with a constant rate can take more epochs).
         """
-        free = FREE_ON_RESUME | ({"epochs"} if self.schedule == "constant" else set())
+        fixed = self.fixed()
         for name, value in given.items():
-            if name not in free and value != getattr(self, name):
+            if name in fixed and value != getattr(self, name):
                 option, stored = "--" + name.replace("_", "-"), getattr(self, name)
                 raise UserError(f"the run was started with {option} {stored}; it cannot resume with {value}")
-        return dataclasses.replace(self, **{name: value for name, value in given.items() if name in free})
+        return dataclasses.replace(self, **{name: value for name, value in given.items() if name not in fixed})
+
+    def fixed(self) -> dict[str, Any]:
+        """The options that decide which numbers are computed, as JSON types: all but those free on ``--resume``."""
+        free = FREE_ON_RESUME | ({"epochs"} if self.schedule == "constant" else set())
+        return {name: value for name, value in msgspec.to_builtins(self).items() if name not in free}
+
+    def check_continues(self, saved: Mapping[str, Any], state: Path) -> None:
+        """Compares with what was ``fixed`` when ``state`` was saved, whatever became of ``config.json`` since.
+
+        Raises:
+            UserError: an option differs. Modalities that are left to the data are compared as slices.
+        """
+        for name, value in self.fixed().items():
+            if value != saved.get(name, value) and not (name == "modalities" and value is None):
+                now, then = (json.dumps(each, ensure_ascii=False) for each in (value, saved[name]))
+                raise UserError(f'{state} was saved with "{name}": {then}; it cannot go on with {now} ({FILE_NAME})')
 
     def learning_rate_at(self, step: int, steps: int) -> float:
         """The learning rate of optimiser step ``step`` (from 0) of a run with ``steps`` in an epoch.

@@ -231,9 +231,8 @@ class Trainer:
         learner = self.learner
         if self.processes.leader:
             try:
-                checkpoint.save_state(
-                    self.run / STATE, learner.model, learner.optimizer, learner.scaler, self.progress, learner.average
-                )
+                checkpoint.save_state(self.run / STATE, learner.model, learner.optimizer, learner.scaler, self.progress,
+                                      learner.average, self.config.fixed())  # fmt: skip
             except NotFinite as error:
                 raise self._diverged(str(error), self._last_batch) from error
         self._saved_at = time.monotonic()

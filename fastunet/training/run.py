@@ -9,7 +9,7 @@ from pathlib import Path
 from fastunet.errors import UserError
 from fastunet.files import locked, make_output_folder
 from fastunet.signals import deferred
-from fastunet.training.checkpoint import BEST, LAST, STATE
+from fastunet.training.checkpoint import BEST, LAST, STATE, saved_options
 from fastunet.training.config import FILE_NAME, TrainConfig
 from fastunet.training.dataset import prepare_data
 from fastunet.training.display import Display
@@ -40,11 +40,11 @@ def train(config: TrainConfig, run: Path, processes: Processes, *, resume: bool 
             if processes.leader:
                 make_output_folder(run)
                 held.enter_context(locked(run / ".lock"))
-                _check_run(run, resume)
+                _check_run(config, run, resume)
         _train(config, run, processes, Display(quiet=quiet or not processes.leader))
 
 
-def _check_run(run: Path, resume: bool) -> None:
+def _check_run(config: TrainConfig, run: Path, resume: bool) -> None:
     found = [name for name in (STATE, BEST, LAST) if (run / name).exists()]
     if found and not resume:
         raise UserError(f"{run} holds a run already; --resume continues it, or choose another folder")
@@ -52,16 +52,19 @@ def _check_run(run: Path, resume: bool) -> None:
     in_first_state = found == [BEST] and (run / FILE_NAME).exists() and not (run / LOG).exists()
     if found and STATE not in found and not in_first_state:
         raise UserError(f"{run} holds weights but no {STATE} to continue from; choose another folder")
+    if STATE in found:
+        config.check_continues(saved_options(run / STATE), run / STATE)
 
 
 def _train(config: TrainConfig, run: Path, processes: Processes, display: Display) -> None:
     prepare(processes.device, config.precision, deterministic=config.deterministic)
     data = prepare_data(config, [run / name for name in FILES], run / "cache", processes, display)
+    config = dataclasses.replace(config, modalities=list(data.modalities))
     trainer = Trainer(config, run, processes, data, display)
     with processes.together():
         if (run / STATE).exists():
             trainer.restore()
         elif processes.leader:
-            dataclasses.replace(config, modalities=list(data.modalities)).write(run)
+            config.write(run)
     with deferred() as requested:
         trainer.fit(requested)
