@@ -24,6 +24,11 @@ class DataWarning(UserWarning):
     """Input that is usable but not as its writer meant it, in one sentence; the command line prints it on stderr."""
 
 
+def printable(text: object) -> str:
+    """``text`` in one line, with what a name from a file could make a terminal do spelt out."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory: you tried to allocate", "_ALLOC_FAILED")
 """How allocators of CUDA, PyTorch on a CPU, cuBLAS and cuDNN say it; other errors speak of memory, too."""
 

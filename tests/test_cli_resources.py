@@ -19,6 +19,7 @@ import pytest
 from fastunet import files
 from fastunet.errors import UserError
 from tests.cli_helpers import CASE, TINY, assert_user_error, files_below, run, segment
+from tests.image_data import folder_of
 
 
 @contextlib.contextmanager
@@ -166,7 +167,11 @@ def test_standard_streams_that_take_nothing(stream, monkeypatch, tmp_path):
 
 
 def test_names_do_nothing_to_the_terminal(tmp_path, capsys):
-    assert_user_error(capsys, run("check", tmp_path / "a\x1b[31mb\n\x07"), r"a\x1b[31mb \x07: there is no such folder")
+    folder = tmp_path / "a\x1b[31m  b\n\x07"
+    assert_user_error(capsys, run("check", folder), r"a\x1b[31m  b\n\x07: there is no such folder")
+    folder_of(folder, values=(0, 1))
+    assert run("check", folder) == 0
+    assert capsys.readouterr().out.startswith(rf"{tmp_path}/a\x1b[31m  b\n\x07: 4 cases")
 
 
 def test_a_current_folder_that_is_gone(tmp_path, monkeypatch, capsys):

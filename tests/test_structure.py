@@ -158,6 +158,12 @@ def without_hints(text: str) -> list[str]:
     return found
 
 
+def test_all_that_is_printed_is_made_printable():
+    prints = {path.name: path.read_text().count("print(") for path in (ROOT / "fastunet" / "cli").glob("*.py")}
+    # say, and what goes to stderr
+    assert {name: count for name, count in prints.items() if count} == {"arguments.py": 1, "__init__.py": 2}
+
+
 def test_public_functions_have_hints():
     every = {path.name: without_hints(path.read_text()) for path in (ROOT / "fastunet").rglob("*.py")}
     bare = {name: functions for name, functions in every.items() if functions}

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
 from fastunet.cli import check, demo, evaluate, info, segment, summary, train, warm_up
-from fastunet.errors import DataWarning, UserError, is_out_of_memory
+from fastunet.errors import DataWarning, UserError, is_out_of_memory, printable
 from fastunet.files import reason
 from fastunet.signals import Interrupted, handled
 
@@ -101,7 +101,7 @@ def _show_warning(
 ) -> None:  # fmt: skip
     """A warning about the data is one line; others look as Python has them."""
     if issubclass(category, DataWarning):
-        print(f"warning: {_one_line(str(message))}", file=sys.stderr)
+        print(f"warning: {printable(message)}", file=sys.stderr)
     else:
         sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
 
@@ -110,12 +110,7 @@ def _complain(message: str) -> None:
     """Prints the message as one line; an empty one means that another process says it."""
     if message:
         with contextlib.suppress(OSError):  # the exit code says it where nothing can be written
-            print(f"fastunet: {_one_line(message)}", file=sys.stderr, flush=True)
-
-
-def _one_line(message: str) -> str:
-    """``message`` without line breaks, and without what a file's name could make a terminal do."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
+            print(f"fastunet: {printable(message)}", file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

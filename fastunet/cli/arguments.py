@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import TypeVar
 
-from fastunet.errors import UserError
+from fastunet.errors import UserError, printable
 
 Number = TypeVar("Number", int, float)
 _MOST = 2**31
@@ -121,11 +121,19 @@ def set_threads(count: int | None) -> None:
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
+def say(*lines: object) -> None:
+    """Prints each of ``lines``, however many it would be on a terminal; a reader that went away ends no work."""
+    try:
+        print(*map(printable, lines), sep="\n", flush=True)
+    except BrokenPipeError:
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+
+
 def progress_display(name: str = "", unit: str = "slice") -> Callable[[int, int], None]:
     """A function (units done, units) that shows a bar on a terminal and nothing elsewhere."""
     from tqdm import tqdm
 
-    bar = tqdm(desc=name, unit=unit, leave=False, delay=0.1, disable=not sys.stderr.isatty())
+    bar = tqdm(desc=printable(name), unit=unit, leave=False, delay=0.1, disable=not sys.stderr.isatty())
 
     def show(done: int, total: int) -> None:
         bar.total = total

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fastunet.cli.arguments import say
 from fastunet.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def segment_arrays(segmenter: Segmenter, paths: list[Path], args: argparse.Names
         values = segmenter.label_map.decode(segmenter.predict(_normalised(image, segmenter.card.images)[None])[0])
         target = args.out / path.name
         _write(target, values)
-        print(target)
+        say(target)
         if args.overlay:
             from fastunet.files import write_bytes
             from fastunet.pictures.overlay import overlay
@@ -33,7 +34,7 @@ def segment_arrays(segmenter: Segmenter, paths: list[Path], args: argparse.Names
             panels = [(path.name, None), ("prediction", classes)]
             picture = overlay_path(args.out, path)
             write_bytes(picture, overlay(image[0], panels, segmenter.card.class_names))
-            print(picture)
+            say(picture)
 
 
 def overlay_path(folder: Path, image: Path) -> Path:

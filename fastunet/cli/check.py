@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastunet.cli.arguments import add_nan_option, label_value, names, positive_int, spacing
+from fastunet.cli.arguments import add_nan_option, label_value, names, positive_int, say, spacing
 from fastunet.data.label_tables import LABEL_MAPS
 from fastunet.errors import UserError
 
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     elif cases:
         problems.append(f"{args.data} holds no labelled cases")
     problems += check_quickly(cases, modalities, size=args.size, axis=args.axis, spacing=pixels)
-    print("\n".join(_described(args.data, reports, modalities) + notes))
+    say(*_described(args.data, reports, modalities), *notes)
     problems += _without_foreground(reports)
     every, problems = _without_repeats(problems + remarks), _without_repeats(problems)
     for title, found in (
@@ -77,10 +77,10 @@ def run(args: argparse.Namespace) -> None:
         ("problems", problems),
     ):
         if found:
-            print("\n".join([f"\n{title}:", *(f"- {' '.join(problem.split())}" for problem in found)]))
+            say("", f"{title}:", *(f"- {problem}" for problem in found))
     if problems:
         raise UserError(f"{args.data} has {len(problems)} problem{'s'[: len(problems) > 1]}; training would refuse it")
-    print("\nno problem found")
+    say("", "no problem found")
 
 
 @contextlib.contextmanager
@@ -137,7 +137,7 @@ def _case_table(reports: Sequence[CaseReport]) -> list[str]:
         size = "?" if report.geometry is None else " × ".join(map(str, report.geometry.shape[:3]))
         spacing = " × ".join(f"{length:.4g}" for length in report.spacing) or "?"
         share = "no labels" if report.case.label is None else f"{foreground(report)}"
-        rows.append((repr(report.case.name)[1:-1], size, spacing, report.axes or "?", share))
+        rows.append((report.case.name, size, spacing, report.axes or "?", share))
     return _aligned(rows)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastunet.cli.arguments import add_machine_options, seed, set_threads
+from fastunet.cli.arguments import add_machine_options, say, seed, set_threads
 from fastunet.errors import UserError
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
     set_threads(args.threads)
     out = _fresh_folder(args.out)
     counts = f"{plan.training_cases} to learn from and {plan.unseen_cases} to be tested on"
-    print(f"making {plan.things}: {counts}", *([plan.note] if plan.note else []), sep="\n", flush=True)
+    say(f"making {plan.things}: {counts}", *([plan.note] if plan.note else []))
     make = getattr(fastunet.data, plan.maker)
     # Seeds 2k and 2k + 1: no two runs, and never both sides of one run, share a case.
     make(out / "data" / "training", plan.training_cases, 2 * args.seed, **plan.options)
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
     scores, pictures, segmented = _test(out, unseen, device)
     report = out / "report.html"
     write_text(report, _report(plan, out, scores, pictures, segmented, time.monotonic() - started, device))
-    print(f"{time.monotonic() - started:.0f} s; open {report.resolve()}")
+    say(f"{time.monotonic() - started:.0f} s; open {report.resolve()}")
 
 
 def _test(out: Path, unseen: list[Case], device: torch.device) -> tuple[list[Score], dict[str, bytes], Path]:
@@ -125,7 +125,7 @@ def _test(out: Path, unseen: list[Case], device: torch.device) -> tuple[list[Sco
     segmenter = Segmenter(model.to(device), card, device, batch_size=8)
     by_case = {case.name: evaluate_case(segmenter, case) for case in unseen}
     scores = [score for case_scores in by_case.values() for score in case_scores]
-    print(text_table(scores))
+    say(*text_table(scores))
     write_text(out / "scores.csv", csv_table(scores))
     ranked = sorted(unseen, key=lambda case: mean_foreground_dice(by_case[case.name]))
     folder = make_output_folder(out / "segmentation")

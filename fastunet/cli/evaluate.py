@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from fastunet.cli.arguments import progress_display
+from fastunet.cli.arguments import progress_display, say
 from fastunet.cli.segment import add_model_options, make_segmenter
 from fastunet.errors import UserError
 
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
         check_outputs([args.csv], _inputs(args, pairs), overwrite=args.overwrite)
         make_output_folder(args.csv.parent)
     scores = list(_file_scores(pairs, args.empty) if pairs else _model_scores(args))
-    print(text_table(scores, empty=args.empty))
+    say(*text_table(scores, empty=args.empty))
     if args.csv:
         write_text(args.csv, csv_table(scores))
 
@@ -189,7 +189,7 @@ def _table(truths: list[Path], predictions: list[Path], args: argparse.Namespace
     folders = list(dict.fromkeys(parent for path in files for parent in (path.parent, path.parent.parent)))
     file = next((folder / "dataset.json" for folder in folders if (folder / "dataset.json").is_file()), None)
     table = found_table(truths, predictions) if file is None else read_label_map(file)
-    print(f"labels as {'found' if file is None else f'{file} has them'}: {table}")
+    say(f"labels as {'found' if file is None else f'{file} has them'}: {table}")
     return table
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastunet.architecture import PRESETS, Architecture
+from fastunet.cli.arguments import say
 
 if TYPE_CHECKING:
     import torch
@@ -31,22 +32,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from fastunet.training.distributed import pick_device
 
-    print(f"Python {platform.python_version()} on {platform.platform()}")
+    say(f"Python {platform.python_version()} on {platform.platform()}")
     for package in PACKAGES:
-        print(f"{package} {_version(package)}")
+        say(f"{package} {_version(package)}")
     device = pick_device(args.device)
-    print(f"device: {device} ({_describe(device)})")
-    print(f"FASTUNET_BACKEND: {os.environ.get('FASTUNET_BACKEND', 'not set (auto)')}")
-    print()
+    say(f"device: {device} ({_describe(device)})")
+    say(f"FASTUNET_BACKEND: {os.environ.get('FASTUNET_BACKEND', 'not set (auto)')}")
+    say("")
     _operators(device)
     if args.check:
-        print()
+        say("")
         _check(device)
     if args.model or args.preset:
-        print()
+        say("")
         _blocks(args.model, args.preset)
     if args.kernels:
-        print()
+        say("")
         _kernels(args.preset)
 
 
@@ -76,11 +77,11 @@ def _operators(device: torch.device) -> None:
             reasons.setdefault(reason, []).append(name)
     operators = sorted(functional.__all__)
     width = max(map(len, operators)) + 2
-    print("operator".ljust(width) + "".join(name.ljust(11) for name in DTYPES).rstrip())
+    say("operator".ljust(width) + "".join(name.ljust(11) for name in DTYPES).rstrip())
     for operator in operators:
-        print(operator.ljust(width) + "".join(choices[name].ljust(11) for name in DTYPES).rstrip())
+        say(operator.ljust(width) + "".join(choices[name].ljust(11) for name in DTYPES).rstrip())
     for reason, dtypes in reasons.items():
-        print(f"not Triton for {', '.join(dtypes)}: {reason}")
+        say(f"not Triton for {', '.join(dtypes)}: {reason}")
 
 
 def _blocks(run: Path | None, preset: str) -> None:
@@ -90,11 +91,11 @@ def _blocks(run: Path | None, preset: str) -> None:
 
     model = load_model(run)[0] if run else UNet(**Architecture.from_preset(preset).as_dict())
     reasons = model.why_not_fused()
-    print(f"{run or preset}: {model.config}")
+    say(f"{run or preset}: {model.config}")
     for name in ("encoders", "bottleneck", "dropout", "decoders", "head"):
         part = getattr(model, name)
         for each in [f"{name}.{i}" for i in range(len(part))] if name.endswith("ders") else [name]:
-            print(f"{each:12}{'through its modules: ' + reasons[each] if each in reasons else 'fused'}")
+            say(f"{each:12}{'through its modules: ' + reasons[each] if each in reasons else 'fused'}")
 
 
 def _check(device: torch.device) -> None:
@@ -108,7 +109,7 @@ def _check(device: torch.device) -> None:
     for check in checks:
         result = "passes" if check.passed else "FAILS"
         found = check.problem or f"error {check.error:.1e}, allowed {check.allowed:.1e}"
-        print(f"{check.operator:20}{check.dtype.removeprefix('torch.'):10}{result}  {found}")
+        say(f"{check.operator:20}{check.dtype.removeprefix('torch.'):10}{result}  {found}")
     failed = sorted({check.operator for check in checks if not check.passed})
     if failed:
         advice = "FASTUNET_BACKEND=torch runs the same on PyTorch's operators"
@@ -123,7 +124,7 @@ def _kernels(preset: str | None) -> None:
         raise UserError("--kernels needs Triton, which is not installed")
     from fastunet.inspection.kernel_table import kernel_table
 
-    print(kernel_table(preset))
+    say(*kernel_table(preset).splitlines())
 
 
 def _describe(device: torch.device) -> str:

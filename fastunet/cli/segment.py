@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastunet.cli.arguments import add_machine_options, add_nan_option, positive_int, progress_display, set_threads
+from fastunet.cli.arguments import add_machine_options, add_nan_option, positive_int, progress_display, say, set_threads
 from fastunet.errors import UserError
 
 if TYPE_CHECKING:
@@ -135,13 +135,13 @@ def _segment_case(segmenter: Segmenter, case: Case, target: Path, args: argparse
     labels = write_case(
         segmenter, slices, target, probabilities=args.probabilities, progress=progress_display(case.name)
     )
-    print(target)
+    say(target)
     if args.overlay:
         from fastunet.files import write_bytes
 
         picture = picture_path(args.out, case)
         write_bytes(picture, case_picture(segmenter, slices, labels))
-        print(picture)
+        say(picture)
 
 
 def case_picture(segmenter: Segmenter, slices: CaseSlices, labels: np.ndarray) -> bytes:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastunet.architecture import ACTIVATIONS, NORMS, PRESETS, Architecture
-from fastunet.cli.arguments import positive_int
+from fastunet.cli.arguments import positive_int, say
 from fastunet.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,10 +43,10 @@ def run(args: argparse.Namespace) -> None:
         rows = summary.layers(model, height, width)
     except ValueError as error:
         raise UserError(str(error)) from error
-    print(f"{title}, one image of {height}×{width}, {args.precision}")
-    print(summary.table(rows, ELEMENT_SIZES[args.precision]))
+    say(f"{title}, one image of {height}×{width}, {args.precision}")
+    say(*summary.table(rows, ELEMENT_SIZES[args.precision]).splitlines())
     peak, plain = _peaks(model.architecture, height, width, ELEMENT_SIZES[args.precision])
-    print(f"Inference holds at most {peak:.2f} MiB of activations at a time, the plain build {plain:.2f}.")
+    say(f"Inference holds at most {peak:.2f} MiB of activations at a time, the plain build {plain:.2f}.")
     if args.out:
         from fastunet.files import make_output_folder
         from fastunet.outputs import check_outputs
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
         check_outputs(drawing_paths(args.out), inputs, overwrite=args.overwrite)
         make_output_folder(args.out.parent)
         written = draw(rows, args.out, title=f"{title}, {height}×{width}")
-        print("wrote " + " and ".join(map(str, written)))
+        say("wrote " + " and ".join(map(str, written)))
 
 
 def _peaks(architecture: Architecture, height: int, width: int, element_size: int) -> tuple[float, float]:

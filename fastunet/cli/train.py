@@ -17,6 +17,7 @@ from fastunet.cli.arguments import (
     non_negative_float,
     positive_float,
     positive_int,
+    say,
     seed,
     spacing,
     two_numbers,
@@ -97,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
     with process_group(config.device) as processes:
         train(config, args.out, processes, resume=args.resume)
     if processes.leader:
-        print(args.out)
+        say(args.out)
 
 
 def configuration(out: Path, resume: bool, given: dict[str, Any]) -> TrainConfig:

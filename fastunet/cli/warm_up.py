@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from fastunet.architecture import PRESETS
-from fastunet.cli.arguments import positive_int, progress_display
+from fastunet.cli.arguments import positive_int, progress_display, say
 
 SIZES = {"isbi": 572}
 
@@ -53,4 +53,4 @@ def run(args: argparse.Namespace) -> None:
         number = warm_up([work], args.processes or os.cpu_count() or 1, progress_display(unit="kernel"))
     except ValueError as error:
         raise UserError(str(error)) from error
-    print(f"{number} kernels for sm_{architecture} are in Triton's cache")
+    say(f"{number} kernels for sm_{architecture} are in Triton's cache")

@@ -78,8 +78,8 @@ def mean_region_dice(scores: Sequence[Score]) -> float:
     return _mean([s.dice for s in scores if s.kind == "region"])
 
 
-def text_table(scores: Sequence[Score], *, empty: str = "one") -> str:
-    """Dice per case (rows) and structure (columns), the means below, and the rule for empty structures."""
+def text_table(scores: Sequence[Score], *, empty: str = "one") -> list[str]:
+    """Lines: Dice per case (rows) and structure (columns), the means below, and the rule for empty structures."""
     means = mean_scores(scores)
     structures = [(s.kind, s.structure) for s in means]
     by_case: dict[str, dict[tuple[str, str], Score]] = {}
@@ -98,7 +98,7 @@ def text_table(scores: Sequence[Score], *, empty: str = "one") -> str:
     regions = mean_region_dice(scores)
     over_regions = "" if math.isnan(regions) else f" Mean region Dice: {cell(regions)}."
     lines.append(f"Mean foreground Dice: {cell(mean_foreground_dice(scores))}.{over_regions} {EMPTY_RULES[empty]}")
-    return "\n".join(lines)
+    return lines
 
 
 def csv_table(scores: Sequence[Score]) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from typing import TextIO
 
 from tqdm.auto import tqdm
+
+from fastunet.errors import printable
 
 _SECONDS_BETWEEN_LINES = 30.0
 
@@ -25,10 +28,11 @@ class Display:
         """Prints a line, above the bar if there is one."""
         if self._quiet:
             return
-        if self._bar is not None:
-            self._bar.write(text, file=self._stream)
-        else:
-            print(text, file=self._stream, flush=True)
+        with contextlib.suppress(OSError):  # a log that nobody reads any more, or a full disk, ends no training
+            if self._bar is not None:
+                self._bar.write(printable(text), file=self._stream)
+            else:
+                print(printable(text), file=self._stream, flush=True)
 
     def start(self, title: str, total: int, done: int = 0) -> None:
         """Begins a stretch of ``total`` batches of which ``done`` are done already."""
