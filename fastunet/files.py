@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,6 +107,15 @@ def make_output_folder(path: str | Path) -> Path:
     except OSError as error:
         raise UserError(f"cannot write to the output folder {path}: {reason(error)}") from error
     return path
+
+
+def require_room(folder: Path, count: int, size: int, what: str) -> None:
+    """Raises ``UserError`` unless ``count`` of ``what``, at least one, of at least ``size`` bytes each fit the disk."""
+    if count < 1:
+        raise UserError(f"{count} {what} are asked for; expected at least 1")
+    free = shutil.disk_usage(folder).free
+    if count * size > free:
+        raise UserError(f"{count} {what} take {count * size >> 20} MB at the least, and {folder} has {free >> 20} free")
 
 
 def reason(error: OSError) -> str:

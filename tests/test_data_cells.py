@@ -21,6 +21,8 @@ def test_files(tmp_path):
     np.testing.assert_array_equal(read_labels(cases[1].label, cases[1].label_map)[..., 0], mask == 255)
     with pytest.raises(UserError, match="at least 64 pixels, got 64 × 63"):
         make_cells(tmp_path / "small", 1, 0, sizes=((64, 63),))
+    with pytest.raises(UserError, match="1 pictures of cells take 476837 MB"):
+        make_cells(tmp_path / "large", 1, 0, sizes=((10**6, 10**6),))
     with pytest.raises(UserError, match="at least one size"):
         make_cells(tmp_path / "none", 1, 0, sizes=())
 

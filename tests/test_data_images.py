@@ -73,6 +73,33 @@ def test_stacks(tmp_path, options):
     np.testing.assert_array_equal(read_volume(path).data, np.moveaxis(STACK, 0, -1))
 
 
+@pytest.mark.parametrize("options", [{}, {"metadata": None}, {"compression": "zlib"}], ids=str)
+def test_pages_that_were_written_one_by_one_are_a_stack(tmp_path, options):
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        for page in STACK:
+            file.write(page, **options)
+    np.testing.assert_array_equal(read_volume(tmp_path / "a.tif").data, np.moveaxis(STACK, 0, -1))
+
+
+@pytest.mark.parametrize("kind", [1, 4], ids=["thumbnail", "transparency mask"])
+@pytest.mark.parametrize("first", [True, False])
+def test_smaller_versions_and_masks_in_a_tiff_are_passed_over(tmp_path, kind, first):
+    other = GREY[::2, ::2] if kind == 1 else GREY > 9
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        for pixels, subfile in sorted([(GREY, 0), (other, kind)], key=lambda each: each[1], reverse=first):
+            file.write(pixels, subfiletype=subfile)
+    np.testing.assert_array_equal(read_volume(tmp_path / "a.tif").data[..., 0], GREY)
+
+
+@pytest.mark.parametrize("other", [GREY[:5], GREY.astype(np.uint16), RGB], ids=["size", "type", "colour"])
+def test_a_tiff_of_different_images_is_refused(tmp_path, other):
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        for pixels in (GREY, other):
+            file.write(pixels)
+    with pytest.raises(UserError, match=r"images that differ, such as 7 × 5 of uint8 and .*save each"):
+        read_volume(tmp_path / "a.tif")
+
+
 def test_colour_stacks_and_planar_colours(tmp_path):
     pixels = RNG.integers(0, 256, (4, 7, 5, 3)).astype(np.uint8)
     path = picture(tmp_path / "a.tif", pixels, photometric="rgb")

@@ -186,8 +186,18 @@ def test_intensities_are_noisy_like_magnitudes(heads):
 
 @pytest.mark.parametrize("shape", [(8, 32, 32), (32, 32), (32, 32, 15)])
 def test_shapes_that_are_too_small(tmp_path, shape):
-    with pytest.raises(UserError, match="needs 3 axes of at least 16 voxels"):
+    with pytest.raises(UserError, match="has 3 axes of 16 to 32767 voxels"):
         make_phantoms(tmp_path, 1, 0, shape=shape)
+
+
+@pytest.mark.parametrize(("cases", "shape", "said"), [
+    (10**12, (32, 32, 17), "000000000000 phantoms of 32 × 32 × 17 take 16601562500 MB at the least, and .* free"),
+    (1, (30000, 30000, 30000), "1 phantoms of .* take"), (0, (32, 32, 17), "0 phantoms .* expected at least 1"),
+])  # fmt: skip
+def test_more_than_the_disk_holds_is_refused(cases, shape, said, tmp_path):
+    with pytest.raises(UserError, match=said):
+        make_phantoms(tmp_path, cases, 0, shape=shape)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_smallest_shape_has_all_classes(tmp_path):

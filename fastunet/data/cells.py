@@ -8,6 +8,7 @@ ground or from each other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from fastunet.data.cases import discover_cases
 from fastunet.data.image_files import save_image
 from fastunet.data.phantoms import blur, smooth_field
 from fastunet.errors import UserError
-from fastunet.files import make_output_folder
+from fastunet.files import make_output_folder, require_room
 
 CELL, GAP = 22.0, 1.6
 """Pixels between the middles of neighbouring cells, and of the ground between two that touch."""
@@ -39,11 +40,13 @@ def make_cells(
         sizes: (height, width) of the images, taken in turn.
 
     Raises:
-        UserError: no size or one that is too small, or a file that cannot be written.
+        UserError: no size or one that is too small, no room on the disk, or a file that cannot be written.
     """
     if not sizes:
         raise UserError("pictures of cells need at least one size")
     root = Path(root)
+    least = min(math.prod(size) for size in sizes) // 2
+    require_room(make_output_folder(root), count, least, "pictures of cells")
     images, masks = (make_output_folder(root / name) for name in ("images", "masks"))
     for index in range(count):
         pixels, mask = cells(np.random.default_rng([seed, index]), sizes[index % len(sizes)])

@@ -31,6 +31,7 @@ _PICTURES = ("PNG", "JPEG", "BMP")
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PLAIN_KINDS = (0, 1, 2)  # TIFF's photometric interpretations: white or black is 0 (numbers are as stored), RGB
 _CONVERTED = ((6, 6), (6, 7))  # YCbCr in JPEG compression, which tifffile brings to RGB
+_NO_PAGES = 0b101  # of a subfile's type: a smaller version of another image, a mask of what is transparent
 _ORIENTATION = 0x0112
 _SHOWN = {
     2: (False, 1, -1),
@@ -182,16 +183,18 @@ def _tiff(path: Path, raw: BinaryIO) -> Iterator[_Reader]:
 
     with tifffile.TiffFile(raw, name=path.name) as file:
         len(file.pages)  # walks the chain of pages once, and ends where it bites its tail; to list them would not end
-        series = file.series[0]
-        if len(file.series) > 1:
-            warn_once(f"several images in {path.parent}", f"{path} holds images of several sizes; the first is read")
-        axes, shape, page = series.axes, series.shape, series.keyframe
+        whole = [each for each in file.series if not (each.keyframe.subfiletype or 0) & _NO_PAGES] or file.series[:1]
+        kinds = list(dict.fromkeys((each.axes, each.shape, each.dtype, each.keyframe.photometric) for each in whole))
+        if len(kinds) > 1:
+            sizes = " and ".join(f"{' × '.join(map(str, shape))} of {dtype}" for _, shape, dtype, _ in kinds[:2])
+            raise UserError(f"{path} holds images that differ, such as {sizes}; save each as a file of its own")
+        axes, shape, page = whole[0].axes, whole[0].shape, whole[0].keyframe
         if page.photometric not in _PLAIN_KINDS and (page.photometric, page.compression) not in _CONVERTED:
             kind = getattr(page.photometric, "name", page.photometric)
             raise UserError(f"{path} is a TIFF of kind {kind}, which cannot be read; save it as grey or RGB, or as PNG")
         size = path.stat().st_size
-        if series.nbytes > max(_PLAUSIBLE_BYTES, size * _MOST_EXPANSION):
-            raise UserError(f"{path} declares {series.nbytes >> 20} MB, which {size} bytes cannot hold")
+        if (count := sum(each.nbytes for each in whole)) > max(_PLAUSIBLE_BYTES, size * _MOST_EXPANSION):
+            raise UserError(f"{path} declares {count >> 20} MB, which {size} bytes cannot hold")
         if "Y" not in axes or "X" not in axes:
             raise UserError(f"{path}: expected an image of rows and columns, got axes {axes} of shape {shape}")
         channel = next((axes.index(name) for name in "SC" if name in axes and shape[axes.index(name)] > 1), None)
@@ -202,23 +205,25 @@ def _tiff(path: Path, raw: BinaryIO) -> Iterator[_Reader]:
         if alpha:
             _note_transparency(path)
         channels = () if channel is None or shape[channel] - alpha == 1 else (shape[channel] - alpha,)
-        result = (shape[order[0]], shape[order[1]], math.prod(shape[axis] for axis in pages), *channels)
+        planes = math.prod(shape[axis] for axis in pages)
+        result = (shape[order[0]], shape[order[1]], planes * len(whole), *channels)
 
         def read() -> np.ndarray:
             try:
-                pixels = series.asarray()
+                parts = [each.asarray() for each in whole]
             except ValueError as error:
                 if "imagecodecs" in str(error):
                     raise UserError(
                         f"{path}: this compression needs imagecodecs: pip install 'fastunet[tiff]'"
                     ) from error
                 raise
-            pixels = pixels.transpose(order).reshape(*result[:3], *([] if channel is None else [shape[channel]]))
+            laid_out = (*result[:2], planes, *([] if channel is None else [shape[channel]]))
+            pixels = np.concatenate([part.transpose(order).reshape(laid_out) for part in parts], axis=2)
             pixels = pixels.astype(np.uint8) * 255 if pixels.dtype == bool else pixels
             return pixels[..., : channels[0]] if channels else pixels[..., 0] if alpha else pixels
 
         tag = page.tags.get(_ORIENTATION)
-        yield _as_shown(path, _Reader(result, np.dtype(series.dtype), read), tag and tag.value)
+        yield _as_shown(path, _Reader(result, np.dtype(whole[0].dtype), read), tag and tag.value)
 
 
 @contextlib.contextmanager
@@ -235,6 +240,9 @@ def _strict(path: Path) -> Iterator[None]:
     logger.addFilter(collect)
     try:
         yield
+    except UserError:
+        if not errors:  # else it follows from them
+            raise
     finally:
         logger.removeFilter(collect)
     if errors:

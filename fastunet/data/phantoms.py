@@ -10,6 +10,7 @@ as bright as the rim in T1ce, and CSF as dark as the necrotic core.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from fastunet.data.cases import discover_cases
 from fastunet.data.label_tables import LABEL_MAPS
 from fastunet.data.volumes import save_nifti
 from fastunet.errors import UserError
+from fastunet.files import make_output_folder, require_room
 
 if TYPE_CHECKING:
     from nibabel.nifti1 import Nifti1Image
@@ -31,7 +33,7 @@ FIELD_OF_VIEW = (200.0, 200.0, 155.0)
 _HEAD = (80.0, 95.0, 74.0)
 _SCALP_MM, _SKULL_MM, _FLUID_MM = 6.0, 13.0, 14.5  # depth below the skin at which each layer ends
 _CORTEX_MM = 34.0
-_SMALLEST_SIDE = 16
+_SMALLEST_SIDE, _LARGEST_SIDE = 16, 2**15 - 1  # NIfTI-1 counts to that
 _SMALLEST_PART = 6e-4  # of all voxels: 2.5 cubic centimetres, so that a score of each class means something
 _ATTEMPTS = 50
 _PARTS = {"brats2021": ("_flair", "_t1", "_t1ce", "_t2", "_seg"), "brats2023": ("-t2f", "-t1n", "-t1c", "-t2w", "-seg")}
@@ -86,21 +88,19 @@ def make_phantoms(
         skull: False strips scalp and skull, as the BraTS data are.
 
     Raises:
-        UserError: an unknown edition, a shape that is too small, or a file that cannot be written.
+        UserError: an unknown edition, a shape that is too small, no room on the disk, or a file that cannot be written.
     """
     if edition not in _PARTS:
         raise UserError(f"phantoms are made of edition {', '.join(_PARTS)}, not {edition!r}")
-    if len(shape) != 3 or min(shape) < _SMALLEST_SIDE:
-        raise UserError(f"a phantom needs 3 axes of at least {_SMALLEST_SIDE} voxels, got {tuple(shape)}")
-    root = Path(root)
+    if len(shape) != 3 or min(shape) < _SMALLEST_SIDE or max(shape) > _LARGEST_SIDE:
+        raise UserError(f"a phantom has 3 axes of {_SMALLEST_SIDE} to {_LARGEST_SIDE} voxels, got {tuple(shape)}")
+    root = make_output_folder(root)
+    require_room(root, cases, math.prod(shape), f"phantoms of {' × '.join(map(str, shape))}")
     for index in range(cases):
         name = _NAMES[edition].format(index)
         images, classes = phantom(np.random.default_rng([seed, index]), shape, edition == "brats2024", skull)
         folder = root / name
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
+        make_output_folder(folder)
         values = LABEL_MAPS[edition].decode(classes)
         for part, voxels in zip(_PARTS[edition], [*images, values]):
             save_nifti(folder / f"{name}{part}.nii.gz", _image(voxels))
