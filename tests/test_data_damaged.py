@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import logging
+import lzma
 
 import nibabel as nib
 import numpy as np
@@ -48,6 +49,9 @@ def test_damaged_gzip_data_are_noticed(tmp_path):
         ("a.nii", b"this is a text file\n" * 40, "is not a NIfTI file"),
         ("a.nii.gz", gzip.compress(b"this is a text file\n" * 40, mtime=0), "is not a NIfTI file"),
         ("a.nii.gz", gzip.compress(b"", mtime=0), "is not a NIfTI file"),
+        ("a.nii.gz", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "`git lfs pull` fetches"),
+        ("a.nii", b"<!DOCTYPE html><html>Please log in</html>", "is a web page"),
+        ("a.nii", lzma.compress(bytes(999)), "is compressed by xz"),
         ("a.dcm", b"DICM", "no file that can be read"),
         ("a.nii", None, "there is no such file"),
     ],

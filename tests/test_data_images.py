@@ -158,6 +158,12 @@ def test_images_are_read_by_content_and_no_other_format_is(tmp_path):
         read_volume(tmp_path / "c.png")
 
 
+def test_an_animation_is_not_its_first_picture(tmp_path):
+    path = picture(tmp_path / "a.png", GREY, save_all=True, append_images=[Image.fromarray(GREY // 2)])
+    with pytest.raises(UserError, match="is animated, with 2 frames"):
+        read_volume(path)
+
+
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".jpg", ".bmp"])
 def test_damaged_images(tmp_path, suffix):
     pixels = RNG.integers(0, 256, (64, 64)).astype(np.uint8)

@@ -16,6 +16,7 @@ from tests.cli_helpers import TINY, assert_user_error, run
 
 NETWORKS = {
     "same": (dict(), None, (32, 48)),
+    "one pixel wide": (dict(), None, (20, 1)),
     "same in tiles": (dict(), 80, (40, 24)),
     "valid": (dict(padding="valid", up="transpose", dropout=0.0), None, (20, 27)),
     "valid in tiles": (dict(padding="valid", up="transpose", dropout=0.0), 60, (20, 27)),

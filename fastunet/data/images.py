@@ -127,6 +127,8 @@ def _picture(path: Path, raw: BinaryIO) -> Iterator[_Reader]:
     with image:
         if image.format == "PNG" and _bit_depth(raw) == 16 and image.mode in ("RGB", "RGBA", "LA"):
             raise UserError(f"{path}: 16-bit colour in PNG files cannot be read at full depth; save it as TIFF")
+        if image.format == "PNG" and (frames := getattr(image, "n_frames", 1)) > 1:
+            raise UserError(f"{path} is animated, with {frames} frames; save each as a file of its own")
         target = _plain_mode(image, path)
         shape = (image.height, image.width, 1) + ((3,) if target == "RGB" else ())
         dtype = {"L": np.uint8, "RGB": np.uint8, "F": np.float32, "I": np.int32}.get(target, np.uint16)

@@ -42,8 +42,8 @@ def open_nifti(path: Path) -> Iterator[tuple[Stored, DataStream]]:
     compressed = path.name.lower().endswith(".gz")
     header_path, data_path = parts_of(path) if pair else (path, path)
     with open_stream(header_path) as stream:
-        note_compression(stream, compressed)
         stored = _read_header(stream, header_path, pair)
+        note_compression(stream, compressed)
         if not pair:
             stream.check_holds(stored.offset + stored.count * stored.dtype.itemsize)
             yield stored, stream

@@ -23,6 +23,15 @@ _CHUNK_BYTES = 1 << 20
 _DEFLATE_LIMIT = 1032  # no deflate stream grows by more; RFC 1951: 258 bytes from 2 bits
 _SURPLUS_LIMIT = 64 << 20
 _GZIP_MAGIC = b"\x1f\x8b"
+_FOREIGN = {
+    b"version https://git-lfs.github.com/": "a Git LFS pointer: `git lfs pull` fetches the file itself",
+    b"<!DOCTYPE": "a web page, not the file that was to be downloaded",
+    b"<html": "a web page, not the file that was to be downloaded",
+    b"PK\3\4": "a ZIP archive: unpack it",
+    b"BZh91AY&SY": "compressed by bzip2: unpack it",
+    b"\xfd7zXZ\0": "compressed by xz: unpack it",
+}
+"""What files begin with that were never brought into the form that their name promises."""
 
 
 class DataStream:
@@ -94,6 +103,10 @@ def open_stream(path: Path) -> Iterator[DataStream]:
             before = os.fstat(raw.fileno())
             if before.st_size == 0:
                 raise UserError(f"{path} is empty")
+            beginning = raw.read(max(map(len, _FOREIGN)))
+            if foreign := next((what for mark, what in _FOREIGN.items() if beginning.startswith(mark)), None):
+                raise UserError(f"{path} is {foreign}")
+            raw.seek(0)
             yield DataStream(path, raw)
             after = os.fstat(raw.fileno())
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):

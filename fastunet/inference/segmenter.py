@@ -192,7 +192,7 @@ class Segmenter:
         maps = np.empty((len(images), len(self.label_map.outputs), *images.shape[2:]), dtype=np.float32)
         total = np.zeros_like(maps)
         for copy in copies:
-            mirrored = np.ascontiguousarray(np.flip(images, copy))
+            mirrored = np.flip(images, copy).copy()
             for rows, columns, result in self._run(self._proba, mirrored):
                 maps[:, :, rows, columns] = result.float().cpu().numpy()
             total += np.flip(maps, copy)
