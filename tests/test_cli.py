@@ -59,6 +59,15 @@ def test_the_script_and_its_exit_code():
     assert done.stdout == ""
 
 
+@pytest.mark.parametrize("line, words", [
+    ("train DATA --out !", "the argument after --out is empty"), ("check !", "the argument after check is empty"),
+    ("evaluate RUN DATA --csv=", "--csv is empty"), ("summary --width ٣", "'٣' is not a whole number"),
+    ("train DATA --out RUN --ema 0.9_9", "'0.9_9' is not a number"), ("info --device meta", "expected auto, cpu, cuda"),
+])  # fmt: skip
+def test_arguments_that_nobody_meant(line, words, capsys):
+    assert_user_error(capsys, run(*line.replace("!", "").split(" ")), words)
+
+
 def test_interruption(monkeypatch, capsys):
     def interrupted(args):
         raise KeyboardInterrupt

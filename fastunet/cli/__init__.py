@@ -63,7 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 import argcomplete
 
                 argcomplete.autocomplete(parser)
-            args = parser.parse_args(argv)
+            words = sys.argv[1:] if argv is None else argv
+            for before, word in zip(["fastunet", *words], words):
+                if not word or (word.startswith("--") and word.endswith("=")):  # an empty path is the current folder
+                    name = word.rstrip("=") or f"the argument after {before}"
+                    raise UserError(f"{name} is empty; is the variable set that it comes from?")
+            args = parser.parse_args(words)
             with warnings.catch_warnings():
                 for library in ("PIL", "nibabel"):  # what matters of their doubts about a file is said or refused here
                     warnings.filterwarnings("ignore", module=library)

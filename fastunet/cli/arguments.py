@@ -146,6 +146,8 @@ def progress_display(name: str = "", unit: str = "slice") -> Callable[[int, int]
 
 def _number(kind: Callable[[str], Number], text: str, description: str) -> Number:
     try:
+        if not text.isascii() or "_" in text:  # which Python takes for digits, and to divide them
+            raise ValueError
         return kind(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not {description}") from None
