@@ -113,6 +113,7 @@ def test_without_openvino_one_sentence_says_how_to_get_it(monkeypatch):
 def test_follows_weights_and_shapes(brats, monkeypatch):
     """The last test, for it leaves another shape compiled and a weight that is not finite."""
     model, frozen, x = brats
+    monkeypatch.setattr("openvino_telemetry.Telemetry", None)  # nobody is told of a conversion
     monkeypatch.setattr("openvino.Core", None)  # one is enough, and of two, signals may find the memory of one gone
     with torch.inference_mode():
         assert_same(model, frozen, x.clone())

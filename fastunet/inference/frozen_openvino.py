@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ class CompiledNetwork:
 
     def __init__(self, model: Any, x: torch.Tensor):
         self.limit = bounds.largest_images(model, x.shape[2] * x.shape[3])
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _untold():
             warnings.simplefilter("ignore")
             graph = _openvino().convert_model(torch.export.export(_plain(model), (torch.zeros(x.shape),)))
         graph.reshape(list(x.shape))
@@ -70,6 +72,22 @@ def _openvino() -> Any:
     except ImportError as error:
         raise UserError("engine='openvino' needs openvino: pip install 'fastunet[openvino]'") from error
     return openvino
+
+
+@contextlib.contextmanager
+def _untold() -> Iterator[None]:
+    """Inside, OpenVINO sends no word of a conversion to its makers, for which it would fork this process."""
+    try:
+        import openvino_telemetry
+        from openvino.tools.ovc.telemetry_stub import Telemetry
+    except ImportError:
+        yield
+        return
+    before, openvino_telemetry.Telemetry = openvino_telemetry.Telemetry, Telemetry
+    try:
+        yield
+    finally:
+        openvino_telemetry.Telemetry = before
 
 
 class _Decoder(reference.DecoderBlock):
