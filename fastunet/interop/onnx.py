@@ -50,7 +50,8 @@ def to_onnx(model: reference.UNet, path: str | Path) -> None:
                 setattr(block, name, _Spelled(norm))
     plain = _AnySize(twin)
     free = torch.export.Dim.DYNAMIC
-    with warnings.catch_warnings():
+    # A cache of fake tensors asks of each size what its symbols imply, which takes half of the time.
+    with warnings.catch_warnings(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(plain, (plain.example(),), dynamo=True, verbose=False, input_names=["images"],
                                     output_names=["logits"], dynamic_shapes={"x": {0: free, 2: free, 3: free}})
