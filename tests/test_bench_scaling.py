@@ -85,8 +85,9 @@ def test_efficiency_over_processes(tmp_path):
 
 
 def quick(*arguments) -> int:
-    """``bench.scaling`` of a small network, with a repeat where it takes several."""
+    """``bench.scaling`` of a small network, with a repeat where it takes several, on a machine of small tensors."""
     ceilings._REPEATS = scaling._WORKER_ROUNDS = 1
+    ceilings._COPY_MIB, ceilings._SIDE = {"cpu": 1}, {"cpu": 64}
     PRESETS["brats"] = dict(width=4, depth=2)
     return scaling.main(arguments)
 

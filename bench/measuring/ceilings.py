@@ -10,6 +10,8 @@ from bench.measuring.precision import DTYPES, PRECISIONS, precision_settings
 from bench.measuring.timing import clock_of
 
 _REPEATS = 7
+_COPY_MIB = {"cuda": 1024, "cpu": 256}
+_SIDE = {"cuda": 8192, "cpu": 1536}
 
 
 def measure_ceilings(device: torch.device) -> tuple[float, dict[str, float]]:
@@ -20,8 +22,7 @@ def measure_ceilings(device: torch.device) -> tuple[float, dict[str, float]]:
 
 def copy_bandwidth(device: torch.device) -> float:
     """GB/s of a copy between two tensors of 1024 MiB on a GPU, 256 MiB on a CPU, many times the caches."""
-    count = (1024 if device.type == "cuda" else 256) * 2**20 // 4
-    source = torch.randn(count, device=device)
+    source = torch.randn(_COPY_MIB[device.type] * 2**20 // 4, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() * 4 / _best_seconds(device, lambda: target.copy_(source)) / 1e9
 
@@ -32,7 +33,7 @@ def matmul_rate(device: torch.device, precision: str) -> float:
     On a CPU the better of PyTorch's two libraries: MKL, which multiplies matrices, stays below oneDNN on AMD's
     processors, so a 3×3 convolution of 128 channels, oneDNN's best case, is measured beside it.
     """
-    size = 8192 if device.type == "cuda" else 1536
+    size = _SIDE[device.type]
     with precision_settings(precision), torch.no_grad():
         a, b = (torch.randn(size, size, device=device).to(DTYPES[precision]) for _ in range(2))
         out = torch.empty_like(a)

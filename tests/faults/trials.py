@@ -14,6 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch._dynamo  # noqa: F401  what every training imports, and its curves: in a forked child it costs 3 seconds
+
+import fastunet.pictures.curves
+import fastunet.training.run  # noqa: F401
 from fastunet.cli import main
 
 TINY = ["--width", "4", "--depth", "2", "--batch-size", "4", "--device", "cpu", "--threads", "1"]
