@@ -48,6 +48,16 @@ def test_the_label_of_2020_under_another_name(tmp_path):
     assert case.label == folder / "W39_1998.09.19_Segm.nii"
 
 
+@pytest.mark.parametrize(("contrast", "label"), [("T1c", "tumor_segmentation"), ("T1GD", "segm")])
+def test_other_names_of_contrast_and_label(tmp_path, contrast, label):
+    folder = brats_case(tmp_path / "UCSF-0004")
+    for old, new in (("t1ce", contrast), ("seg", label)):
+        (folder / f"UCSF-0004_{old}.nii.gz").rename(folder / f"UCSF-0004_{new}.nii.gz")
+    (case,) = discover_cases(tmp_path)
+    assert case.modalities["t1ce"].path.name == f"UCSF-0004_{contrast}.nii.gz"
+    assert case.label == folder / f"UCSF-0004_{label}.nii.gz"
+
+
 def test_brats_2023_and_2024_differ_by_timepoint(tmp_path):
     gli_case(tmp_path / "a" / "BraTS-GLI-00000-000")
     gli_case(tmp_path / "a" / "BraTS-GLI-00000-001")

@@ -124,7 +124,7 @@ def set_threads(count: int | None) -> None:
 def say(*lines: object) -> None:
     """Prints each of ``lines``, however many it would be on a terminal; a reader that went away ends no work."""
     try:
-        print(*map(printable, lines), sep="\n", flush=True)
+        print(*map(printable, lines), sep="\n")
     except BrokenPipeError:
         sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
 

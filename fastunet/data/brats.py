@@ -12,12 +12,13 @@ from fastunet.data.formats import stem_of
 from fastunet.data.label_tables import LABEL_MAPS
 from fastunet.errors import Refusal, UserError, refuse, warn_once
 
-_UNDERSCORE_FILE = re.compile(r"(?P<case>.+)_(?P<part>flair|t1|t1ce|t2|seg|segm)", re.IGNORECASE | re.DOTALL)
+_UNDERSCORE_FILE = re.compile(r"(?P<case>.+)_(?P<part>flair|t1|t1ce|t1c|t1gd|t2|seg|segm|tumor_segmentation)", re.I | re.S)
 _DASH_FILE = re.compile(r"(?P<case>.+)-(?P<part>t2f|t1n|t1c|t2w|seg)", re.IGNORECASE | re.DOTALL)
 _DASH_CASE = re.compile(r"(?P<patient>.+)-(?P<timepoint>\d{3})", re.DOTALL)
 _CHALLENGE = re.compile(r"BraTS-(?P<name>[A-Z]+(-RT)?)-")
 _SCAN_NUMBER = re.compile(r"(?P<patient>Brats1[789]_.+)_\d+", re.IGNORECASE | re.DOTALL)
-_PARTS = {"t2f": "flair", "t1n": "t1", "t1c": "t1ce", "t2w": "t2", "seg": "label", "segm": "label"}
+_PARTS = {"t2f": "flair", "t1n": "t1", "t1c": "t1ce", "t2w": "t2", "t1gd": "t1ce"}
+_PARTS |= dict.fromkeys(("seg", "segm", "tumor_segmentation"), "label")
 _POST_TREATMENT_TIMEPOINT = 100
 _EDITIONS = {"SSA": "brats2023_africa", "MEN": "brats2023_men", "MET": "brats2023_met", "PED": "brats2024_ped"}
 _OTHER_NUMBERS = {
