@@ -100,6 +100,14 @@ def test_predictions_in_other_values_than_the_truth(tmp_path, capsys, suffix, sc
     assert_user_error(capsys, run("evaluate", tmp_path / "predicted", tmp_path / "truth"), words)
 
 
+def test_predictions_with_a_mark(tmp_path, capsys):
+    predicted, truth = folders(tmp_path, names=("a",))
+    (predicted / "a.nii.gz").rename(predicted / "A_pred.nii.gz")
+    assert run("evaluate", predicted, truth) == 0
+    shutil.copy(predicted / "A_pred.nii.gz", predicted / "a_seg.nii.gz")
+    assert_user_error(capsys, run("evaluate", predicted, truth), "holds 2 predictions of the name a;")
+
+
 def test_predictions_without_truth_are_named(tmp_path, capsys):
     predicted, truth = folders(tmp_path)
     for name in ("a_prob", "other"):

@@ -159,8 +159,9 @@ def _prediction(folder: Path, name: str) -> Path:
     from fastunet.data.image_folders import image_finder
 
     files = sorted(path for path in folder.iterdir() if is_listed(path))
-    named = image_finder(dict.fromkeys(map(stem_of, files)))(name)
-    found = [path for path in files if stem_of(path) == named]
+    stems, matches = dict.fromkeys(map(stem_of, files)), image_finder([name])
+    named = image_finder(stems)(name)
+    found = [path for path in files if (stem_of(path) == named if named else matches(stem_of(path)))]
     if len(found) != 1:
         several = f"{len(found)} predictions" if found else "no prediction"
         raise UserError(f"{folder} holds {several} of the name {name}; one label file is wanted")

@@ -12,7 +12,8 @@ from fastunet.data.formats import stem_of
 from fastunet.data.label_tables import LABEL_MAPS
 from fastunet.errors import Refusal, UserError, refuse, warn_once
 
-_UNDERSCORE_FILE = re.compile(r"(?P<case>.+)_(?P<part>flair|t1|t1ce|t1c|t1gd|t2|seg|segm|tumor_segmentation)", re.I | re.S)
+_UNDERSCORE_PARTS = "flair|t1|t1ce|t1c|t1gd|t2|seg|segm|tumor_segmentation"
+_UNDERSCORE_FILE = re.compile(rf"(?P<case>.+)_(?P<part>{_UNDERSCORE_PARTS})", re.IGNORECASE | re.DOTALL)
 _DASH_FILE = re.compile(r"(?P<case>.+)-(?P<part>t2f|t1n|t1c|t2w|seg)", re.IGNORECASE | re.DOTALL)
 _DASH_CASE = re.compile(r"(?P<patient>.+)-(?P<timepoint>\d{3})", re.DOTALL)
 _CHALLENGE = re.compile(r"BraTS-(?P<name>[A-Z]+(-RT)?)-")

@@ -16,7 +16,7 @@ from fastunet.errors import Refusal, UserError, refuse, warn_once
 
 IMAGE_FOLDERS = ("images", "image", "imgs")
 MASK_FOLDERS = ("masks", "mask", "labels", "label", "annotations", "annotation", "segmentations")
-_MASK_MARK = "masks?|labels?|segmentation|segmap|seg|gt|groundtruth|annotations?|manual1?"
+_MASK_MARK = "masks?|labels?|segmentation|segmap|seg|gt|groundtruth|annotations?|manual1?|pred|prediction"
 _IMAGE_MARK = "images?|img|im|input|raw"
 _STACK = re.compile(r"(?P<name>.+)[-_](?P<part>volume|labels?)", re.IGNORECASE | re.DOTALL)
 _UNLABELLED = LabelMap("images without masks", (0, 1), ("background", "object"))
