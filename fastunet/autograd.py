@@ -17,6 +17,12 @@ from torch._functorch import autograd_function  # private; proven on PyTorch 2.1
 from torch.autograd import forward_ad
 
 Function = Callable[..., Any]
+Context = Any
+"""A ``torch.autograd.function.FunctionCtx``, to which a formula adds what it keeps."""
+Inputs = tuple[Any, ...]
+"""All arguments of an operator, ``backend`` the last of them."""
+Gradients = tuple[torch.Tensor | None, ...]
+"""Of operands, None where none is asked for."""
 
 
 def kernel(operator: torch._ops.OpOverload, setup: Function, backward: Function) -> Function:
@@ -31,7 +37,7 @@ def kernel(operator: torch._ops.OpOverload, setup: Function, backward: Function)
         with torch.set_grad_enabled(torch._C._are_functorch_transforms_active()):
             return below(*arguments)
 
-    def jvp(ctx: Any, *tangents: Any) -> Any:
+    def jvp(ctx: Context, *tangents: Any) -> Any:
         raise NotImplementedError(
             f"{operator.name()} has no forward-mode derivative (jvp); use reverse mode, as backward() does"
         )
@@ -54,12 +60,12 @@ def kernel(operator: torch._ops.OpOverload, setup: Function, backward: Function)
 def through(implementation: Function) -> tuple[Function, Function]:
     """``setup`` and ``backward`` of an operator without a formula: those of its PyTorch ``implementation``."""
 
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def setup(ctx: Context, inputs: Inputs, output: Any) -> None:
         ctx.others = [None if isinstance(value, torch.Tensor) else value for value in inputs]
         ctx.at = [index for index, value in enumerate(inputs) if isinstance(value, torch.Tensor)]
         ctx.save_for_backward(*(inputs[index] for index in ctx.at))
 
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def backward(ctx: Context, *grads: Any) -> Gradients:
         inputs = list(ctx.others)
         for index, tensor in zip(ctx.at, ctx.saved_tensors):
             inputs[index] = tensor

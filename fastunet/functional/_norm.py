@@ -63,7 +63,7 @@ def statistics(z: torch.Tensor, groups: int, per_sample: bool) -> tuple[torch.Te
     return mean, var.unflatten(1, (groups, -1)).mean(2) + between
 
 
-def _joined(counts, means, variances):
+def _joined(counts: Tensor, means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance (S, G) of parts (S, P, G) of ``counts`` (P,) values each."""
     shares = (counts / counts.sum())[:, None]
     mean = (shares * means).sum(1)
@@ -84,7 +84,9 @@ def _per_channel(value: torch.Tensor, channels: int) -> torch.Tensor:
     return value if value.shape[1] == channels else value.repeat_interleave(channels // value.shape[1], 1)
 
 
-def _scale_and_shift(weight, bias, mean, rstd):
+def _scale_and_shift(
+    weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
     """(S, C, 1, 1) each: the norm as ``z * scale + shift``."""
     scale = rstd if weight is None else rstd * weight
     shift = -mean * scale if bias is None else bias - mean * scale
@@ -100,7 +102,7 @@ def apply(
     return nhwc(activation_(torch.addcmul(shift, wide(z), scale), slope).to(z.dtype))
 
 
-def _sums(g, z, mean, rstd):
+def _sums(g: Tensor, z: Tensor, mean: Tensor, rstd: Tensor) -> list[Tensor]:
     """Sums (S, C) of g and of g (z - mean) rstd."""
     if z.device.type != "cpu" or z.numel() == 0 or tracked(g, z, mean, rstd):
         normal = (z - mean[..., None, None]) * rstd[..., None, None]
@@ -159,5 +161,5 @@ def backward(
     else:
         own = None if g is dy or slope == 1 else g  # new memory costs as much as the sums
         dz = torch.addcmul(constant, g, scale, out=own).addcmul_(wide_z, factor)
-    affine = [sums if of is not None else sums.new_empty(0) for of, sums in ((weight, dweight), (bias, dbias))]
-    return nhwc(dz.to(z.dtype)), *affine
+    dweight, dbias = (d if p is not None else d.new_empty(0) for p, d in ((weight, dweight), (bias, dbias)))
+    return nhwc(dz.to(z.dtype)), dweight, dbias

@@ -14,10 +14,14 @@ again where a backward pass is itself to be differentiated.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastunet import autograd
+from fastunet.autograd import Context, Function, Gradients
 from fastunet.dispatch import autocast_operands, select_backend
 from fastunet.functional.conv_relu import check_conv, check_conv_dtypes, conv_relu
 from fastunet.functional.conv_transpose import conv_transpose2d
@@ -27,32 +31,42 @@ from fastunet.functional.upsample_conv import upsample_conv_relu
 _OPS = torch.ops.fastunet
 
 
-def _encoder(x, w1, b1, w2, b2, pad, backend):
+def _encoder(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, pad: int, backend: str
+) -> tuple[Tensor, Tensor]:
     return _OPS.conv_relu_pool(_OPS.conv_relu(x, None, w1, b1, pad, 0.0, backend), w2, b2, pad, 0.0, backend)
 
 
-def _conv(x, w1, b1, w2, b2, pad, grad_masked, backend):
+def _conv(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, pad: int, grad_masked: bool, backend: str
+) -> Tensor:
     return _OPS.conv_relu(_OPS.conv_relu(x, None, w1, b1, pad, 0.0, backend), None, w2, b2, pad, 0.0, backend)
 
 
-def _up(x, wu, bu, transpose, backend):
+def _up(x: Tensor, wu: Tensor, bu: Tensor, transpose: bool, backend: str) -> Tensor:
     if transpose:
         return _OPS.conv_transpose2d(x, wu, bu, backend)
     return _OPS.upsample_conv_relu(x, wu, bu, 0.0, backend)
 
 
-def _decoder(x, skip, wu, bu, w1, b1, w2, b2, pad, transpose, mask_input, grad_masked, backend):
+def _decoder(
+    x: Tensor, skip: Tensor, wu: Tensor, bu: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, pad: int,
+    transpose: bool, mask_input: bool, grad_masked: bool, backend: str,
+) -> Tensor:
     x = x.relu() if mask_input else x  # which it is already; but all gradients of x, second ones too, come masked
     y1 = _OPS.conv_relu(_up(x, wu, bu, transpose, backend), skip, w1, b1, pad, 0.0, backend)
     return _OPS.conv_relu(y1, None, w2, b2, pad, 0.0, backend)
 
 
-def _again(operators, ctx, tensors, grads):
+def _again(operators: Function, ctx: Context, tensors: list[Any], grads: list[Tensor]) -> Gradients:
     """A block's gradients that can be differentiated: those of the ``operators`` that it is made of."""
     return tuple(autograd.vjp(operators, [*tensors, *ctx.options], ctx.needs_input_grad, grads))
 
 
-def _two_conv_gradients(needed, dz2, x, skip, y1, w1, w2, pad, mask_x, backend):
+def _two_conv_gradients(
+    needed: Sequence[bool], dz2: Tensor, x: Tensor, skip: Tensor | None, y1: Tensor, w1: Tensor, w2: Tensor, pad: int,
+    mask_x: bool, backend: str,
+) -> Gradients:
     """Gradients (dx, dskip, dw1, db1, dw2, db2) of conv2(relu(conv1([skip, x]))) from dz2, None where none is needed.
 
     ``needed`` tells of them; that of dx also stands for what comes before x.
@@ -72,7 +86,9 @@ def _two_conv_gradients(needed, dz2, x, skip, y1, w1, w2, pad, mask_x, backend):
 
 class _EncoderBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w1, b1, w2, b2, pad, backend):
+    def forward(
+        ctx: Context, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, pad: int, backend: str
+    ) -> tuple[Tensor, Tensor]:
         y1 = _OPS.conv_relu(x, None, w1, b1, pad, 0.0, backend)
         y2, pooled = _OPS.conv_relu_pool(y1, w2, b2, pad, 0.0, backend)
         ctx.save_for_backward(x, w1, b1, w2, b2, y1, y2)
@@ -80,20 +96,23 @@ class _EncoderBlock(torch.autograd.Function):
         return y2, pooled
 
     @staticmethod
-    def backward(ctx, d_skip, d_pooled):
+    def backward(ctx: Context, d_skip: Tensor, d_pooled: Tensor) -> Gradients:
         *operands, y1, y2 = ctx.saved_tensors
         if autograd.differentiated_again():
             return _again(_encoder, ctx, operands, [d_skip, d_pooled])
         (x, w1, _, w2, _), (pad, backend), (need_x, *needed) = operands, ctx.options, ctx.needs_input_grad[:5]
         dz2 = _OPS.max_pool2d_backward(d_pooled, d_skip, y2, 0.0, backend)
-        needed = need_x, False, *needed
+        needed = [need_x, False, *needed]
         dx, _, *d_parameters = _two_conv_gradients(needed, dz2, x, None, y1, w1, w2, pad, False, backend)
         return dx, *d_parameters, None, None
 
 
 class _ConvBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w1, b1, w2, b2, pad, grad_masked, backend):
+    def forward(
+        ctx: Context, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, pad: int, grad_masked: bool,
+        backend: str,
+    ) -> Tensor:
         y1 = _OPS.conv_relu(x, None, w1, b1, pad, 0.0, backend)
         y2 = _OPS.conv_relu(y1, None, w2, b2, pad, 0.0, backend)
         ctx.save_for_backward(x, w1, b1, w2, b2, y1, None if grad_masked else y2)
@@ -101,20 +120,23 @@ class _ConvBlock(torch.autograd.Function):
         return y2
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Context, dy: Tensor) -> Gradients:
         *operands, y1, y2 = ctx.saved_tensors
         if autograd.differentiated_again():
             return _again(_conv, ctx, operands, [dy])
         (x, w1, _, w2, _), (pad, _, backend), (need_x, *needed) = operands, ctx.options, ctx.needs_input_grad[:5]
         dz2 = dy if y2 is None else _OPS.relu_backward(dy, y2, 0.0, backend)
-        needed = need_x, False, *needed
+        needed = [need_x, False, *needed]
         dx, _, *d_parameters = _two_conv_gradients(needed, dz2, x, None, y1, w1, w2, pad, False, backend)
         return dx, *d_parameters, None, None, None
 
 
 class _DecoderBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, skip, wu, bu, w1, b1, w2, b2, pad, transpose, mask_input, grad_masked, backend):
+    def forward(
+        ctx: Context, x: Tensor, skip: Tensor, wu: Tensor, bu: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor,
+        pad: int, transpose: bool, mask_input: bool, grad_masked: bool, backend: str,
+    ) -> Tensor:
         u = _up(x, wu, bu, transpose, backend)
         y1 = _OPS.conv_relu(u, skip, w1, b1, pad, 0.0, backend)
         y2 = _OPS.conv_relu(y1, None, w2, b2, pad, 0.0, backend)
@@ -123,7 +145,7 @@ class _DecoderBlock(torch.autograd.Function):
         return y2
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Context, dy: Tensor) -> Gradients:
         *operands, u, y1, y2 = ctx.saved_tensors
         if autograd.differentiated_again():
             return _again(_decoder, ctx, operands, [dy])
@@ -131,7 +153,7 @@ class _DecoderBlock(torch.autograd.Function):
         pad, transpose, mask_input, _, backend = ctx.options
         need_x, need_skip, need_wu, need_bu, *needed = ctx.needs_input_grad[:8]
         dz2 = dy if y2 is None else _OPS.relu_backward(dy, y2, 0.0, backend)
-        needed = need_x or need_wu or need_bu, need_skip, *needed
+        needed = [need_x or need_wu or need_bu, need_skip, *needed]
         du, dskip, *d_parameters = _two_conv_gradients(needed, dz2, u, skip, y1, w1, w2, pad, not transpose, backend)
         dx = dwu = dbu = None
         operator = "conv_transpose2d" if transpose else "upsample_conv_relu"
@@ -153,7 +175,7 @@ def encoder_block(
     pad, (x, w1, b1, w2, b2) = _prepare("encoder_block", x, None, [w1, b1, w2, b2], padding)
     if min(x.shape[2:]) + 4 * pad - 4 < 2:
         raise ValueError(f"encoder_block: x has shape {tuple(x.shape)}; its convolutions are too small to pool")
-    run = _encoder if autograd.transformed() else _EncoderBlock.apply
+    run: Function = _encoder if autograd.transformed() else _EncoderBlock.apply
     return run(x, w1, b1, w2, b2, pad, select_backend(backend, "encoder_block", x))
 
 
@@ -163,7 +185,7 @@ def conv_block(
 ) -> Tensor:
     """``conv_relu(conv_relu(x, w1, b1), w2, b2)``; biases are required. ``grad_masked``: see this module's text."""
     pad, (x, w1, b1, w2, b2) = _prepare("conv_block", x, None, [w1, b1, w2, b2], padding)
-    run = _conv if autograd.transformed() else _ConvBlock.apply
+    run: Function = _conv if autograd.transformed() else _ConvBlock.apply
     return run(x, w1, b1, w2, b2, pad, grad_masked, select_backend(backend, "conv_block", x))
 
 
@@ -184,7 +206,7 @@ def decoder_block(
     pad, (_, skip, w1, b1, w2, b2) = _prepare("decoder_block", u, skip, [w1, b1, w2, b2], padding)
     x, wu, bu = autocast_operands(x, wu, bu)
     backend = select_backend(backend, "decoder_block", x)
-    run = _decoder if autograd.transformed() else _DecoderBlock.apply
+    run: Function = _decoder if autograd.transformed() else _DecoderBlock.apply
     return run(x, skip, wu, bu, w1, b1, w2, b2, pad, transpose, mask_input, grad_masked, backend)
 
 
@@ -211,7 +233,9 @@ def decoder_block_head(
         return _OPS.conv_relu_head(y1, None, w2, b2, pad, head_weight, head_bias, output, backend)
 
 
-def _prepare(operator, x, skip, parameters, padding):
+def _prepare(
+    operator: str, x: Tensor, skip: Tensor | None, parameters: list[Tensor], padding: str
+) -> tuple[int, list[Any]]:
     """Validates both convolutions of a block; returns the padding and the operands in the autocast dtype."""
     w1, b1, w2, b2 = parameters
     pad = check_conv(operator, x, skip, w1, b1, padding)

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastunet.arguments import checked
+from fastunet.autograd import Context, Gradients, Inputs
 from fastunet.dispatch import autocast_operands, define, select_backend
 from fastunet.functional import _gradients, _norm, conv_strided
 from fastunet.functional._layout import empty_nhwc, nhwc
@@ -33,7 +35,11 @@ _OPS = torch.ops.fastunet
 NORMS = ("batch", "instance", "group")
 
 
-def _forward(x, skip, weight, bias, norm_weight, norm_bias, pad, stride, groups, per_sample, eps, slope, pool, group):
+def _forward(
+    x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None,
+    norm_bias: Tensor | None, pad: int, stride: int, groups: int, per_sample: bool, eps: float, slope: float,
+    pool: bool, group: str,
+) -> tuple[Tensor, ...]:
     if stride == 1:
         z = convolution(x, skip, weight, bias, pad, 1.0)
     else:
@@ -47,8 +53,10 @@ def _forward(x, skip, weight, bias, norm_weight, norm_bias, pad, stride, groups,
 
 
 def _fake_forward(
-    x, skip, weight, bias, norm_weight, norm_bias, pad, stride, groups, per_sample, eps, slope, pool, group
-):
+    x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None,
+    norm_bias: Tensor | None, pad: int, stride: int, groups: int, per_sample: bool, eps: float, slope: float,
+    pool: bool, group: str,
+) -> tuple[Tensor, ...]:
     z = empty_nhwc(x, weight.shape[0], *conv_strided.output_size(x, pad, stride))
     dtype = torch.promote_types(x.dtype, torch.float32)
     mean = z.new_empty((z.shape[0] if per_sample else 1, groups), dtype=dtype)
@@ -57,12 +65,15 @@ def _fake_forward(
     return torch.empty_like(z), pooled, z, mean, torch.empty_like(mean), count
 
 
-def _fake_backward(dy, d_pooled, z, norm_weight, norm_bias, mean, var, count, eps, slope, group):
+def _fake_backward(
+    dy: Tensor | None, d_pooled: Tensor | None, z: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
+    mean: Tensor, *_: object,
+) -> tuple[Tensor, ...]:
     dz = empty_nhwc(z, *z.shape[1:])
     return dz, *(mean.new_empty(0 if each is None else z.shape[1]) for each in (norm_weight, norm_bias))
 
 
-def _setup(ctx, inputs, outputs):
+def _setup(ctx: Context, inputs: Inputs, outputs: tuple[Tensor, ...]) -> None:
     x, skip, weight, bias, norm_weight, norm_bias, pad, stride, _, _, eps, slope, _, group, backend = inputs
     *_, z, mean, var, count = outputs
     ctx.save_for_backward(x, skip, weight, norm_weight, norm_bias, z, mean, var, count)
@@ -72,7 +83,10 @@ def _setup(ctx, inputs, outputs):
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, dy, d_pooled, dz_more, d_mean, d_var, _):
+def _differentiate(
+    ctx: Context, dy: Tensor | None, d_pooled: Tensor | None, dz_more: Tensor | None, d_mean: Tensor | None,
+    d_var: Tensor | None, _: None,
+) -> Gradients:
     x, skip, weight, norm_weight, norm_bias, z, mean, var, count = ctx.saved_tensors
     dz = d_norm_weight = d_norm_bias = None
     if dy is not None or d_pooled is not None:
@@ -96,7 +110,7 @@ def _differentiate(ctx, dy, d_pooled, dz_more, d_mean, d_var, _):
     return dx, dskip, dw, db, *d_affine, *[None] * 9
 
 
-def _statistics_backward(d_mean, d_var, z, mean):
+def _statistics_backward(d_mean: Tensor | None, d_var: Tensor | None, z: Tensor, mean: Tensor) -> Tensor | None:
     """The gradient of z from those of its mean and variance (S, G), or None."""
     if d_mean is None and d_var is None:
         return None
@@ -192,56 +206,61 @@ def conv_norm(
     check_stride("conv_norm", stride, skip)
     size = x.shape[0], weight.shape[0], *conv_strided.output_size(x, pad, stride)
     parameters = dict(norm_weight=norm_weight, norm_bias=norm_bias, running_mean=running_mean, running_var=running_var)
-    _check_norm(norm, groups, parameters, x, weight.shape[0], training, process_group)
+    running = _check_norm(norm, groups, parameters, x, weight.shape[0], training, process_group)
     slope = check_slope("conv_norm", slope)
     _check_numbers(momentum, eps)
     if pool and min(size[2:]) < 2:
         raise ValueError(f"conv_norm: x has shape {tuple(x.shape)}; its convolution is too small to pool")
-    if norm == "batch" and not training:
-        sources = x, skip, weight, bias
-        return _folded(sources, parameters, eps, slope, padding, stride, pool, backend)
+    if running and not training:
+        weight, bias = _folded(weight, bias, norm_weight, norm_bias, *running, eps)
+        if pool and skip is None and stride == 1:
+            return conv_relu_pool(x, weight, bias, padding=padding, slope=slope, backend=backend)
+        y = conv_relu(x, weight, bias, skip=skip, padding=padding, stride=stride, slope=slope, backend=backend)
+        return (y, max_pool2d(y, backend=backend)) if pool else y
+    groups = groups or weight.shape[0]
     _check_values(norm, size, groups, process_group)
     x, skip, weight, bias = autocast_operands(x, skip, weight, bias)
     check_conv_dtypes("conv_norm", x, skip, weight, bias)
     several = None if process_group is None else "norm statistics over several processes have no kernel"
     backend = select_backend(backend, "conv_norm", x, several or conv_strided.unsupported(stride, pad))
-    count = {"batch": size[1], "instance": size[1], "group": groups}[norm]
     y, pooled, _, mean, var, total = _OPS.conv_norm(
-        x, skip, weight, bias, norm_weight, norm_bias, pad, stride, count, norm != "batch", float(eps), slope, pool,
+        x, skip, weight, bias, norm_weight, norm_bias, pad, stride, groups, norm != "batch", float(eps), slope, pool,
         _norm.name_of(process_group), backend,
     )  # fmt: skip
-    if running_mean is not None and y.numel() > 0:
-        _update(running_mean, running_var, mean, var, total if process_group else size[0] * size[2] * size[3], momentum)
+    if running and y.numel() > 0:
+        _update(*running, mean, var, total if process_group else size[0] * size[2] * size[3], momentum)
     return (y, pooled) if pool else y
 
 
-def _folded(operands, parameters, eps, slope, padding, stride, pool, backend):
-    """One convolution whose weight and bias hold the norm."""
-    x, skip, weight, bias = operands
-    norm_weight, norm_bias, running_mean, running_var = parameters.values()
+def _folded(
+    weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, running_mean: Tensor,
+    running_var: Tensor, eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the one convolution that holds its norm."""
     scale = torch.rsqrt(_norm.wide(running_var) + eps)
     if norm_weight is not None:
         scale = scale * norm_weight
     shift = -running_mean * scale if bias is None else (bias - running_mean) * scale
     if norm_bias is not None:
         shift = shift + norm_bias
-    weight, shift = (weight * scale[:, None, None, None]).to(weight.dtype), shift.to(weight.dtype)
-    options = dict(padding=padding, slope=slope, backend=backend)
-    if pool and skip is None and stride == 1:
-        return conv_relu_pool(x, weight, shift, **options)
-    y = conv_relu(x, weight, shift, skip=skip, stride=stride, **options)
-    return (y, max_pool2d(y, backend=backend)) if pool else y
+    return (weight * scale[:, None, None, None]).to(weight.dtype), shift.to(weight.dtype)
 
 
 @torch.no_grad()
-def _update(running_mean, running_var, mean, var, count, momentum):
+def _update(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: Tensor | int, momentum: float
+) -> None:
     unbiased = var * (count / (count - 1))
     for running, new in ((running_mean, mean), (running_var, unbiased)):
         running.mul_(1 - momentum).add_(new[0].to(running.dtype), alpha=momentum)
 
 
-def _check_norm(norm, groups, parameters, x, channels, training, process_group):
-    """Raises unless the norm's parameters and options belong to it and to C_out ``channels``."""
+def _check_norm(
+    norm: str, groups: int | None, parameters: dict[str, Tensor | None], x: Tensor, channels: int, training: bool,
+    process_group: Any,
+) -> tuple[Tensor, Tensor] | None:
+    """The running statistics, both or neither; raises unless the norm's parameters and options belong to it and to
+    C_out ``channels``."""
     if norm not in NORMS:
         raise ValueError(f"conv_norm: norm is {norm!r}; expected 'batch', 'instance' or 'group'")
     for name, tensor in parameters.items():
@@ -250,33 +269,33 @@ def _check_norm(norm, groups, parameters, x, channels, training, process_group):
             raise ValueError(f"conv_norm: {name} must be ({channels},) floating-point numbers, got {got}")
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"conv_norm: {name} is on {tensor.device}, but x is on {x.device}")
-    running = [parameters["running_mean"] is None, parameters["running_var"] is None]
+    mean, var = parameters["running_mean"], parameters["running_var"]
     if norm == "group":
         if groups is None or groups < 1 or channels % groups:
             raise ValueError(f"conv_norm: groups is {groups!r}; expected a divisor of the {channels} channels")
     elif groups is not None:
         raise ValueError(f"conv_norm: groups is {groups!r}, which norm='group' alone has, not {norm!r}")
-    if norm != "batch" and not all(running):
+    if norm != "batch" and (mean is not None or var is not None):
         raise ValueError(f"conv_norm: running statistics belong to norm='batch', not to {norm!r}")
-    if norm == "batch" and (any(running) if not training else any(running) != all(running)):
+    if norm == "batch" and (mean is None or var is None) and not (training and mean is None and var is None):
         raise ValueError("conv_norm: running_mean and running_var are needed, both of them, in evaluation")
     if process_group is not None and norm != "batch":
         raise ValueError(f"conv_norm: a process group sums the statistics of norm='batch', not of {norm!r}")
+    return None if mean is None or var is None else (mean, var)
 
 
-def _check_numbers(momentum, eps):
+def _check_numbers(momentum: float, eps: float) -> None:
     for name, value, most in (("momentum", momentum, 1.0), ("eps", eps, math.inf)):
         if not (0 <= value <= most and math.isfinite(value)):
             raise ValueError(f"conv_norm: {name} is {value}; expected {'0 to 1' if most == 1 else 'at least 0'}")
 
 
-def _check_values(norm, size, groups, process_group):
+def _check_values(norm: str, size: tuple[int, int, int, int], groups: int, process_group: Any) -> None:
     """As PyTorch: the one value of a mean would become 0 whatever it is."""
     n, channels, height, width = size
     if norm == "instance":
         if height * width == 1:
             raise ValueError(f"Expected more than 1 spatial element when training, got input size {list(size)}")
         return
-    values = n * height * width if norm == "batch" else n * channels // groups * height * width
-    if values == 1 and process_group is None:
+    if n * (channels // groups) * height * width == 1 and process_group is None:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(size)}")

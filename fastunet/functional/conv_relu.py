@@ -6,14 +6,12 @@ The gradient of the pre-activation, ``dz = dy * (y > 0)``, needs y alone, which 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastunet.arguments import checked
-from fastunet.autograd import tracked
+from fastunet.autograd import Context, Gradients, Inputs, tracked
 from fastunet.dispatch import autocast_operands, define, select_backend
 from fastunet.functional import _gradients
 from fastunet.functional._checks import check_alike, check_image
@@ -28,7 +26,7 @@ _OPS = torch.ops.fastunet
 PADDINGS = {"same": 1, "valid": 0}
 
 
-def _slices(weight, skip):
+def _slices(weight: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor]:
     """The skip's and x's parts of the weight."""
     split = 0 if skip is None else skip.shape[1]
     return weight[:, :split], weight[:, split:]
@@ -48,7 +46,7 @@ def torch_forward(
     return activation_(y, slope)
 
 
-def _joined(x, skip):
+def _joined(x: Tensor, skip: Tensor | None) -> Tensor:
     """NHWC memory of x, or of [centre_crop(skip), x], for the calls that know one source only."""
     if skip is None:
         return nhwc(x)
@@ -59,37 +57,37 @@ def _joined(x, skip):
     return torch.cat([centre_crop(skip, height, width), x], dim=1, out=joined)
 
 
-def _forward_pool(x, weight, bias, pad, slope):
+def _forward_pool(
+    x: Tensor, weight: Tensor, bias: Tensor | None, pad: int, slope: float
+) -> tuple[Tensor, Tensor]:
     y = torch_forward(x, None, weight, bias, pad, slope)
     return y, nhwc(F.max_pool2d(y, 2))
 
 
-def _data_grad(dz, weight, x, skip, pad, mask_x, mask_skip):
+def _data_grad(
+    dz: Tensor, weight: Tensor, x: Tensor, skip: Tensor | None, pad: int, mask_x: bool, mask_skip: bool
+) -> tuple[Tensor, Tensor]:
     skip_weight, x_weight = _slices(weight, skip)
-    dx = _masked(_source_gradient(dz, x, x_weight, pad), x, mask_x)
+    dx = _source_gradient(dz, x, x_weight, pad)
+    dx = masked(dx, x) if mask_x else dx
     if skip is None:
         return dx, dx.new_empty(0)
     crop = centre_crop(skip, *x.shape[2:])
     d_crop = _source_gradient(dz, crop, skip_weight, pad)
+    d_crop = masked(d_crop, crop) if mask_skip else d_crop
     if crop.shape == skip.shape:
-        return dx, _masked(d_crop, skip, mask_skip)
+        return dx, d_crop
     dskip = empty_nhwc(skip, *skip.shape[1:]).zero_()
-    centre_crop(dskip, *x.shape[2:]).copy_(_masked(d_crop, crop, mask_skip))
+    centre_crop(dskip, *x.shape[2:]).copy_(d_crop)
     return dx, dskip
 
 
-def _source_gradient(dz, x, weight, pad):
+def _source_gradient(dz: Tensor, x: Tensor, weight: Tensor, pad: int) -> Tensor:
     dz, x = like_weight(dz, weight), like_weight(x, weight)
-    return _gradients.gradients(dz, x, weight, 1, pad, (True, False, False))[0]
+    return nhwc(_gradients.gradients(dz, x, weight, 1, pad, (True, False, False))[0])
 
 
-def _masked(gradient, x, mask):
-    """``gradient * (x > 0)`` in place, if ``mask``; in NHWC memory."""
-    gradient = nhwc(gradient)
-    return masked(gradient, x) if mask else gradient
-
-
-def _weight_grad(dz, x, skip, pad, has_bias):
+def _weight_grad(dz: Tensor, x: Tensor, skip: Tensor | None, pad: int, has_bias: bool) -> tuple[Tensor, Tensor]:
     x = _joined(x, skip)
     dw, db = _gradients.weight_gradient(dz, x, (dz.shape[1], x.shape[1], 3, 3), 1, pad, has_bias)
     return nhwc(dw), db
@@ -100,41 +98,47 @@ def fake_forward(x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor | 
     return empty_nhwc(x, weight.shape[0], x.shape[2] + 2 * pad - 2, x.shape[3] + 2 * pad - 2)
 
 
-def _fake_forward_pool(x, weight, bias, pad, slope):
+def _fake_forward_pool(
+    x: Tensor, weight: Tensor, bias: Tensor | None, pad: int, slope: float
+) -> tuple[Tensor, Tensor]:
     y = fake_forward(x, None, weight, bias, pad, slope)
     return y, empty_nhwc(x, weight.shape[0], *pooled_shape(*y.shape[2:]))
 
 
-def _fake_data_grad(dz, weight, x, skip, pad, mask_x, mask_skip):
+def _fake_data_grad(
+    dz: Tensor, weight: Tensor, x: Tensor, skip: Tensor | None, pad: int, mask_x: bool, mask_skip: bool
+) -> tuple[Tensor, Tensor]:
     return empty_nhwc(x, *x.shape[1:]), x.new_empty(0) if skip is None else empty_nhwc(skip, *skip.shape[1:])
 
 
-def _fake_weight_grad(dz, x, skip, pad, has_bias):
+def _fake_weight_grad(
+    dz: Tensor, x: Tensor, skip: Tensor | None, pad: int, has_bias: bool
+) -> tuple[Tensor, Tensor]:
     channels = x.shape[1] + (0 if skip is None else skip.shape[1])
     return _gradients.fake_weight_gradient(dz, (dz.shape[1], channels, 3, 3), has_bias)
 
 
-def _setup(ctx, inputs, y):
+def _setup(ctx: Context, inputs: Inputs, y: Tensor) -> None:
     x, skip, weight, bias, pad, slope, backend = inputs
     ctx.save_for_backward(x, skip, weight, None if slope == 1 else y)
     ctx.slope = slope
     ctx.options = pad, bias is not None, backend
 
 
-def _differentiate(ctx, dy):
+def _differentiate(ctx: Context, dy: Tensor) -> Gradients:
     x, skip, weight, y = ctx.saved_tensors
     dz = dy if y is None else _OPS.relu_backward(dy, y, ctx.slope, ctx.options[-1])
     return *gradients(ctx, dz, x, skip, weight, *ctx.needs_input_grad[:4]), None, None, None
 
 
-def _setup_pool(ctx, inputs, outputs):
+def _setup_pool(ctx: Context, inputs: Inputs, outputs: tuple[Tensor, Tensor]) -> None:
     x, weight, bias, pad, slope, backend = inputs
     ctx.save_for_backward(x, weight, outputs[0])
     ctx.options = pad, bias is not None, backend
     ctx.slope = slope
 
 
-def _differentiate_pool(ctx, dy, d_pooled):
+def _differentiate_pool(ctx: Context, dy: Tensor, d_pooled: Tensor) -> Gradients:
     x, weight, y = ctx.saved_tensors
     dz = _OPS.max_pool2d_backward(d_pooled, dy, y, ctx.slope, ctx.options[-1])
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
@@ -143,7 +147,7 @@ def _differentiate_pool(ctx, dy, d_pooled):
 
 
 def gradients(
-    ctx: Any, dz: Tensor, x: Tensor, skip: Tensor | None, weight: Tensor, need_x: bool, need_skip: bool,
+    ctx: Context, dz: Tensor, x: Tensor, skip: Tensor | None, weight: Tensor, need_x: bool, need_skip: bool,
     need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dskip, dw, db) from dz, None where none is needed."""

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastunet.autograd import Context, Gradients, Inputs
 from fastunet.dispatch import define
 from fastunet.functional import _gradients
 from fastunet.functional._layout import empty_nhwc, nhwc
@@ -21,11 +22,11 @@ def torch_forward(x: Tensor, weight: Tensor, bias: Tensor | None, pad: int, slop
     return activation_(nhwc(F.conv2d(nhwc(x), weight, bias, stride=2, padding=pad)), slope)
 
 
-def _data_grad(dz, weight, x, pad):
+def _data_grad(dz: Tensor, weight: Tensor, x: Tensor, pad: int) -> Tensor:
     return nhwc(_gradients.gradients(nhwc(dz), nhwc(x), weight, 2, pad, (True, False, False))[0])
 
 
-def _weight_grad(dz, x, pad, has_bias):
+def _weight_grad(dz: Tensor, x: Tensor, pad: int, has_bias: bool) -> tuple[Tensor, Tensor]:
     dw, db = _gradients.weight_gradient(dz, x, (dz.shape[1], x.shape[1], 3, 3), 2, pad, has_bias)
     return nhwc(dw), db
 
@@ -53,13 +54,13 @@ def gradients(
     return dx, dw, db if needed[2] else None
 
 
-def _setup(ctx, inputs, y):
+def _setup(ctx: Context, inputs: Inputs, y: Tensor) -> None:
     x, weight, _, pad, slope, backend = inputs
     ctx.save_for_backward(x, weight, None if slope == 1 else y)
     ctx.options = pad, slope, backend
 
 
-def _differentiate(ctx, dy):
+def _differentiate(ctx: Context, dy: Tensor) -> Gradients:
     x, weight, y = ctx.saved_tensors
     pad, slope, backend = ctx.options
     dz = dy if y is None else _OPS.relu_backward(dy, y, slope, backend)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastunet.arguments import checked
+from fastunet.autograd import Context, Gradients, Inputs
 from fastunet.dispatch import define, select_backend
 from fastunet.functional._checks import checked_operands
 from fastunet.functional._gradients import fake_weight_gradient, gradients, weight_gradient
@@ -15,28 +17,28 @@ from fastunet.functional.relu import masked
 _OPS = torch.ops.fastunet
 
 
-def _forward(x, weight, bias):
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return nhwc(F.conv_transpose2d(nhwc(x), weight, bias, stride=2))
 
 
-def _data_grad(dy, weight, x, mask_x):
+def _data_grad(dy: Tensor, weight: Tensor, x: Tensor, mask_x: bool) -> Tensor:
     x = nhwc(x)
     dx = nhwc(gradients(nhwc(dy), x, weight, 2, 0, (True, False, False), transposed=True)[0])
     return masked(dx, x) if mask_x else dx
 
 
-def _weight_grad(dy, x, has_bias):
+def _weight_grad(dy: Tensor, x: Tensor, has_bias: bool) -> tuple[Tensor, Tensor]:
     dw, db = weight_gradient(dy, x, (x.shape[1], dy.shape[1], 2, 2), 2, 0, has_bias, transposed=True)
     return nhwc(dw), db
 
 
-def _setup(ctx, inputs, y):
+def _setup(ctx: Context, inputs: Inputs, y: Tensor) -> None:
     x, weight, bias, backend = inputs
     ctx.save_for_backward(x, weight)
     ctx.options = bias is not None, backend
 
 
-def _differentiate(ctx, dy):
+def _differentiate(ctx: Context, dy: Tensor) -> Gradients:
     x, weight = ctx.saved_tensors
     has_bias, backend = ctx.options
     dx = dw = db = None

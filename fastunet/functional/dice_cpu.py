@@ -129,7 +129,10 @@ def sums_grad(
     return result
 
 
-def _sums_grad_plainly(grad, slopes, logits, targets, class_weights, ignore_index, cross_entropy, label_smoothing):
+def _sums_grad_plainly(
+    grad: torch.Tensor, slopes: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor,
+    class_weights: torch.Tensor | None, ignore_index: int | None, cross_entropy: bool, label_smoothing: float,
+) -> torch.Tensor:
     """:func:`sums_grad` in ordinary PyTorch, which autograd can follow."""
     c = logits.shape[1]
     z = logits.to(sum_dtype(logits))

@@ -6,21 +6,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastunet import autograd, dispatch
+from fastunet.autograd import Context, Function, Gradients, Inputs
 from fastunet.functional import dice_cpu, dice_regions_cpu, dice_rule
 from fastunet.functional._checks import processes_of
 from fastunet.functional.dice_arguments import cannot_raise, pixels_of, raise_out_of_range
 from fastunet.functional.dice_rule import check_rule, check_tversky
 
 
-def _sums_like(logits, per_sample):
+def _sums_like(logits: Tensor, per_sample: bool) -> Tensor:
     rows = logits.shape[0] if per_sample else 1
     return logits.new_empty((rows, 3 * logits.shape[1] + 3), dtype=dice_cpu.sum_dtype(logits))
 
 
-def _setup_sums(tensors):
-    def setup(ctx, inputs, output):
+def _setup_sums(tensors: int) -> Function:
+    def setup(ctx: Context, inputs: Inputs, output: Tensor) -> None:
         ignore_index, cross_entropy, _, *others = inputs[tensors:]
         ctx.save_for_backward(*inputs[:tensors])
         ctx.options, ctx.none = (ignore_index, cross_entropy, *others), [None] * (len(inputs) - 1)
@@ -28,27 +30,27 @@ def _setup_sums(tensors):
     return setup
 
 
-def _differentiate_sums(operator):
-    def differentiate(ctx, grad):
+def _differentiate_sums(operator: str) -> Function:
+    def differentiate(ctx: Context, grad: Tensor) -> Gradients:
         arguments = grad.new_ones(()), grad, *ctx.saved_tensors, *ctx.options
         return getattr(torch.ops.fastunet, operator)(*arguments), *ctx.none
 
     return differentiate
 
 
-def _setup_rule(ctx, inputs, outputs):
+def _setup_rule(ctx: Context, inputs: Inputs, outputs: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:2], outputs[2])
     ctx.rule = inputs[2:-1]
     ctx.mark_non_differentiable(outputs[1])
     ctx.set_materialize_grads(False)
 
 
-def _differentiate_rule(ctx, grad, _, d_slopes):
+def _differentiate_rule(ctx: Context, grad: Tensor | None, _: None, d_slopes: Tensor | None) -> Gradients:
     sums, class_weights, slopes = ctx.saved_tensors
     d_sums = None if grad is None else grad * slopes
     if d_slopes is not None:
         needed = [True] + [False] * 9
-        more, *_ = autograd.vjp(dice_rule.loss, [sums, class_weights, *ctx.rule], needed, [None, None, d_slopes])
+        more = autograd.vjp(dice_rule.loss, [sums, class_weights, *ctx.rule], needed, [None, None, d_slopes])[0]
         d_sums = more if d_sums is None else d_sums + more
     return d_sums, *[None] * 10
 
@@ -102,7 +104,11 @@ def _operands(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     return tensors if tensors[-1] is not None else tensors[:-1]
 
 
-def _loss(logits, targets, weights, members, options, per_sample, others, rule, shared, backend):
+def _loss(
+    logits: Tensor, targets: Tensor, weights: Tensor | None, members: Tensor | None, options: tuple[int | None, bool],
+    per_sample: bool, others: tuple[float, ...], rule: tuple[object, ...], shared: tuple[Any, float] | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
     """:class:`_DiceLoss` as two operators, each with its own derivative."""
     if shared is not None:
         raise NotImplementedError("fastunet: with sync=True the Dice loss has no second derivative and no torch.func")
@@ -120,7 +126,11 @@ class _DiceLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits, targets, weights, members, options, per_sample, others, rule, shared, backend):
+    def forward(
+        ctx: Context, logits: Tensor, targets: Tensor, weights: Tensor | None, members: Tensor | None,
+        options: tuple[int | None, bool], per_sample: bool, others: tuple[float, ...], rule: tuple[object, ...],
+        shared: tuple[Any, float] | None, backend: str,
+    ) -> tuple[Tensor, Tensor]:
         ctx.rest, ctx.kept = (options, per_sample, others, rule, shared, backend), None
         operator, _, cpu = _operators(members)
         arguments = *_operands(logits, targets, weights, members), *options, per_sample, *others
@@ -138,7 +148,7 @@ class _DiceLoss(torch.autograd.Function):
         return loss, wrong
 
     @staticmethod
-    def backward(ctx, grad, _):
+    def backward(ctx: Context, grad: Tensor | None, _: None) -> Gradients:
         if grad is None:
             return (None,) * 10
         slopes, *tensors = ctx.saved_tensors

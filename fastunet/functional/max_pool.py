@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastunet.arguments import checked
-from fastunet.autograd import transformed
+from fastunet.autograd import Context, Gradients, Inputs, transformed
 from fastunet.dispatch import define, select_backend
 from fastunet.functional._checks import check_image
 from fastunet.functional._layout import empty_nhwc, nhwc
@@ -24,7 +24,7 @@ def pooled_shape(height: int, width: int) -> tuple[int, int]:
     return height // 2, width // 2
 
 
-def _forward(x):
+def _forward(x: Tensor) -> Tensor:
     return nhwc(F.max_pool2d(nhwc(x), 2))
 
 
@@ -41,12 +41,12 @@ def unpooled(d_pooled: Tensor, d_skip: Tensor | None, y: Tensor, slope: float) -
     return masked(dz, y, slope)
 
 
-def _setup(ctx, inputs, output):
+def _setup(ctx: Context, inputs: Inputs, output: Tensor) -> None:
     x, ctx.backend = inputs
     ctx.save_for_backward(x)
 
 
-def _differentiate(ctx, d_pooled):
+def _differentiate(ctx: Context, d_pooled: Tensor) -> Gradients:
     return _OPS.max_pool2d_backward(d_pooled, None, *ctx.saved_tensors, 1.0, ctx.backend), None
 
 

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastunet import autograd
 from fastunet.arguments import checked
+from fastunet.autograd import Context, Function, Gradients, Inputs
 from fastunet.dispatch import define, select_backend
 from fastunet.functional._checks import checked_operands
 from fastunet.functional._gradients import gradients
@@ -22,7 +24,7 @@ _OPS = torch.ops.fastunet
 OUTPUTS = ("logits", "probabilities", "labels", "regions")
 
 
-def _forward(x, weight, bias, output):
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, output: str) -> Tensor:
     y = finish(F.conv2d(nhwc(x), weight, bias), output)
     return nhwc(y) if y.dim() == 4 else y
 
@@ -45,20 +47,22 @@ def fake_finish(x: torch.Tensor, classes: int, size: Sequence[int], output: str)
     return empty_nhwc(x, classes, height, width)
 
 
-def _backward(d_logits, x, weight, mask_x, has_bias):
+def _backward(
+    d_logits: Tensor, x: Tensor, weight: Tensor, mask_x: bool, has_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     x = nhwc(x)
     dx, dw, db = gradients(nhwc(d_logits), x, weight, 1, 0, (True, True, has_bias))
     dx = nhwc(dx)
     return masked(dx, x) if mask_x else dx, nhwc(dw), x.new_empty(0) if db is None else db
 
 
-def _setup(ctx, inputs, y):
+def _setup(ctx: Context, inputs: Inputs, y: Tensor) -> None:
     x, weight, bias, output, backend = inputs
     ctx.save_for_backward(x, weight, y if output == "probabilities" else None)
     ctx.options = bias is not None, backend
 
 
-def _differentiate(ctx, dy):
+def _differentiate(ctx: Context, dy: Tensor) -> Gradients:
     x, weight, p = ctx.saved_tensors
     if p is not None:
         dy = torch.ops.aten._softmax_backward_data(dy, p, 1, p.dtype)
@@ -102,13 +106,13 @@ class _MaskingHead(torch.autograd.Function):
     """Logits of a ReLU's output, whose gradient comes masked by it."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, backend):
+    def forward(ctx: Context, x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
         ctx.backend = backend
         return _OPS.segmentation_head(x, weight, bias, "logits", backend)
 
     @staticmethod
-    def backward(ctx, d_logits):
+    def backward(ctx: Context, d_logits: Tensor) -> Gradients:
         x, weight, bias = ctx.saved_tensors
         if autograd.differentiated_again():
             head = functools.partial(_OPS.segmentation_head, output="logits", backend=ctx.backend)
@@ -157,7 +161,7 @@ def too_many_classes(weight: torch.Tensor) -> str | None:
     return f"the head has {weight.shape[0]} classes, more than 32" if weight.shape[0] > 32 else None
 
 
-def _head(x, weight, bias, output, mask_x, backend):
+def _head(x: Tensor, weight: Tensor, bias: Tensor | None, output: str, mask_x: bool, backend: str) -> Tensor:
     if output not in OUTPUTS:
         raise ValueError(f"segmentation_head: output is {output!r}; expected one of {', '.join(OUTPUTS)}")
     x, weight, bias = checked_operands("segmentation_head", x, weight, bias, 1)
@@ -165,5 +169,6 @@ def _head(x, weight, bias, output, mask_x, backend):
         raise ValueError(f"segmentation_head: {weight.shape[0]} classes do not fit uint8 {output}")
     backend = select_backend(backend, "segmentation_head", x, too_many_classes(weight))
     if mask_x and output == "logits" and not autograd.transformed():
-        return _MaskingHead.apply(x, weight, bias, backend)
+        masking: Function = _MaskingHead.apply
+        return masking(x, weight, bias, backend)
     return _OPS.segmentation_head(x, weight, bias, output, backend)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastunet.arguments import checked
+from fastunet.autograd import Context, Gradients, Inputs
 from fastunet.dispatch import define, select_backend
 from fastunet.functional._checks import check_image
 from fastunet.functional._layout import empty_nhwc, nhwc
@@ -13,22 +15,22 @@ from fastunet.functional._layout import empty_nhwc, nhwc
 _OPS = torch.ops.fastunet
 
 
-def _forward(x, align_corners):
+def _forward(x: Tensor, align_corners: bool) -> Tensor:
     return nhwc(F.interpolate(nhwc(x), scale_factor=2.0, mode="bilinear", align_corners=align_corners))
 
 
-def _backward(dy, align_corners):
+def _backward(dy: Tensor, align_corners: bool) -> Tensor:
     n, c, height, width = dy.shape
     small = [n, c, height // 2, width // 2]
     backward = torch.ops.aten.upsample_bilinear2d_backward
     return nhwc(backward(nhwc(dy), [height, width], small, align_corners, 2.0, 2.0))
 
 
-def _setup(ctx, inputs, y):
+def _setup(ctx: Context, inputs: Inputs, y: Tensor) -> None:
     ctx.options = inputs[1:]
 
 
-def _differentiate(ctx, dy):
+def _differentiate(ctx: Context, dy: Tensor) -> Gradients:
     return _OPS.upsample_bilinear2d_backward(dy, *ctx.options), None, None
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastunet.arguments import checked
+from fastunet.autograd import Context, Gradients, Inputs
 from fastunet.dispatch import define, select_backend
 from fastunet.functional._checks import checked_operands
 from fastunet.functional._gradients import fake_weight_gradient, gradients, weight_gradient
@@ -20,7 +22,7 @@ from fastunet.functional.relu import activation_, check_slope, masked
 _OPS = torch.ops.fastunet
 
 
-def transposed_kernel(weight: torch.Tensor) -> torch.Tensor:
+def transposed_kernel(weight: Tensor) -> Tensor:
     """k as (C_in, C_out, 3, 3) in NHWC memory; half-precision weights are summed in float32 and rounded once."""
     wide = weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
     bottom, top = wide.permute(1, 2, 3, 0).unbind(1)
@@ -28,30 +30,30 @@ def transposed_kernel(weight: torch.Tensor) -> torch.Tensor:
     return torch.stack((left, left + right, right), 2).to(weight.dtype).permute(0, 3, 1, 2)
 
 
-def _forward(x, weight, bias, slope):
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> Tensor:
     y = F.conv_transpose2d(nhwc(x), transposed_kernel(weight), bias, stride=2, padding=1, output_padding=1)
     return activation_(nhwc(y), slope)
 
 
-def _data_grad(dz, weight, x, mask_x):
+def _data_grad(dz: Tensor, weight: Tensor, x: Tensor, mask_x: bool) -> Tensor:
     x = nhwc(x)
     dx = nhwc(gradients(nhwc(dz), x, transposed_kernel(weight), 2, 1, (True, False, False), transposed=True)[0])
     return masked(dx, x) if mask_x else dx
 
 
-def _weight_grad(dz, x, has_bias):
+def _weight_grad(dz: Tensor, x: Tensor, has_bias: bool) -> tuple[Tensor, Tensor]:
     g, db = weight_gradient(dz, x, (x.shape[1], dz.shape[1], 3, 3), 2, 1, has_bias, transposed=True)
     folded = g[..., :2, :2] + g[..., :2, 1:] + g[..., 1:, :2] + g[..., 1:, 1:]
     return nhwc(folded.flip(2, 3).transpose(0, 1)), db
 
 
-def _setup(ctx, inputs, y):
+def _setup(ctx: Context, inputs: Inputs, y: Tensor) -> None:
     x, weight, bias, slope, backend = inputs
     ctx.save_for_backward(x, weight, None if slope == 1 else y)
     ctx.options = slope, bias is not None, backend
 
 
-def _differentiate(ctx, dy):
+def _differentiate(ctx: Context, dy: Tensor) -> Gradients:
     x, weight, y = ctx.saved_tensors
     slope, has_bias, backend = ctx.options
     dz = dy if y is None else _OPS.relu_backward(dy, y, slope, backend)
