@@ -57,9 +57,9 @@ def table(scores: dict[str, list[float]], epochs: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=40)
+    parser = argparse.ArgumentParser(prog="python -m bench.augmentation", description=__doc__)
+    parser.add_argument("--seeds", type=int, default=3, help="of data, split and weights (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=40, help="of each run (default: %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as work:

@@ -162,8 +162,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__.split("\n\n")[0])
     parser.add_argument("base", help="a result file or a commit")
     parser.add_argument("head", help="a result file or a commit")
-    parser.add_argument("--only", default="^brats", metavar="REGEX", help="workloads to measure on commits")
-    parser.add_argument("--minutes", type=float, default=3.0, help="limit of each of the four runs on commits")
+    parser.add_argument("--only", default="^brats", metavar="REGEX", help="what to measure (default: ^brats)")
+    parser.add_argument("--minutes", type=float, default=3.0, help="of each of the four runs on commits (default: 3)")
     options = parser.parse_args(arguments)
     sides = [options.base, options.head]
     are_files = [Path(side).is_file() for side in sides]

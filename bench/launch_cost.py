@@ -51,7 +51,7 @@ def cost(call: Call, dtype: torch.dtype, started: list) -> tuple[float, int, flo
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.launch_cost", description=__doc__)
-    parser.add_argument("--network", choices=CASES, default="brats 128")
+    parser.add_argument("--network", choices=CASES, default="brats 128", help="default: brats 128")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     architecture, size = CASES[options.network]
@@ -66,7 +66,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{name}: {len(calls)} operator calls, {launches} launches, {whole:.0f} µs: "
                   f"{whole / launches:.1f} µs a launch, {full / launches:.1f} without plans; "
                   f"first calls {first:.0f} s")  # fmt: skip
-
 
 
 if __name__ == "__main__":

@@ -91,9 +91,9 @@ def _line(workload: tuple, rows: list[Row]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", default=str(UNCOMMITTED),
-                        help="folder of result files (bench/results to commit them; default .benchmarks)")  # fmt: skip
-    parser.add_argument("--minutes", type=float, default=9.0, help="starts nothing new after this time")
-    parser.add_argument("--rounds", type=int, default=5, help="at least so many samples of each variant (default 5)")
+                        help="folder of result files (bench/results to commit them; default: .benchmarks)")  # fmt: skip
+    parser.add_argument("--minutes", type=float, default=9.0, help="starts nothing new after this time (default: 9)")
+    parser.add_argument("--rounds", type=int, default=5, help="at least so many samples of each variant (default: 5)")
     parser.add_argument("--keep-memory", action="store_true", help="on a CPU: glibc does not return freed memory")
     parser.add_argument("--second-pool", action="store_true",
                         help="on a CPU: beside a thread that has run a parallel operation")  # fmt: skip

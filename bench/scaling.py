@@ -159,11 +159,11 @@ def _write(folder: Path, machine: Environment, rows: list[Row], suffix: str = ""
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=UNCOMMITTED, help="folder of result files (default .benchmarks)")
-    parser.add_argument("--minutes", type=float, default=4.0, help="starts nothing new after this time")
+    parser.add_argument("--out", type=Path, default=UNCOMMITTED, help="folder of result files (default: .benchmarks)")
+    parser.add_argument("--minutes", type=float, default=4.0, help="starts nothing new after this time (default: 4)")
     parser.add_argument("--worker", metavar="DIR", help="be one process of torchrun's group; rows go to DIR")
-    parser.add_argument("--batch", type=int, default=4, help="images: of each process (weak), of all (strong)")
-    parser.add_argument("--side", type=int, default=64, help="image side of the steps in several processes")
+    parser.add_argument("--batch", type=int, default=4, help="images of each process, or of all (default: 4)")
+    parser.add_argument("--side", type=int, default=64, help="of the images in several processes (default: 64)")
     parser.add_argument("--device", help="cpu or cuda; by default CUDA where there is one")
     options = parser.parse_args(arguments)
     if options.worker:

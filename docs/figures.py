@@ -41,8 +41,8 @@ def row_name(map_name: str, offset: int) -> str:
     return f"{map_name} row h" + (f" {'+' if offset > 0 else '−'} {abs(offset)}" if offset else "")
 
 
-def canvas(width: float, height: float, right: float, bottom: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
+def canvas(height: float, right: float, bottom: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(9.4, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set(xlim=(0, right), ylim=(bottom, 0), aspect="equal")
@@ -52,7 +52,7 @@ def canvas(width: float, height: float, right: float, bottom: float) -> tuple[Fi
 
 def box() -> Figure:
     """The box tiling: one bulk copy a tap, the pixels as operand B."""
-    figure, axes = canvas(9.4, 3.9, 37, 15)
+    figure, axes = canvas(3.9, 37, 15)
     grid(axes, 0.5, 2, 10, 10, HALO)
     grid(axes, 1.5, 3, 8, 8, INPUT)
     axes.add_patch(Rectangle((2.5, 2), 8, 8, fill=False, edgecolor=WEIGHT, lw=2.2))
@@ -72,7 +72,7 @@ def box() -> Figure:
 
 def rows() -> Figure:
     """Row reuse: six input rows feed four output rows."""
-    figure, axes = canvas(9.4, 4.6, 34, 16.5)
+    figure, axes = canvas(4.6, 34, 16.5)
     taps = [("top", "#009e73"), ("middle", "#d55e00"), ("bottom", "#cc79a7")]
     colours = ["#d7ecfa", "#b4dbf4", "#8cc8ee", "#63b4e6", "#3a9fdc", "#1f86c7"]
     note(axes, 0.5, 0.8, "six input rows, loaded once for each column shift")
@@ -92,7 +92,7 @@ def rows() -> Figure:
 
 def two_rows() -> Figure:
     """Two output rows stacked on the M axis, for 32 channels."""
-    figure, axes = canvas(9.4, 4.3, 36, 15)
+    figure, axes = canvas(4.3, 36, 15)
     note(axes, 0.5, 0.8, "operand A [64, C] for each input row: the weights of two output rows, stacked")
     names = [("w top", "zero"), ("w middle", "w top"), ("w bottom", "w middle"), ("zero", "w bottom")]
     for i, (upper, lower) in enumerate(names):
@@ -111,7 +111,7 @@ def two_rows() -> Figure:
 
 def sub_pixel() -> Figure:
     """Nearest ×2 and a 2×2 convolution as four phases on the small map."""
-    figure, axes = canvas(9.4, 4.4, 38, 16.5)
+    figure, axes = canvas(4.4, 38, 16.5)
     note(axes, 0.5, 0.9, "low resolution, x")
     grid(axes, 0.5, 2, 3, 3, HALO, 2.4)
     for (i, j), text in {(0, 0): "i, j", (0, 1): "i, j+1", (1, 0): "i+1, j", (1, 1): "i+1, j+1"}.items():
@@ -136,7 +136,7 @@ def sub_pixel() -> Figure:
 
 def masks() -> Figure:
     """Where the ReLU masks are applied in the backward pass of an encoder block."""
-    figure, axes = canvas(9.4, 4.0, 40, 16)
+    figure, axes = canvas(4.0, 40, 16)
     note(axes, 0.5, 0.9, "forward: what is kept is written in bold")
     places = [(0.5, "x", True), (9.5, "y1", True), (18.5, "y2 = skip", True), (29.5, "pooled", False)]
     for x, name, kept in places:

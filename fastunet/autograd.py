@@ -110,7 +110,7 @@ def refuse_inference(operator: str, values: Sequence[Any]) -> None:
 
 def transformed() -> bool:
     """Whether ``torch.func``, forward mode or export is at work, where units of operators run as these operators."""
-    if hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting():  # PyTorch 2.7
+    if torch.compiler.is_exporting():
         return True
     if torch.compiler.is_compiling():
         return False

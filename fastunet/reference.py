@@ -1,4 +1,4 @@
-"""The plain ``torch.nn`` build of both networks: the specification that ``fastunet.UNet`` is checked against."""
+"""The plain ``torch.nn`` build of every network: the specification that ``fastunet.UNet`` is checked against."""
 
 from __future__ import annotations
 

@@ -20,12 +20,12 @@ CASE = "Phantom_000"
 TINY = ["--width", "4", "--depth", "2", "--batch-size", "8", "--device", "cpu"]
 
 
-def write_checkpoint(path: Path, *, modalities=("flair", "t1ce"), size=None, axis=2, **network) -> torch.nn.Module:
+def write_checkpoint(path: Path, *, modalities=("flair", "t1ce"), **network) -> torch.nn.Module:
     """Writes a random network with labels of BraTS 2021 and returns it; its biases leave no two classes equal."""
     torch.manual_seed(7)
     model = fastunet.UNet(**{"in_channels": len(modalities), "width": 4, "depth": 2, **network}).eval()
     torch.nn.init.uniform_(model.head.bias, -0.1, 0.1)
-    card = ModelCard(model.config, tuple(modalities), LABEL_MAPS["brats2021"].to_dict(), size=size, axis=axis)
+    card = ModelCard(model.config, tuple(modalities), LABEL_MAPS["brats2021"].to_dict())
     save_weights(path, model, card)
     return model
 

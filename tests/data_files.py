@@ -69,11 +69,11 @@ def head_case(folder, seed=0, shape=(10, 9, 8), codes="LPS"):
     return folder
 
 
-def gli_case(folder: Path, values=(0, 1, 2, 3), seed: int = 0, shape=(6, 5, 4)) -> Path:
+def gli_case(folder: Path, values=(0, 1, 2, 3)) -> Path:
     """A case named as in BraTS 2023 and 2024."""
     for number, part in enumerate(("t2f", "t1n", "t1c", "t2w")):
-        save(folder / f"{folder.name}-{part}.nii.gz", random_image(10 * seed + number, shape))
-    save(folder / f"{folder.name}-seg.nii.gz", random_labels(seed, shape, values))
+        save(folder / f"{folder.name}-{part}.nii.gz", random_image(number))
+    save(folder / f"{folder.name}-seg.nii.gz", random_labels(0, values=values))
     return folder
 
 

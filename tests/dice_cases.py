@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from tests.tolerance import assert_within_budget
+
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 
 
@@ -55,10 +57,29 @@ OPTIONS = {
 }
 
 
-def arguments(options, k, dtype):
-    """The same options for :func:`literal` and for the library."""
+def check_exactly(logits, loss, expected):
+    """A loss and its gradient in float64 are those of the eager loss."""
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    (gradient,), (wanted,) = torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-10, atol=1e-16)
+    assert gradient.stride() == logits.stride()
+
+
+def check_within_budget(logits, fused, eager):
+    """Of logits in 32 or 16 bits, loss and gradient of ``fused`` against those of ``eager`` in float32 and float64."""
+    leaf, same, exact = (logits.clone().to(d).requires_grad_() for d in (logits.dtype, logits.dtype, torch.float64))
+    loss, same_loss, exact_loss = fused(leaf), eager(same.float()), eager(exact)
+    assert loss.dtype == torch.float32
+    assert_within_budget(loss.detach(), same_loss.detach(), exact_loss, "loss")
+    for value in (loss, same_loss, exact_loss):
+        value.backward()
+    assert_within_budget(leaf.grad, same.grad, exact.grad, "gradient")
+
+
+def arguments(options, k, dtype, weights="class_weights"):
+    """The same options for :func:`literal` and for the library, which calls k ``weights`` so."""
     options = dict(options)
     if options.pop("weights", False):
         options["weights"] = torch.linspace(0.2, 1.7, k, dtype=dtype)
-    names = {"weights": "class_weights", "ignore": "ignore_index"}
+    names = {"weights": weights, "ignore": "ignore_index"}
     return options, {names.get(name, name): value for name, value in options.items()}

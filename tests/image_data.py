@@ -22,12 +22,12 @@ def picture(path: Path, pixels: np.ndarray, **options) -> Path:
     return path
 
 
-def folder_of(root: Path, count=4, masks="masks", suffix=".png", mark="", values=(0, 255), shape=(12, 10)) -> Path:
+def folder_of(root: Path, count=4, masks="masks", mark="", values=(0, 255)) -> Path:
     """Images and masks; image k is k rows taller."""
     for index in range(count):
-        size = (shape[0] + index, shape[1])
+        size = (12 + index, 10)
         mask = RNG.choice(np.array(values, np.uint8), size)
         mask.flat[: len(values)] = values
-        picture(root / "images" / f"cell_{index}{suffix}", (mask // 2 + RNG.integers(0, 50, size)).astype(np.uint8))
+        picture(root / "images" / f"cell_{index}.png", (mask // 2 + RNG.integers(0, 50, size)).astype(np.uint8))
         picture(root / masks / f"cell_{index}{mark}.png", mask)
     return root

@@ -119,7 +119,7 @@ def test_every_form_of_a_network_is_right(preset, side, step, precision):
 
 @pytest.mark.parametrize("preset, side", [("brats", 8), ("isbi", 20)])
 def test_every_operator_at_every_layer_is_right(preset, side):
-    workloads = operator_workloads(Architecture.from_preset(preset, width=4, depth=1), 1, side, side, "fp32")
+    workloads = operator_workloads(Architecture.from_preset(preset, width=4, depth=1), 1, side, "fp32")
     rows = [m.row for w in workloads for m in measure(eager(w), CPU, MACHINE, QUICK)]
     assert {row.state for row in rows} == {OK}
     missing = "conv_transpose2d" if preset == "brats" else "upsample_conv_relu"

@@ -29,10 +29,10 @@ def reoriented(array: np.ndarray, codes: str) -> np.ndarray:
     return nib.orientations.apply_orientation(array, nib.orientations.ornt_transform(lps, target))
 
 
-def oriented_case(folder, codes: str, shape=(6, 5, 4)):
+def oriented_case(folder, codes: str):
     """One case stored along ``codes``, and its volumes along LPS."""
-    volumes = [random_image(seed, shape) * (random_image(seed + 5, shape) > 300) for seed in range(2)]
-    labels = random_labels(7, shape)
+    volumes = [random_image(seed) * (random_image(seed + 5) > 300) for seed in range(2)]
+    labels = random_labels(7)
     for part, volume in zip(("flair", "t1ce", "seg"), [*volumes, labels]):
         save(folder / f"a_{part}.nii", np.ascontiguousarray(reoriented(volume, codes)), oriented_affine(codes))
     return discover_cases(folder)[0], volumes, labels

@@ -1,5 +1,7 @@
 """The loss of overlapping regions on a CPU: values, gradients, options and errors."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ import torch.nn.functional as F
 from fastunet.functional import region_dice_cross_entropy
 from fastunet.functional.dice_regions import region_table
 from fastunet.losses import RegionDiceCrossEntropyLoss
-from tests.dice_cases import LAYOUTS, batch
+from tests.dice_cases import LAYOUTS, arguments, batch, check_exactly, check_within_budget
 from tests.region_cases import BRATS, NESTED, literal
 from tests.tolerance import assert_within_budget
 
@@ -27,15 +29,6 @@ def case(regions, dtype=torch.float64, size=(7, 9), n=3):
     return logits, torch.randint(0, 6, (n, *size), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
 
 
-def arguments(options, regions, dtype):
-    """The same options for :func:`literal` and for the library."""
-    options = dict(options)
-    if options.pop("weights", False):
-        options["weights"] = torch.linspace(0.2, 1.7, len(regions), dtype=dtype)
-    names = {"weights": "region_weights", "ignore": "ignore_index"}
-    return options, {"num_classes": 6} | {names.get(name, name): value for name, value in options.items()}
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize("regions", REGIONS.values(), ids=REGIONS.keys())
@@ -45,26 +38,16 @@ def test_equals_the_eager_loss(regions, options, layout, tiny_chunks):
         labels[0, 2] = 255
     labels[1] = 0  # a sample without any region
     logits = logits.contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
-    theirs, ours = arguments(options, regions, torch.float64)
-    loss = region_dice_cross_entropy(logits, labels, regions, **ours)
-    expected = literal(logits, labels, regions, **theirs)
-    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
-    (gradient,), (wanted,) = torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits)
-    torch.testing.assert_close(gradient, wanted, rtol=1e-10, atol=1e-16)
-    assert gradient.stride() == logits.stride()
+    theirs, ours = arguments(options, len(regions), torch.float64, "region_weights")
+    loss = region_dice_cross_entropy(logits, labels, regions, num_classes=6, **ours)
+    check_exactly(logits, loss, literal(logits, labels, regions, **theirs))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_low_precision_stays_within_budget(dtype, tiny_chunks):
     logits, labels = case(BRATS, dtype, (40, 50))
-    leaf, same, exact = (logits.clone().to(d).requires_grad_() for d in (dtype, dtype, torch.float64))
-    loss = region_dice_cross_entropy(leaf, labels, BRATS, num_classes=6)
-    same_loss, exact_loss = literal(same.float(), labels, BRATS), literal(exact, labels, BRATS)
-    assert loss.dtype == torch.float32
-    assert_within_budget(loss.detach(), same_loss.detach(), exact_loss, "loss")
-    for value in (loss, same_loss, exact_loss):
-        value.backward()
-    assert_within_budget(leaf.grad, same.grad, exact.grad, "gradient")
+    fused = functools.partial(region_dice_cross_entropy, labels=labels, regions=BRATS, num_classes=6)
+    check_within_budget(logits, fused, lambda z: literal(z, labels, BRATS))
 
 
 @pytest.mark.parametrize("some_ignored", [False, True])

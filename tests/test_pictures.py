@@ -19,9 +19,9 @@ def pixels(png: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
 
 
-def close_to(image: np.ndarray, colour: str, tolerance: int = 30) -> np.ndarray:
+def close_to(image: np.ndarray, colour: str) -> np.ndarray:
     wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
-    return (np.abs(image - wanted) <= tolerance).all(-1)
+    return (np.abs(image - wanted) <= 30).all(-1)
 
 
 @pytest.fixture

@@ -70,8 +70,8 @@ def line(found: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None, measure: Callable[[Call, torch.dtype], float] = measured) -> None:
     """Prints a line for each call in bfloat16 and writes ``DIR/predicted.json``; ends after ``--minutes``."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.predict", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--out", type=Path, required=True, help="folder of predicted.json")
+    parser.add_argument("--minutes", type=float, default=5.0, help="end within this time (default: %(default)g)")
     options = parser.parse_args(arguments)
     deadline, rows = time.monotonic() + 60 * options.minutes, []
     for case, call in calls():

@@ -53,11 +53,11 @@ def kernel_times(profiler: torch.profiler.profile) -> list[dict]:
     return sorted(rows, key=lambda row: -row["microseconds"])
 
 
-def processor_microseconds(run: Callable[[], None], synchronize: Callable[[], None], repeats: int = 20) -> float:
+def processor_microseconds(run: Callable[[], None], synchronize: Callable[[], None]) -> float:
     """What the processor takes to start all of ``run``, on a device that keeps up."""
     run()
     synchronize()
-    started = time.perf_counter()
+    repeats, started = 20, time.perf_counter()
     for _ in range(repeats):
         run()
     elapsed = time.perf_counter() - started
@@ -69,7 +69,7 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.profile", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=SIZES, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the four files")
     parser.add_argument("--once", action="store_true", help="run once, without the profiler, for Nsight Compute")
     options = parser.parse_args()
     run = workload(options.preset)

@@ -23,20 +23,21 @@ INFINIBAND = Link("InfiniBand NDR, 400 Gbit/s for each GPU", 50.0, 8.0)
 """Speeds as published by the vendor for an HGX H100 node; the latencies are assumptions, of the size that is common."""
 
 
-def exchange_seconds(gpus: int, gradient_bytes: int, inner: Link = NVLINK, outer: Link = INFINIBAND) -> float:
+def exchange_seconds(gpus: int, gradient_bytes: int) -> float:
     """All-reduce of ``gradient_bytes`` over ``gpus``, in nodes of eight.
 
-    Inside a node, reduce-scatter and all-gather on a ring of n GPUs move ``2 (n-1)/n`` of the bytes over ``inner`` in
-    ``2 (n-1)`` steps. Between m nodes every GPU reduces its n-th of them over its own ``outer`` link: ``2 (m-1)/m`` of
+    Inside a node, reduce-scatter and all-gather on a ring of n GPUs move ``2 (n-1)/n`` of the bytes over NVLink in
+    ``2 (n-1)`` steps. Between m nodes every GPU reduces its n-th of them over its own InfiniBand link: ``2 (m-1)/m`` of
     that part, in ``2 ceil(log2 m)`` steps of a tree.
     """
     n = min(gpus, GPUS_A_NODE)
     nodes = math.ceil(gpus / GPUS_A_NODE)
-    inside = 2 * (n - 1) / n * gradient_bytes / (inner.gbs * 1e9) + 2 * (n - 1) * inner.latency_us * 1e-6
+    inside = 2 * (n - 1) / n * gradient_bytes / (NVLINK.gbs * 1e9) + 2 * (n - 1) * NVLINK.latency_us * 1e-6
     if nodes == 1:
         return inside
     steps = 2 * math.ceil(math.log2(nodes))
-    return inside + 2 * (nodes - 1) / nodes * gradient_bytes / n / (outer.gbs * 1e9) + steps * outer.latency_us * 1e-6
+    between = 2 * (nodes - 1) / nodes * gradient_bytes / n / (INFINIBAND.gbs * 1e9)
+    return inside + between + steps * INFINIBAND.latency_us * 1e-6
 
 
 def step_seconds(gpus: int, compute: float, gradient_bytes: int, *, overlapped: bool) -> float:

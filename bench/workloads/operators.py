@@ -72,15 +72,15 @@ FUSED = {
 }
 
 
-def operator_workloads(architecture: Architecture, batch: int, height: int, width: int, precision: str, *,
+def operator_workloads(architecture: Architecture, batch: int, side: int, precision: str, *,
                        subjects: Iterable[str] = SUBJECTS, layers: Iterable[str] | None = None,
                        without: tuple[tuple[str, str], ...] = ()) -> list[Workload]:
-    """Forward, and forward with backward, of the operators at the network's layers; equal shapes once.
+    """Forward, and forward with backward, of a network's operators on square images; equal shapes once.
 
     ``layers`` keeps only the named ones.
     """
-    network = network_calls(architecture, batch, height, width, loss=False)
-    alone = [call for call in standalone_calls(architecture, batch, height, width)
+    network = network_calls(architecture, batch, side, side, loss=False)
+    alone = [call for call in standalone_calls(architecture, batch, side, side)
              if call.operator.startswith("max_pool2d")]  # fmt: skip
     first: dict[str, Call] = {}
     for call in (*network, *alone):

@@ -39,15 +39,15 @@ def operators(subjects: Iterable[str], device: torch.device, full: bool) -> list
     if full:
         cases = itertools.product(PRECISIONS, (1, 16, 64), ((_BRATS, 128), (_BRATS, 240), (_ISBI, 572)))
         return [w for precision, batch, (network, side) in cases
-                for w in operator_workloads(network, batch, side, side, precision, subjects=subjects)]  # fmt: skip
+                for w in operator_workloads(network, batch, side, precision, subjects=subjects)]  # fmt: skip
     if device.type == "cuda":
         return [w for network, batch, side in ((_BRATS, 16, 240), (_ISBI, 1, 572))
-                for w in operator_workloads(network, batch, side, side, "bf16", subjects=subjects,
+                for w in operator_workloads(network, batch, side, "bf16", subjects=subjects,
                                             without=_NO_AUTOTUNER)]  # fmt: skip
     found = []
     for subject in subjects:
         network, batch, side = (_ISBI, 1, ISBI_QUICK_SIDE) if subject == "conv_transpose2d" else (_BRATS, 4, 128)
-        found += operator_workloads(network, batch, side, side, "fp32", subjects=[subject],
+        found += operator_workloads(network, batch, side, "fp32", subjects=[subject],
                                     layers=_QUICK_LAYERS[subject], without=_NO_COMPILER)  # fmt: skip
     return found
 

@@ -119,7 +119,7 @@ def _complain(message: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="fastunet", description="U-Nets on PyTorch and Triton for 2-D slices of medical volumes.")
+    parser = _Parser(prog="fastunet", description="U-Nets on PyTorch and Triton for images and slices of volumes.")
     parser.example = "fastunet train DATA --out RUN"
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

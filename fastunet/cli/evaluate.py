@@ -67,7 +67,7 @@ def _inputs(args: argparse.Namespace, pairs: list[Pair]) -> list[Path]:
     return found + [checkpoint_file(args.subject), *(path for case in cases for path in case.files)]
 
 
-def labelled_cases(root: Path, modalities: Sequence[str] | None, edition: str | None = None) -> list[Case]:
+def labelled_cases(root: Path, modalities: Sequence[str] | None, edition: str | None) -> list[Case]:
     """The cases of ``root`` that have a label; none at all is a ``UserError``."""
     from fastunet.data import discover_cases
 

@@ -56,12 +56,12 @@ def _operators(device: torch.device) -> None:
     import torch
 
     from fastunet import functional
-    from fastunet.dispatch import why_not_triton
+    from fastunet.dispatch import BACKENDS, why_not_triton
     from fastunet.errors import UserError
 
     forced = os.environ.get("FASTUNET_BACKEND", "auto")
-    if forced not in ("auto", "triton", "torch"):
-        raise UserError(f"FASTUNET_BACKEND is {forced!r}; expected auto, triton or torch")
+    if forced not in BACKENDS:
+        raise UserError(f"FASTUNET_BACKEND is {forced!r}; expected one of {', '.join(BACKENDS)}")
     choices: dict[str, str] = {}
     reasons: dict[str, list[str]] = {}
     for name in DTYPES:

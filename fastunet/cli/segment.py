@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from fastunet.cli.arguments import add_machine_options, add_nan_option, positive_int, progress_display, say, set_threads
 from fastunet.errors import UserError
+from fastunet.training.config import PRECISIONS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,8 +36,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """How to run a network, shared with ``fastunet evaluate``."""
     parser.add_argument("--tta", action="store_true", help="average the probabilities of mirrored slices")
     parser.add_argument("--batch-size", type=positive_int, default=4, help="slices at a time (default: 4)")
-    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16", "fp16"), default="fp32")
-    parser.add_argument("--backend", choices=("auto", "triton", "torch"), default="auto")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="default: fp32")
+    parser.add_argument("--backend", choices=("auto", "triton", "torch"), default="auto", help="default: auto")
     add_machine_options(parser)
     add_nan_option(parser)
 

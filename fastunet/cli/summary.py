@@ -18,7 +18,7 @@ ELEMENT_SIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help="a run folder or checkpoint (default: a preset, untrained)")
-    parser.add_argument("--preset", choices=tuple(PRESETS), default="brats")
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="brats", help="default: brats")
     parser.add_argument("--width", type=positive_int, help="channels of the first level")
     parser.add_argument("--depth", type=positive_int, help="number of poolings")
     parser.add_argument("--norm", choices=("none", *NORMS), help="behind 3×3 convolutions")

@@ -40,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     network.add_argument("--norm", choices=("none", *NORMS), help="behind 3×3 convolutions (default: the preset's)")
     network.add_argument("--activation", choices=ACTIVATIONS, help="default: the preset's")
     data = parser.add_argument_group("data")
-    data.add_argument("--modalities", type=names, metavar="A,B", help="channels, in order (default: flair,t1ce)")
+    data.add_argument("--modalities", type=names, metavar="A,B",
+                      help="channels, in order (default: flair,t1ce where most cases have them, else all)")  # fmt: skip
     data.add_argument("--edition", choices=tuple(LABEL_MAPS), help="of the data, where its folders do not tell")
     data.add_argument("--ignore-label", type=label_value, metavar="VALUE", help="of the label files, counted nowhere")
     data.add_argument("--regions", choices=("brats", "none"),
@@ -64,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--batch-size", type=positive_int, help="slices per step and process (default: 8)")
     training.add_argument("--loss", choices=LOSSES, help="default: dice_ce")
     training.add_argument("--tversky", type=two_numbers, metavar="FP,FN",
-                          help="factors of false positives and negatives in the Dice loss (0.5,0.5)")  # fmt: skip
+                          help="of false positives and negatives in the Dice loss (default: 0.5,0.5)")  # fmt: skip
     training.add_argument("--class-weights", type=class_weights, metavar="A,B,…|balanced",
                           help="factors of the classes, or inverse to their pixels (default: all 1)")  # fmt: skip
     training.add_argument("--border-weights", action="store_true",

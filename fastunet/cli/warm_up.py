@@ -7,16 +7,15 @@ from pathlib import Path
 
 from fastunet.architecture import PRESETS
 from fastunet.cli.arguments import positive_int, progress_display, say
-
-SIZES = {"isbi": 572}
+from fastunet.training.config import PRECISIONS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", type=Path, help="a run folder or checkpoint, in place of a preset")
     parser.add_argument("--preset", choices=tuple(PRESETS), help="default: brats")
     parser.add_argument("--size", type=positive_int, help="side of the images (default: 240; isbi: 572)")
-    parser.add_argument("--batch", type=positive_int, default=8, help="images of a step (default: 8)")
-    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16", "fp16"), default="fp32", help="default: fp32")
+    parser.add_argument("--batch-size", type=positive_int, default=8, help="images of a step (default: 8)")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="default: fp32")
     parser.add_argument("--architecture", type=positive_int, metavar="SM",
                         help="as 80 or 90 (default: the GPU's, or 90 without one)")  # fmt: skip
     parser.add_argument("--processes", type=positive_int, help="that compile (default: one for each core)")
@@ -47,8 +46,8 @@ def run(args: argparse.Namespace) -> None:
         network = load_model(args.model)[0].architecture
     else:
         network = Architecture.from_preset(args.preset or "brats")
-    size = args.size or SIZES.get(args.preset, 240)
-    work = Work(network, (size, size), args.batch, args.precision, architecture)
+    size = args.size or (572 if args.preset == "isbi" else 240)
+    work = Work(network, (size, size), args.batch_size, args.precision, architecture)
     try:
         number = warm_up([work], args.processes or os.cpu_count() or 1, progress_display(unit="kernel"))
     except ValueError as error:

@@ -29,8 +29,7 @@ def like_weight(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x.contiguous() if weight.is_contiguous() and weight.numel() > 4 * x.numel() else nhwc(x)
 
 
-def empty_nhwc(like: torch.Tensor, channels: int, height: int, width: int,
-               dtype: torch.dtype | None = None) -> torch.Tensor:
+def empty_nhwc(like: torch.Tensor, channels: int, height: int, width: int) -> torch.Tensor:
     """An uninitialised (N, channels, height, width) tensor with the batch, dtype and device of ``like``."""
     shape = like.shape[0], channels, height, width
-    return torch.empty_strided(shape, nhwc_strides(shape), dtype=dtype or like.dtype, device=like.device)
+    return torch.empty_strided(shape, nhwc_strides(shape), dtype=like.dtype, device=like.device)

@@ -212,7 +212,7 @@ def conv_norm(
     if pool and min(size[2:]) < 2:
         raise ValueError(f"conv_norm: x has shape {tuple(x.shape)}; its convolution is too small to pool")
     if running and not training:
-        weight, bias = _folded(weight, bias, norm_weight, norm_bias, *running, eps)
+        weight, bias = folded(weight, bias, norm_weight, norm_bias, *running, eps)
         if pool and skip is None and stride == 1:
             return conv_relu_pool(x, weight, bias, padding=padding, slope=slope, backend=backend)
         y = conv_relu(x, weight, bias, skip=skip, padding=padding, stride=stride, slope=slope, backend=backend)
@@ -232,11 +232,11 @@ def conv_norm(
     return (y, pooled) if pool else y
 
 
-def _folded(
+def folded(
     weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, running_mean: Tensor,
     running_var: Tensor, eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the one convolution that holds its norm."""
+    """Weight and bias of the one convolution that is a convolution and its batch norm by running statistics."""
     scale = torch.rsqrt(_norm.wide(running_var) + eps)
     if norm_weight is not None:
         scale = scale * norm_weight

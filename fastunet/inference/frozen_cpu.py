@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from fastunet.architecture import Architecture
 from fastunet.functional import _onednn
 from fastunet.functional._layout import nhwc
+from fastunet.functional.conv_norm import folded
+from fastunet.functional.relu import activation_
 from fastunet.functional.segmentation_head import finish
 from fastunet.functional.upsample_conv import transposed_kernel
 from fastunet.inference import bounds
@@ -68,7 +70,7 @@ class PackedNetwork:
         for (weight, bias), block in self.decoders:
             within = fused and not self.transpose  # which knows no activation
             x = _onednn.transposed_convolution(x, weight, bias, 0 if self.transpose else 1, within)
-            x = x if self.transpose or within else self._activation_(x)
+            x = x if self.transpose or within else activation_(x, self.style.negative_slope)
             skip = skips.pop()
             x = x if x.shape[2:] == skip.shape[2:] else nhwc(padded_to(x, skip, self.style.odd))
             x = self._block(block, x, fused, skip)
@@ -102,12 +104,8 @@ class PackedNetwork:
                 crop = nhwc(centre_crop(skip, *x.shape[2:]))
                 y = _onednn.convolution(crop, skip_weight, bias, self.pad, False)
                 x = _onednn.add_convolution(y, x, weight, self.pad, fused)
-            x = x if fused else self._activation_(x)
+            x = x if fused else activation_(x, self.style.negative_slope)
         return x
-
-    def _activation_(self, x: torch.Tensor) -> torch.Tensor:
-        slope = self.style.negative_slope
-        return F.leaky_relu_(x, slope) if slope else x.relu_()
 
 
 def _folded(block: Any, index: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,5 +115,4 @@ def _folded(block: Any, index: int) -> tuple[torch.Tensor, torch.Tensor]:
     bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().clone()
     if norm is None:
         return weight, bias
-    scale = norm.weight.detach() * (norm.running_var + norm.eps).rsqrt()
-    return weight * scale[:, None, None, None], (bias - norm.running_mean) * scale + norm.bias.detach()
+    return folded(weight, bias, norm.weight.detach(), norm.bias.detach(), norm.running_mean, norm.running_var, norm.eps)

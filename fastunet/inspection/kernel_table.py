@@ -18,9 +18,6 @@ from fastunet.kernels import _launch, _tuned
 from fastunet.kernels._launch import Launch
 from fastunet.kernels.conv.cost import Cost, Device, usual_device
 
-TRAINING_KERNELS, INFERENCE_KERNELS = 70, 24
-"""At most so many kernels the first training step of a reference network compiles, and its first inference."""
-
 
 @dataclass(frozen=True)
 class Use:

@@ -33,9 +33,9 @@ class Check:
         return not self.problem and self.error <= self.allowed
 
 
-def check_operators(device: torch.device, dtype: torch.dtype, backend: str = "auto") -> list[Check]:
+def check_operators(device: torch.device, dtype: torch.dtype) -> list[Check]:
     """A check of each public operator on small inputs that no tile divides."""
-    return [_check(name, shapes, device, dtype, backend) for name, shapes in _SHAPES.items()]
+    return [_check(name, shapes, device, dtype) for name, shapes in _SHAPES.items()]
 
 
 _LAYERS = ("conv_relu", "conv_relu_pool", "conv_norm", "max_pool2d", "upsample_bilinear2d", "upsample_conv_relu",
@@ -102,24 +102,22 @@ _LITERAL: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
-def _ours(name: str, backend: str) -> Callable[..., Any]:
+def _ours(name: str) -> Callable[..., Any]:
     function: Callable[..., Any] = getattr(functional, name)
     if name == "conv_norm":
-        return lambda x, w, b: function(x, w, b, norm="group", groups=1, slope=0.25, backend=backend)
-    if name == "upsample_bilinear2d":
-        return function  # without a kernel
+        return lambda x, w, b: function(x, w, b, norm="group", groups=1, slope=0.25)
     if name == "dice_coefficient":
         return lambda z: function(z.softmax(1), _labels(z))
     if name == "confusion_matrix":
-        return lambda z: function(z, _labels(z), _CLASSES, backend=backend)
+        return lambda z: function(z, _labels(z), _CLASSES)
     if name.startswith("region"):
-        return lambda z: function(z, _labels(z), _REGIONS, num_classes=_CLASSES, backend=backend)
+        return lambda z: function(z, _labels(z), _REGIONS, num_classes=_CLASSES)
     if name.startswith("dice"):
-        return lambda z: function(z, _labels(z), backend=backend)
-    return lambda *operands: function(*operands, backend=backend)
+        return lambda z: function(z, _labels(z))
+    return function
 
 
-def _check(name: str, shapes: list[tuple[int, ...]], device: torch.device, dtype: torch.dtype, backend: str) -> Check:
+def _check(name: str, shapes: list[tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> Check:
     generator = torch.Generator().manual_seed(0)
     if name in _LAYERS:
         # Small whole numbers: sums before a ReLU are exact in every dtype, so that none falls on its other side.
@@ -130,7 +128,7 @@ def _check(name: str, shapes: list[tuple[int, ...]], device: torch.device, dtype
     GIVEN_UP.clear()  # every check tries its kernels, also those that another one shares
     try:
         same = _results(_LITERAL[name], [t.to(device) for t in operands])
-        got = _results(_ours(name, backend), [t.to(device) for t in operands])
+        got = _results(_ours(name), [t.to(device) for t in operands])
     except Exception as error:  # a kernel that cannot be compiled or launched is what this is here to find
         problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         return Check(name, str(dtype), float("nan"), 0.0, problem)

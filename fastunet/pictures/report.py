@@ -76,7 +76,7 @@ def commands(lines: Sequence[str]) -> str:
     return f"<pre>{html.escape(chr(10).join(lines))}</pre>"
 
 
-def score_table(scores: Sequence[Score], *, empty: str = "one") -> str:
+def score_table(scores: Sequence[Score]) -> str:
     """Dice per case (rows) and structure (columns), the mean below, and the rule for empty structures."""
     means = mean_scores(scores)
     cases = list(dict.fromkeys(s.case for s in scores))
@@ -94,7 +94,7 @@ def score_table(scores: Sequence[Score], *, empty: str = "one") -> str:
     for case in [*cases, "mean"]:
         values = (cells[case, s.kind, s.structure] for s in means)
         rows.append(f"<tr><td>{html.escape(case)}</td>{''.join(f'<td>{cell(v)}</td>' for v in values)}</tr>")
-    note = f"Mean over cases and foreground classes: {cell(mean_foreground_dice(scores))}. {EMPTY_RULES[empty]}"
+    note = f"Mean over cases and foreground classes: {cell(mean_foreground_dice(scores))}. {EMPTY_RULES['one']}"
     return f"<table>{''.join(rows)}</table>" + paragraph(note, muted=True)
 
 

@@ -9,14 +9,15 @@ from collections.abc import Generator, Iterable
 from typing import Any
 
 _END = object()
+_DEPTH = 2
 
 
-def prefetched(batches: Iterable[Any], depth: int = 2) -> Generator[tuple[Any, float], None, None]:
-    """Yields (batch, seconds waited for it), reading ahead by up to ``depth`` batches in another thread.
+def prefetched(batches: Iterable[Any]) -> Generator[tuple[Any, float], None, None]:
+    """Yields (batch, seconds waited for it), reading ahead by up to two batches in another thread.
 
     An exception in ``batches`` is raised here. Closing the iterator ends the thread.
     """
-    ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(depth)
+    ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(_DEPTH)
     stopped = threading.Event()
 
     def put(item: Any) -> bool:

@@ -19,6 +19,8 @@ GPU = torch.cuda.is_available() and not INTERPRETER and not EMULATED
 COMPILED = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETER, reason="only compiled, on a GPU or in the emulator: the "
             "interpreter truncates casts to bfloat16, and is too slow for every case in every dtype")]
 """Marks of the cases that the interpreter leaves out."""
+DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.float16, id="fp16"),
+          pytest.param(torch.bfloat16, id="bf16", marks=COMPILED)]  # fmt: skip
 
 
 def pytest_ignore_collect(collection_path, config):

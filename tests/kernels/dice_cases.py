@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
-from tests.kernels.conftest import COMPILED
-
 LAYOUTS = ["NCHW", "NHWC"]
-DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=COMPILED)]
 LABEL_DTYPES = [torch.uint8, torch.int16, torch.int32, torch.int64]
 
 

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable
 from types import ModuleType
 
-import pytest
 import torch
 
 from fastunet.kernels._stride2 import Stride2Config
@@ -14,13 +13,6 @@ from fastunet.kernels._stride2_weight_grad import WeightGradConfig
 
 from ..tolerance import assert_within_budget
 from . import in_order
-from .conftest import COMPILED
-
-DTYPES = [
-    pytest.param(torch.float32, id="fp32"),
-    pytest.param(torch.float16, id="fp16"),
-    pytest.param(torch.bfloat16, id="bf16", marks=COMPILED),
-]
 
 
 @dataclasses.dataclass(frozen=True)

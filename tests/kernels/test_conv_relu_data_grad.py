@@ -11,16 +11,11 @@ from fastunet.kernels.conv.data_grad import data_grad
 
 from ..tolerance import assert_within_budget
 from . import in_order
-from .conftest import COMPILED
+from .conftest import DTYPES
 from .conv_cases import ConvCase
 
 POINTER = ConvConfig("pointer", block_k=32, block_w=32, block_c=32)
 BOX = ConvConfig("box", block_k=64, block_w=16, block_h=4, block_c=16)
-DTYPES = [
-    torch.float32,
-    torch.float16,
-    pytest.param(torch.bfloat16, marks=COMPILED),
-]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +72,7 @@ def gradients(case, dz, weight, x, skip, dtype, convolve=F.conv2d):
     return [torch.where(s > 0, d, 0) if mask else d for d, s, mask in zip(found, sources, case.masks)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_autograd(case, dtype, device):
     dz, weight, x, skip = case.operands(dtype, device)

@@ -15,7 +15,7 @@ from fastunet.kernels.conv.weight_grad_config import WeightGradConfig, choose_co
 
 from ..tolerance import assert_within_budget
 from . import in_order
-from .conftest import COMPILED
+from .conftest import DTYPES
 from .conv_cases import ConvCase
 
 ROWS = WeightGradConfig("bulk", block_k=64, block_c=16, block_w=16, rows=4, num_stages=2)
@@ -24,11 +24,6 @@ BOX = WeightGradConfig("bulk", block_k=64, block_c=32, block_w=16, block_h=4)
 POINTER = WeightGradConfig("pointer", block_k=32, block_c=32, block_w=16, block_h=2)
 POINTER_ROWS = WeightGradConfig("pointer", block_k=16, block_c=16, block_w=16, rows=2)
 FIRST = WeightGradConfig("first", block_k=16, block_c=64, block_w=64)
-DTYPES = [
-    torch.float32,
-    torch.float16,
-    pytest.param(torch.bfloat16, marks=COMPILED),
-]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +83,7 @@ def gradients(dz, x, skip, pad, dtype, convolve=F.conv2d):
     return torch.autograd.grad(convolve(x, weight, bias, padding=pad), (weight, bias), dz)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_autograd(case, dtype, device):
     dz, x, skip = case.operands(dtype, device)

@@ -10,7 +10,8 @@ from fastunet.functional import conv_norm, conv_relu
 from fastunet.kernels import conv_strided
 
 from ..tolerance import assert_within_budget
-from .doubling import DTYPES, Case
+from .conftest import DTYPES
+from .doubling import Case
 
 CASES = [
     Case(2, 16, 24, 10, 18, True),  # column phases share a step's row of memory; both image sides straddle the tile

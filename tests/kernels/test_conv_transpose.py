@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from fastunet.kernels import conv_transpose
 
 from ..tolerance import assert_within_budget
-from .doubling import CASES, DTYPES, Case, assert_operator_within_budget, operands
+from .conftest import DTYPES
+from .doubling import CASES, Case, assert_operator_within_budget, operands
 
 
 def plain(x, weight, bias):

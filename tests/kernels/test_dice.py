@@ -9,7 +9,8 @@ from fastunet.functional import dice as functional
 from fastunet.functional.dice_confusion import confusion_matrix
 from fastunet.kernels import _launch
 from fastunet.kernels.dice import sums as dice
-from tests.kernels.dice_cases import DTYPES, LABEL_DTYPES, LAYOUTS, inputs
+from tests.kernels.conftest import DTYPES
+from tests.kernels.dice_cases import LABEL_DTYPES, LAYOUTS, inputs
 from tests.tolerance import assert_within_budget
 
 CLASSES = [1, 2, 3, 4, 5, 8, 33, 100]
@@ -58,7 +59,7 @@ def check_gradient(actual, slopes, logits, targets, *options):
     assert_within_budget(actual, *gradients, "dlogits")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("c", CLASSES)
 def test_hard_labels(c, layout, dtype, device):

@@ -11,7 +11,7 @@ from fastunet.kernels import segmentation_head
 from fastunet.kernels.segmentation_head import HeadConfig
 
 from ..tolerance import assert_within_budget
-from .doubling import DTYPES
+from .conftest import DTYPES
 
 SMALL = HeadConfig(block_p=32, block_c=16, num_warps=4, num_stages=2)
 CASES = {  # (n, c, classes, h, w), configuration

@@ -12,7 +12,8 @@ from fastunet.kernels import upsample_conv
 
 from ..tolerance import assert_within_budget
 from . import in_order
-from .doubling import CASES, DTYPES, Case, assert_operator_within_budget, operands
+from .conftest import DTYPES
+from .doubling import CASES, Case, assert_operator_within_budget, operands
 
 
 def plain(x, weight, bias, convolve=F.conv2d):
