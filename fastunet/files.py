@@ -72,7 +72,7 @@ def locked(path: str | Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if _lock(handle):
+        if _lock(handle) and not os.fstat(handle).st_size:  # what holds something is not ours
             path.unlink(missing_ok=True)
         os.close(handle)
 

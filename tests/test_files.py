@@ -56,6 +56,10 @@ def test_a_lock_ends_with_its_process(tmp_path):
     with locked(tmp_path / ".lock"), pytest.raises(UserError, match="another process"), locked(tmp_path / ".lock"):
         pass
     assert files_below(tmp_path) == []
+    (tmp_path / ".lock").write_text("of another program")
+    with locked(tmp_path / ".lock"):
+        pass
+    assert files_below(tmp_path) == [".lock"]
 
 
 def test_names_of_any_length_and_bytes(tmp_path):

@@ -181,8 +181,12 @@ def test_prefetching_keeps_order_raises_and_stops():
 def test_what_a_resumed_run_may_change():
     config = TrainConfig(data="a", epochs=3)
     assert config.resumed_with({"epochs": 5, "data": "b", "threads": 1}).epochs == 5
-    with pytest.raises(UserError, match="--batch-size 8; it cannot resume with 4"):
+    with pytest.raises(UserError, match="with --batch-size 8; it cannot resume with --batch-size 4"):
         config.resumed_with({"batch_size": 4})
+    with pytest.raises(UserError, match="started with --augment; it cannot resume without --augment"):
+        config.resumed_with({"augment": False})
+    with pytest.raises(UserError, match="started without --modalities; it cannot resume with --modalities t1,t2"):
+        config.resumed_with({"modalities": ["t1", "t2"]})
 
 
 def test_a_class_called_foreground_is_not_the_mean():

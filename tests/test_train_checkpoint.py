@@ -18,7 +18,7 @@ from fastunet.training.checkpoint import Progress, load_model, load_state, save_
 from fastunet.training.config import TrainConfig
 from fastunet.training.precision import loss_scaler
 from fastunet.training.tensor_file import NotFinite
-from tests.cli_helpers import TINY, assert_user_error, run, write_checkpoint
+from tests.cli_helpers import TINY, assert_user_error, files_below, run, write_checkpoint
 
 
 @pytest.fixture
@@ -202,6 +202,8 @@ def test_segment_and_resume_refuse_damage(phantoms, tmp_path, capsys):
         config.write_text(json.dumps(json.loads(kept) | {name: value}))
         code = run("train", phantoms, "--out", tmp_path / "run", "--resume")
         assert_user_error(capsys, code, f'was saved with "{name}": ', f"cannot go on with {json.dumps(value)} (config")
+    config.unlink()
+    assert_user_error(capsys, run("train", phantoms, "--out", tmp_path / "run", "--resume"), "(config.json is gone)")
     config.write_text(kept)
     for name in ("best.safetensors", "state.safetensors"):
         path = tmp_path / "run" / name
@@ -214,6 +216,16 @@ def test_segment_and_resume_refuse_damage(phantoms, tmp_path, capsys):
     assert_user_error(capsys, code, "best.safetensors is damaged")
     assert_user_error(capsys, run(*line, "--resume"), "state.safetensors is damaged")
     shutil.rmtree(tmp_path / "run" / "cache")
+
+
+@pytest.mark.parametrize("name", ["config.json", "log.csv", "curves.png"])
+@pytest.mark.parametrize("resume", [[], ["--resume"]], ids=["new", "resumed"])
+def test_files_of_others_are_never_replaced(name, resume, phantoms, tmp_path, capsys):
+    (tmp_path / name).write_text('{"mine": 1}')
+    code = run("train", phantoms, "--out", tmp_path, *TINY, "--epochs", "1", *resume)
+    assert_user_error(capsys, code, str(tmp_path / name))
+    assert files_below(tmp_path) == [name]
+    assert (tmp_path / name).read_text() == '{"mine": 1}'
 
 
 @pytest.mark.parametrize("option, value", [("--batch-size", 1000000), ("--seed", -1), ("--seed", 2**70)])

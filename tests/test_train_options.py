@@ -142,6 +142,7 @@ def test_patience_ends_a_run_and_more_of_it_goes_on(phantoms, tmp_path, capsys):
         assert f"in epoch 1 in {epochs - 1} epochs" in said[0]
         with open(tmp_path / "log.csv", newline="") as file:
             assert len(list(csv.DictReader(file))) == epochs
+    assert TrainConfig.read(tmp_path).patience == 3  # what a further --resume without options goes by
 
 
 def test_clipping_sees_gradients_without_the_loss_scale(phantoms, tmp_path, monkeypatch):

@@ -108,7 +108,7 @@ def test_the_run_is_resumed_segmented_and_scored(nnunet, trained, tmp_path, caps
     assert run("train", nnunet, "--out", trained, "--resume", "--epochs", 2) == 0
     assert [row["epoch"] for row in read_log(trained)] == ["1", "2"]
     assert run("train", nnunet, "--out", trained, "--resume", "--regions", "none") == 2
-    assert "--regions None; it cannot resume with none" in capsys.readouterr().err
+    assert "without --regions; it cannot resume with --regions none" in capsys.readouterr().err
     case = next((nnunet / "imagesTr").iterdir()).name.removesuffix("_0000.nii.gz").removesuffix("_0001.nii.gz")
     assert run("segment", trained, nnunet, "--out", tmp_path, "--probabilities", "--device", "cpu", "--overlay") == 0
     values = np.asarray(nibabel.load(tmp_path / f"{case}.nii.gz").dataobj)

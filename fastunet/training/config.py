@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -137,6 +138,13 @@ class TrainConfig:
                           DataWarning, stacklevel=2)  # fmt: skip
         return to_type(stored, cls, file)
 
+    @classmethod
+    def is_in(cls, run: Path) -> bool:
+        """Whether ``config.json`` in ``run`` is one of ours, of whatever version."""
+        with contextlib.suppress(UserError):
+            return {"data", "preset", "epochs"} <= read_json(run / FILE_NAME, dict[str, Any]).keys()
+        return False
+
     def resumed_with(self, given: dict[str, Any]) -> TrainConfig:
         """This configuration with the options ``given`` for the continuation.
 
@@ -145,9 +153,9 @@ class TrainConfig:
         """
         fixed = self.fixed()
         for name, value in given.items():
-            if name in fixed and value != getattr(self, name):
-                option, stored = "--" + name.replace("_", "-"), getattr(self, name)
-                raise UserError(f"the run was started with {option} {stored}; it cannot resume with {value}")
+            if name in fixed and value != (stored := getattr(self, name)):
+                before, now = _as_option(name, stored), _as_option(name, value)
+                raise UserError(f"the run was started {before}; it cannot resume {now}")
         return dataclasses.replace(self, **{name: value for name, value in given.items() if name not in fixed})
 
     def fixed(self) -> dict[str, Any]:
@@ -164,7 +172,8 @@ class TrainConfig:
         for name, value in self.fixed().items():
             if value != saved.get(name, value) and not (name == "modalities" and value is None):
                 now, then = (json.dumps(each, ensure_ascii=False) for each in (value, saved[name]))
-                raise UserError(f'{state} was saved with "{name}": {then}; it cannot go on with {now} ({FILE_NAME})')
+                here = FILE_NAME if (state.parent / FILE_NAME).exists() else f"{FILE_NAME} is gone"
+                raise UserError(f'{state} was saved with "{name}": {then}; it cannot go on with {now} ({here})')
 
     def learning_rate_at(self, step: int, steps: int) -> float:
         """The learning rate of optimiser step ``step`` (from 0) of a run with ``steps`` in an epoch.
@@ -182,3 +191,11 @@ class TrainConfig:
         if self.schedule == "cosine":
             return self.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
         return self.learning_rate
+
+
+def _as_option(name: str, value: object) -> str:
+    """An option of the command line for the end of a sentence."""
+    option = "--" + name.replace("_", "-")
+    if value is None or isinstance(value, bool):
+        return f"{'with' if value else 'without'} {option}"
+    return f"with {option} {','.join(map(str, value)) if isinstance(value, list | tuple) else value}"

@@ -52,6 +52,10 @@ def _check_run(config: TrainConfig, run: Path, resume: bool) -> None:
     in_first_state = found == [BEST] and (run / FILE_NAME).exists() and not (run / LOG).exists()
     if found and STATE not in found and not in_first_state:
         raise UserError(f"{run} holds weights but no {STATE} to continue from; choose another folder")
+    foreign = [name for name in (LOG, CURVES) if not found and (run / name).exists()]
+    if foreign or (not found and (run / FILE_NAME).exists() and not TrainConfig.is_in(run)):
+        name = (foreign or [FILE_NAME])[0]
+        raise UserError(f"{run / name} is of no run, and would be replaced; choose another folder")
     if STATE in found:
         config.check_continues(saved_options(run / STATE), run / STATE)
 
@@ -64,7 +68,7 @@ def _train(config: TrainConfig, run: Path, processes: Processes, display: Displa
     with processes.together():
         if (run / STATE).exists():
             trainer.restore()
-        elif processes.leader:
-            config.write(run)
+        if processes.leader:
+            config.write(run)  # of a resumed run too: it may go on longer, or with data that moved
     with deferred() as requested:
         trainer.fit(requested)
