@@ -42,10 +42,10 @@ class _Utilities:
 
 
 class HostDriver(DriverBase):
-    """Compiles for compute capability 9.0; ``launch(*arguments)`` is called for each launch."""
+    """Compiles for compute capability ``architecture`` / 10; ``launch(*arguments)`` is called for each launch."""
 
-    def __init__(self, launch: Callable[..., None]):
-        self.utils = _Utilities(launch)
+    def __init__(self, architecture: int, launch: Callable[..., None]):
+        self.architecture, self.utils = architecture, _Utilities(launch)
         self.launcher_cls = self._launcher
 
     def get_current_device(self):
@@ -55,7 +55,7 @@ class HostDriver(DriverBase):
         return 0
 
     def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.architecture, 32)
 
     def get_active_torch_device(self):
         return torch.device("cpu")
@@ -87,17 +87,18 @@ class HostDriver(DriverBase):
 
 
 @contextlib.contextmanager
-def host_driver() -> Iterator[list[tuple[Any, ...]]]:
+def host_driver(architecture: int = 90) -> Iterator[list[tuple[Any, ...]]]:
     """Launches on CPU tensors end in the list that this yields, as flat tuples of what the GPU's driver would get.
 
     Kernels that were started before keep their driver: use it in a process that has started none.
     """
     started: list[tuple[Any, ...]] = []
     previous = triton.runtime.driver._active
-    triton.runtime.driver.set_active(HostDriver(lambda *arguments: started.append(arguments)))
+    triton.runtime.driver.set_active(HostDriver(architecture, lambda *arguments: started.append(arguments)))
+    major, minor = divmod(architecture, 10)
     try:
         with mock.patch.multiple(torch.cuda, current_device=lambda: 0, get_device_name=lambda index: "none",
-                                 get_device_capability=lambda index=None: (9, 0)):  # fmt: skip
+                                 get_device_capability=lambda index=None: (major, minor)):  # fmt: skip
             _launch._state.capabilities.clear()
             yield started
     finally:
