@@ -68,17 +68,22 @@ def why_not_anywhere() -> str | None:
     return "a TorchFunctionMode is active" if others else None
 
 
+def attached(module: nn.Module, backward: bool = True) -> str | None:
+    """Why a call of ``module`` is more than the forward of its class, or None; ``backward``: in its gradients, too."""
+    d = module.__dict__
+    if "forward" in d or "_conv_forward" in d or "_call_impl" in d:
+        return "has a forward of its own"
+    hooks = d["_forward_hooks"] or d["_forward_pre_hooks"]
+    return "has hooks" if hooks or (backward and (d["_backward_hooks"] or d["_backward_pre_hooks"])) else None
+
+
 def why_touched(module: nn.Module, kind: type) -> str | None:
     """Why calling ``module`` is more than running ``kind.forward``, or None; parametrised layers count as untouched."""
     if type(module) is not kind and not (type(module).__bases__ == (kind,) and is_parametrized(module)):
         return f"is of class {type(module).__name__}, not {kind.__name__}"
-    d = module.__dict__
-    if ("forward" in d or "_conv_forward" in d or "_call_impl" in d or "upsampled" in d
-            or "logits_of_padded" in d):  # fmt: skip
+    if "upsampled" in module.__dict__ or "logits_of_padded" in module.__dict__:
         return "has a forward of its own"
-    if d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]:
-        return "has hooks"
-    return None
+    return attached(module)
 
 
 def made(layer: nn.Module) -> Made:

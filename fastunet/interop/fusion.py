@@ -15,8 +15,8 @@ from fastunet.arguments import checked
 from fastunet.interop import steps
 from fastunet.interop.patterns import COUNTED, Found, rewrite
 from fastunet.interop.settings import State, setting, states
-from fastunet.interop.trace import Untraceable, hooked, is_layer, layer_kind, required, trace
-from fastunet.touched import why_not_anywhere
+from fastunet.interop.trace import Untraceable, is_layer, layer_kind, required, trace
+from fastunet.touched import attached, why_not_anywhere
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ class Program:
             for name in path:
                 part = part._modules[name]
             d, name = part.__dict__, ".".join(path)
-            if name and (hooked(part) or (type(part) is not kind and layer_kind(part) is not kind)):
+            if name and (attached(part) or (type(part) is not kind and layer_kind(part) is not kind)):
                 return f"{name} has hooks, or another class or forward"
             modules = d["_modules"]
             if len(modules) != len(children):

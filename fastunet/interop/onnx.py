@@ -16,7 +16,7 @@ from fastunet.arguments import checked
 from fastunet.blocks import ConvBlock, DecoderBlock
 from fastunet.errors import UserError
 from fastunet.files import write_bytes
-from fastunet.touched import why_touched
+from fastunet.touched import attached, why_touched
 from fastunet.unet import UNet
 
 _FORWARDS = UNet.forward, reference.UNet.forward
@@ -35,8 +35,7 @@ def to_onnx(model: reference.UNet, path: str | Path) -> None:
         ValueError: onnx or onnxscript is not installed, the model has hooks or a forward of its own, or
             the file cannot be written.
     """
-    own = type(model).forward not in _FORWARDS or "forward" in vars(model)
-    if own or model._forward_hooks or model._forward_pre_hooks:
+    if type(model).forward not in _FORWARDS or attached(model, backward=False):
         raise ValueError("to_onnx exports what is inside of the model: take off its own hooks, or its own forward")
     try:
         import onnx

@@ -16,7 +16,7 @@ from torch import nn
 
 from fastunet import functional, reference
 from fastunet.chains import NORMS, layers_are_faster, why_not_norm, with_norm
-from fastunet.interop.trace import hooked
+from fastunet.touched import attached
 
 DROPOUTS = nn.Dropout, nn.Dropout2d
 
@@ -80,8 +80,8 @@ def pool_arguments(kernel_size: Any, stride: Any = None, padding: Any = 0, dilat
 
 def touched(layer: nn.Module) -> str | None:
     """Why the parameters and settings of a layer do not say all that calling it would do, or None."""
-    if hooked(layer):
-        return "has hooks or a forward of its own"
+    if reason := attached(layer):
+        return reason
     for name in ("weight", "bias"):
         tensor = layer._parameters.get(name)
         if tensor is not None and type(tensor) is not nn.Parameter:

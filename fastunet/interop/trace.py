@@ -19,6 +19,8 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from fastunet.touched import attached
+
 
 class Untraceable(Exception):
     """Why the graph of a module would not be the whole truth."""
@@ -43,20 +45,13 @@ def _inherits(kind: type) -> bool:
     return len(kind.__bases__) == 1 and not own & vars(kind).keys()
 
 
-def hooked(module: nn.Module) -> bool:
-    """Whether a call of ``module`` is more than the forward of its class."""
-    d = module.__dict__
-    return bool(d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]
-                or "forward" in d or "_conv_forward" in d or "_call_impl" in d)  # fmt: skip
-
-
 def is_layer(module: nn.Module) -> bool:
-    """Whether a module is called as it is: of PyTorch or of this package, fused already, or hooked."""
+    """Whether a module is called as it is: of PyTorch or of this package, fused already, or with hooks."""
     kind = layer_kind(module)
     package = kind.__module__.split(".")[0]
     if package == "torch":
-        return not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) or hooked(module)
-    return package == "fastunet" or hasattr(type(module), "fused_from") or hooked(module)
+        return not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) or bool(attached(module))
+    return package == "fastunet" or hasattr(type(module), "fused_from") or bool(attached(module))
 
 
 def inlined(root: nn.Module, kept: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
