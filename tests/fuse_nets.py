@@ -30,6 +30,21 @@ class Plain(nn.Module):
         return self.head(torch.relu_(self.conv5(torch.cat((skip, torch.cat((up, up2), -3)), 1))))
 
 
+class Code(nn.Module):
+    """Layers conv, conv2 (4 → 4), norm, relu, and a forward pass of one's own."""
+
+    def __init__(self, forward, **layers):
+        super().__init__()
+        self.conv, self.conv2 = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.norm, self.relu, self.head = nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+        self.code = forward
+
+    def forward(self, x):
+        return self.code(self, x)
+
+
 def basic(norm):
     from monai.networks.nets import BasicUNet
 

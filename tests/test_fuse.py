@@ -37,7 +37,8 @@ def test_errors_in_smaller_dtypes_are_those_of_pytorch(name, dtype):
     x = x.to(dtype=dtype, memory_format=torch.channels_last)
     exact = outcome(copy.deepcopy(net).double(), x.double(), steps=1)
     plain, got = outcome(copy.deepcopy(net), x, steps=1), outcome(fuse(net)[0], x, steps=1)
-    for kind in ("output", "d images", "d ") if name == "plain" else ("output", "d images"):
+    parameters = name == "plain" and dtype == torch.bfloat16  # in float32 a sum's order, and so the threads, decides
+    for kind in ("output", "d images", *["d "] * parameters):
         values = [torch.cat([v.flatten() for key, v in each.items() if key.startswith(kind)])
                   for each in (got, plain, exact)]  # fmt: skip
         assert_within_budget(*values, kind)

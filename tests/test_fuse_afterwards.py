@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import io
 import pickle
 import warnings
@@ -108,6 +109,16 @@ def test_a_flag_of_a_module_counts():
         same(fused, net, x)
 
 
+class Record:
+    """An object of a class of its own."""
+
+    def __init__(self):
+        self.factors = {"y": 1.5}
+
+
+OFFSET = 0.25
+
+
 class Configured(nn.Module):
     """Its forward pass hangs on attributes of every kind."""
 
@@ -116,10 +127,10 @@ class Configured(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv, self.cfg, self.options = nn.Conv2d(1, 2, 3, padding=1), SimpleNamespace(add=-0.5), {"mul": [3.0]}
-        self.act = functools.partial(nn.functional.leaky_relu, negative_slope=0.1)
+        self.act, self.record = functools.partial(nn.functional.leaky_relu, negative_slope=0.1), Record()
 
     def forward(self, x):
-        y = torch.relu(self.conv(x)) * self.scale
+        y = torch.relu(self.conv(x)) * self.scale + OFFSET * self.record.factors["y"]
         return self.shift(self.act(y + self.cfg.add) * self.options["mul"][0])
 
 
@@ -127,11 +138,13 @@ class Configured(nn.Module):
     lambda m: setattr(m, "scale", 3.0), lambda m: setattr(m, "shift", torch.sin),
     lambda m: setattr(m, "act", functools.partial(m.act.func, negative_slope=0.5)),
     lambda m: setattr(m.cfg, "add", -2.0), lambda m: m.options["mul"].insert(0, -1.0),
+    lambda m: m.record.factors.update(y=3.0), lambda m: globals().update(OFFSET=4.0),
     lambda m: setattr(Configured, "scale", 5.0), lambda m: setattr(Configured, "forward", lambda self, x: self.conv(x)),
 ])  # fmt: skip
 def test_what_the_forward_pass_reads_counts(change, monkeypatch):
     for name in ("scale", "forward"):
         monkeypatch.setattr(Configured, name, vars(Configured)[name])  # set back at the end
+    monkeypatch.setitem(globals(), "OFFSET", OFFSET)
     fused, net = pair(Configured())
     fused.unread = 0.0
     x = torch.randn(1, 1, 6, 6, dtype=torch.float64)
@@ -183,13 +196,14 @@ def test_inplace_keeps_the_object_and_else_the_module_stays():
 
 def test_it_compiles_as_a_whole_and_exports():
     net = randomised(CommonUNet()).eval()
-    x = torch.randn(1, 1, 16, 16)
+    x = torch.randn(2, 1, 16, 16)
     fused = fuse(net)[0]
     with torch.no_grad():
         want = net(x)
         compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x), want, rtol=1e-4, atol=1e-5)
-        program = torch.export.export(fused, (x,)).module()
+        assert inspect.signature(fused.forward) == inspect.signature(net.forward)
+        program = torch.export.export(fused, (x,), dynamic_shapes={"x": {0: torch.export.Dim.DYNAMIC}}).module()
         torch.testing.assert_close(program(x), want, rtol=1e-4, atol=1e-5)
 
 
@@ -203,9 +217,10 @@ def test_results_have_the_class_and_the_memory_format_of_the_module(made):
             return made(logits=super().forward(x), features=self.inc(x))
 
     fused, net = pair(Net().float())
-    x = torch.randn(2, 1, 16, 16)
+    x = torch.randn(2, 1, 18, 18)
     for memory in (torch.contiguous_format, torch.channels_last):
-        got, want = (each.float().to(memory_format=memory)(x.to(memory_format=memory)) for each in (fused, net))
+        images = x.to(memory_format=memory)[..., 1:-1, 1:-1]
+        got, want = (each.float().to(memory_format=memory)(images) for each in (fused, net))
         assert type(got) is type(want)
         for one, other in zip(*(each.values() if isinstance(each, dict) else each for each in (got, want))):
             assert one.stride() == other.stride()

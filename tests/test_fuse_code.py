@@ -12,23 +12,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from fastunet import fuse
-from tests.fuse_nets import Plain
-from tests.fuse_results import pair, randomised, same
-
-
-class Code(nn.Module):
-    """Layers conv, conv2 (4 → 4), norm, relu, and a forward pass of one's own."""
-
-    def __init__(self, forward, **layers):
-        super().__init__()
-        self.conv, self.conv2 = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
-        self.norm, self.relu, self.head = nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-        self.code = forward
-
-    def forward(self, x):
-        return self.code(self, x)
+from tests.fuse_nets import Code
+from tests.fuse_results import randomised, same
 
 
 def two_users(m, x):
@@ -149,6 +134,11 @@ def pooled_after_writing(m, x):
     return m.head(F.max_pool2d(y, 2))
 
 
+def strides_asked(m, x):
+    y = F.relu(m.conv(x))
+    return m.head(y) * y.stride(1)
+
+
 def by_keywords(m, x):
     return m.head(input=F.relu(m.conv2(F.relu(input=m.conv(input=x)))))
 
@@ -196,6 +186,8 @@ CODE = {
     "5×5": Code(usual, conv2=nn.Conv2d(4, 4, 5, padding=2)),
     "valid": Code(usual, conv2=nn.Conv2d(4, 4, 3, padding="valid"), conv=nn.Conv2d(1, 4, 3)),
     "without bias": Code(usual, conv2=nn.Conv2d(4, 4, 3, padding=1, bias=False)),
+    "its own strides": Code(strides_asked),
+    "new spectral norm": Code(usual, conv2=parametrizations.spectral_norm(nn.Conv2d(4, 4, 3, padding=1))),
     "new weight norm": Code(usual, conv2=parametrizations.weight_norm(nn.Conv2d(4, 4, 3, padding=1))),
     "pool of 3": Code(pooled, pool=nn.MaxPool2d(3)),
     "overlapping pool": Code(pooled, pool=nn.MaxPool2d(2, stride=1)),
@@ -234,76 +226,6 @@ def test_what_cannot_be_copied_is_fused_in_place():
     assert [step.layers for step in report.fused] == [("conv",), ("head",)]
     assert ("conv2", "has hooks") in [(left.layer, left.reason) for left in report.left]
     same(net, plain, torch.randn(1, 1, 8, 8, dtype=torch.float64))
-
-
-def follows_training(m, x):
-    return m.head(F.dropout(F.relu(m.conv(x)), 0.5, m.training))
-
-
-def without_gradients(m, x):
-    with torch.no_grad():
-        y = F.relu(m.conv(x))
-    return m.head(y)
-
-
-def keeps(m, x):
-    m.last = F.relu(m.conv(x))
-    return m.head(m.last)
-
-
-def makes(m, x):
-    return m.head(F.relu(m.conv(x)) * torch.rand(1).double())
-
-
-def asks(m, x):
-    return m.head(F.relu(m.conv(x)) if isinstance(x, torch.Tensor) else x)
-
-
-def writes_view(m, x):
-    y = F.relu(m.conv(x)) + 0
-    y.flatten(2)[:, :, 3:7].zero_()
-    return m.head(y)
-
-
-@pytest.mark.parametrize("code", [follows_training, without_gradients, keeps, makes, asks, writes_view])
-def test_code_whose_path_may_be_another_is_not_followed(code):
-    net = Code(code)
-    before = dict(net.__dict__)
-    with pytest.raises(ValueError, match="nothing to fuse"):
-        fuse(net, inplace=True)
-    assert type(net) is Code
-    assert net.__dict__ == before
-
-
-def test_what_modules_share_stays_shared():
-    class Keeps(nn.Module):
-        def __init__(self, shared):
-            super().__init__()
-            self.layers, self.shared = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU()), shared
-
-        def forward(self, x):
-            self.shared[0] = y = self.layers(x)
-            return y
-
-    maps = [None]
-    fused, net = pair(Code(lambda m, x: m.head(m.keeps(x)) + m.maps[0].mean(), keeps=Keeps(maps), maps=maps))
-    assert fused.maps is fused.keeps.shared
-    same(fused, net, torch.randn(1, 1, 6, 6, dtype=torch.float64))
-
-
-def test_optional_arguments_run_the_module_itself():
-    class Net(Plain):
-        def forward(self, x, scale=None):
-            y = super().forward(x)
-            return y if scale is None else scale * y
-
-    fused, net = pair(Net())
-    x = torch.randn(1, 1, 8, 8, dtype=torch.float64)
-    same(fused, net, x)
-    torch.testing.assert_close(fused(x, 3.0), 3 * net(x))
-    torch.testing.assert_close(fused(x=x), net(x))
-    with pytest.raises(TypeError, match="wrong"):
-        fused(x, wrong=1)
 
 
 def draws(m, x):

@@ -9,12 +9,15 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from fastunet.interop import steps
+from fastunet.interop.followed import Untraceable
 from fastunet.interop.nodes import RESHAPES, VIEWS, name_of, writes
-from fastunet.interop.trace import Untraceable, layer_kind
+from fastunet.interop.trace import layer_kind
 
-_DRAWS = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "rrelu",
-          "bernoulli", "bernoulli_", "rand_like", "randn_like", "randint_like", "normal_", "uniform_"}  # fmt: skip
-"""What draws a random number for each element in the order of memory."""
+_ORDERED = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "rrelu",
+          "bernoulli", "bernoulli_", "rand_like", "randn_like", "randint_like", "normal_", "uniform_", "log_normal_",
+          "exponential_", "as_strided", "as_strided_", "stride", "is_contiguous", "storage_offset", "resize_",
+          "untyped_storage", "numpy"}  # fmt: skip
+"""What draws a random number for each element in the order of memory, or tells of this order."""
 
 
 def keep_formats(root: nn.Module, graph: Graph, called: list[str]) -> None:
@@ -29,7 +32,7 @@ def keep_formats(root: nn.Module, graph: Graph, called: list[str]) -> None:
     nodes = list(graph.nodes)
     layers = {path: root.get_submodule(path) for path in called}
     convs = {path: layer for path, layer in layers.items() if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)}
-    telling = [path for path, conv in convs.items() if conv.weight.shape[1] > 1]  # by their strides
+    telling = [path for path, conv in convs.items() if conv.in_channels > conv.groups and "weight" in conv._parameters]
     first = next(node for node in nodes if node.op != "placeholder")
     with graph.inserting_before(first):
         witness = graph.get_attr(next(iter(telling or convs)))
@@ -63,4 +66,4 @@ def _minds(node: Node, layer: nn.Module | None) -> bool:
         return not module.startswith("torch.nn.") or module.endswith(".dropout") or isinstance(layer, nn.RReLU)
     own = isinstance(node.target, types.FunctionType | type)
     module = getattr(node.target, "__module__", None) or ""
-    return name_of(node) in _DRAWS or (own and not module.startswith(("torch.", steps.__name__)))
+    return name_of(node) in _ORDERED or (own and not module.startswith(("torch.", steps.__name__)))

@@ -13,9 +13,10 @@ from torch import nn
 
 from fastunet.arguments import checked
 from fastunet.interop import steps
+from fastunet.interop.followed import Untraceable
 from fastunet.interop.patterns import COUNTED, Found, rewrite
 from fastunet.interop.settings import State, setting, states
-from fastunet.interop.trace import Untraceable, is_layer, layer_kind, required, trace
+from fastunet.interop.trace import is_layer, layer_kind, required, trace
 from fastunet.touched import attached, why_not_anywhere
 
 
@@ -235,7 +236,7 @@ class _FusedForward:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         program = self.__dict__[_PROGRAM]
-        given = program.bind(args, kwargs)
+        given = None if program is None else program.bind(args, kwargs)
         if given is not None:
             reason = program.why_not(self)
             if reason is None:
@@ -256,6 +257,8 @@ class _FusedForward:
             self.__class__ = self.fused_from  # type: ignore[assignment]
             try:
                 self.__dict__[_PROGRAM] = _follow(self)[0]  # type: ignore[arg-type]
+            except Untraceable:  # as it is now; its own forward pass will run
+                pass
             finally:
                 self.__class__ = kind
 
@@ -269,5 +272,9 @@ def _made_fused(function: Callable[..., nn.Module], arguments: tuple[Any, ...]) 
 
 @functools.cache
 def _fused_class(kind: Any) -> type[nn.Module]:
-    members = {"fused_from": kind, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    @functools.wraps(kind.forward)  # whose arguments exporters and trainers ask for
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _FusedForward.forward(self, *args, **kwargs)
+
+    members = {"fused_from": kind, "forward": forward, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
     return type(kind.__name__, (_FusedForward, kind), members)

@@ -122,7 +122,8 @@ def convolution(x: torch.Tensor, skip: torch.Tensor | None, layers: list[Any], n
 
 def is_plain(x: torch.Tensor, conv: nn.Conv2d | nn.ConvTranspose2d) -> bool:
     """Whether a module's layers would leave their results in NCHW memory, as its image and weights say."""
-    return x.is_contiguous() and conv.weight.is_contiguous() and conv.weight.stride()[3] == 1
+    weight = conv._parameters.get("weight")  # a parametrisation may act when it is read
+    return all(t is None or t.dim() != 4 or t.stride()[1] >= t.stride()[2] for t in (x, weight))
 
 
 def as_layers_leave_it(y: Any, plain: bool) -> Any:

@@ -1,29 +1,27 @@
 """The graph of a module's forward pass, by ``torch.fx``, and what must hold for it to stay the whole truth.
 
 A graph keeps one path through the code. So a module whose path may be another one at the next call is not followed:
-one that branches on its images, asks for their type, looks at ``training``, keeps something on itself, makes tensors,
-or changes gradient mode or autocast. It stays a call of itself, and its parents are followed all the same.
+one that branches on its images, asks for their type, looks at ``training`` or the gradient mode, changes this mode or
+autocast, keeps something on itself or in a global object, makes tensors or draws random numbers. It stays a call of
+itself, and its parents are followed all the same.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-import operator
-import sys
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from fastunet.interop.followed import TYPE, Untraceable, Value, asks_what_it_is, undrawn, user_frames
+from fastunet.interop.values import Kept, forward_of
 from fastunet.touched import attached
-
-
-class Untraceable(Exception):
-    """Why the graph of a module would not be the whole truth."""
 
 
 def layer_kind(module: nn.Module) -> type[nn.Module]:
@@ -63,29 +61,6 @@ def inlined(root: nn.Module, kept: set[nn.Module]) -> Iterator[tuple[str, nn.Mod
                 yield f"{name}.{path}" if path else name, module
 
 
-class _Value(torch.fx.Proxy):
-    """What stands for a tensor while a forward pass is followed."""
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        asks = sys._getframe(1).f_globals.get("__name__", "")
-        if not asks.startswith(("torch.fx.", "torch.nn.parameter")):
-            raise Untraceable("it asks for the type of its input")
-        return _Value
-
-    def __getattr__(self, name: str) -> Any:
-        if not hasattr(torch.Tensor, name):
-            raise AttributeError(name)
-        return super().__getattr__(name)
-
-    def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    __iadd__, __isub__, __imul__, __itruediv__ = map(
-        _in_place, (operator.iadd, operator.isub, operator.imul, operator.itruediv)
-    )
-
-
 class _Tracer(torch.fx.Tracer):
     proxy_buffer_attributes = True
 
@@ -94,13 +69,30 @@ class _Tracer(torch.fx.Tracer):
         self.root = root
         self.kept = kept
         self.inside: list[nn.Module] = []
+        self.refused: _At | None = None
         self.modes = _modes()
+        self.forwards = {function.__code__ for _, m in inlined(root, kept) if (function := forward_of(type(m)))}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return m in self.kept or is_layer(m)
 
     def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
-        return _Value(node, self)
+        return Value(node, self)
+
+    def refuse(self, reason: str) -> NoReturn:
+        """Raises Untraceable, and keeps it for the case that the code has a way to go on."""
+        error = Untraceable(reason)
+        self.refused = self.refused or _At(self.inside[-1] if self.inside else self.root, reason)
+        raise error
+
+    def to_bool(self, obj: torch.fx.Proxy) -> bool:
+        self.refuse(_BRANCHES)
+
+    def iter(self, obj: torch.fx.Proxy) -> Any:
+        try:
+            return super().iter(obj)
+        except torch.fx.proxy.TraceError:
+            self.refuse(_BRANCHES)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -108,7 +100,8 @@ class _Tracer(torch.fx.Tracer):
         if self.is_leaf_module(m, ""):
             return super().call_module(m, forward, args, kwargs)
         self.inside.append(m)  # stays there if it raises
-        result = super().call_module(m, forward, args, kwargs)
+        with undrawn():
+            result = super().call_module(m, forward, args, kwargs)
         self.inside.pop()
         return result
 
@@ -127,9 +120,15 @@ class _Tracer(torch.fx.Tracer):
             raise Untraceable("it makes tensors of its own")
         if _modes() != self.modes:
             raise Untraceable("it changes gradient mode or autocast")
+        for frame in user_frames(self.forwards) if kind not in ("placeholder", "output") else ():
+            if asks_what_it_is(frame.f_code):
+                raise Untraceable(TYPE)
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         node.meta["inside"] = self.inside[-1] if self.inside else None
         return node
+
+
+_BRANCHES = "it branches on its input, or loops over it"
 
 
 def _modes() -> tuple[Any, ...]:
@@ -157,7 +156,9 @@ def trace(root: nn.Module) -> tuple[torch.fx.Graph, dict[nn.Module, str], Reads]
         raise Untraceable("its forward takes other arguments than one to three")
     while True:
         try:
-            root.__class__ = type(kind.__name__, (kind,), {"forward": _CALLS[count](kind.forward)})
+            call = _CALLS[count](kind.forward)
+            call.followed = kind.forward
+            root.__class__ = type(kind.__name__, (kind,), {"forward": call})
             graph, reads = _trace_once(root, set(kept))
             return graph, kept, reads
         except _At as error:
@@ -194,34 +195,35 @@ class _At(Exception):
 def _trace_once(root: nn.Module, kept: set[nn.Module]) -> tuple[torch.fx.Graph, Reads]:
     modules = [module for _, module in inlined(root, kept)]
     modes = {module: module.training for module in root.modules()}
-    values = {module: dict(module.__dict__) for module in modules}
-    before = {module: _copied(module.__dict__) for module in modules}
+    before = {module: Kept(module) for module in modules}
     graphs, reads = [], {module: set[str]() for module in modules}
     try:
-        for training in (True, False):
+        for training, gradients in itertools.product((True, False), repeat=2):
             for module in modes:
                 module.training = training
-            tracer = _Tracer(root, kept)
-            try:
-                with _noted(reads):
-                    graphs.append(tracer.trace(root))
-            except Exception as error:
-                reason = str(error) if isinstance(error, Untraceable) else _said(error)
-                raise _At(tracer.inside[-1] if tracer.inside else root, reason) from error
+            with torch.set_grad_enabled(gradients):
+                tracer = _Tracer(root, kept)
+                try:
+                    with _noted(reads), undrawn():
+                        graphs.append(tracer.trace(root))
+                except Exception as error:
+                    reason = str(error) if isinstance(error, Untraceable) else _said(error)
+                    raise tracer.refused or _At(tracer.inside[-1] if tracer.inside else root, reason) from error
+            if tracer.refused:
+                raise tracer.refused
     finally:
-        changed = [m for m in modules if not _same(m.__dict__, before[m])]
-        for module in changed:
-            _restore(module.__dict__, values[module], before[module])
         for module, training in modes.items():
             module.training = training
+        changed = [module for module, kept_of in before.items() if kept_of.restore()]
     if changed:
-        raise _At(changed[-1], "it keeps something on itself while it runs")
-    training_nodes, nodes = ([*graph.nodes] for graph in graphs)
-    for a, b in zip(training_nodes, nodes):
-        if a.format_node() != b.format_node() or repr(a.args) != repr(b.args):
-            raise _At(a.meta["inside"] or root, "it does something else in training")
-    if len(training_nodes) != len(nodes):
-        raise _At(root, "it does something else in training")
+        raise _At(changed[-1], "it keeps something on itself, or in what others see, while it runs")
+    for graph, reason in zip(graphs[1:], ["without gradients", "in training", "in training"]):
+        nodes = [[*each.nodes] for each in (graphs[0], graph)]
+        for a, b in zip(*nodes):
+            if a.format_node() != b.format_node() or repr(a.args) != repr(b.args):
+                raise _At(a.meta["inside"] or root, f"it does something else {reason}")
+        if len(nodes[0]) != len(nodes[1]):
+            raise _At(root, f"it does something else {reason}")
     return graphs[0], reads
 
 
@@ -241,41 +243,7 @@ def _noted(reads: Reads) -> Iterator[None]:
         del nn.Module.__getattribute__
 
 
-def _copied(d: dict[str, Any]) -> dict[str, Any]:
-    return {key: value.copy() if type(value) in (list, dict, set) else value for key, value in d.items()}
-
-
-def _restore(d: dict[str, Any], values: dict[str, Any], before: dict[str, Any]) -> None:
-    """Gives a module its attributes back: the same objects, which others may share, and in them what was ``before``."""
-    d.clear()
-    d.update(values)
-    for key, value in values.items():
-        if type(value) is list:
-            value[:] = before[key]
-        elif type(value) in (dict, set):
-            value.clear()
-            value.update(before[key])
-
-
-def _same(d: dict[str, Any], before: dict[str, Any]) -> bool:
-    if d.keys() != before.keys():
-        return False
-    for key, value in d.items():
-        if key == "training":
-            continue
-        was = before[key]
-        if type(value) is list and type(was) is list:
-            if len(value) != len(was) or any(a is not b for a, b in zip(value, was)):
-                return False
-        elif type(value) in (dict, set) and type(was) is type(value):
-            if len(value) != len(was):
-                return False
-        elif value is not was:
-            return False
-    return True
-
-
 def _said(error: Exception) -> str:
     if isinstance(error, torch.fx.proxy.TraceError):
-        return "it branches on its input, or loops over it"
+        return _BRANCHES
     return f"torch.fx cannot follow it ({type(error).__name__})"
