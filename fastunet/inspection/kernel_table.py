@@ -12,7 +12,15 @@ import torch
 
 from fastunet.architecture import Architecture
 from fastunet.inspection.layers import CASES, NORM_CASES, Call, network_calls, standalone_calls
-from fastunet.inspection.machine_code import GFX942, Report, compile_launch, compiled_key, failures, inspect_all
+from fastunet.inspection.machine_code import (
+    GFX942,
+    Report,
+    compile_launch,
+    compiled_key,
+    failures,
+    inspect_all,
+    intermediate,
+)
 from fastunet.inspection.traffic import Traffic, count
 from fastunet.kernels import _launch, _tuned
 from fastunet.kernels._launch import Launch
@@ -92,10 +100,17 @@ def examine_all(all_uses: Iterable[Use], threads: int = 2) -> list[Row]:
     with ThreadPoolExecutor(threads) as pool:
         compiled = list(pool.map(lambda use: compile_launch(use.launch, use.architecture), found))
     rows = []
+    irs = {compiled_key(use.launch, use.architecture): kernel.asm["ttir"] for use, kernel in zip(found, compiled)}
+
+    def flop(launch: Launch, architecture: int) -> int:
+        key = compiled_key(launch, architecture)
+        irs[key] = irs.get(key) or intermediate(launch, architecture)
+        return count(launch, irs[key]).flop
+
     for use, kernel, report in zip(found, compiled, inspect_all(compiled, found[0].architecture)):
         traffic = count(use.launch, kernel.asm["ttir"])
         others = [launch for launch in use.launches if launch is not use.launch] if traffic.flop else []
-        call_flop = traffic.flop + sum(count(o, compile_launch(o, use.architecture).asm["ttir"]).flop for o in others)
+        call_flop = traffic.flop + sum(flop(other, use.architecture) for other in others)
         rows.append(Row(use, report, traffic, call_flop, failures(report, use.launch)))
     return rows
 

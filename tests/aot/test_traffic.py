@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from fastunet.inspection import traffic
-from fastunet.inspection.machine_code import compile_launch
+from fastunet.inspection.machine_code import intermediate
 from fastunet.kernels import _launch
 from fastunet.kernels._launch import Launch
 from tests.aot import bad_kernels
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(_launch.INTERPRETED, reason="the interpreter has
 
 
 def count(launch):
-    return traffic.count(launch, compile_launch(launch, 90).asm["ttir"])
+    return traffic.count(launch, intermediate(launch, 90))
 
 
 @triton.jit
