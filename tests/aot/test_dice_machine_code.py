@@ -1,7 +1,7 @@
 """The Dice kernels compiled for GPUs that need not be there: whole-vector loads and stores, no spills.
 
-By default sm_90 in bfloat16 and float32 for few classes and for 100, and elsewhere four classes, once in each dtype and
-layout; ``--full`` takes all.
+By default sm_90 for 4 and 100 classes in channels-last bfloat16 and in planes of float32, for 3 in bfloat16, and with
+class weights 4 classes once for each architecture; ``--full`` takes all.
 """
 
 import pytest
@@ -19,23 +19,26 @@ from fastunet.kernels.dice import sums as dice
 pytestmark = pytest.mark.skipif(_launch.INTERPRETED, reason="the interpreter has no machine code")
 
 PIXELS = 240 * 240
-QUICK = [(90, 3), (90, 4), (90, 100), (80, 4), (100, 4)]
+NHWC, NCHW = ("NHWC", torch.bfloat16), ("NCHW", torch.float32)
+QUICK = {(90, c, *usual, False) for c in (4, 100) for usual in (NHWC, NCHW)} | {(90, 3, *NHWC, False)}
+QUICK |= {(90, 4, *NHWC, True), (80, 4, *NCHW, True), (100, 4, *NHWC, True)}
+"""What is compiled without ``--full``: (architecture, classes, layout, dtype, weighted)."""
 ALL = [(architecture, c) for architecture in (80, 90, 100) for c in (1, 2, 3, 4, 8, 16, 24, 32, 48, 64, 100, 128)]
 
 
-def launches(c, layout, dtype, architecture):
-    """Forward, backward and confusion counts of a batch, with class weights and an ignored label."""
+def launches(c, layout, dtype, architecture, weighted):
+    """Forward, backward and confusion counts of a batch, with class weights and an ignored label or neither."""
     if layout == "NCHW":
         logits = torch.empty(4, c, PIXELS, dtype=dtype, device="meta")
     else:
         logits = torch.empty(4, PIXELS, c, dtype=dtype, device="meta").transpose(1, 2)
     labels = torch.empty(4, PIXELS, dtype=torch.uint8, device="meta")
-    weights = torch.empty(max(c, 2), device="meta")
+    weights, ignored = (torch.empty(max(c, 2), device="meta"), 255) if weighted else (None, None)
     grad, slopes = torch.empty((), device="meta"), torch.empty(1, 3 * c + 3, device="meta")
     with _launch.recording(architecture) as found:
-        dice.sums(logits, labels, weights, 255, True, False)
-        dice.sums_grad(grad, slopes, logits, labels, weights, 255, True)
-        dice_confusion.confusion(logits, labels, max(c, 2), 255)
+        dice.sums(logits, labels, weights, ignored, True, False)
+        dice.sums_grad(grad, slopes, logits, labels, weights, ignored, True)
+        dice_confusion.confusion(logits, labels, max(c, 2), ignored)
     return [launch for launch in found if "dice" in launch.kernel.__name__ or "confusion" in launch.kernel.__name__]
 
 
@@ -44,11 +47,12 @@ def launches(c, layout, dtype, architecture):
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 @pytest.mark.parametrize("architecture, c", ALL)
 def test_machine_code(architecture, c, layout, dtype, request):
-    quick = (architecture, c) in QUICK and (architecture == 90 or (layout == "NCHW") == (dtype == torch.bfloat16))
-    if not quick and not request.config.getoption("--full", default=False):
+    full = request.config.getoption("--full", default=False)
+    wanted = [weighted for weighted in (False, True) if full or (architecture, c, layout, dtype, weighted) in QUICK]
+    if not wanted:
         pytest.skip("compiled with --full")
-    found = launches(c, layout, dtype, architecture)
-    assert len(found) == 3
+    found = [launch for weighted in wanted for launch in launches(c, layout, dtype, architecture, weighted)]
+    assert len(found) == 3 * len(wanted)
     # rows of 100 two-byte classes start at multiples of 8 bytes only
     narrow_rows = layout == "NHWC" and c > 4 and c * dtype.itemsize % 16 != 0
     width = "64" if narrow_rows else "128"
@@ -73,12 +77,14 @@ def test_machine_code(architecture, c, layout, dtype, request):
     (2, torch.bfloat16, 42), (3, torch.bfloat16, 42), (4, torch.bfloat16, 34), (4, torch.float32, 34),
     (100, torch.bfloat16, 55), (100, torch.float32, 55),
 ])  # fmt: skip
-def test_forward_loop_is_short(c, dtype, layout, most, show_table):
+def test_forward_loop_is_short(c, dtype, layout, most, request, show_table):
     """Instructions a logit, and nothing passed between threads where each has all classes of its pixels.
 
     At 3 TB/s an H100 has time for 19 instructions a 16-bit logit and 38 a float32 one, of which the exponential takes
     three and the logarithm, in PyTorch's accuracy, twenty a pixel.
     """
+    if (layout, dtype) not in (NHWC, NCHW) and not request.config.getoption("--full", default=False):
+        pytest.skip("compiled with --full")
     if layout == "NCHW":
         logits = torch.empty(4, c, PIXELS, dtype=dtype, device="meta")
     else:
@@ -113,7 +119,7 @@ def test_forward_loop_is_short(c, dtype, layout, most, show_table):
 ])  # fmt: skip
 def test_regions(architecture, c, dtype, layout, request, show_table):
     """With region weights, which take a logarithm a logit, no register is spilled; without, one a pixel is enough."""
-    quick = {(3, torch.float32, "NHWC"), (3, torch.bfloat16, "NHWC"), (4, torch.bfloat16, "NCHW")}
+    quick = {(3, torch.bfloat16, "NHWC"), (4, torch.bfloat16, "NCHW")}
     full = request.config.getoption("--full", default=False)
     if not full and (architecture != 90 or (c, dtype, layout) not in quick):
         pytest.skip("compiled with --full")
@@ -146,7 +152,7 @@ def test_regions(architecture, c, dtype, layout, request, show_table):
 
 def test_wide_confusion_product_waits_before_its_operands_change():
     """Hopper's asynchronous product reads one-hot operands from registers; ptxas before 13.3 may reuse them early."""
-    launch = launches(100, "NCHW", torch.bfloat16, 90)[-1]
+    launch = launches(100, "NHWC", torch.bfloat16, 90, False)[-1]
     assert launch.num_stages == 1
     report = inspect(compile_launch(launch, 90), 90)
     assert report.count("HGMMA") > 0
@@ -155,12 +161,13 @@ def test_wide_confusion_product_waits_before_its_operands_change():
 
 @pytest.mark.usefixtures("newest_unless_full")
 @pytest.mark.parametrize("rows, c, empty", [
-    (1, 4, "smooth"), (1, 128, "skip"), (16, 4, "one"), (64, 128, "smooth"), (64, 128, "skip"), (64, 128, "one"),
+    (1, 4, "smooth"), (1, 128, "skip"), (64, 128, "one"), (16, 4, "one"), (64, 128, "smooth"), (64, 128, "skip"),
 ])  # fmt: skip
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_small_kernels_do_not_spill(architecture, rows, c, empty, request):
     """The second pass over 4096 rows of partial sums, and the loss of what it yields."""
-    if architecture != 90 and not request.config.getoption("--full", default=False):
+    quick = architecture == 90 and (rows, empty) in {(1, "smooth"), (64, "one")}
+    if not quick and not request.config.getoption("--full", default=False):
         pytest.skip("compiled with --full")
     logits = torch.empty(rows, c, PIXELS * 8, device="meta")
     labels = torch.empty(rows, PIXELS * 8, dtype=torch.uint8, device="meta")

@@ -1,8 +1,9 @@
 """Every kernel that the reference networks launch, compiled for several GPUs, holds what an expert wants to see.
 
-By default every tiling of the larger networks in bfloat16 for sm_90 at batch 16, with those functions that only batch 1
-uses, and one of each kernel function that multiplies for other architectures and dtypes; by older versions of Triton
-only what multiplies. ``--full`` compiles all.
+By default every tiling and every option of the BraTS network in bfloat16 for sm_90 at batch 16, and of the products of
+the ISBI network, with those functions that only batch 1 uses; one of each kernel function that multiplies for other
+architectures and dtypes, but for convolutions with a head; by older versions of Triton only what multiplies. ``--full``
+compiles all.
 """
 
 from __future__ import annotations
@@ -54,11 +55,29 @@ def function(launch):
     return launch.kernel.__name__
 
 
-def tiling(launch):
-    """What chooses the code of a kernel, but for which sizes are multiples of 16."""
-    constants = [repr(launch.args.get(p.name)) for p in launch.kernel.params if p.is_constexpr]
-    tensors = [getattr(value, "block_shape", value is None) for value in launch.args.values()]
-    return function(launch), launch.num_warps, launch.num_stages, *constants, repr(tensors)
+def multiplies(use):
+    return "PRECISION" in use.launch.args
+
+
+def features(launch):
+    """The kernel's tile, with a skip or without one, which is another loop; and the value of each of its options."""
+    constants = {p.name: repr(launch.args.get(p.name)) for p in launch.kernel.params if p.is_constexpr}
+    options = {name for name in constants if not name.startswith("BLOCK_") and name != "ROWS"}
+    sides = [value for name, value in constants.items() if name not in options]
+    found = {("tile", launch.num_warps, launch.num_stages, *sides, launch.args.get("skip_desc") is None)}
+    found |= {(name, constants[name]) for name in options} | {(name, v is None) for name, v in launch.args.items()}
+    return {(function(launch), *feature) for feature in found}
+
+
+def covering(all_uses):
+    """Few uses that have every feature of all of them."""
+    left = [(use, features(use.launch)) for use in all_uses]
+    wanted, chosen = set().union(*(found for _, found in left)), []
+    while wanted:
+        use, found = max(left, key=lambda one: len(one[1] & wanted))
+        chosen.append(use)
+        wanted -= found
+    return chosen
 
 
 def check(all_uses, show_table, title):
@@ -81,10 +100,14 @@ def test_kernels(architecture, mode, show_table, request):
         chosen, single = (uses(architecture, MODES[mode], batch=batch, names=names) for batch in (16, 1))
         names = {use.launch.kernel.__name__ for use in chosen}
         chosen += single if full else [use for use in single if use.launch.kernel.__name__ not in names]
-        if not full and (BEFORE_3_8 or (architecture, mode) != (90, "bf16")):
-            chosen = [use for use in chosen if use.call.macs]
         if not full:
-            chosen = one_of_each(chosen, tiling if (architecture, mode) == (90, "bf16") else function)
+            usual = (architecture, mode) == (90, "bf16")
+            others = usual and not BEFORE_3_8
+            chosen = [use for use in chosen if (others and use.case == "brats 240") or multiplies(use)]
+            if usual:
+                chosen = covering(chosen)
+            else:  # a head in the epilogue changes nothing in the loop
+                chosen = one_of_each([use for use in chosen if use.call.operator != "conv_relu_head"], function)
         check(chosen, show_table, f"{architecture} {mode}")
 
 
@@ -124,9 +147,12 @@ def test_strided_convolution(architecture, mode, show_table, request):
         check(distinct(uses_of("no preset", calls, MODES[mode], architecture)), show_table, f"{architecture} {mode}")
 
 
+@pytest.mark.usefixtures("newest_unless_full")
 @pytest.mark.parametrize("architecture, dtype", [(90, torch.bfloat16), (80, torch.float32)])
-def test_bilinear_upsampling(architecture, dtype):
+def test_bilinear_upsampling(architecture, dtype, request):
     """Whole vectors, no spills."""
+    if not request.config.getoption("--full", default=False) and architecture != 90:
+        pytest.skip("compiled with --full")
     x = torch.empty(4, 64, 60, 60, dtype=dtype, device="meta", memory_format=torch.channels_last)
     with _launch.recording(architecture) as launches:
         for align_corners in (False, True):

@@ -77,9 +77,13 @@ def functions_called(function, *operands):
     return codes
 
 
-@pytest.mark.parametrize("dtype, networks", [(torch.bfloat16, tuple(NETWORKS)), (torch.float32, ("transpose",))],
-                         ids=["bf16", "tf32"])  # fmt: skip
-def test_every_call_of_a_network_repeats_its_launches(started, dtype, networks, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "tf32"])
+def test_every_call_of_a_network_repeats_its_launches(started, dtype, monkeypatch, request):
+    full, networks = request.config.getoption("--full", default=False), ["transpose"]
+    if dtype == torch.bfloat16:
+        networks += ["upsample, 24 wide", *["upsample"] * full]
+    elif not full:
+        pytest.skip("compiled with --full")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     found = list(calls(networks))  # first: PyTorch's device contexts remember the functions that make tensors
     allocated = []
