@@ -109,7 +109,7 @@ def _check(device: torch.device) -> None:
     for check in checks:
         result = "passes" if check.passed else "FAILS"
         found = check.problem or f"error {check.error:.1e}, allowed {check.allowed:.1e}"
-        say(f"{check.operator:20}{check.dtype.removeprefix('torch.'):10}{result}  {found}")
+        say(f"{check.operator:27}{check.dtype.removeprefix('torch.'):10}{result}  {found}")
     failed = sorted({check.operator for check in checks if not check.passed})
     if failed:
         advice = "FASTUNET_BACKEND=torch runs the same on PyTorch's operators"

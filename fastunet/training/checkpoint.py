@@ -147,12 +147,6 @@ def load_model(path: str | Path, *, backend: str = "auto") -> tuple[UNet, ModelC
     return model.eval(), card
 
 
-def load_weights(model: torch.nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Copies ``tensors`` into ``model``; what does not fit by name, shape or dtype is a ``UserError``."""
-    _check_weights(model, tensors, path)
-    model.load_state_dict(tensors)
-
-
 def save_state(
     path: Path,
     model: torch.nn.Module,
@@ -204,7 +198,8 @@ def load_state(
     _check_weights(model, weights, path)
     _check_moments(parameters, moments, path)
     if average is not None:
-        load_weights(average, averaged, path)
+        _check_weights(average, averaged, path)
+        average.load_state_dict(averaged)
     if state.scaler.keys() != scaler.state_dict().keys():
         raise UserError(f"{path} belongs to a run of another --precision")
     model.load_state_dict(weights)

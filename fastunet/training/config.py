@@ -59,10 +59,10 @@ class TrainConfig:
     "median", to which slices are resampled. ``turns`` lets augmentation mirror both axes and turn by 90 degrees (None:
     of 2-D images, not of volumes), ``elastic`` lets it deform (None: the same). ``border_weights`` weighs gaps between
     objects in the cross-entropy. ``tversky`` has the factors of false positives and negatives in place of the Dice
-    ratio's one half. ``class_weights`` has a factor per class, or
-    "balanced", for the inverse of each class's share of the training pixels. ``warm_up`` is in epochs, fractions too.
-    ``weight_decay`` is AdamW's. ``clip_norm`` bounds the norm of the whole gradient. ``ema`` is the decay of averaged
-    weights. ``patience`` is in epochs without a better validation Dice. ``checkpoint_every`` is in seconds.
+    ratio's one half. ``class_weights`` has a factor per class, or "balanced", for the inverse of each class's share of
+    the training pixels. ``warm_up`` is in epochs, fractions too. ``weight_decay`` is AdamW's. ``clip_norm`` bounds the
+    norm of the whole gradient. ``ema`` is the decay of averaged weights. ``patience`` is in epochs without a better
+    validation Dice. ``checkpoint_every`` is in seconds.
 
     Raises:
         UserError: options that contradict each other.
