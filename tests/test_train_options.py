@@ -183,6 +183,12 @@ def test_options_that_cannot_be_honoured(options, words, phantoms, tmp_path, cap
     assert_user_error(capsys, run("train", phantoms, "--out", tmp_path / "run", *TINY, *options), *words)
 
 
+def test_a_network_larger_than_the_memory(phantoms, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(learner, "memory_of", lambda device: 1 << 16)
+    code = run("train", phantoms, "--out", tmp_path / "run", *TINY)
+    assert_user_error(capsys, code, "a network of 7,", "cpu has 0; a smaller --depth or --width takes less")
+
+
 @pytest.mark.parametrize("options", [["--class-weights", "1,x"], ["--class-weights", "1,-1"], ["--ema", "1"],
                                      ["--clip-norm", "0"], ["--patience", "0"], ["--tversky", "1"]])  # fmt: skip
 def test_numbers_out_of_range(options, tmp_path, capsys):

@@ -75,7 +75,8 @@ def read_volume(path: str | Path, *, on_nan: str = "error", channel: int | None 
     bad = data.size - np.count_nonzero(np.isfinite(data))
     if bad and on_nan == "error":
         raise UserError(
-            f"{path}: {bad} of {data.size} voxels are NaN or infinite; on_nan='zero' (--on-nan zero) replaces them by 0"
+            f"{path}: {bad} of {data.size} voxels are NaN or infinite in float32; "
+            "on_nan='zero' (--on-nan zero) replaces them by 0"
         )
     if bad:
         data = np.nan_to_num(data, nan=0.0, posinf=0.0, neginf=0.0)

@@ -100,6 +100,13 @@ def process_group(device: str) -> Iterator[Processes]:
         dist.destroy_process_group()
 
 
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory that ``device`` has in all."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 62
+
+
 def pick_device(name: str) -> torch.device:
     """The torch device called ``name``; "auto" is CUDA where there is one, else the CPU.
 

@@ -18,11 +18,12 @@ from fastunet.reference import centre_crop
 from fastunet.training.checkpoint import ModelCard, Progress
 from fastunet.training.config import TrainConfig
 from fastunet.training.dataset import TrainingData, architecture_of
-from fastunet.training.distributed import Processes
+from fastunet.training.distributed import Processes, memory_of
 from fastunet.training.precision import autocast, loss_scaler
 from fastunet.unet import UNet
 
 _STREAM_DROPOUT = 1
+_BYTES_PER_PARAMETER = 16  # float32: the weight, its gradient and AdamW's two moments
 
 
 @dataclass
@@ -49,7 +50,7 @@ class Learner:
         self.config, self.processes, self.data = config, processes, data
         self.device = processes.device
         torch.manual_seed(config.seed)
-        self.model = build_model(config, data)
+        self.model = build_model(config, data, self.device)
         self.model.sync_norms = processes.world > 1
         self.format = self.model.fastest_format(self.device)
         self.model.to(self.device, memory_format=self.format)  # type: ignore[call-overload]
@@ -143,10 +144,19 @@ class Learner:
         return logits, labels, loss
 
 
-def build_model(config: TrainConfig, data: TrainingData) -> UNet:
-    """The untrained network that ``config`` asks for, checked against the size of the slices."""
+def build_model(config: TrainConfig, data: TrainingData, device: torch.device) -> UNet:
+    """The untrained network that ``config`` asks for, checked against the size of the slices and the memory."""
     channels, classes = len(data.modalities), len(data.labels.outputs)
-    model = UNet(**architecture_of(config, in_channels=channels, num_classes=classes).as_dict())
+    options = architecture_of(config, in_channels=channels, num_classes=classes).as_dict()
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in UNet(**options).parameters())
+    needed, memory = count * _BYTES_PER_PARAMETER, memory_of(device)
+    if needed > memory:  # a process that fills it would be killed without a word
+        raise UserError(
+            f"a network of {count:,} parameters takes {needed >> 30} GB to train, and {device} has {memory >> 30}; "
+            "a smaller --depth or --width takes less"
+        )
+    model = UNet(**options)
     try:
         model.output_size(*data.train.size)
     except ValueError as error:
