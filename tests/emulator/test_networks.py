@@ -19,9 +19,9 @@ from tests.tolerance import assert_within_budget
 pytestmark = pytest.mark.skipif(_launch.INTERPRETED, reason="kernels are interpreted in this process, not compiled")
 
 NETWORKS = {
-    "brats": (dict(width=16, depth=2, dropout=0.0), (16, 24)),
-    "isbi": (dict(in_channels=1, num_classes=2, width=16, depth=2, padding="valid", up="transpose", dropout=0.0),
-             (44, 44)),
+    "brats": (dict(width=16, depth=1, dropout=0.0), (16, 24)),
+    "isbi": (dict(in_channels=1, num_classes=2, width=16, depth=1, padding="valid", up="transpose", dropout=0.0),
+             (20, 28)),
 }  # fmt: skip
 DTYPE = torch.bfloat16
 
@@ -94,8 +94,12 @@ def test_inference_loss_and_every_gradient(name, plans):
             assert torch.equal(fast.predict(x)[decided].long(), want.argmax(1)[decided])
         got, same = gradients(fast, x, labels, "triton"), gradients(plain, x, labels, "torch")
         want = gradients(exact, x.double(), labels, "torch")
-        for key in ("logits", "loss"):
-            assert_within_budget(got.pop(key), same.pop(key), want.pop(key), key)
+        logits, loss = got.pop("logits").detach(), got.pop("loss")
+        assert_within_budget(logits, same.pop("logits"), want.pop("logits"), "logits")
+        # of the same logits: PyTorch's error of a single number may be nothing by chance
+        losses = [dice_cross_entropy(one, labels, backend="torch") for one in (logits, logits.double())]
+        assert_within_budget(loss, *losses, "loss")
+        del same["loss"], want["loss"]
         errors = [max((found[k].double() - w).abs().max().item() / w.abs().max().item() for k, w in want.items())
                   for found in (got, same)]  # fmt: skip
         assert errors[0] <= 2 * errors[1] + 2 * torch.finfo(DTYPE).eps
@@ -108,7 +112,7 @@ def test_training_steps(plans):
     arguments, size = NETWORKS["brats"]
     fast, plain = UNet(**arguments, backend="triton"), reference.UNet(**arguments)
     plain.load_state_dict(fast.state_dict())
-    x, labels = torch.randn(2, 2, *size), torch.randint(0, 4, (2, *size))
+    x, labels = torch.randn(1, 2, *size), torch.randint(0, 4, (1, *size))
     curves = []
     for model, backend in ((fast, "triton"), (plain, "torch")):
         step = TrainingStep(model, DiceCrossEntropyLoss(backend=backend), torch.optim.AdamW(model.parameters(), 1e-3),

@@ -91,8 +91,10 @@ def multiply_async(machine, registers, d_slots, a_slots, a, trans_a, b, trans_b,
         machine.wgmma.issue(warps * 32, _unchanged(registers, a_slots, held, warps, what))
     right, of = _operand(machine, warps, b, n, element, trans_b, kind, what)
     share = len(warps) // len(right)
+    # one product a warp, however many warps come together: BLAS adds up larger ones in another order
     if share * len(right) == len(warps) and (of == np.arange(len(warps)) // share).all():
-        product = (left.reshape(len(right), -1, left.shape[2]) @ right.swapaxes(1, 2)).reshape(-1, 16, n)
+        product = left.reshape(len(right), share, *left.shape[1:]) @ right.swapaxes(1, 2)[:, None]
+        product = product.reshape(-1, 16, n)
     else:
         product = left @ right[of].swapaxes(1, 2)
     kept = _uniform(scale, warps, "scale-d", what)[:, None, None]
