@@ -7,8 +7,10 @@ The families of instructions (arithmetic.py, moves.py, …) register here what e
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -51,6 +53,12 @@ def bits_of(kind: str) -> int:
     return int(re.sub(r"^\D*", "", kind.split("x")[0]))
 
 
+@functools.lru_cache(4096)
+def _code(text: str, name: str) -> CodeType:
+    """Python's code of a block, which several programs of one kernel share: one that has lost a statement, say."""
+    return compile(text, name, "exec")
+
+
 class Program:
     """A kernel's blocks as functions ``f(R, M, m)`` of registers, machine and mask of active threads (None: all)."""
 
@@ -69,7 +77,7 @@ class Program:
             for ins in self.kernel.blocks[block].body:
                 lines += [" " + line for line in Emission(self, ins, masked).lines() if line]
             scope = dict(_RUNTIME, C=self.constants)
-            exec(compile("\n".join(lines), f"<{self.kernel.name} block {block}>", "exec"), scope)
+            exec(_code("\n".join(lines), f"<{self.kernel.name} block {block}>"), scope)
             self.functions[key] = scope["block"]
         return self.functions[key]
 
