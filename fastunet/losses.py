@@ -71,23 +71,12 @@ class DiceCrossEntropyLoss(_LossOfSums):
         backend: str | None = None,
     ):
         super().__init__(
-            "class_weights",
-            class_weights,
-            ce_weight=ce_weight,
-            dice_weight=dice_weight,
-            smooth=smooth,
-            include_background=include_background,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            tversky=tversky,
-            reduction=reduction,
-            empty=empty,
-            check_labels=check_labels,
-            sync=sync,
-            process_group=process_group,
-            grad_reduction=grad_reduction,
-            backend=backend,
-        )
+            "class_weights", class_weights, ce_weight=ce_weight, dice_weight=dice_weight, smooth=smooth,
+            include_background=include_background, ignore_index=ignore_index,
+            label_smoothing=label_smoothing, tversky=tversky, reduction=reduction, empty=empty,
+            check_labels=check_labels, sync=sync, process_group=process_group,
+            grad_reduction=grad_reduction, backend=backend,
+        )  # fmt: skip
 
     def forward(
         self, logits: torch.Tensor, labels: torch.Tensor, pixel_weights: torch.Tensor | None = None
@@ -155,21 +144,11 @@ class RegionDiceCrossEntropyLoss(_LossOfSums):
         backend: str | None = None,
     ):
         super().__init__(
-            "region_weights",
-            region_weights,
-            ce_weight=ce_weight,
-            dice_weight=dice_weight,
-            smooth=smooth,
-            tversky=tversky,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            empty=empty,
-            check_labels=check_labels,
-            sync=sync,
-            process_group=process_group,
-            grad_reduction=grad_reduction,
-            backend=backend,
-        )
+            "region_weights", region_weights, ce_weight=ce_weight, dice_weight=dice_weight, smooth=smooth,
+            tversky=tversky, ignore_index=ignore_index, reduction=reduction, empty=empty,
+            check_labels=check_labels, sync=sync, process_group=process_group,
+            grad_reduction=grad_reduction, backend=backend,
+        )  # fmt: skip
         self.regions = [tuple(members) for members in regions]
         self.register_buffer("table", dice_regions.region_table(self.regions, num_classes), persistent=False)
 
