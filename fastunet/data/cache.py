@@ -67,6 +67,18 @@ class _Description(msgspec.Struct):
 
 
 @dataclass(frozen=True)
+class Preparation:
+    """How records are made of a case: options of ``CaseSlices``, and whether they have the border term."""
+
+    modalities: tuple[str, ...]
+    axis: int
+    normalise: bool
+    on_nan: str
+    spacing: tuple[float, float] | None
+    border: bool
+
+
+@dataclass(frozen=True)
 class CachedCase:
     """The records of one case.
 
@@ -125,17 +137,7 @@ class CachedCase:
             path.unlink(missing_ok=True)
 
 
-def cache_case(
-    case: Case,
-    modalities: Sequence[str],
-    folder: Path,
-    *,
-    axis: int = 2,
-    normalise: bool = True,
-    on_nan: str = "error",
-    spacing: tuple[float, float] | None = None,
-    border: bool = False,
-) -> CachedCase:
+def cache_case(case: Case, folder: Path, made: Preparation) -> CachedCase:
     """The records of ``case`` in ``folder``, made if they are not there, or not whole.
 
     Files appear whole, by renaming, and their content follows from their name: processes may share the folder and be
@@ -149,21 +151,21 @@ def cache_case(
         raise UserError(f"{case.files[0].parent}: case {case.name} has no label file")
     before = _states(case)
     table = [list(case.label_map.values), case.label_map.ignore, sorted(case.label_map.aliases.items())]
-    options = [_VERSION, list(modalities), axis, normalise, on_nan, table, case.pages, case.is_image]
-    if spacing is not None:
-        options.append(spacing)
-    options += ["border"] if border else []
-    path = folder / f"{_content_key(case, modalities, options)}.npy"
-    cached = _described(path, len(modalities), border)
+    options = [_VERSION, made.modalities, made.axis, made.normalise, made.on_nan, table, case.pages, case.is_image]
+    if made.spacing is not None:
+        options.append(made.spacing)
+    options += ["border"] if made.border else []
+    path = folder / f"{_content_key(case, made.modalities, options)}.npy"
+    cached = _described(path, made)
     if cached is None:
-        _write_records(case, modalities, path, axis, normalise, on_nan, spacing, border, before)
-        cached = _described(path, len(modalities), border)
+        _write_records(case, path, made, before)
+        cached = _described(path, made)
     if cached is None:
         raise UserError(f"{path} vanished right after it was written; is something else clearing {folder}?")
     return cached
 
 
-def _described(path: Path, channels: int, border: bool) -> CachedCase | None:
+def _described(path: Path, made: Preparation) -> CachedCase | None:
     """The records at ``path`` if they and their description are whole, as far as sizes tell."""
     try:
         table = read_json(path.with_suffix(".json"), _Description)
@@ -174,8 +176,8 @@ def _described(path: Path, channels: int, border: bool) -> CachedCase | None:
         return None
     foreground = np.zeros(table.shape[0], dtype=bool)
     foreground[table.foreground] = True
-    checksums = tuple(table.checksums)
-    cached = CachedCase(path, channels, table.shape, table.box, foreground, table.offset, checksums, border)
+    channels, checksums = len(made.modalities), tuple(table.checksums)
+    cached = CachedCase(path, channels, table.shape, table.box, foreground, table.offset, checksums, made.border)
     return cached if size == table.offset + len(table.checksums) * cached.dtype.itemsize else None
 
 
@@ -215,19 +217,10 @@ def _file_digest(path: Path) -> bytes:
     return digest.digest()
 
 
-def _write_records(
-    case: Case,
-    modalities: Sequence[str],
-    path: Path,
-    axis: int,
-    normalise: bool,
-    on_nan: str,
-    spacing: tuple[float, float] | None,
-    border: bool,
-    states: list[Any],
-) -> None:
-    check_geometry(case, modalities)
-    slices = CaseSlices(case, modalities, axis=axis, normalise=normalise, on_nan=on_nan, spacing=spacing)
+def _write_records(case: Case, path: Path, made: Preparation, states: list[Any]) -> None:
+    check_geometry(case, made.modalities)
+    slices = CaseSlices(case, made.modalities, axis=made.axis, normalise=made.normalise, on_nan=made.on_nan,
+                        spacing=made.spacing)  # fmt: skip
     labels = slices.stack(read_labels(cast(Path, case.label), case.label_map))
     if slices.grid != slices.slice_shape:
         labels = resample_labels(labels, slices.grid)
@@ -237,7 +230,7 @@ def _write_records(
         )
     box = _bounding_box(slices.occupied() | (labels != 0), case)
     (first, last), rows, columns = box[0], slice(*box[1]), slice(*box[2])
-    dtype = _record_dtype(len(modalities), box, border)
+    dtype = _record_dtype(len(made.modalities), box, made.border)
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (last - first,)}
     checksums = []
     with whole_file(path) as temporary, open(temporary, "wb") as file:
@@ -249,7 +242,7 @@ def _write_records(
             records["image"] = slices.read(start, stop)[..., rows, columns]
             records["label"] = labels[start:stop, rows, columns]
             for record, whole in zip(records, labels[start:stop]):
-                if border:
+                if made.border:
                     record["border"] = border_term(whole)[rows, columns]
                 data = record.tobytes()
                 checksums.append(zlib.crc32(data))

@@ -8,13 +8,12 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from fastunet.arguments import checked
-from fastunet.data.cache import CachedCase, DamagedCacheError, cache_case, fields_of
+from fastunet.data.cache import CachedCase, DamagedCacheError, Preparation, cache_case, fields_of
 from fastunet.data.case import DEFAULT_MODALITIES, Case, check_modalities
 from fastunet.data.sampling import Batch, count_steps, epoch_order, split_into_batches
 from fastunet.data.slices import overlap, slice_size
@@ -80,9 +79,7 @@ class SliceDataset(torch.utils.data.Dataset[tuple[torch.Tensor, ...]]):
         for case in self.cases:
             check_modalities(case, self.modalities)
         self._folder = make_output_folder(cache_dir)
-        self._options: dict[str, Any] = dict(
-            axis=axis, normalise=normalise, on_nan=on_nan, spacing=spacing, border=border
-        )
+        self._made = Preparation(self.modalities, axis, normalise, on_nan, spacing, border)
         self._cached: list[CachedCase] = []
         with ThreadPoolExecutor(min(_MOST_WORKERS, os.cpu_count() or 1)) as pool:
             for cached in pool.map(self._prepare, self.cases):
@@ -184,7 +181,7 @@ class SliceDataset(torch.utils.data.Dataset[tuple[torch.Tensor, ...]]):
         return planes
 
     def _prepare(self, case: Case) -> CachedCase:
-        return cache_case(case, self.modalities, self._folder, **self._options)
+        return cache_case(case, self._folder, self._made)
 
     def _record(self, case: int, number: int) -> np.void | None:
         """A record of the cache; a damaged file is made again once."""
