@@ -62,13 +62,15 @@ def dice_cross_entropy(
         include_background: whether class 0 takes part in the Dice loss; it always does in the cross-entropy.
         ignore_index: pixels with this label count nowhere.
         class_weights: (C,) ((2,) for one logit) weights of the cross-entropy, as in ``torch.nn.CrossEntropyLoss``, and
-            of the mean of the Dice loss over classes.
+            of the mean of the Dice loss over classes. The cross-entropy is a mean by the weights w t of one-hot and
+            soft targets too, so that one-hot ones act as labels, where PyTorch's divides by the number of pixels.
         label_smoothing: e from 0 to 1: the cross-entropy is of ``(1 - e) t + e / C`` in place of t (of two classes for
             one logit), as in ``torch.nn.functional.cross_entropy``; the Dice loss is of t itself.
         tversky: (α, β), the factors of false positives and false negatives in the ratio of the Dice loss, which then is
             Tversky's: ``(2 I + s) / (2 (I + α (P - I) + β (T - I)) + s)``, with halves the Dice ratio. β above α finds
             more of a small structure, at the price of false positives.
-        reduction: "batch" sums I, P, T over the batch before the ratio; "sample" takes the mean of each sample's loss.
+        reduction: "batch" sums I, P, T over the batch before the ratio; "sample" takes the ratio of each sample, and
+            the mean over samples and classes together.
         empty: what a class without truth scores: "smooth", "skip" or "one"; the rule of
             :func:`fastunet.functional.dice_rule.dice_score`, under "skip" left out of the mean.
         check_labels: raise for a label out of range or not whole, and for a one-hot or soft target beyond [0, 1]. On a
