@@ -42,11 +42,15 @@ class Made(NamedTuple):
     values: tuple[Any, ...]
 
 
+_LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Dropout, nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm, nn.ReLU,
+           nn.LeakyReLU, nn.MaxPool2d, nn.Upsample)  # fmt: skip
+
+
 def _shared_code() -> tuple[Any, ...]:
     """What PyTorch runs for every layer, and people replace to see or change all of them."""
-    layers = nn.Conv2d, nn.ConvTranspose2d, nn.Dropout, nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm
-    return (nn.Conv2d._conv_forward, *(layer.forward for layer in layers), F.conv2d,
-            F.conv_transpose2d, F.relu, F.leaky_relu, F.max_pool2d, F.interpolate)  # fmt: skip
+    return (nn.Conv2d._conv_forward, *(layer.forward for layer in _LAYERS), F.conv2d, F.conv_transpose2d, F.relu,
+            F.leaky_relu, F.max_pool2d, F.interpolate, F.pad, F.batch_norm, F.instance_norm, F.group_norm, torch.relu,
+            torch.cat, torch.batch_norm, torch.instance_norm, torch.group_norm)  # fmt: skip
 
 
 _SHARED_CODE, _CALL = _shared_code(), nn.Module.__call__

@@ -34,6 +34,8 @@ EVERYWHERE = {
     "TorchFunctionMode": lambda patch: Doubles(),
     "functional.relu": patched(F, "relu"),
     "functional.conv2d": patched(F, "conv2d"),
+    "functional.pad": patched(F, "pad"),
+    "torch.relu": patched(torch, "relu"),
     "BatchNorm2d": patched(nn.BatchNorm2d, "forward"),
     "__call__": patched(nn.Module, "__call__"),
 }
@@ -42,7 +44,7 @@ EVERYWHERE = {
 @pytest.mark.filterwarnings("ignore:.*runs through its modules")
 @pytest.mark.parametrize("change", EVERYWHERE)
 def test_what_is_done_to_all_of_torch_nn_counts(change, monkeypatch):
-    model, plain, x = builds(STYLES["batch"])
+    model, plain, x = builds(STYLES["batch" if change == "BatchNorm2d" else "plain"])
     with EVERYWHERE[change](monkeypatch) or contextlib.nullcontext():
         got, want = model(x), plain(x)
     torch.testing.assert_close(got, want)
