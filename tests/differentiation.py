@@ -59,6 +59,7 @@ OPERATORS = {
 NETWORKS = {
     "brats": (dict(width=3, depth=2, dropout=0.0), (1, 2, 8, 8)),
     "brats, shallow": (dict(width=3, depth=1, dropout=0.0), (1, 2, 4, 4)),
+    "transpose": (dict(width=3, depth=1, up="transpose", dropout=0.0), (1, 2, 4, 4)),
     "isbi": (dict(width=3, depth=1, padding="valid", up="transpose", dropout=0.0), (1, 2, 20, 20)),
 }
 

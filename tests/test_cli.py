@@ -47,16 +47,17 @@ def test_version(capsys):
     assert capsys.readouterr().out.split() == ["fastunet", __version__]
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_the_script_and_its_exit_code():
+    """A full standard output is one sentence."""
     script = os.path.join(os.path.dirname(sys.executable), "fastunet")
     if not os.path.exists(script):
         pytest.skip("the package is not installed")
-    line = [script, "summary", "--preset", "isbi", "--size", "500"]
-    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    with open("/dev/full", "w") as full:
+        line = [script, "summary", "--width", "2", "--depth", "1"]
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.splitlines() == [done.stderr.strip()]
-    assert done.stderr.startswith("fastunet: an input of 500×500 does not fit")
-    assert done.stdout == ""
+    assert done.stderr == "fastunet: the standard output: no space left on device\n"
 
 
 @pytest.mark.parametrize("line, words", [
@@ -66,6 +67,13 @@ def test_the_script_and_its_exit_code():
 ])  # fmt: skip
 def test_arguments_that_nobody_meant(line, words, capsys):
     assert_user_error(capsys, run(*line.replace("!", "").split(" ")), words)
+
+
+def test_a_size_that_does_not_fit(capsys):
+    code = run("summary", "--preset", "isbi", "--size", "500")
+    out = capsys.readouterr()
+    assert (code, out.out, len(out.err.splitlines())) == (2, "", 1)
+    assert out.err.startswith("fastunet: an input of 500×500 does not fit")
 
 
 def test_interruption(monkeypatch, capsys):

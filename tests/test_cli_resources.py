@@ -7,7 +7,6 @@ import errno
 import io
 import os
 import resource
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -141,15 +140,6 @@ def test_a_device_without_memory_gets_smaller_batches(probabilities, data, check
     code = segment(checkpoint, data / CASE, tmp_path / "none", *options)
     assert_user_error(capsys, code, "one slice", "more memory")
     assert files_below(tmp_path / "none") == []
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_standard_output_is_one_sentence():
-    line = [sys.executable, "-m", "fastunet", "summary", "--width", "2", "--depth", "1"]
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr == "fastunet: the standard output: no space left on device\n"
 
 
 class _Full(io.StringIO):

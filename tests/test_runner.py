@@ -20,6 +20,8 @@ def three_parts(tmp_path, monkeypatch):
              runner.Part("good", (str(tmp_path / "test_good.py"),), (("SAID", "yes"),))]  # fmt: skip
     monkeypatch.setattr(runner, "parts", lambda: parts)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # half of the time that pytest takes to start
+    monkeypatch.setenv("PYTEST_PLUGINS", "xdist.plugin")
     return parts
 
 

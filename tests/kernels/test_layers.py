@@ -11,11 +11,11 @@ from fastunet.inspection.layers import network_calls
 from tests.test_layers import Recorder, shapes
 
 NETWORKS = {
-    "odd size": (Architecture(width=8, depth=1, in_channels=3, num_classes=5), (13, 10)),
-    "no pooling": (Architecture(width=8, depth=0), (9, 9)),
-    "valid": (Architecture.from_preset("isbi", width=8, depth=1), (28, 24)),
-    "batch": (Architecture.from_preset("milesial", width=8, depth=1), (9, 10)),
-    "instance, strided": (Architecture.from_preset("nnunet2d", width=8, depth=1), (8, 8)),
+    "odd size": (Architecture(width=8, depth=1, in_channels=3, num_classes=5), (5, 6)),
+    "no pooling": (Architecture(width=8, depth=0), (5, 5)),
+    "valid": (Architecture.from_preset("isbi", width=8, depth=1), (20, 22)),
+    "batch": (Architecture.from_preset("milesial", width=8, depth=1), (5, 6)),
+    "instance, strided": (Architecture.from_preset("nnunet2d", width=8, depth=1), (4, 6)),
 }
 
 
