@@ -64,6 +64,7 @@ def test_the_script_and_its_exit_code():
     ("train DATA --out !", "the argument after --out is empty"), ("check !", "the argument after check is empty"),
     ("evaluate RUN DATA --csv=", "--csv is empty"), ("summary --width ٣", "'٣' is not a whole number"),
     ("train DATA --out RUN --ema 0.9_9", "'0.9_9' is not a number"), ("info --device meta", "expected auto, cpu, cuda"),
+    ("summary RUN --preset isbi", "--preset, --width, --depth, --norm and --activation describe an untrained network"),
 ])  # fmt: skip
 def test_arguments_that_nobody_meant(line, words, capsys):
     assert_user_error(capsys, run(*line.replace("!", "").split(" ")), words)

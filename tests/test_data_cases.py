@@ -199,6 +199,10 @@ def test_loose_files_that_are_no_set(tmp_path):
     x = save(tmp_path / "x.nii", random_image(0))
     with pytest.raises(UserError, match="1 files given, but a case has 2: flair, t1ce"):
         cases_from_files([x])
+    with pytest.raises(UserError, match=r"x\.nii is given twice; each of flair, t1ce has a file of its own"):
+        cases_from_files([x, x])
+    with pytest.raises(UserError, match="one is not a regular file"):
+        cases_from_files([one])
     with pytest.raises(UserError, match="case one has no t1ce"):
         cases_from_files([one / "one_flair.nii.gz"])
     with pytest.raises(UserError, match=r"nothing\.nii: there is no such file"):

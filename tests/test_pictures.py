@@ -10,7 +10,7 @@ from PIL import Image
 
 from fastunet.inference.scores import Score
 from fastunet.pictures.curves import curves
-from fastunet.pictures.overlay import CLASS_COLOURS, overlay, upright
+from fastunet.pictures.overlay import CLASS_COLOURS, overlay, shown_name, upright
 
 NAMES = ("background", "necrotic core", "oedema", "enhancing tumour")
 
@@ -56,6 +56,15 @@ def test_legend_lists_the_classes_shown(head):
     legend = with_one[int(with_one.shape[0] * 0.9) :]
     assert close_to(legend, CLASS_COLOURS[0]).sum() > 20
     assert close_to(legend, CLASS_COLOURS[1]).sum() == 0
+
+
+def test_names_are_no_formulas_and_no_control_characters(head):
+    bad = [r"p$\frac$", "_hidden", "a$1_$", "\x1b[31m"]
+    labels = np.arange(head.size, dtype=np.uint8).reshape(head.shape) % 5
+    for name in bad:
+        assert overlay(head, [(name, labels)], ["", *bad]).startswith(b"\x89PNG")
+    assert curves([{"epoch": 1, "a": 0.5}], dict.fromkeys(bad, "a"), ("mean", "a")).startswith(b"\x89PNG")
+    assert [shown_name(name) for name in bad] == [bad[0], " _hidden", bad[2], r"\x1b[31m"]
 
 
 @pytest.mark.parametrize("image", [np.zeros((20, 20)), np.full((20, 20), 3.0), np.eye(20)])

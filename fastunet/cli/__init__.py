@@ -72,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with warnings.catch_warnings():
                 for library in ("PIL", "nibabel"):  # what matters of their doubts about a file is said or refused here
                     warnings.filterwarnings("ignore", module=library)
+                warnings.filterwarnings("ignore", "Glyph .* missing")  # from the font, of a name in a picture
                 warnings.simplefilter("always", DataWarning)
                 warnings.showwarning = _show_warning
                 args.run(args)

@@ -115,7 +115,7 @@ def find_cases(inputs: list[Path], segmenter: Segmenter) -> list[Case]:
     cases, files = [], []
     for path in inputs:
         if path.is_dir():
-            images = sorted(child for child in path.iterdir() if is_listed(child, IMAGE_SUFFIXES))
+            images = sorted(p for p in path.iterdir() if is_listed(p, IMAGE_SUFFIXES) and not p.is_dir())
             if segmenter.card.images and images and not image_folder_cases(path):
                 files += images
             else:

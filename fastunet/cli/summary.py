@@ -18,7 +18,7 @@ ELEMENT_SIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help="a run folder or checkpoint (default: a preset, untrained)")
-    parser.add_argument("--preset", choices=tuple(PRESETS), default="brats", help="default: brats")
+    parser.add_argument("--preset", choices=tuple(PRESETS), help="default: brats")
     parser.add_argument("--width", type=positive_int, help="channels of the first level")
     parser.add_argument("--depth", type=positive_int, help="number of poolings")
     parser.add_argument("--norm", choices=("none", *NORMS), help="behind 3×3 convolutions")
@@ -80,9 +80,9 @@ def _peaks(architecture: Architecture, height: int, width: int, element_size: in
 def _network(args: argparse.Namespace) -> tuple[UNet, str, int]:
     """The network, what to call it, and its usual input side."""
     if args.model:
-        if args.width or args.depth or args.norm or args.activation:
-            raise UserError("--width, --depth, --norm and --activation describe an untrained network; they cannot be "
-                            "given with a checkpoint")  # fmt: skip
+        if args.preset or args.width or args.depth or args.norm or args.activation:
+            raise UserError("--preset, --width, --depth, --norm and --activation describe an untrained network; they "
+                            "cannot be given with a checkpoint")  # fmt: skip
         from fastunet.training.checkpoint import load_model
 
         model, card = load_model(args.model)
@@ -91,11 +91,12 @@ def _network(args: argparse.Namespace) -> tuple[UNet, str, int]:
 
     from fastunet.reference import UNet
 
+    preset = args.preset or "brats"
     given = {name: getattr(args, name) for name in ("width", "depth", "norm", "activation") if getattr(args, name)}
     given = {name: None if value == "none" else value for name, value in given.items()}
     try:
         with torch.device("meta"):
-            planned = UNet.from_preset(args.preset, **given)
+            planned = UNet.from_preset(preset, **given)
     except ValueError as error:
         raise UserError(str(error)) from error
-    return planned, f"preset {args.preset}", 572 if args.preset == "isbi" else 128
+    return planned, f"preset {preset}", 572 if preset == "isbi" else 128

@@ -91,7 +91,7 @@ def cases_from_files(paths: Iterable[str | Path], modalities: Sequence[str] = DE
         raise UserError(f"{len(files)} files and {len(modalities)} modalities given; a case has at least one of both")
     for path in files:
         if not os.path.isfile(path):
-            raise UserError(f"{path}: there is no such file")
+            raise UserError(f"{path}{' is not a regular file' if os.path.exists(path) else ': there is no such file'}")
     named = brats_cases(files, None)
     if files and sum(len(case.files) for case in named) == len(files):
         return _checked(named, files[0].parent, modalities)
@@ -104,6 +104,8 @@ def cases_from_files(paths: Iterable[str | Path], modalities: Sequence[str] = DE
         return _checked(cases, files[0].parent, modalities)
     if len(files) != len(modalities):
         raise UserError(f"{len(files)} files given, but a case has {len(modalities)}: {', '.join(modalities)}")
+    if len(set(files)) < len(files):
+        raise UserError(f"{files[0]} is given twice; each of {', '.join(modalities)} has a file of its own")
     name = stem_of(files[0])
     sources = {modality: Source(path) for modality, path in zip(modalities, files)}
     return [Case(name, name, sources, None, table.edition, table)]

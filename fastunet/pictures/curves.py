@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fastunet.pictures.overlay import class_colour, png
+from fastunet.pictures.overlay import class_colour, png, shown_name
 
 
+@matplotlib.rc_context({"text.parse_math": False})  # a dollar in a name is no formula
 def curves(history: Sequence[Mapping[str, int | float]], structures: Mapping[str, str], mean: tuple[str, str]) -> bytes:
     """Loss (left) and validation Dice (right) over the epochs of ``history``, the rows of the CSV log.
 
@@ -27,7 +29,7 @@ def curves(history: Sequence[Mapping[str, int | float]], structures: Mapping[str
     for index, (name, column) in enumerate(structures.items(), start=1):
         values = [_number(row.get(column)) for row in history]
         colour = _darker(class_colour(index))
-        dice_axes.plot(epochs, values, color=colour, label=name, marker=marker, ms=3)
+        dice_axes.plot(epochs, values, color=colour, label=shown_name(name), marker=marker, ms=3)
     values = [_number(row.get(mean[1])) for row in history]
     dice_axes.plot(epochs, values, color="#22303c", linewidth=2.4, label=mean[0])
     dice_axes.set_title("Dice on validation cases")

@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
+from fastunet.errors import printable
 from fastunet.files import write_bytes
 from fastunet.pictures.summary import Layer, Shape
 
@@ -36,8 +37,8 @@ def drawing_paths(path: str | Path) -> list[Path]:
 def draw(rows: list[Layer], path: str | Path, *, title: str = "") -> list[Path]:
     """Writes the drawing of ``rows`` (:func:`.summary.layers`) as ``path`` with suffixes .svg and .png."""
     # Text stays text in the SVG: it can be searched, and the file is a fifth of the size.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastunet"}):
-        figure = _figure(rows, title)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastunet", "text.parse_math": False}):
+        figure = _figure(rows, printable(title))
         for target in drawing_paths(path):
             buffer = io.BytesIO()
             metadata = {"Date": None} if target.suffix == ".svg" else None

@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+
+from fastunet.errors import printable
 
 CLASS_COLOURS = ("#d55e00", "#56b4e9", "#f0e442", "#cc79a7", "#009e73", "#0072b2", "#e69f00", "#ffffff")
 """Colours of the foreground classes in order, repeated if there are more (Okabe and Ito's colour-blind safe set)."""
@@ -21,6 +24,13 @@ def class_colour(index: int) -> str:
     return CLASS_COLOURS[(index - 1) % len(CLASS_COLOURS)]
 
 
+def shown_name(name: str) -> str:
+    """A name as pictures show it: what no font has is spelt out, and no legend leaves it out for its underscore."""
+    text = printable(name)
+    return f" {text}" if text.startswith("_") else text
+
+
+@matplotlib.rc_context({"text.parse_math": False})  # a dollar in a name is no formula
 def overlay(image: np.ndarray, panels: Sequence[tuple[str, np.ndarray | None]], class_names: Sequence[str]) -> bytes:
     """One slice drawn once for each of ``panels``, (title, labels), with every foreground class filled and outlined.
 
@@ -43,12 +53,12 @@ def overlay(image: np.ndarray, panels: Sequence[tuple[str, np.ndarray | None]], 
         place = (i / len(panels) + 0.004, legend_share, 1 / len(panels) - 0.008, 1 - legend_share - title_share)
         axes = figure.add_axes(place)
         axes.imshow(grey, cmap="gray", vmin=0, vmax=1, interpolation="bilinear")
-        axes.set_title(title, color=PALE, fontsize=12, pad=4)
+        axes.set_title(shown_name(title), color=PALE, fontsize=12, pad=4)
         axes.axis("off")
         if labels is not None:
             shown |= _outline(axes, labels[rows, columns])
     names = {c: class_names[c] if c < len(class_names) else "ignored" for c in sorted(shown)}
-    handles = [Line2D([], [], color=class_colour(c), linewidth=5, label=name) for c, name in names.items()]
+    handles = [Line2D([], [], color=class_colour(c), linewidth=5, label=shown_name(name)) for c, name in names.items()]
     if handles:
         figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False, labelcolor=PALE,
                       fontsize=11, handlelength=1.0, columnspacing=1.6)  # fmt: skip
