@@ -96,14 +96,15 @@ def test_curves_of_one_and_many_epochs():
 def test_report_is_one_page_that_needs_nothing_else(head):
     from html.parser import HTMLParser
 
-    from fastunet.pictures.report import Picture, page, score_table
+    from fastunet.pictures.report import Picture, commands, page, score_table
 
     picture = overlay(head, [("image", None)], NAMES)
     nan = float("nan")
     scores = [Score("case <1>", "oedema", "class", 0.75, 0.6, 1.0, nan, 0.5, 10, 12),
               Score("case <1>", "whole tumour", "region", nan, nan, nan, nan, nan, 0, 0)]  # fmt: skip
     html = page(title="T & T", lead="a < b", facts=[("1", "one")],
-                sections=[("S", [Picture(picture, 'the "caption"'), score_table(scores)])])  # fmt: skip
+                sections=[("S", [Picture(picture, 'the "caption"'), score_table(scores),
+                                 commands(["train", "my data"])])])  # fmt: skip
     seen: list[tuple[str, dict]] = []
     text: list[str] = []
 
@@ -119,5 +120,5 @@ def test_report_is_one_page_that_needs_nothing_else(head):
     assert len(links) == 1
     assert links[0].startswith("data:image/png;base64,")
     assert "url(" not in html
-    for words in ("T & T", "a < b", "case <1>", "oedema", "0.750", "–", 'the "caption"'):
+    for words in ("T & T", "a < b", "case <1>", "oedema", "0.750", "–", 'the "caption"', "train 'my data'"):
         assert any(words in part for part in text), words

@@ -175,11 +175,11 @@ def _report(
             ("How it learned", [report.Picture(curves, "Loss and Dice after each epoch.")]),
             ("Go on", [
                 report.paragraph(f"{segmented} {plan.viewer}."),
-                report.commands([
-                    f"fastunet segment {out}/run {out}/data/unseen --out segmentations --overlay",
-                    f"fastunet evaluate {out}/run {out}/data/unseen --csv scores.csv",
-                    f"fastunet train {out}/data/training --out my-run",
-                ]),
+                report.commands(
+                    ["fastunet", "segment", f"{out}/run", f"{out}/data/unseen", "--out", "segmentations", "--overlay"],
+                    ["fastunet", "evaluate", f"{out}/run", f"{out}/data/unseen", "--csv", "scores.csv"],
+                    ["fastunet", "train", f"{out}/data/training", "--out", "my-run"],
+                ),
             ]),
             ("The network", [report.Picture(drawing, "Shapes are channels × height × width.", small=True)]),
         ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -71,9 +72,9 @@ def paragraph(text: str, *, muted: bool = False) -> str:
     return f"<p{' class=muted' if muted else ''}>{html.escape(text)}</p>"
 
 
-def commands(lines: Sequence[str]) -> str:
-    """Command lines to copy."""
-    return f"<pre>{html.escape(chr(10).join(lines))}</pre>"
+def commands(*lines: Sequence[str]) -> str:
+    """Command lines to copy, each given as its words."""
+    return f"<pre>{html.escape(chr(10).join(map(shlex.join, lines)))}</pre>"
 
 
 def score_table(scores: Sequence[Score]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +126,7 @@ def prepare_data(
     spacing = target_spacing(cases, config.spacing, config.axis, display.message)
     problems = check_quickly(cases, modalities, size=config.size, axis=config.axis, spacing=spacing)
     if len(problems) > 1:
-        raise UserError(f"{problems[0]}; fastunet check {config.data} lists {len(problems) - 1} more")
+        raise UserError(f"{problems[0]}; fastunet check {shlex.quote(config.data)} lists {len(problems) - 1} more")
     if problems:
         raise UserError(problems[0])
     if not config.val_fraction:
