@@ -26,9 +26,13 @@ def test_demo(preset, options, case, suffixes, tmp_path, monkeypatch, capsys):
     training = plan.training | dict(width=4, depth=2, epochs=1, val_fraction=0.25)
     small = dict(options=options, training_cases=4, unseen_cases=3, training=training)
     monkeypatch.setitem(demo.PLANS, preset, dataclasses.replace(plan, **small))
-    for _ in range(2 if preset == "isbi" else 1):  # a second run replaces the first
-        assert run("demo", "--preset", preset, "--out", tmp_path / "demo", "--seed", "3", "--device", "cpu") == 0
+    for name in ("data/stale", "segmentation/stale", demo._MARKER) if preset == "isbi" else ():  # an earlier demo
+        (tmp_path / "demo" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "demo" / name).write_text("")
+    assert run("demo", "--preset", preset, "--out", tmp_path / "demo", "--seed", "3", "--device", "cpu") == 0
     files = files_below(tmp_path / "demo")
+    assert not [name for name in files if "stale" in name]
+    assert {name.split("/")[0] for name in files} <= {*demo._MADE}, "the next demo would not replace it"
     made = [f"segmentation/{case}0{suffix}" for suffix in suffixes]
     for name in ("report.html", "scores.csv", "network.png", "run/best.safetensors", *made):
         assert name in files
