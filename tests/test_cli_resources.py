@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 
 from fastunet import files
+from fastunet.cli.arguments import say
 from fastunet.errors import UserError
+from fastunet.training.display import Display
 from tests.cli_helpers import CASE, TINY, assert_user_error, files_below, run, segment
 from tests.image_data import folder_of
 
@@ -154,6 +156,20 @@ def test_standard_streams_that_take_nothing(stream, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", None)
     assert run("info", "--device", "cpu") == 0
+
+
+class _Closed(io.StringIO):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+def test_readers_that_go_away_end_no_work(monkeypatch):
+    with monkeypatch.context() as patch:  # say puts another stream in its place
+        patch.setattr(sys, "stdout", _Closed())
+        say("a", "b")
+        say("c")
+    for stream in (_Closed(), _Full()):
+        Display(stream=stream).message("epoch 1")
 
 
 def test_names_do_nothing_to_the_terminal(tmp_path, capsys):
