@@ -187,6 +187,14 @@ def test_a_current_folder_that_is_gone(tmp_path, monkeypatch, capsys):
     assert_user_error(capsys, run("summary", "--out", "x"), "the current folder: no such file or directory")
 
 
+def test_no_room_for_temporary_files(monkeypatch, capsys):
+    from fastunet import cli
+
+    error = FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+    monkeypatch.setattr(cli.info, "run", lambda args: (_ for _ in ()).throw(error))
+    assert_user_error(capsys, run("info"), "fastunet: temporary files: no usable temporary directory found in ['/tmp']")
+
+
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_out_of_memory_is_one_sentence(error, monkeypatch, capsys):
     from fastunet import cli

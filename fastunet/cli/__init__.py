@@ -96,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         sys.stdout = None
         place = "the current folder" if isinstance(error, FileNotFoundError) else "the standard output"
+        place = "temporary files" if "temporary directory" in str(error) else place
         _complain(f"{error.filename or place}: {reason(error)}")
         return 2
     return 0
