@@ -19,9 +19,9 @@ from tests.tolerance import assert_within_budget
 pytestmark = pytest.mark.skipif(_launch.INTERPRETED, reason="kernels are interpreted in this process, not compiled")
 
 NETWORKS = {
-    "brats": (dict(width=16, depth=1, dropout=0.0), (16, 24)),
-    "isbi": (dict(in_channels=1, num_classes=2, width=16, depth=1, padding="valid", up="transpose", dropout=0.0),
-             (20, 28)),
+    "brats": (dict(width=16, depth=2, dropout=0.0), (16, 24)),
+    "isbi": (dict(in_channels=1, num_classes=2, width=16, depth=2, padding="valid", up="transpose", dropout=0.0),
+             (44, 44)),
 }  # fmt: skip
 DTYPE = torch.bfloat16
 
