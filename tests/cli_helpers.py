@@ -46,7 +46,7 @@ def run(*args: object) -> int:
 
 def _write_curves(folder: Path, history: Sequence[dict], labels: LabelMap) -> None:
     """As its own, which takes as long as a test's training."""
-    kind = tuple(history[0]), repr(labels)
+    kind = tuple(history[0] if history else ()), repr(labels)
     if kind not in _drawn:
         write_curves(folder, history, labels)
         _drawn[kind] = (folder / CURVES).read_bytes()
