@@ -110,7 +110,7 @@ def test_train_never_replaces_what_it_reads(phantoms, tmp_path, capsys):
     os.link(data / CASE / f"{CASE}_seg.nii.gz", tmp_path / "run" / "log.csv")
     before = content(tmp_path)
     line = ["train", data, "--out", tmp_path / "run", *TINY, "--epochs", "1"]
-    assert_user_error(capsys, run(*line), "is an input")
+    assert_user_error(capsys, run(*line), "is of no run, and would be replaced")
     assert content(tmp_path) == before
 
 

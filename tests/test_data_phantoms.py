@@ -209,7 +209,7 @@ def test_bad_arguments(tmp_path):
     with pytest.raises(UserError, match="not 'brats1999'"):
         make_phantoms(tmp_path, 1, 0, edition="brats1999")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot make the folder"):
+    with pytest.raises(UserError, match="cannot write to the output folder"):
         make_phantoms(tmp_path / "file", 1, 0, shape=(16, 16, 16))
 
 
