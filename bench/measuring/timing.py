@@ -34,6 +34,8 @@ class Budget:
     most_rounds: int = 60
     least_sample: float = 2e-3
     """Seconds; shorter passes are repeated within a sample, so that a clock's resolution does not show."""
+    pause: float = 0.05
+    """Seconds before each sample, until threads of other libraries, ONNX Runtime's, wait no longer on the cores."""
 
 
 def interleave(passes: Sequence[Callable[[], object]], calls: Sequence[int], device: torch.device,
@@ -50,7 +52,7 @@ def interleave(passes: Sequence[Callable[[], object]], calls: Sequence[int], dev
         clock(run, 1)
     estimates = [max(clock(run, 1), 1e-7) for run in passes]
     repeats = [max(1, round(budget.least_sample / estimate)) for estimate in estimates]
-    round_seconds = sum(estimate * repeat for estimate, repeat in zip(estimates, repeats))
+    round_seconds = sum(budget.pause + estimate * repeat for estimate, repeat in zip(estimates, repeats))
     rounds = min(max(int(budget.seconds / round_seconds), budget.least_rounds), budget.most_rounds)
     samples: list[list[float]] = [[] for _ in passes]
     gc_was_on = gc.isenabled()
@@ -59,6 +61,7 @@ def interleave(passes: Sequence[Callable[[], object]], calls: Sequence[int], dev
         for round_index in range(rounds):
             for offset in range(len(passes)):
                 i = (round_index + offset) % len(passes)
+                time.sleep(budget.pause)
                 samples[i].append(clock(passes[i], repeats[i]) / repeats[i] / calls[i])
     finally:
         if gc_was_on:
