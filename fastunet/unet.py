@@ -16,6 +16,7 @@ from fastunet.arguments import checked
 from fastunet.blocks import ConvBlock, DecoderBlock, fused_head, leaves_nchw, nchw, runs_as, warn_plain
 from fastunet.chains import layers_are_faster
 from fastunet.dispatch import BACKENDS
+from fastunet.functional import _weight_products
 from fastunet.functional._layout import nhwc
 from fastunet.functional.segmentation_head import finish
 from fastunet.inference.frozen import FrozenUNet
@@ -165,8 +166,9 @@ class UNet(reference.UNet):
     @checked
     def fastest_format(self, device: torch.device) -> torch.memory_format:
         """The memory format of images and parameters in which the network is fastest on a device."""
-        slow = device.type == "cpu" and self.architecture.norm == "instance" and not self.sync_norms
-        return torch.contiguous_format if slow else torch.channels_last
+        norm = None if self.sync_norms else self.architecture.norm
+        slow = norm == "instance" or (norm is not None and _weight_products.nhwc_is_slow())
+        return torch.contiguous_format if device.type == "cpu" and slow else torch.channels_last
 
     def runs_apart(self) -> bool:
         """Whether something about the model or a part of it keeps it from running as one fused network now."""

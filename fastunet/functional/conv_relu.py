@@ -13,7 +13,7 @@ from torch import Tensor
 from fastunet.arguments import checked
 from fastunet.autograd import Context, Gradients, Inputs, tracked
 from fastunet.dispatch import autocast_operands, define, select_backend
-from fastunet.functional import _gradients
+from fastunet.functional import _gradients, _weight_products
 from fastunet.functional._checks import check_alike, check_image
 from fastunet.functional._layout import empty_nhwc, like_weight, nhwc
 from fastunet.functional._onednn import accumulates, add_convolution
@@ -88,6 +88,9 @@ def _source_gradient(dz: Tensor, x: Tensor, weight: Tensor, pad: int) -> Tensor:
 
 
 def _weight_grad(dz: Tensor, x: Tensor, skip: Tensor | None, pad: int, has_bias: bool) -> tuple[Tensor, Tensor]:
+    sources = [x] if skip is None else [centre_crop(skip, *x.shape[2:]), x]
+    if _weight_products.suits(dz, sources):
+        return _weight_products.weight_gradient(nhwc(dz), sources, pad, has_bias)
     x = _joined(x, skip)
     dw, db = _gradients.weight_gradient(dz, x, (dz.shape[1], x.shape[1], 3, 3), 1, pad, has_bias)
     return nhwc(dw), db
