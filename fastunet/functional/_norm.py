@@ -6,6 +6,9 @@ Statistics are (S, G): S = 1 row of the whole batch, or one of each sample; G gr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -30,6 +33,17 @@ def name_of(process_group: dist.ProcessGroup | None) -> str:
     processes_of(process_group, "process_group")
     _PROCESS_GROUPS[process_group.group_name] = process_group
     return process_group.group_name
+
+
+def check_values(norm: str, size: Sequence[int], groups: int, process_group: Any) -> None:
+    """As PyTorch: the one value of a mean would become 0 whatever it is."""
+    n, channels, height, width = size
+    if norm == "instance":
+        if height * width == 1:
+            raise ValueError(f"Expected more than 1 spatial element when training, got input size {list(size)}")
+        return
+    if n * (channels // groups) * height * width == 1 and process_group is None:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(size)}")
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
@@ -94,12 +108,13 @@ def _scale_and_shift(
 
 
 def apply(
-    z: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float, slope: float
+    z: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float, slope: float,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """``activation((z - mean) / sqrt(var + eps) * weight + bias)`` in the dtype of ``z``."""
+    """``activation((z - mean) / sqrt(var + eps) * weight + bias)`` in the dtype of ``z``, which ``out`` may be."""
     mean, rstd = (_per_channel(each, z.shape[1]) for each in (mean, (var + eps).rsqrt()))
     scale, shift = _scale_and_shift(weight, bias, mean, rstd)
-    return nhwc(activation_(torch.addcmul(shift, wide(z), scale), slope).to(z.dtype))
+    return nhwc(activation_(torch.addcmul(shift, wide(z), scale, out=out), slope).to(z.dtype))
 
 
 def _sums(g: Tensor, z: Tensor, mean: Tensor, rstd: Tensor) -> list[Tensor]:

@@ -34,9 +34,9 @@ def packs(x: torch.Tensor) -> bool:
     return accumulates(x) and hasattr(_OPS, "_convolution_transpose_pointwise")
 
 
-def pack(weight: torch.Tensor, pad: int, images: list[int]) -> torch.Tensor:
+def pack(weight: torch.Tensor, pad: int, images: list[int], stride: int = 1) -> torch.Tensor:
     """``weight`` (C_out, C_in, k, k) in the layout that suits images of the shape ``images``."""
-    return _OPS._reorder_convolution_weight(weight, [pad, pad], _UNIT, _UNIT, 1, images)
+    return _OPS._reorder_convolution_weight(weight, [pad, pad], [stride, stride], _UNIT, 1, images)
 
 
 def pack_transposed(weight: torch.Tensor, pad: int, images: list[int]) -> torch.Tensor:
@@ -44,9 +44,11 @@ def pack_transposed(weight: torch.Tensor, pad: int, images: list[int]) -> torch.
     return _OPS._reorder_convolution_transpose_weight(weight, [pad, pad], [pad, pad], _STRIDE2, _UNIT, 1, images)
 
 
-def convolution(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor, pad: int, relu: bool) -> torch.Tensor:
-    """``conv2d(x, packed, bias)``, with its ReLU if asked."""
-    return _OPS._convolution_pointwise(x, packed, bias, [pad, pad], _UNIT, _UNIT, 1, *(_RELU if relu else _NONE))
+def convolution(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor, pad: int, relu: bool,
+                stride: int = 1) -> torch.Tensor:  # fmt: skip
+    """``conv2d(x, packed, bias, stride)``, with its ReLU if asked."""
+    epilogue = _RELU if relu else _NONE
+    return _OPS._convolution_pointwise(x, packed, bias, [pad, pad], [stride, stride], _UNIT, 1, *epilogue)
 
 
 def transposed_convolution(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor, pad: int,

@@ -218,7 +218,7 @@ def conv_norm(
         y = conv_relu(x, weight, bias, skip=skip, padding=padding, stride=stride, slope=slope, backend=backend)
         return (y, max_pool2d(y, backend=backend)) if pool else y
     groups = groups or weight.shape[0]
-    _check_values(norm, size, groups, process_group)
+    _norm.check_values(norm, size, groups, process_group)
     x, skip, weight, bias = autocast_operands(x, skip, weight, bias)
     check_conv_dtypes("conv_norm", x, skip, weight, bias)
     several = None if process_group is None else "norm statistics over several processes have no kernel"
@@ -288,14 +288,3 @@ def _check_numbers(momentum: float, eps: float) -> None:
     for name, value, most in (("momentum", momentum, 1.0), ("eps", eps, math.inf)):
         if not (0 <= value <= most and math.isfinite(value)):
             raise ValueError(f"conv_norm: {name} is {value}; expected {'0 to 1' if most == 1 else 'at least 0'}")
-
-
-def _check_values(norm: str, size: tuple[int, int, int, int], groups: int, process_group: Any) -> None:
-    """As PyTorch: the one value of a mean would become 0 whatever it is."""
-    n, channels, height, width = size
-    if norm == "instance":
-        if height * width == 1:
-            raise ValueError(f"Expected more than 1 spatial element when training, got input size {list(size)}")
-        return
-    if n * (channels // groups) * height * width == 1 and process_group is None:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(size)}")

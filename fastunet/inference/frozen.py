@@ -133,11 +133,12 @@ class FrozenUNet(torch.nn.Module):
         if x.is_cuda and x.numel() and not torch.cuda.is_current_stream_capturing():
             # one after the other: the graphs share their memory
             return self._prepared(lambda: self._graph(x, output)(x))
-        packed = frozen_cpu.packs(style) and x.dtype == weight.dtype and _onednn.packs(x)
+        packed = x.dtype == weight.dtype and _onednn.packs(x)
         if self.model.backend == "triton" or not packed:
             return self.model._run(x, output)
-        x = self.model._pad(x)
-        return self._prepared(lambda: self._packed or self._pack(x)).run(x, output)[..., :height, :width]
+        padded = self.model._pad(x)
+        result = self._prepared(lambda: self._packed or self._pack(padded)).run(padded, output)
+        return self.model._run(x, output) if result is None else result[..., :height, :width]
 
     def _prepared(self, get: Callable[[], Any]) -> Any:
         """What ``get`` gives, by one thread at a time and of the parameters as they are; what it makes will be kept,

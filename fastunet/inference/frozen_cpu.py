@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from fastunet.architecture import Architecture
-from fastunet.functional import _onednn
+from fastunet.functional import _norm, _onednn
 from fastunet.functional._layout import nhwc
 from fastunet.functional.conv_norm import folded
 from fastunet.functional.relu import activation_
@@ -19,14 +19,20 @@ from fastunet.reference import centre_crop, padded_to
 
 Size = tuple[int, int, int]
 """Of a map: images, height and width."""
-Convolution = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]
-"""The weight for the skip, if there is one, that for x, and the bias."""
+_PIXELS = 1 << 24
+"""Of an image, at least, within the bounds: they depend on it a little, and not each size shall have its own."""
 Upsampling = tuple[torch.Tensor, torch.Tensor]
 
 
-def packs(style: Architecture) -> bool:
-    """Whether a network of that style can be a :class:`PackedNetwork`."""
-    return style.norm in (None, "batch") and style.down == "pool"
+@dataclass(frozen=True)
+class Convolution:
+    """Packed weights, of the skip if there is one and of x, and the bias; ``norm`` is a layer that takes statistics."""
+
+    skip: torch.Tensor | None
+    weight: torch.Tensor
+    bias: torch.Tensor
+    stride: int
+    norm: Any
 
 
 class PackedNetwork:
@@ -36,20 +42,23 @@ class PackedNetwork:
     ones to choose for, and other sizes stay right, at the price of a conversion in each call.
 
     oneDNN applies a ReLU while it writes a convolution's result, but turns NaN into 0. So in a call in which a sum may
-    overflow each ReLU is a step of its own.
+    overflow each ReLU is a step of its own, and a norm, whose infinite variance would leave its bias alone, is the
+    model's.
     """
 
     def __init__(self, model: Any, height: int, width: int):
         self.pad = 1 if model.architecture.padding == "same" else 0
         self.transpose = model.architecture.up == "transpose"
         self.style = model.architecture
-        self.limit = bounds.largest_images(model, height * width)
+        self.takes_statistics = self.style.norm in ("instance", "group")
+        self.pixels = max(height * width, _PIXELS)
+        self.limit = bounds.largest_images(model, self.pixels)
         self.encoders: list[list[Convolution]] = []
         size: Size = 1, height, width
         for encoder in model.encoders:
             block, size = self._pack_block(encoder, size)
             self.encoders.append(block)
-            size = size[0], size[1] // 2, size[2] // 2
+            size = (size[0], size[1] // 2, size[2] // 2) if self.style.down == "pool" else size
         self.bottleneck, size = self._pack_block(model.bottleneck, size)
         self.decoders: list[tuple[Upsampling, list[Convolution]]] = []
         for decoder in model.decoders:
@@ -59,13 +68,16 @@ class PackedNetwork:
             self.decoders.append((up, block))
         self.head = nhwc(model.head.weight.detach().clone()), model.head.bias.detach().clone()
 
-    def run(self, x: torch.Tensor, output: str) -> torch.Tensor:
-        """Logits, probabilities or labels of padded images."""
-        x, skips, fused = nhwc(x), [], not self.style.negative_slope and bounds.below(x, self.limit)
+    def run(self, x: torch.Tensor, output: str) -> torch.Tensor | None:
+        """Logits, probabilities or labels of padded images; None where a variance may overflow."""
+        bounded = x.shape[2] * x.shape[3] <= self.pixels and bounds.below(x, self.limit)
+        if self.takes_statistics and not bounded:
+            return None
+        x, skips, fused = nhwc(x), [], bounded and not self.style.negative_slope
         for block in self.encoders:
             x = self._block(block, x, fused)
             skips.append(x)
-            x = F.max_pool2d(x, 2)
+            x = F.max_pool2d(x, 2) if self.style.down == "pool" else x
         x = self._block(self.bottleneck, x, fused)
         for (weight, bias), block in self.decoders:
             within = fused and not self.transpose  # which knows no activation
@@ -80,14 +92,20 @@ class PackedNetwork:
         """The packed convolutions of a block and the size behind it."""
         packed: list[Convolution] = []
         for index in (1, 2):
-            weight, bias = _folded(block, index)
-            skip = self._pack_conv(weight[:, :split], size) if split else None
-            packed.append((skip, self._pack_conv(weight[:, split:], size), bias))
-            size, split = (size[0], size[1] + 2 * self.pad - 2, size[2] + 2 * self.pad - 2), 0
+            layer, norm = getattr(block, f"conv{index}"), block._modules.get(f"norm{index}")
+            weight, bias = layer.weight.detach(), layer.bias
+            bias = weight.new_zeros(len(weight)) if bias is None else bias.detach().clone()
+            if self.style.norm == "batch":  # in evaluation the convolution does its work
+                values = norm.weight.detach(), norm.bias.detach(), norm.running_mean, norm.running_var
+                (weight, bias), norm = folded(weight, bias, *values, norm.eps), None
+            stride = layer.stride[0]
+            skip = self._pack_conv(weight[:, :split], size, stride) if split else None
+            packed.append(Convolution(skip, self._pack_conv(weight[:, split:], size, stride), bias, stride, norm))
+            size, split = (size[0], *((side + 2 * self.pad - 3) // stride + 1 for side in size[1:])), 0
         return packed, size
 
-    def _pack_conv(self, weight: torch.Tensor, size: Size) -> torch.Tensor:
-        return _onednn.pack(nhwc(weight), self.pad, [size[0], weight.shape[1], *size[1:]])
+    def _pack_conv(self, weight: torch.Tensor, size: Size, stride: int) -> torch.Tensor:
+        return _onednn.pack(nhwc(weight), self.pad, [size[0], weight.shape[1], *size[1:]], stride)
 
     def _pack_up(self, layer: Any, size: Size) -> Upsampling:
         weight = layer.weight.detach() if self.transpose else transposed_kernel(layer.weight.detach())
@@ -97,22 +115,23 @@ class PackedNetwork:
     def _block(self, block: list[Convolution], x: torch.Tensor, fused: bool,
                skip: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
         """Two convolutions with their activations; ``fused``: oneDNN applies a ReLU."""
-        for skip_weight, weight, bias in block:
-            if skip_weight is None or skip is None:
-                x = _onednn.convolution(x, weight, bias, self.pad, fused)
+        for conv in block:
+            relu = fused and conv.norm is None
+            if conv.skip is None or skip is None:
+                x = _onednn.convolution(x, conv.weight, conv.bias, self.pad, relu, conv.stride)
             else:
                 crop = nhwc(centre_crop(skip, *x.shape[2:]))
-                y = _onednn.convolution(crop, skip_weight, bias, self.pad, False)
-                x = _onednn.add_convolution(y, x, weight, self.pad, fused)
-            x = x if fused else activation_(x, self.style.negative_slope)
+                y = _onednn.convolution(crop, conv.skip, conv.bias, self.pad, False)
+                x = _onednn.add_convolution(y, x, conv.weight, self.pad, relu)
+            if conv.norm is not None:
+                x = self._normalised(x, conv.norm)
+            elif not fused:
+                x = activation_(x, self.style.negative_slope)
         return x
 
-
-def _folded(block: Any, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and bias of a convolution with its batch norm, if it has one, as it is in evaluation."""
-    layer, norm = getattr(block, f"conv{index}"), block._modules.get(f"norm{index}")
-    weight = layer.weight.detach()
-    bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().clone()
-    if norm is None:
-        return weight, bias
-    return folded(weight, bias, norm.weight.detach(), norm.bias.detach(), norm.running_mean, norm.running_var, norm.eps)
+    def _normalised(self, z: torch.Tensor, norm: Any) -> torch.Tensor:
+        """The norm of each image and its activation, written over ``z``."""
+        groups = getattr(norm, "num_groups", z.shape[1])
+        _norm.check_values(self.style.norm, z.shape, groups, None)
+        mean, var = _norm.statistics(z, groups, True)
+        return _norm.apply(z, norm.weight, norm.bias, mean, var, norm.eps, self.style.negative_slope, out=z)
