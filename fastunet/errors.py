@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -18,6 +20,20 @@ Refusal = Callable[[str], Any]
 def refuse(text: str) -> None:
     """Raises ``UserError(text)``."""
     raise UserError(text)
+
+
+def is_speaker() -> bool:
+    """Whether this process is the one on its machine that tells what all of a ``torchrun`` group there find."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+@contextlib.contextmanager
+def said_once() -> Iterator[None]:
+    """Errors of the block are those of every process on this machine: one tells, others raise an empty error."""
+    try:
+        yield
+    except UserError as error:
+        raise (error if is_speaker() else UserError("")) from error.__cause__
 
 
 class DataWarning(UserWarning):

@@ -69,11 +69,11 @@ def head_case(folder, seed=0, shape=(10, 9, 8), codes="LPS"):
     return folder
 
 
-def gli_case(folder: Path, values=(0, 1, 2, 3)) -> Path:
+def gli_case(folder: Path, values=(0, 1, 2, 3), suffix=".nii.gz") -> Path:
     """A case named as in BraTS 2023 and 2024."""
     for number, part in enumerate(("t2f", "t1n", "t1c", "t2w")):
-        save(folder / f"{folder.name}-{part}.nii.gz", random_image(number))
-    save(folder / f"{folder.name}-seg.nii.gz", random_labels(0, values=values))
+        save(folder / f"{folder.name}-{part}{suffix}", random_image(number))
+    save(folder / f"{folder.name}-seg{suffix}", random_labels(0, values=values))
     return folder
 
 

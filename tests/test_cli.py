@@ -14,7 +14,7 @@ from fastunet import __version__, cli, functional
 from fastunet.architecture import PRESETS
 from fastunet.cli import main
 from fastunet.training.display import Display
-from tests.cli_helpers import assert_user_error, run
+from tests.cli_helpers import assert_user_error, run, write_checkpoint
 from tests.processes import ended, start
 
 
@@ -194,6 +194,11 @@ def test_info_lists_the_blocks_of_a_network(capsys, monkeypatch):
     out = capsys.readouterr().out
     for part in ("encoders.0", "encoders.3", "bottleneck", "dropout", "decoders.3", "head"):
         assert f"{part:12}fused" in out
+
+
+def test_info_of_a_run_and_a_preset(tmp_path, capsys):
+    write_checkpoint(tmp_path / "best.safetensors")
+    assert_user_error(capsys, run("info", tmp_path, "--preset", "isbi"), "--preset isbi beside", str(tmp_path))
 
 
 def test_info_checks_every_operator(capsys, monkeypatch):

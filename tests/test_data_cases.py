@@ -48,6 +48,21 @@ def test_the_label_of_2020_under_another_name(tmp_path):
     assert case.label == folder / "W39_1998.09.19_Segm.nii"
 
 
+@pytest.mark.parametrize("inner", ["00000057_brain_{part}.nii", "volume.nii"])
+@pytest.mark.parametrize("make, mark", [(brats_case, "_"), (gli_case, "-")])
+def test_folders_that_have_the_names_of_files(tmp_path, make, mark, inner):
+    case = make(tmp_path / "BraTS-GLI-00001-000", suffix=".nii")
+    for file in sorted(case.iterdir()):
+        folder = file.rename(tmp_path / "moved.nii") and file
+        folder.mkdir()
+        (tmp_path / "moved.nii").rename(folder / inner.format(part=file.stem.rpartition(mark)[2]))
+    (found,) = discover_cases(tmp_path)
+    assert found.name == "BraTS-GLI-00001-000"
+    assert list(found.modalities) == ["flair", "t1", "t1ce", "t2"]
+    assert all(file.parent.parent == case and file.is_file() for file in found.files)
+    assert found.label is not None
+
+
 @pytest.mark.parametrize(("contrast", "label"), [("T1c", "tumor_segmentation"), ("T1GD", "segm")])
 def test_other_names_of_contrast_and_label(tmp_path, contrast, label):
     folder = brats_case(tmp_path / "UCSF-0004")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter, ImageOps
 
 from fastunet.data import CaseSlices, SliceDataset, cases_from_files, discover_cases, read_labels, split_cases
 from fastunet.data.masks import mask_table
@@ -161,6 +161,27 @@ def test_masks_with_traces_of_jpeg(tmp_path):
     picture(root / "masks" / "big.jpg", tilted, quality=60)
     with pytest.raises(UserError, match=r"big\.jpg: .*traces of JPEG compression"):
         discover_cases(root)
+
+
+@pytest.mark.parametrize("method", [Image.Resampling.BILINEAR, Image.Resampling.LANCZOS, Image.Resampling.BOX])
+@pytest.mark.parametrize("side", [32, 45, 96, 128])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_masks_that_were_smoothed_or_resampled(tmp_path, method, side, mode):
+    rows, columns = np.mgrid[:64, :64]
+    circle = Image.fromarray(np.where((rows - 30) ** 2 + (columns - 25) ** 2 < 150, 255, 0).astype(np.uint8))
+    black = Image.new("L", circle.size)
+    painted = circle if mode == "L" else Image.merge("RGB", [circle, black, ImageOps.invert(circle)])
+    line = np.where(np.asarray(circle.filter(ImageFilter.MaxFilter(3))) > np.asarray(circle), 128, np.asarray(circle))
+    folder_of(tmp_path, count=1)
+    mask = picture(tmp_path / "masks" / "cell_0.png", line)
+    assert mask_table([mask]).values == (0, 128, 255), "a line between classes is a class"
+    painted.resize((side, side), Image.Resampling.NEAREST).save(mask)
+    assert len(mask_table([mask]).values) == 2
+    painted.resize((side, side), method).save(mask)
+    if len(np.unique(np.asarray(painted.resize((side, side), method)).reshape(side * side, -1), axis=0)) > 2:
+        advice = "above 127 / below" if mode == "L" and method != Image.Resampling.LANCZOS else "nearest painted value"
+        with pytest.raises(UserError, match=rf"cell_0\.png: .* only lie between others.*\({advice}\)"):
+            mask_table([mask])
 
 
 def test_masks_that_are_no_classes(tmp_path):

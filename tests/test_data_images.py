@@ -10,7 +10,7 @@ import pytest
 import tifffile
 from PIL import Image, ImageOps
 
-from fastunet.data import read_geometry, read_volume
+from fastunet.data import check_geometry, discover_cases, read_geometry, read_volume
 from fastunet.errors import DataWarning, UserError
 from tests.image_data import GREY, RGB, RNG, picture
 
@@ -138,6 +138,31 @@ def test_orientation_tags_are_obeyed_as_viewers_do(tmp_path, orientation):
     for file in (path, tagged):
         np.testing.assert_array_equal(read_volume(file).data[:, :, 0], shown)
         assert read_geometry(file).shape == (*shown.shape[:2], 1, 3)
+
+
+@pytest.mark.filterwarnings("ignore:.*orientation tag")
+@pytest.mark.parametrize("image, mask, fits", [(3, 1, False), (3, 3, True), (1, 3, False), (6, 1, True), (1, 8, False)])
+def test_an_image_and_a_mask_of_different_orientation_tags(tmp_path, image, mask, fits):
+    """Without a tag a mask fits what is shown where only that has its shape; else which is meant cannot be told."""
+    for index in range(2):
+        for part, tag in (("images", image), ("masks", mask)):
+            exif = Image.Exif()
+            exif[0x0112] = tag
+            pixels = GREY if part == "images" else (GREY > 100).astype(np.uint8)
+            pixels = pixels.T if part == "masks" and image == 6 else pixels
+            picture(tmp_path / part / f"{index}.png", pixels, exif=exif)
+    case = discover_cases(tmp_path)[0]
+    if fits:
+        check_geometry(case, ["grey"])
+        return
+    with pytest.raises(UserError, match=f"0.png have orientation tags {image} and {mask}"):
+        check_geometry(case, ["grey"])
+
+
+def test_a_jpeg_of_printing_colours(tmp_path):
+    Image.fromarray(RGB).convert("CMYK").save(tmp_path / "a.jpg")
+    with pytest.raises(UserError, match=r"a\.jpg has colours of kind CMYK.* save it as grey or RGB"):
+        read_volume(tmp_path / "a.jpg")
 
 
 @pytest.mark.parametrize("kind", ["palette", "separated", "ycbcr", "cielab"])

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "data": BASE,
     "inference": BASE | NETWORK | {"data", "kernels", "metrics", "training"} - {"unet"},
     "pictures": BASE | {"architecture", "inference"},
-    "training": BASE | NETWORK | {"fastunet", "data", "losses", "metrics", "pictures"},
+    "training": BASE | NETWORK | {"fastunet", "data", "inspection", "losses", "metrics", "pictures"},
     "interop": BASE | NETWORK | {"fastunet"},
     "inspection": BASE | NETWORK | {"fastunet", "kernels", "losses"},
     "kernels": set(),

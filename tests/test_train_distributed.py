@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import pytest
 import safetensors.torch
 
 from fastunet.training import dataset
-from tests.cli_helpers import read_log, run
+from tests.cli_helpers import TINY, read_log, run
 from tests.processes import ended, start_group
 
 
 def augmented(*line) -> int:
     dataset._PLAIN_SLICES = 10
     return run(*line)
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--epochs", "x"], "'x' is not a whole number"),
+    (["--warm-up", "30"], "30 epochs of 20"),
+    (["--device", "cuda:99"], "device 'cuda:99' is not available"),
+    (["--modalities", "foo"], "case Phantom_000 has no foo"),
+    (["--edition", "brats2021", "--class-weights", "1,2"], "4 outputs need one each"),
+])  # fmt: skip
+def test_bad_input_is_told_once(options, words, phantoms, tmp_path):
+    group = start_group(run, "train", phantoms, "--out", tmp_path / "run", *TINY, *options, told=tmp_path / "told")
+    assert [ended(process) for process in group] == [2, 2]
+    told = "".join((tmp_path / f"told{rank}.err").read_text() for rank in range(2))
+    assert told.count("fastunet: ") == told.count(words) == 1, told
 
 
 def test_two_processes_equal_one(phantoms, tmp_path, monkeypatch):

@@ -189,6 +189,11 @@ def test_a_network_larger_than_the_memory(phantoms, tmp_path, capsys, monkeypatc
     assert_user_error(capsys, code, "a network of 7,", "cpu has 0; a smaller --depth or --width takes less")
 
 
+def test_images_larger_than_the_memory(phantoms, tmp_path, capsys):
+    code = run("train", phantoms, "--out", tmp_path / "run", *TINY, "--size", 60000)
+    assert_user_error(capsys, code, "the maps of 8 images of 60000×60000 take", "a smaller --size or --batch-size")
+
+
 @pytest.mark.parametrize("options", [["--class-weights", "1,x"], ["--class-weights", "1,-1"], ["--ema", "1"],
                                      ["--clip-norm", "0"], ["--patience", "0"], ["--tversky", "1"]])  # fmt: skip
 def test_numbers_out_of_range(options, tmp_path, capsys):

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
 from fastunet.cli import check, demo, evaluate, info, segment, summary, train, warm_up
-from fastunet.errors import DataWarning, UserError, is_out_of_memory, printable
+from fastunet.errors import DataWarning, UserError, is_out_of_memory, is_speaker, printable, said_once
 from fastunet.files import reason
 from fastunet.signals import Interrupted, handled
 
@@ -63,12 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 import argcomplete
 
                 argcomplete.autocomplete(parser)
-            words = sys.argv[1:] if argv is None else argv
-            for before, word in zip(["fastunet", *words], words):
-                if not word or (word.startswith("--") and word.endswith("=")):  # an empty path is the current folder
-                    name = word.rstrip("=") or f"the argument after {before}"
-                    raise UserError(f"{name} is empty; is the variable set that it comes from?")
-            args = parser.parse_args(words)
+            with said_once():
+                args = _parsed(parser, sys.argv[1:] if argv is None else argv)
             with warnings.catch_warnings():
                 for library in ("PIL", "nibabel"):  # what matters of their doubts about a file is said or refused here
                     warnings.filterwarnings("ignore", module=library)
@@ -102,13 +98,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _parsed(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    for before, word in zip(["fastunet", *words], words):
+        if not word or (word.startswith("--") and word.endswith("=")):  # an empty path is the current folder
+            name = word.rstrip("=") or f"the argument after {before}"
+            raise UserError(f"{name} is empty; is the variable set that it comes from?")
+    return parser.parse_args(words)
+
+
 def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None,
     line: str | None = None,
 ) -> None:  # fmt: skip
     """A warning about the data is one line; others look as Python has them."""
     if issubclass(category, DataWarning):
-        print(f"warning: {printable(message)}", file=sys.stderr)
+        if is_speaker():  # of several processes each reads the same data
+            print(f"warning: {printable(message)}", file=sys.stderr)
     else:
         sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
 

@@ -30,8 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from fastunet.errors import UserError
     from fastunet.training.distributed import pick_device
 
+    if args.model and args.preset:
+        raise UserError(f"--preset {args.preset} beside {args.model}: a run has a network of its own")
     say(f"Python {platform.python_version()} on {platform.platform()}")
     for package in PACKAGES:
         say(f"{package} {_version(package)}")

@@ -90,12 +90,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from fastunet.cli.arguments import set_threads
+    from fastunet.errors import said_once
     from fastunet.training.distributed import process_group
     from fastunet.training.run import train
 
     given = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "run", "command")}
-    config = configuration(args.out, args.resume, given)
-    set_threads(config.threads)
+    with said_once():
+        config = configuration(args.out, args.resume, given)
+        set_threads(config.threads)
     with process_group(config.device) as processes:
         train(config, args.out, processes, resume=args.resume)
     if processes.leader:

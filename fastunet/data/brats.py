@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
 from fastunet.data.case import MODALITIES, Case, Source
-from fastunet.data.formats import stem_of
+from fastunet.data.formats import VOLUME_SUFFIXES, stem_of, suffix_of
 from fastunet.data.label_tables import LABEL_MAPS
 from fastunet.errors import Refusal, UserError, refuse, warn_once
 
@@ -38,10 +39,12 @@ def brats_cases(paths: Iterable[Path], edition: str | None, refused: Refusal = r
     """
     groups: dict[tuple[Path, str, str], dict[str, Path]] = defaultdict(dict)
     for path in paths:
-        for style, pattern in (("-", _DASH_FILE), ("_", _UNDERSCORE_FILE)):
-            if match := pattern.fullmatch(stem_of(path)):
+        # Copies of the data have folders called case_flair.nii, each around one file of any name.
+        names = [path.parent, path] if suffix_of(path.parent) in VOLUME_SUFFIXES else [path]
+        for named, (style, pattern) in itertools.product(names, (("-", _DASH_FILE), ("_", _UNDERSCORE_FILE))):
+            if match := pattern.fullmatch(stem_of(named)):
                 part = match["part"].lower()
-                group = groups[path.parent, match["case"], style]
+                group = groups[named.parent, match["case"], style]
                 previous = group.setdefault(_PARTS.get(part, part), path)
                 if previous != path:
                     refused(f"{previous} and {path} are the same part of one case; remove one")

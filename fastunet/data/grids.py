@@ -44,8 +44,21 @@ def check_geometry(case: Case, modalities: Iterable[str], *, label: bool = True)
             raise UserError(f"{case.label}: a label file has 3 axes, this one has shape {grids[case.label].shape}")
     first, *others = grids.values()
     for other in others:
+        _check_orientation(first, other)
         check_same_grid(first, other)
     return first
+
+
+def _check_orientation(first: Geometry, other: Geometry) -> None:
+    """Refuses two images whose tags differ, unless their shapes show that both are the same way up as they are shown.
+
+    A mask without a tag may have been painted on what a viewer shows, or on the pixels as they are stored.
+    """
+    quarter = (first.orientation > 4) != (other.orientation > 4)
+    told = quarter and first.shape[0] != first.shape[1] and first.shape[:2] == other.shape[:2]
+    if first.orientation != other.orientation and not told:
+        tags = f"orientation tags {first.orientation} and {other.orientation} (1 is none)"
+        raise UserError(f"{first.path} and {other.path} have {tags}: save both as they are to be seen, without a tag")
 
 
 def check_same_grid(first: Geometry, other: Geometry) -> None:

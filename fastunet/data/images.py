@@ -87,15 +87,17 @@ def load_mask(path: Path) -> np.ndarray:
 
 
 class _Reader(NamedTuple):
-    """The shape (H, W, pages[, channels]) and dtype of an open image, and ``read``, which gives its numbers."""
+    """The shape (H, W, pages[, channels]) and dtype of an open image, ``read``, which gives its numbers, its tag."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
+    orientation: int = 1
 
 
 def _stored(path: Path, reader: _Reader) -> Stored:
-    return Stored(path, reader.shape, reader.dtype, 0, 1.0, 0.0, AFFINE, header_of(reader.shape[:3], AFFINE))
+    header = header_of(reader.shape[:3], AFFINE)
+    return Stored(path, reader.shape, reader.dtype, 0, 1.0, 0.0, AFFINE, header, reader.orientation)
 
 
 @contextlib.contextmanager
@@ -142,7 +144,7 @@ def _picture(path: Path, raw: BinaryIO) -> Iterator[_Reader]:
 
 def _as_shown(path: Path, reader: _Reader, orientation: object) -> _Reader:
     """The image turned and mirrored as its orientation tag says; a tag of no meaning counts as none."""
-    if orientation not in _SHOWN:
+    if not isinstance(orientation, int) or orientation not in _SHOWN:
         return reader
     warn_once(f"turned images in {path.parent}", f"{path} has an orientation tag: it is taken as viewers show it")
     exchanged, down, right = _SHOWN[orientation]
@@ -152,7 +154,7 @@ def _as_shown(path: Path, reader: _Reader, orientation: object) -> _Reader:
         pixels = reader.read()
         return (pixels.swapaxes(0, 1) if exchanged else pixels)[::down, ::right]
 
-    return _Reader((width, height, *rest) if exchanged else reader.shape, reader.dtype, read)
+    return _Reader((width, height, *rest) if exchanged else reader.shape, reader.dtype, read, int(orientation))
 
 
 def _bit_depth(raw: BinaryIO) -> int:
@@ -172,7 +174,11 @@ def _plain_mode(image: Image, path: Path) -> str:
         return "L"
     if image.mode.startswith("I;16"):
         return image.mode
-    return image.mode if image.mode in ("I", "F") else "RGB"
+    if image.mode in ("I", "F"):
+        return image.mode
+    if image.mode not in ("RGB", "RGBA", "P", "PA"):
+        raise UserError(f"{path} has colours of kind {image.mode}, which cannot be read; save it as grey or RGB")
+    return "RGB"
 
 
 def _note_transparency(path: Path) -> None:

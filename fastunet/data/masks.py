@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastunet.data.formats import suffix_of
+from fastunet.data.formats import is_image, suffix_of
 from fastunet.data.labels import COLOUR, MAX_CLASSES, LabelMap, rounded, value_name
 from fastunet.data.volumes import read_label_values
 from fastunet.errors import Refusal, UserError, refuse
@@ -19,6 +19,8 @@ _MOST_VALUES = 1 << 12
 _LABEL_NUMBERS = 32  # masks of values below are numbered by class, others painted to be seen
 _NEAR = 8  # grey levels
 _RARE = 0.05
+_MOSTLY = 0.75  # of a value's pixels
+_LOOKED_AT = 16  # masks, those of most values
 _SHOWN = 8
 
 
@@ -60,6 +62,7 @@ def found_table(truths: Sequence[Path], predictions: Sequence[Path]) -> LabelMap
             f"the truth in {where[0]} has values {_shown(true)}, the predictions in {where[1]} have "
             f"{_shown(predicted)}: bring one to the values of the other"
         )
+    _check_edges(paths, counted)
     values = sorted({0, *true, *predicted})
     if len(values) > MAX_CLASSES:
         raise UserError(
@@ -115,7 +118,7 @@ def value_counts(voxels: np.ndarray, path: Path) -> dict[int, int]:
         raise UserError(
             f"{path}: {broken} voxels are no whole numbers, such as {example:.9g}; a label file holds those"
         )
-    if values.size > _MOST_VALUES or abs(values).max() >= 1 << 31:
+    if values.size > _MOST_VALUES or abs(values).max(initial=0) >= 1 << 31:
         raise UserError(
             f"{path} holds {values.size} different values up to {abs(values).max():.9g}; it is no label file"
         )
@@ -130,13 +133,14 @@ def _check(counts: dict[int, int], counted: list[dict[int, int]], paths: Sequenc
     grey = [value for value in values if value < COLOUR]
     stray = [value for value in grey if grey[-1] > _LABEL_NUMBERS and _is_stray(value, grey, counts)]
     lossy = _lossy(paths, counted)
+    if not lossy:
+        _check_edges(paths, counted)
     if stray or lossy:
         kept = [value for value in grey if value not in stray]
         example = lossy[0] if lossy else next(p for p, found in zip(paths, counted) if set(stray) & set(found))
-        limit = f"above {(kept[0] + kept[-1]) // 2} / below" if len(kept) == 2 else "nearest painted value"
         raise UserError(
             f"{example}: {len(stray) or len(values)} of {len(values)} values look like traces of JPEG compression "
-            f"({_shown(stray or values)}): bring each pixel back to a class ({limit}), and save masks as PNG"
+            f"({_shown(stray or values)}): bring each pixel back to a class ({_limit(kept)}), and save masks as PNG"
         )
     if len(values) > MOST_CLASSES:
         run = values == list(range(values[0], values[0] + len(values)))
@@ -145,6 +149,57 @@ def _check(counts: dict[int, int], counted: list[dict[int, int]], paths: Sequenc
             f"{where}: masks hold {len(values)} different values ({_shown(values)}), at most {MOST_CLASSES} can be "
             f"classes{hint}"
         )
+
+
+def _check_edges(paths: Sequence[Path], counted: Sequence[dict[int, int]]) -> None:
+    """Refuses masks with values that only lie between others: what smoothing and resampling leave at edges.
+
+    A line that someone painted, one pixel wide, lies between two classes too, but is one value among many.
+    """
+    values = _summed(counted).keys()
+    if len(values) < 4:
+        return
+    several = {path: len(found) for path, found in zip(paths, counted) if len(found) > 2 and is_image(path)}
+    within = {path: _between(path) for path in sorted(several, key=lambda path: -several[path])[:_LOOKED_AT]}
+    seen, between = (_summed([found[index] for found in within.values()]) for index in (0, 1))
+    edges = sorted(value for value, number in between.items() if number >= _MOSTLY * seen[value])
+    few = 2 * sum(seen[value] for value in edges) < sum(seen.values())  # else it is a photograph
+    if few and len(edges) >= max(2, len(values) - len(edges)):
+        example = next(path for path, (_, found) in within.items() if found.keys() & set(edges))
+        raise UserError(
+            f"{example}: {len(edges)} of {len(values)} values ({_shown(edges)}) only lie between others, as in masks "
+            "that were smoothed or resampled: bring each pixel back to a class "
+            f"({_limit(sorted(values - set(edges)))}), and resize masks by nearest neighbours"
+        )
+
+
+def _limit(kept: Sequence[int]) -> str:
+    """How pixels are brought back to the classes ``kept``."""
+    two = len(kept) == 2 and kept[-1] < COLOUR
+    return f"above {(kept[0] + kept[-1]) // 2} / below" if two else "nearest painted value"
+
+
+def _between(path: Path) -> tuple[dict[int, int], dict[int, int]]:
+    """How many pixels off the border hold each value, and how many of them lie between their neighbours on both sides.
+
+    In between is what is neither of the two, and in no channel beyond them.
+    """
+    values = read_label_values(path)
+    packed = np.where(values >= COLOUR, values - COLOUR, values * 0x010101) if values.max() >= COLOUR else values
+    channels = [packed >> 16, packed >> 8 & 255, packed & 255] if packed is not values else [values]
+    inner = (slice(1, -1), slice(1, -1))
+    found = np.zeros(values[inner].shape, bool)
+    for down, right in ((0, 1), (1, 0), (1, 1), (1, -1)):
+        sides = [
+            tuple(slice(1 + sign * step, size - 1 + sign * step) for step, size in zip((down, right), values.shape))
+            for sign in (1, -1)
+        ]
+        here = (values[inner] != values[sides[0]]) & (values[inner] != values[sides[1]])
+        for channel in channels:
+            one, two = channel[sides[0]], channel[sides[1]]
+            here &= (np.minimum(one, two) <= channel[inner]) & (channel[inner] <= np.maximum(one, two))
+        found |= here
+    return value_counts(values[inner], path), value_counts(values[inner][found], path)
 
 
 def _lossy(paths: Sequence[Path], counted: Sequence[dict[int, int]]) -> list[Path]:

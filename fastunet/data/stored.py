@@ -29,6 +29,7 @@ class Stored:
         dtype: of a stored voxel; its value is ``slope`` times what is stored plus ``intercept``.
         affine: from voxel indices to millimetres, 4 x 4.
         header: a NIfTI header for results on the same grid.
+        orientation: the tag of an image that says how it is shown, 1 for as it is stored.
 
     Raises:
         UserError: one axis, or more than one axis of length over 1 beyond the third.
@@ -42,6 +43,7 @@ class Stored:
     intercept: float
     affine: np.ndarray
     header: Nifti1Header
+    orientation: int = 1
 
     def __post_init__(self) -> None:
         space, rest = self.shape[:3], [n for n in self.shape[3:] if n > 1]

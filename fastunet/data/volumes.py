@@ -32,12 +32,13 @@ _COMPRESSION_LEVEL = 4  # level 9 makes label files 5 % smaller and takes ten ti
 class Geometry:
     """Where a file's voxels lie: ``shape`` (X, Y, Z) or (X, Y, Z, C), and the affine from voxel indices to millimetres.
 
-    Of an image (H, W) the shape is (H, W, pages), and a pixel is 1 mm wide.
+    Of an image (H, W) the shape is (H, W, pages), and a pixel is 1 mm wide; ``orientation`` is the tag that was obeyed.
     """
 
     path: Path
     shape: tuple[int, ...]
     affine: np.ndarray
+    orientation: int = 1
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def read_volume(path: str | Path, *, on_nan: str = "error", channel: int | None 
 def read_geometry(path: str | Path) -> Geometry:
     """Reads only the header of a file; raises ``UserError`` like ``read_volume``."""
     stored = _describe(Path(path))
-    return Geometry(stored.path, stored.axes, stored.affine)
+    return Geometry(stored.path, stored.axes, stored.affine, stored.orientation)
 
 
 @checked

@@ -35,7 +35,7 @@ def segment_tiled(
         forward: maps (N, C, h, w) to (N, ..., h', w'), such as ``model.predict`` or ``model.predict_proba``.
         architecture: of the network, for its border and its pooling grid.
         images: (N, C, H, W).
-        tile: side of the network's input; None takes the whole image, with its mirrored border, in one tile.
+        tile: greatest side of the network's input; None takes the whole image, with its mirrored border, in one tile.
         largest: without ``tile``, the side of the tiles of images that do not fit one such tile; too small a side for a
             step of the pooling grid is passed over.
 
@@ -52,7 +52,10 @@ def segment_tiled(
     height, width = images.shape[-2:]
     border = border_width(architecture)
     unit = 2**architecture.depth
-    side_height, side_width = (tile, tile) if tile else [_fitting(architecture, s, border) for s in (height, width)]
+    side_height, side_width = (_fitting(architecture, side, border) for side in (height, width))
+    if tile:
+        _step(architecture, tile, border, unit)
+        side_height, side_width = min(tile, side_height), min(tile, side_width)  # beyond, all is mirrored
     if not tile and largest and max(side_height, side_width) > largest >= 2 * border + unit:
         side_height = side_width = largest
     step_height, step_width = (_step(architecture, side, border, unit) for side in (side_height, side_width))

@@ -117,32 +117,34 @@ def prepare_data(
         UserError: no labelled cases, too few for the split, files that cannot be used, or one of the run's ``outputs``
             among them.
     """
-    cases = _labelled_cases(config, display)
-    check_outputs(outputs, [Path(config.data, "dataset.json"), *(path for case in cases for path in case.files)])
-    labels = trained_labels(config.regions, cases[0].label_map, config.data)
-    if labels.region_order and config.border_weights:
-        raise UserError("--border-weights is for exclusive classes, and regions overlap; --regions none trains classes")
-    modalities = config.modalities or training_modalities(cases)
-    spacing = target_spacing(cases, config.spacing, config.axis, display.message)
-    problems = check_quickly(cases, modalities, size=config.size, axis=config.axis, spacing=spacing)
-    if len(problems) > 1:
-        raise UserError(f"{problems[0]}; fastunet check {shlex.quote(config.data)} lists {len(problems) - 1} more")
-    if problems:
-        raise UserError(problems[0])
-    if not config.val_fraction:
-        raise UserError("--val-fraction is 0, but validation needs at least one patient")
-    split = split_cases(cases, validation=config.val_fraction, seed=config.seed)
-    options: dict[str, Any] = dict(
-        cache_dir=cache, modalities=modalities, axis=config.axis, on_nan=config.on_nan, spacing=spacing
-    )
-    drawn: dict[str, Any] = dict(foreground_fraction=config.foreground_fraction, skip_empty=True, seed=config.seed)
-    tile: int | None = None
-    output = 0
-    if cases[0].is_image:
-        sides = [min(read_geometry(case.files[0]).shape[:2]) for case in cases]
-        tile, output = tile_sides(architecture_of(config), config.size, sides)
-    elif config.border_weights:
-        raise UserError(f"--border-weights is for 2-D images; {config.data} holds volumes")
+    with processes.together():
+        cases = _labelled_cases(config, display)
+        check_outputs(outputs, [Path(config.data, "dataset.json"), *(path for case in cases for path in case.files)])
+        labels = trained_labels(config.regions, cases[0].label_map, config.data)
+        if labels.region_order and config.border_weights:
+            advice = "--regions none trains classes"
+            raise UserError(f"--border-weights is for exclusive classes, and regions overlap; {advice}")
+        modalities = config.modalities or training_modalities(cases)
+        spacing = target_spacing(cases, config.spacing, config.axis, display.message)
+        problems = check_quickly(cases, modalities, size=config.size, axis=config.axis, spacing=spacing)
+        if len(problems) > 1:
+            raise UserError(f"{problems[0]}; fastunet check {shlex.quote(config.data)} lists {len(problems) - 1} more")
+        if problems:
+            raise UserError(problems[0])
+        if not config.val_fraction:
+            raise UserError("--val-fraction is 0, but validation needs at least one patient")
+        split = split_cases(cases, validation=config.val_fraction, seed=config.seed)
+        options: dict[str, Any] = dict(
+            cache_dir=cache, modalities=modalities, axis=config.axis, on_nan=config.on_nan, spacing=spacing
+        )
+        drawn: dict[str, Any] = dict(foreground_fraction=config.foreground_fraction, skip_empty=True, seed=config.seed)
+        tile: int | None = None
+        output = 0
+        if cases[0].is_image:
+            sides = [min(read_geometry(case.files[0]).shape[:2]) for case in cases]
+            tile, output = tile_sides(architecture_of(config), config.size, sides)
+        elif config.border_weights:
+            raise UserError(f"--border-weights is for 2-D images; {config.data} holds volumes")
 
     def build() -> tuple[SliceDataset, SliceDataset]:
         if tile is None:
@@ -156,13 +158,14 @@ def prepare_data(
         with processes.together():
             if processes.leader == leaders_turn:
                 train, val = build()
-    if not train.foreground.any():
-        raise UserError(f"none of the {len(train)} training slices holds anything but background: nothing to learn")
-    if val.size != train.size:
-        raise UserError(f"training slices are {train.size}, validation slices {val.size}: give one --size for all")
     parts = "slices" if tile is None else "tiles"
-    if config.batch_size > len(train):
-        raise UserError(f"--batch-size is {config.batch_size}, but there are only {len(train)} training {parts}")
+    with processes.together():
+        if not train.foreground.any():
+            raise UserError(f"none of the {len(train)} training slices holds anything but background: nothing to learn")
+        if val.size != train.size:
+            raise UserError(f"training slices are {train.size}, validation slices {val.size}: give one --size for all")
+        if config.batch_size > len(train):
+            raise UserError(f"--batch-size is {config.batch_size}, but there are only {len(train)} training {parts}")
     predicted = "" if tile is None or output == tile else f" (of which {output}×{output} are predicted)"
     display.message(
         f"training cases: {len(split.train)} ({len(train)} {parts}), validation cases: {len(split.validation)} "

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from fastunet.errors import UserError
+from fastunet.errors import UserError, said_once
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,19 @@ class Processes:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Ends the block in every process with an error if it did in one; the others raise an empty ``UserError``."""
+        """Ends the block in every process with an error if it did in one: a ``UserError`` that the first of those has
+        that found it, and that is empty in all others. The block itself sends nothing to other processes."""
         failure = None
         try:
             yield
         except UserError as error:
             failure = error
-        if self.sum(torch.tensor(float(failure is not None), device=self.device)) and failure is None:
-            raise UserError("")
-        if failure is not None:
+        if self.sum(torch.tensor(float(failure is not None), device=self.device)):
+            found = [str(failure or "")] * self.world
+            if self.world > 1:
+                dist.all_gather_object(found, found[self.rank])
+            if failure is None or found.index(str(failure)) < self.rank:
+                raise UserError("") from failure
             raise failure
 
 
@@ -78,7 +82,8 @@ def process_group(device: str) -> Iterator[Processes]:
     ``device`` is "auto" or a torch device name; "cuda" without an index becomes the local rank's device.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    chosen = pick_device(device)
+    with said_once():
+        chosen = pick_device(device)
     if world == 1:
         yield Processes(0, 1, chosen)
         return

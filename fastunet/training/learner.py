@@ -13,6 +13,7 @@ import torch
 from fastunet.data.sampling import Batch
 from fastunet.errors import UserError
 from fastunet.functional.segmentation_head import finish
+from fastunet.inspection.memory import inference_bytes
 from fastunet.losses import DiceCrossEntropyLoss, RegionDiceCrossEntropyLoss
 from fastunet.reference import centre_crop
 from fastunet.training.checkpoint import ModelCard, Progress
@@ -149,19 +150,27 @@ def build_model(config: TrainConfig, data: TrainingData, device: torch.device) -
     channels, classes = len(data.modalities), len(data.labels.outputs)
     options = architecture_of(config, in_channels=channels, num_classes=classes).as_dict()
     with torch.device("meta"):
-        count = sum(parameter.numel() for parameter in UNet(**options).parameters())
+        planned = UNet(**options)
+    count = sum(parameter.numel() for parameter in planned.parameters())
     needed, memory = count * _BYTES_PER_PARAMETER, memory_of(device)
     if needed > memory:  # a process that fills it would be killed without a word
         raise UserError(
             f"a network of {count:,} parameters takes {needed >> 30} GB to train, and {device} has {memory >> 30}; "
             "a smaller --depth or --width takes less"
         )
-    model = UNet(**options)
     try:
-        model.output_size(*data.train.size)
+        planned.output_size(*data.train.size)
     except ValueError as error:
         raise UserError(str(error)) from error
-    return model
+    batch = torch.empty(config.batch_size, channels, *data.train.size, device="meta")
+    maps = inference_bytes(planned, batch)[1] // (1 if config.precision in ("fp32", "tf32") else 2)
+    if maps > memory:  # the gradients need every map of a step; they take as much again
+        height, width = data.train.size
+        raise UserError(
+            f"the maps of {config.batch_size} images of {height}×{width} take {maps >> 30} GB, and {device} has "
+            f"{memory >> 30}; a smaller --size or --batch-size takes less"
+        )
+    return UNet(**options)
 
 
 def batch_seed(seed: int, epoch: int, batch: int, rank: int) -> int:

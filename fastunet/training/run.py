@@ -61,11 +61,12 @@ def _check_run(config: TrainConfig, run: Path, resume: bool) -> None:
 
 
 def _train(config: TrainConfig, run: Path, processes: Processes, display: Display) -> None:
-    prepare(processes.device, config.precision, deterministic=config.deterministic)
+    with processes.together():
+        prepare(processes.device, config.precision, deterministic=config.deterministic)
     data = prepare_data(config, [run / name for name in FILES], run / "cache", processes, display)
     config = dataclasses.replace(config, modalities=list(data.modalities))
-    trainer = Trainer(config, run, processes, data, display)
     with processes.together():
+        trainer = Trainer(config, run, processes, data, display)
         if (run / STATE).exists():
             trainer.restore()
         if processes.leader:
