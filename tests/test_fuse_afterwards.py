@@ -7,12 +7,15 @@ import functools
 import inspect
 import io
 import pickle
+import types
 import warnings
 from collections import OrderedDict, namedtuple
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -156,6 +159,72 @@ def test_what_the_forward_pass_reads_counts(change, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         same(fused, net, x)
+
+
+FACTOR, SETTINGS = 2.0, types.ModuleType("settings")
+SETTINGS.factor = 2.0
+
+
+class Shared:
+    """A class whose attributes code reads, and objects with slots."""
+
+    __slots__ = ("own",)
+    factor = 2.0
+
+    def __init__(self, own):
+        self.own = own
+
+    def times(self, x):
+        return x * self.own
+
+
+class ByHelpers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.object, self.gamma = nn.Conv2d(1, 2, 3, padding=1), Shared(2.0), None
+        self.names, self.table, self.times = {"a"}, np.array([2.0]), Shared(2.0).times
+        self.register_parameter("scale", None)
+
+    def forward(self, x):
+        y = torch.relu(self.conv(x)) + self.own_factor
+        y = self.object.times(y) * float(self.table[0]) * (2.0 if "a" in self.names else 3.0)
+        return helped(self.times(y if self.scale is None else self.scale * y)) * (3.0 if self.gamma else 1.0)
+
+    @property
+    def own_factor(self):
+        return FACTOR
+
+
+def helped(x):
+    return helped_again(x) * Shared.factor * SETTINGS.factor
+
+
+def helped_again(x, factors={"y": 2.0}):  # noqa: B006
+    return F.silu(x * FACTOR * factors["y"])
+
+
+@pytest.mark.parametrize("change", [
+    lambda m, p: p.setitem(globals(), "FACTOR", 3.0), lambda m, p: p.setattr(SETTINGS, "factor", 3.0),
+    lambda m, p: p.setattr(Shared, "factor", 3.0), lambda m, p: p.setitem(helped_again.__defaults__[0], "y", 3.0),
+    lambda m, p: p.setitem(globals(), "helped_again", torch.tanh), lambda m, p: p.setattr(F, "silu", torch.tanh),
+    lambda m, p: p.setattr(Shared, "times", lambda self, x: x + 1), lambda m, p: setattr(m.object, "own", 3.0),
+    lambda m, p: setattr(m, "times", Shared(3.0).times), lambda m, p: m.names.clear(),
+    lambda m, p: m.table.fill(3.0), lambda m, p: setattr(m, "scale", nn.Parameter(torch.tensor(3.0).double())),
+    lambda m, p: p.setattr(ByHelpers, "own_factor", 3.0),
+])  # fmt: skip
+def test_what_helpers_read_counts(change, monkeypatch):
+    fused, net = pair(ByHelpers())
+    x = torch.randn(1, 1, 6, 6, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*runs through its modules")
+        same(fused, net, x)
+    before = net(x)
+    for each in (fused, net):
+        change(each, monkeypatch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        same(fused, net, x)
+    assert not torch.equal(net(x), before)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])

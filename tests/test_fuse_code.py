@@ -156,6 +156,7 @@ CODE = {
     "a layer called twice": Code(called_twice),
     "a norm called twice": Code(norm_called_twice),
     "LeakyReLU of each kind": Code(leaky, up=nn.Conv2d(4, 4, 2), leaky=nn.LeakyReLU(0.3)),
+    "a slope of True": Code(leaky, up=nn.Conv2d(4, 4, 2), leaky=nn.LeakyReLU(True)),
     "a negative slope": Code(leaky, up=nn.Conv2d(4, 4, 2), leaky=nn.LeakyReLU(-0.3)),
     "a norm before its convolution": Code(norm_first),
     "a norm behind the activation": Code(norm_of_activation),

@@ -107,13 +107,101 @@ def counts(m, x):
     return m.head(F.relu(m.conv(x)))
 
 
-NOTED = []
+def compares_objects(m, x):
+    y = m.conv(x)
+    z = F.relu(y, inplace=True)
+    return m.head(z * 2 if z is y else z)
+
+
+def compares_in_a_helper(m, x):
+    y = m.conv(x)
+    return m.head(y * (2 if same_object(F.relu_(y), y) else 1))
+
+
+def same_object(a, b):
+    return a is b
+
+
+def compares_by_id(m, x):
+    y = m.conv(x)
+    return m.head(y * (2 if id(F.relu_(y)) == id(y) else 1))
+
+
+def asks_for_history(m, x):
+    y = F.relu(m.conv(x))
+    return m.head(y if y.grad_fn is None else 2 * y)
+
+
+def asks_for_a_mode(m, x):
+    return m.head(F.relu(m.conv(x)) * (2 if torch.is_autocast_enabled("cpu") else 1))
+
+
+def notes_in_a_helper(m, x):
+    return m.head(F.relu(m.conv(x)) * noting())
+
+
+def noting():
+    NOTED.append(1)
+    return len(NOTED)
+
+
+def counts_globally(m, x):
+    global COUNT
+    COUNT += 1
+    return m.head(F.relu(m.conv(x)) * COUNT)
+
+
+def counts_in_a_class(m, x):
+    Counter.count += 1
+    return m.head(F.relu(m.conv(x)) * Counter.count)
+
+
+def counts_in_slots(m, x):
+    return m.head(F.relu(m.conv(x)) * COUNTER.up())
+
+
+def counts_in_a_closure(m, x):
+    return m.head(F.relu(m.conv(x)) * counted())
+
+
+def counts_in_tensors(m, x):
+    TENSOR.add_(1)
+    ARRAY[0] += 1
+    return m.head(F.relu(m.conv(x)) * float(ARRAY[0]))
+
+
+class Counter:
+    __slots__ = ("calls",)
+    count = 0
+
+    def __init__(self):
+        self.calls = 0
+
+    def up(self):
+        self.calls += 1
+        return self.calls
+
+
+def closure():
+    count = 0
+
+    def up():
+        nonlocal count
+        count += 1
+        return count
+
+    return up
+
+
+NOTED, COUNT, COUNTER, counted = [], 0, Counter(), closure()
+TENSOR, ARRAY = torch.zeros(1), np.zeros(1)
 
 
 @pytest.mark.parametrize("code", [
     follows_training, without_gradients, keeps, makes, asks, writes_view, asks_by_is, asks_dtype, compares_types,
     minds_gradients, draws_in_python, draws_a_number, draws_by_numpy, goes_on, goes_on_too, looks_up, tells, notes,
-    counts,
+    counts, compares_objects, compares_in_a_helper, compares_by_id, asks_for_history, asks_for_a_mode,
+    notes_in_a_helper, counts_globally, counts_in_a_class, counts_in_slots, counts_in_a_closure, counts_in_tensors,
 ])  # fmt: skip
 def test_code_whose_path_may_be_another_is_not_followed(code):
     record = SimpleNamespace(calls={"here": [0]})
@@ -124,6 +212,7 @@ def test_code_whose_path_may_be_another_is_not_followed(code):
     assert type(net) is kind
     assert net.__dict__ == before
     assert (NOTED, record.calls) == ([], {"here": [0]})
+    assert (COUNT, Counter.count, COUNTER.calls, counted.__closure__[0].cell_contents, TENSOR, ARRAY) == (0,) * 6
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import dis
-import functools
-import itertools
 import operator
 import random
 import sys
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -51,6 +47,10 @@ def _asked(method: Callable[..., Any]) -> Callable[..., Any]:
     return ask
 
 
+_HISTORY = {"grad_fn", "_grad_fn", "grad", "_grad", "_base", "_version", "_is_view", "_backward_hooks", "data_ptr"}
+"""What a tensor has of its past, and an operator's result may have another one of."""
+
+
 class Value(torch.fx.Proxy, metaclass=_Kind):
     """What stands for a tensor while a forward pass is followed."""
 
@@ -65,6 +65,8 @@ class Value(torch.fx.Proxy, metaclass=_Kind):
     def __getattr__(self, name: str) -> Any:
         if not hasattr(torch.Tensor, name):
             raise AttributeError(name)
+        if name in _HISTORY:
+            self.tracer.refuse("it asks how its input was computed")
         return _Attribute(self, name)
 
     __hash__, __repr__, __int__, __float__, __array__ = map(
@@ -81,26 +83,6 @@ class Value(torch.fx.Proxy, metaclass=_Kind):
 
 class _Attribute(Value, torch.fx.proxy.Attribute):
     """What stands for an attribute of a tensor, such as its shape."""
-
-
-def user_frames(forwards: set[types.CodeType]) -> Iterator[types.FrameType]:
-    """The functions that run now, from the innermost to the forward pass of a module that is followed."""
-    frame = sys._getframe(2)
-    while frame.f_back is not None:
-        if not frame.f_globals.get("__name__", "").startswith(("torch.", "fastunet.")):
-            yield frame
-        if frame.f_code in forwards:
-            return
-        frame = frame.f_back
-
-
-@functools.cache
-def asks_what_it_is(code: types.CodeType) -> bool:
-    """Whether a function may compare types, or what a tensor has one of, by ``is``, which nothing can answer for it."""
-    if not {"type", "__class__", "dtype", "device", "layout"} & {*code.co_names}:
-        return False
-    pairs = itertools.pairwise(dis.get_instructions(code))
-    return any(op.opname == "IS_OP" and not (a.opname == "LOAD_CONST" and a.argval is None) for a, op in pairs)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from fastunet.interop import steps
 from fastunet.interop.followed import Untraceable
 from fastunet.interop.patterns import COUNTED, Found, rewrite
 from fastunet.interop.settings import State, setting, states
-from fastunet.interop.trace import is_layer, layer_kind, required, trace
+from fastunet.interop.trace import Changed, is_layer, layer_kind, required, trace
 from fastunet.touched import attached, why_not_anywhere
 
 
@@ -175,12 +175,12 @@ class _Search:
 
 
 def _follow(module: nn.Module) -> tuple[Program, Found, dict[nn.Module, str]]:
-    graph, kept, reads = trace(module)
+    graph, kept, reads, changed = trace(module)
     found = rewrite(module, graph)
     code = graph.python_code("self")
     names: dict[str, Any] = dict(code.globals)
     exec(code.src, names)
-    return Program(names["forward"], required(module), states(module, set(kept), reads)), found, kept
+    return Program(names["forward"], required(module), states(module, set(kept), reads), changed), found, kept
 
 
 _PROGRAM = "_fastunet_program"
@@ -193,6 +193,7 @@ class Program:
     forward: Callable[..., Any]
     arguments: tuple[str, ...]
     states: tuple[State, ...]
+    changed: Changed
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         return self
@@ -210,6 +211,8 @@ class Program:
         """What has changed in ``module`` so that its own forward pass must run, or None."""
         if reason := why_not_anywhere():
             return reason
+        if name := self.changed():
+            return f"{name}, which its code reads, has changed since it was fused"
         for path, kind, children, settings in self.states:
             part: Any = module
             for name in path:

@@ -78,5 +78,5 @@ def slope_of(node: Node) -> float | None:
         return 0.0
     if node.target in _LEAKY:
         slope = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope", 0.01)
-        return slope if isinstance(slope, float | int) else None
+        return float(slope) if isinstance(slope, float | int) else None
     return None

@@ -167,7 +167,7 @@ def _slope(layers: list[nn.Module], slope: float | None) -> float:
         if isinstance(layer, nn.ReLU):
             return 0.0
         if isinstance(layer, nn.LeakyReLU):
-            return layer.negative_slope
+            return float(layer.negative_slope)  # some give True, meaning to write in place
     return 1.0 if slope is None else slope
 
 

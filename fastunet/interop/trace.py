@@ -19,8 +19,9 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from fastunet.interop.followed import TYPE, Untraceable, Value, asks_what_it_is, undrawn, user_frames
-from fastunet.interop.values import Kept, forward_of
+from fastunet.interop.followed import Untraceable, Value, undrawn
+from fastunet.interop.reads import Around
+from fastunet.interop.values import Kept
 from fastunet.touched import attached
 
 
@@ -71,7 +72,6 @@ class _Tracer(torch.fx.Tracer):
         self.inside: list[nn.Module] = []
         self.refused: _At | None = None
         self.modes = _modes()
-        self.forwards = {function.__code__ for _, m in inlined(root, kept) if (function := forward_of(type(m)))}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return m in self.kept or is_layer(m)
@@ -81,9 +81,12 @@ class _Tracer(torch.fx.Tracer):
 
     def refuse(self, reason: str) -> NoReturn:
         """Raises Untraceable, and keeps it for the case that the code has a way to go on."""
-        error = Untraceable(reason)
+        self.note(reason)
+        raise Untraceable(reason)
+
+    def note(self, reason: str) -> None:
+        """Keeps it."""
         self.refused = self.refused or _At(self.inside[-1] if self.inside else self.root, reason)
-        raise error
 
     def to_bool(self, obj: torch.fx.Proxy) -> bool:
         self.refuse(_BRANCHES)
@@ -120,9 +123,6 @@ class _Tracer(torch.fx.Tracer):
             raise Untraceable("it makes tensors of its own")
         if _modes() != self.modes:
             raise Untraceable("it changes gradient mode or autocast")
-        for frame in user_frames(self.forwards) if kind not in ("placeholder", "output") else ():
-            if asks_what_it_is(frame.f_code):
-                raise Untraceable(TYPE)
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         node.meta["inside"] = self.inside[-1] if self.inside else None
         return node
@@ -138,11 +138,12 @@ def _modes() -> tuple[Any, ...]:
 
 
 Reads = dict[nn.Module, set[str]]
+Changed = Callable[[], str | None]
 
 
-def trace(root: nn.Module) -> tuple[torch.fx.Graph, dict[nn.Module, str], Reads]:
-    """The graph of ``root``, the modules in it that could not be followed, each with its reason, and which attributes
-    were read of those that could.
+def trace(root: nn.Module) -> tuple[torch.fx.Graph, dict[nn.Module, str], Reads, Changed]:
+    """The graph of ``root``, the modules in it that could not be followed, each with its reason, which attributes were
+    read of those that could, and what tells later which name that was read around them has changed.
 
     It is the graph of a call with the :func:`required` arguments, in training and evaluation alike. Modules keep their
     attributes and modes.
@@ -157,10 +158,9 @@ def trace(root: nn.Module) -> tuple[torch.fx.Graph, dict[nn.Module, str], Reads]
     while True:
         try:
             call = _CALLS[count](kind.forward)
-            call.followed = kind.forward
             root.__class__ = type(kind.__name__, (kind,), {"forward": call})
-            graph, reads = _trace_once(root, set(kept))
-            return graph, kept, reads
+            graph, reads, changed = _trace_once(root, set(kept))
+            return graph, kept, reads, changed
         except _At as error:
             if error.module is root:
                 raise Untraceable(error.reason) from error.__cause__
@@ -192,11 +192,12 @@ class _At(Exception):
         self.module, self.reason = module, reason
 
 
-def _trace_once(root: nn.Module, kept: set[nn.Module]) -> tuple[torch.fx.Graph, Reads]:
+def _trace_once(root: nn.Module, kept: set[nn.Module]) -> tuple[torch.fx.Graph, Reads, Changed]:
     modules = [module for _, module in inlined(root, kept)]
     modes = {module: module.training for module in root.modules()}
-    before = {module: Kept(module) for module in modules}
-    graphs, reads = [], {module: set[str]() for module in modules}
+    before = {module: Kept([module.__dict__]) for module in modules}
+    graphs, reads, tracer = [], {module: set[str]() for module in modules}, _Tracer(root, kept)
+    around = Around([*map(type, modules)], lambda reason: tracer.note(reason))
     try:
         for training, gradients in itertools.product((True, False), repeat=2):
             for module in modes:
@@ -204,7 +205,7 @@ def _trace_once(root: nn.Module, kept: set[nn.Module]) -> tuple[torch.fx.Graph, 
             with torch.set_grad_enabled(gradients):
                 tracer = _Tracer(root, kept)
                 try:
-                    with _noted(reads), undrawn():
+                    with _noted(reads), around.noted(), undrawn():
                         graphs.append(tracer.trace(root))
                 except Exception as error:
                     reason = str(error) if isinstance(error, Untraceable) else _said(error)
@@ -214,7 +215,8 @@ def _trace_once(root: nn.Module, kept: set[nn.Module]) -> tuple[torch.fx.Graph, 
     finally:
         for module, training in modes.items():
             module.training = training
-        changed = [module for module, kept_of in before.items() if kept_of.restore()]
+        changed = [root] if around.restore() else []
+        changed += [module for module, kept_of in before.items() if kept_of.restore()]
     if changed:
         raise _At(changed[-1], "it keeps something on itself, or in what others see, while it runs")
     for graph, reason in zip(graphs[1:], ["without gradients", "in training", "in training"]):
@@ -224,7 +226,7 @@ def _trace_once(root: nn.Module, kept: set[nn.Module]) -> tuple[torch.fx.Graph, 
                 raise _At(a.meta["inside"] or root, f"it does something else {reason}")
         if len(nodes[0]) != len(nodes[1]):
             raise _At(root, f"it does something else {reason}")
-    return graphs[0], reads
+    return graphs[0], reads, around.changed()
 
 
 @contextlib.contextmanager
