@@ -83,9 +83,9 @@ class DiceCrossEntropyLoss(_LossOfSums):
     ) -> torch.Tensor:
         """The loss, a scalar, of (N, C, H, W) ``logits`` and ``labels``, (N, H, W) or in another form.
 
-        ``pixel_weights`` (N, H, W) weigh the pixels of the cross-entropy in place of ``class_weights``, which then
-        weigh the classes of the Dice loss alone. The cross-entropy so weighted is not fused: it runs in plain PyTorch,
-        and the logits are read once more.
+        ``pixel_weights``, (N, H, W) or (N, 1, H, W), weigh the pixels of the cross-entropy in place of
+        ``class_weights``, which then weigh the classes of the Dice loss alone. The cross-entropy so weighted is not
+        fused: it runs in plain PyTorch, and the logits are read once more.
         """
         if pixel_weights is None:
             return dice.dice_cross_entropy(logits, labels, class_weights=self.class_weights, **self.options)

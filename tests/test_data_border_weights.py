@@ -144,5 +144,25 @@ def test_weights_that_do_not_fit():
     logits, labels, weights = batch_of_pixels()
     with pytest.raises(ValueError, match=r"pixel_weights have shape \(2, 6, 6\); expected \(2, 6, 7\)"):
         weighted_cross_entropy(logits, labels, weights[..., :6])
-    with pytest.raises(ValueError, match=r"1 logits and torch\.uint8 labels"):
-        weighted_cross_entropy(logits[:, :1], labels, weights)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("form", [
+    lambda y, hot: y.float(), lambda y, hot: y[:, None], lambda y, hot: y[:, None].double(), lambda y, hot: hot,
+    lambda y, hot: hot.bool(), lambda y, hot: hot.double(), lambda y, hot: 0.8 * hot + 0.05,
+])  # fmt: skip
+@pytest.mark.parametrize("classes", [3, 1])
+def test_pixel_weights_take_labels_in_every_form(classes, form, smoothing):
+    logits, labels, weights = batch_of_pixels()
+    logits, labels = logits[:, :classes], labels % max(classes, 2)
+    hot = torch.nn.functional.one_hot(labels.long()).movedim(3, 1) if classes > 1 else labels[:, None]
+    loss, labels = DiceCrossEntropyLoss(label_smoothing=smoothing), form(labels, hot)
+    ones = torch.full_like(weights, 2.5)
+    got, want = loss(logits, labels, ones[:, None]), loss(logits, labels)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    for a, b in zip(torch.autograd.grad(got, logits), torch.autograd.grad(want, logits)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    if labels.shape[1] == classes:
+        return
+    plain = loss(logits, labels.reshape(weights.shape).long(), weights)
+    torch.testing.assert_close(loss(logits, labels, weights), plain)

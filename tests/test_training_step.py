@@ -55,6 +55,12 @@ def test_precision_is_the_forward_pass_s():
     assert any(not torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
 
 
+def test_an_optimiser_that_needs_a_closure_is_refused():
+    model = UNet(width=4, depth=1)
+    with pytest.raises(ValueError, match="LBFGS computes the loss itself, by a closure"):
+        TrainingStep(model, torch.nn.functional.cross_entropy, torch.optim.LBFGS(model.parameters()))
+
+
 class FakeGraph:
     """Replays a step as a CUDA graph does: parameters change, and PyTorch does not count it."""
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from fastunet.functional._checks import check_tensors, processes_of
-from fastunet.functional.dice_arguments import class_indices
+from fastunet.functional.dice_arguments import validated
 from fastunet.functional.dice_cpu import sum_dtype
 
 
@@ -25,10 +25,13 @@ def weighted_cross_entropy(
 ) -> torch.Tensor:
     """``sum w(x) nll(x) / sum w(x)`` over the pixels x that count, with nll the cross-entropy of a pixel.
 
+    Soft targets t have ``sum w(x) t_c(x) nll_c(x) / sum w(x) t_c(x)``, over the classes c too, as in the fused loss.
+
     Args:
-        logits: (N, C, H, W), or any number of pixel axes, C at least 2.
-        labels: (N, H, W) class indices; a pixel whose label is out of range counts nowhere.
-        pixel_weights: (N, H, W), not negative.
+        logits: (N, C, H, W), or any number of pixel axes.
+        labels: in any form that :func:`fastunet.functional.dice.dice_cross_entropy` takes; a pixel whose label is out
+            of range counts nowhere.
+        pixel_weights: (N, H, W) or (N, 1, H, W), not negative.
         ignore_index, label_smoothing, sync, process_group, grad_reduction: as in
             :func:`fastunet.functional.dice.dice_cross_entropy`.
 
@@ -39,23 +42,28 @@ def weighted_cross_entropy(
         ValueError: shapes or dtypes that do not fit.
     """
     check_tensors("weighted_cross_entropy", logits=logits, labels=labels, weight=pixel_weights)
+    targets, _, ignore_index = validated(logits, labels, None, ignore_index, check_labels=False)
     pixels = (logits.shape[0], *logits.shape[2:])
-    for name, given in (("labels", labels), ("pixel_weights", pixel_weights)):
-        if tuple(given.shape) != pixels:
-            raise ValueError(f"{name} have shape {tuple(given.shape)}; expected {pixels}, as the logits")
-    if logits.shape[1] < 2 or labels.dtype.is_floating_point:
-        raise ValueError(f"{logits.shape[1]} logits and {labels.dtype} labels; pixel weights take classes, at least 2")
+    if tuple(pixel_weights.shape) not in (pixels, (pixels[0], 1, *pixels[1:])):
+        raise ValueError(f"pixel_weights have shape {tuple(pixel_weights.shape)}; expected {pixels}, as the logits")
     if pixel_weights.device != logits.device:
         raise ValueError(f"pixel_weights are on {pixel_weights.device}, logits on {logits.device}")
-    labels, ignore_index = class_indices(labels, len(pixels), ignore_index)
-    counted = (labels >= 0) & (labels < logits.shape[1])
-    if ignore_index is not None:
-        counted &= labels != ignore_index
-    logits = logits.to(sum_dtype(logits))
-    targets = torch.where(counted, labels, 0).long()
-    nll = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
-    weights = torch.where(counted, pixel_weights, 0).to(logits.dtype)
-    total, mass = (weights * nll).sum(), weights.sum()
+    z = logits.flatten(2).to(sum_dtype(logits))
+    if z.shape[1] == 1:  # sigmoid(z) is the softmax of (0, z)
+        z = torch.cat([torch.zeros_like(z), z], 1)
+    weights = pixel_weights.reshape(pixels).flatten(1)
+    if targets.ndim == 3:
+        soft = targets.to(z.dtype)
+        soft = torch.cat([1 - soft, soft], 1) if soft.shape[1] == 1 else soft
+        mass = weights * soft.sum(1)
+    else:
+        counted = (targets >= 0) & (targets < z.shape[1])
+        if ignore_index is not None:
+            counted &= targets != ignore_index
+        soft = torch.where(counted, targets, 0).long()
+        mass = weights = torch.where(counted, weights, 0).to(z.dtype)
+    nll = F.cross_entropy(z, soft, reduction="none", label_smoothing=label_smoothing)
+    total, mass = (weights * nll).sum(), mass.sum()
     if sync:
         processes = processes_of(process_group, "sync=True")
         sums = torch.stack([total.detach(), mass])

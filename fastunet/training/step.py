@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -31,8 +32,8 @@ class TrainingStep:
         precision: autocast dtype for the forward pass and the loss, or None.
 
     Raises:
-        ValueError: the model has no parameters, or is on a CUDA device and the optimiser is not capturable; another
-            precision; in a call, a loss that is no scalar.
+        ValueError: the model has no parameters, or is on a CUDA device and the optimiser is not capturable; an
+            optimiser that needs a closure (LBFGS); another precision; in a call, a loss that is no scalar.
     """
 
     def __init__(
@@ -50,6 +51,9 @@ class TrainingStep:
         self._device = parameter.device
         if self._device.type == "cuda" and not all(group.get("capturable") for group in optimizer.param_groups):
             raise ValueError(f"{type(optimizer).__name__} cannot be captured: construct it with capturable=True")
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            raise ValueError(f"{type(optimizer).__name__} computes the loss itself, by a closure: call its step()")
         if precision not in (None, torch.float16, torch.bfloat16):
             raise ValueError(f"precision is {precision}; expected torch.float16, torch.bfloat16 or None")
         self._calls: dict[tuple[Any, ...], int] = {}
