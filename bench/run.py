@@ -20,9 +20,10 @@ from bench.measuring.first_result import first_result_rows
 from bench.measuring.machine import default_device, environment
 from bench.measuring.measure import measure
 from bench.measuring.rows import OK, OURS, RIVAL, UNCOMMITTED, Results, Row, best, by_workload, write
-from bench.measuring.timing import Budget, keep_freed_memory, open_second_pool
+from bench.measuring.timing import Budget, open_second_pool
 from bench.workloads import selection
 from bench.workloads.waterfall import waterfall_workload
+from fastunet.cli.allocator import keep_freed_memory
 
 _CPU = Budget(seconds=4.0, least_rounds=5, most_rounds=40)
 _GPU = Budget(seconds=1.0, least_rounds=10, most_rounds=100, least_sample=5e-3)

@@ -48,6 +48,16 @@ def test_version(capsys):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_keeps_freed_memory_in_a_process_of_its_own(monkeypatch, capsys):
+    kept = []
+    monkeypatch.setattr(cli.allocator, "keep_freed_memory", lambda: kept.append(1))
+    assert cli.main(["info"]) == 0
+    assert not kept
+    monkeypatch.setattr(sys, "argv", ["fastunet", "info"])
+    assert cli.main() == 0
+    assert kept
+
+
 def test_the_script_and_its_exit_code():
     """A full standard output is one sentence."""
     script = os.path.join(os.path.dirname(sys.executable), "fastunet")

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
-from fastunet.cli import check, demo, evaluate, info, segment, summary, train, warm_up
+from fastunet.cli import allocator, check, demo, evaluate, info, segment, summary, train, warm_up
 from fastunet.errors import DataWarning, UserError, is_out_of_memory, is_speaker, printable, said_once
 from fastunet.files import reason
 from fastunet.signals import Interrupted, handled
@@ -56,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r" if name == "stdin" else "w"))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold bytes that are no text
+    if argv is None:  # the process is the command's
+        allocator.keep_freed_memory()
     try:
         with handled():
             parser = _parser()
