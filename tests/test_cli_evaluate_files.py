@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastunet.inference.surface import hd95
 from tests.cli_helpers import assert_user_error, run
 from tests.data_files import NNUNET_JSON, nnunet_folder, random_labels, save
 
@@ -126,3 +127,52 @@ def test_what_cannot_be_compared(tmp_path, capsys):
     assert_user_error(capsys, run("evaluate", predicted, truth), "b.nii.gz", "120 voxels are no whole numbers", "4.5")
     (predicted / "b.nii.gz").unlink()
     assert_user_error(capsys, run("evaluate", predicted, truth), "no prediction", "b")
+
+
+def test_hd95_is_that_of_all_pairs_of_surface_voxels():
+    """Against distances between every voxel of one surface and every one of the other."""
+    drawn = np.random.default_rng(0)
+    for shape in ((9, 7, 6), (12, 10, 1), (5, 1, 1), (8, 9, 2)):
+        spacing = drawn.uniform(0.3, 3, 3)
+        for density in (0.03, 0.4, 0.9):
+            one, two = (drawn.random(shape) < density for _ in range(2))
+            one.flat[0] = two.flat[-1] = True
+            surfaces = []
+            for mask in (one, two):
+                found = []
+                for voxel in np.argwhere(mask):
+                    around = [voxel + sign * np.eye(3, dtype=int)[axis] for sign in (-1, 1) for axis in range(3)
+                              if shape[axis] > 1]  # fmt: skip
+                    if not all((n >= 0).all() and (n < shape).all() and mask[tuple(n)] for n in around):
+                        found.append(voxel * spacing)
+                surfaces.append(np.array(found))
+            apart = np.linalg.norm(surfaces[0][:, None] - surfaces[1][None], axis=-1)
+            expected = max(np.percentile(apart.min(1), 95), np.percentile(apart.min(0), 95))
+            assert hd95(one, two, spacing) == pytest.approx(expected, rel=1e-6)
+
+
+def test_hd95_of_empty_structures():
+    empty, full = np.zeros((240, 240, 155), bool), np.zeros((240, 240, 155), bool)
+    full[3, 4, 5] = True
+    unit = (1.0, 1.0, 1.0)
+    assert hd95(full, empty, unit) == hd95(empty, full, unit) == pytest.approx(373.13, abs=0.01)
+    assert hd95(empty, empty, unit) == hd95(full, full, unit) == 0
+    assert np.isnan([hd95(empty, other, unit, empty="skip") for other in (empty, full)]).all()
+    assert hd95(full, empty, unit, empty="skip") > 373
+
+
+def test_hd95_in_the_table_and_the_csv(tmp_path, capsys):
+    """Cubes 3 voxels of 2 mm apart; the third class is missing in the prediction, and where both lack it scores 0."""
+    truth = np.zeros((20, 8, 6), np.uint8)
+    truth[2:5, 2:5, 2:5], truth[10:12, 4, 4] = 1, 2
+    predicted = np.roll(np.where(truth == 1, 1, 0).astype(np.uint8), 3, axis=0)
+    for name, values in (("truth", truth), ("predicted", predicted)):
+        save(tmp_path / name / "a.nii.gz", values, np.diag([2, 1, 1.5, 1]))
+    assert run("evaluate", tmp_path / "predicted", tmp_path / "truth", "--hd95", "--csv", tmp_path / "s.csv") == 0
+    rows = {row["structure"]: row["hd95"] for row in csv.DictReader((tmp_path / "s.csv").open()) if row["case"] == "a"}
+    diagonal = np.linalg.norm([40, 8, 9])
+    assert [float(rows["label 1"]), float(rows["label 2"])] == pytest.approx([6, diagonal], abs=1e-5)
+    printed = capsys.readouterr().out
+    assert all(words in printed for words in ("HD95", f"{diagonal:.3f}", "in millimetres"))
+    assert run("evaluate", tmp_path / "predicted", tmp_path / "truth", "--csv", tmp_path / "t.csv") == 0
+    assert "hd95" not in (tmp_path / "t.csv").read_text()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from fastunet.data import Case, LabelMap
+    from fastunet.data.volumes import Geometry
     from fastunet.inference.scores import Score
     from fastunet.inference.segmenter import Segmenter
 
@@ -30,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace a FILE that exists")
     parser.add_argument("--empty", choices=("one", "skip"), default="one",
                         help="Dice of what the truth lacks: as in BraTS, or not scored (default: one)")  # fmt: skip
+    parser.add_argument("--hd95", action="store_true",
+                        help="also the 95th percentile of the surfaces' distance, in millimetres")  # fmt: skip
     parser.add_argument("--labels", metavar="TABLE",
                         help="of plain label files: an edition such as brats2021, a dataset.json, or a run "
                         "(default: a dataset.json beside them, else the values found)")  # fmt: skip
@@ -50,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
 
         check_outputs([args.csv], _inputs(args, pairs), overwrite=args.overwrite)
         make_output_folder(args.csv.parent)
-    scores = list(_file_scores(pairs, args.empty) if pairs else _model_scores(args))
+    scores = list(_file_scores(pairs, args.empty, args.hd95) if pairs else _model_scores(args))
     say(*text_table(scores, empty=args.empty))
     if args.csv:
         write_text(args.csv, csv_table(scores))
@@ -78,7 +81,7 @@ def labelled_cases(root: Path, modalities: Sequence[str] | None, edition: str | 
 
 
 def evaluate_case(
-    segmenter: Segmenter, case: Case, *, empty: str = "one", on_nan: str = "error",
+    segmenter: Segmenter, case: Case, *, empty: str = "one", on_nan: str = "error", hd95: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Score]:
     """Segments a labelled case and scores the result; also for other callers, such as the demo."""
@@ -88,10 +91,10 @@ def evaluate_case(
     if table is None:
         names, known = ", ".join(case.label_map.class_names), ", ".join(segmenter.card.class_names)
         raise UserError(f"{case.label}: its classes are {names}; the model knows {known}")
-    check_geometry(case, segmenter.card.modalities)
+    grid = check_geometry(case, segmenter.card.modalities)
     slices = segmenter.open(case, on_nan=on_nan)
     truth = read_labels(cast(Path, case.label), table)
-    return _scored(case.name, segmenter.labels(slices, progress), truth, table, empty)
+    return _scored(case.name, segmenter.labels(slices, progress), truth, table, empty, grid if hd95 else None)
 
 
 def _is_model(path: Path) -> bool:
@@ -104,22 +107,24 @@ def _model_scores(args: argparse.Namespace) -> Iterator[Score]:
     segmenter = make_segmenter(args, args.subject)
     for case in labelled_cases(args.truth, segmenter.card.modalities, args.labels):
         progress = progress_display(case.name)
-        yield from evaluate_case(segmenter, case, empty=args.empty, on_nan=args.on_nan, progress=progress)
+        yield from evaluate_case(segmenter, case, empty=args.empty, on_nan=args.on_nan, hd95=args.hd95,
+                                 progress=progress)  # fmt: skip
 
 
-def _file_scores(pairs: list[Pair], empty: str) -> Iterator[Score]:
+def _file_scores(pairs: list[Pair], empty: str, hd95: bool) -> Iterator[Score]:
     from fastunet.data import IGNORED, read_geometry, read_labels
     from fastunet.data.grids import check_same_grid
 
     for name, predicted_path, truth_path, labels in pairs:
-        check_same_grid(read_geometry(truth_path), read_geometry(predicted_path))
+        grid = read_geometry(truth_path)
+        check_same_grid(grid, read_geometry(predicted_path))
         truth = read_labels(truth_path, labels)
         predicted = read_labels(predicted_path, labels)
         if (predicted == IGNORED).any():
             raise UserError(
                 f"{predicted_path} holds {labels.ignore}, the label that is ignored, which predicts nothing"
             )
-        yield from _scored(name, predicted, truth, labels, empty)
+        yield from _scored(name, predicted, truth, labels, empty, grid if hd95 else None)
 
 
 def _pairs(args: argparse.Namespace) -> list[Pair]:
@@ -194,11 +199,16 @@ def _table(truths: list[Path], predictions: list[Path], args: argparse.Namespace
     return table
 
 
-def _scored(name: str, predicted: np.ndarray, truth: np.ndarray, labels: LabelMap, empty: str) -> list[Score]:
+def _scored(
+    name: str, predicted: np.ndarray, truth: np.ndarray, labels: LabelMap, empty: str, grid: Geometry | None
+) -> list[Score]:
+    """Scores of class indices; on a ``grid`` with HD95, for which what is ignored belongs to no structure."""
+    import numpy as np
     import torch
 
     from fastunet.data import IGNORED
     from fastunet.inference.scores import score_case
+    from fastunet.inference.surface import hd95
     from fastunet.metrics import SegmentationMetrics
 
     ignored = None if labels.ignore is None else IGNORED
@@ -207,4 +217,12 @@ def _scored(name: str, predicted: np.ndarray, truth: np.ndarray, labels: LabelMa
     )
     for plane, true_plane in zip(predicted.swapaxes(0, -1), truth.swapaxes(0, -1), strict=True):
         metrics.update(torch.from_numpy(plane.copy())[None], torch.from_numpy(true_plane.copy())[None])
-    return score_case(name, metrics)
+    if grid is None:
+        return score_case(name, metrics)
+    spacing = np.linalg.norm(grid.affine[:3, :3], axis=0).tolist()
+    counted = truth != IGNORED
+
+    def distance(classes: list[int]) -> float:
+        return hd95(np.isin(truth, classes), np.isin(predicted, classes) & counted, spacing, empty=empty)
+
+    return score_case(name, metrics, distance)
