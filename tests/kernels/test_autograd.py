@@ -20,13 +20,12 @@ def test_operators(name, device):
     differentiation.check_second_derivatives(function, literal, tensors)
 
 
-@pytest.mark.parametrize("name", ["brats, shallow"])
-def test_networks(name):
-    differentiation.check_network_penalty(name, "triton", torch.float32)
-    differentiation.check_network_torch_func(name, "triton", torch.float32)
+def test_networks():
+    differentiation.check_network_penalty("brats, shallow", "triton", torch.float32)
+    differentiation.check_network_torch_func("brats, shallow", "triton", torch.float32)
 
 
-@pytest.mark.parametrize("name", ["brats, shallow", "transpose"])
+@pytest.mark.parametrize("name", ["brats, shallow", "isbi"])
 def test_training_compiles(name):
     compiler = "aot_eager" if _launch.INTERPRETED else "inductor"
     differentiation.check_compiled_training(name, "triton", compiler)
