@@ -16,8 +16,10 @@ os.environ.setdefault(
     "TORCHINDUCTOR_CACHE_DIR",
     str(Path(tempfile.gettempdir()) / f"torchinductor-fastunet-{torch.backends.cpu.get_cpu_capability()}"),
 )
-# A compiler is asked which vectors there are, and headers are prepared, for longer than the few kernels here take.
+# A compiler is asked which vectors there are, headers are prepared, and processes that compile at the same time are
+# started, for longer than the few kernels here take.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
 
 

@@ -28,7 +28,7 @@ from tests.bench_rows import environment
 CPU = torch.device("cpu")
 QUICK = Budget(seconds=0.0, least_rounds=2, most_rounds=2, least_sample=0.0)
 MACHINE = environment(matmul_tflops={"fp32": 0.1}, copy_gbs=10.0)
-TINY = dict(width=4, depth=2)
+TINY = dict(width=4, depth=1)
 EAGER = (PLAIN, CHANNELS_LAST, FASTUNET)
 
 
@@ -108,7 +108,7 @@ def test_labels_may_differ_only_where_logits_tie():
 
 @pytest.mark.parametrize("preset, side, step, precision", [
     ("brats", 8, LOGITS, "fp32"), ("brats", 8, LABELS, "bf16"), ("brats", 8, TRAINING, "fp32"),
-    ("isbi", 44, LOGITS, "bf16"), ("isbi", 44, LABELS, "fp32"), ("isbi", 44, TRAINING, "bf16"),
+    ("isbi", 24, LOGITS, "bf16"), ("isbi", 24, LABELS, "fp32"), ("isbi", 24, TRAINING, "bf16"),
 ])  # fmt: skip
 def test_every_form_of_a_network_is_right(preset, side, step, precision):
     workload = network_workload(preset, step, 2, side, precision, **TINY)

@@ -9,9 +9,11 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import pytest
 
+import fastunet
 from fastunet.architecture import PRESETS
 from tests.cli_helpers import run
 
@@ -60,7 +62,8 @@ def command(line: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda page: page.stem)
 def test_python_blocks_run(page, folder, monkeypatch):
-    """In order, as one program: what a page shows must run as it stands."""
+    """In order, as one program: what a page shows must run as it stands; tests/test_interop_onnx.py exports."""
+    monkeypatch.setattr(fastunet, "to_onnx", create_autospec(fastunet.to_onnx))
     monkeypatch.chdir(folder)
     program: dict = {}
     for block in blocks(page, "python"):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import run as torchrun
 
 from fastunet import signals
 from fastunet.signals import Interrupted
@@ -138,14 +138,14 @@ def test_ignored_signals_stay_ignored():
 def test_two_processes_stop_at_one_step(who, phantoms, tmp_path):
     line = ["train", phantoms, "--out", tmp_path / "run", *ENDLESS]
     if who == "torchrun":
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
-        processes = [subprocess.Popen([*torchrun, sys.executable, "-c", WORKER, tmp_path, *line])]
+        given = ["--standalone", "--nproc-per-node=2", "--no-python", sys.executable, "-c", WORKER, tmp_path, *line]
+        processes = [start(torchrun.main, [str(argument) for argument in given])]
     else:
         processes = start_group(told, tmp_path, *line)
     wait_for(tmp_path / "run" / "state.safetensors")
     os.kill(processes[-1].pid, signal.SIGTERM)
     for process in processes:
-        process.wait(120) if who == "torchrun" else ended(process)
+        ended(process)
     codes, errors = ([(tmp_path / f"{name}{rank}").read_text() for rank in range(2)] for name in ("code", "error"))
     assert codes == ["143", "143"]
     assert "".join(errors).count("fastunet: stopped by SIGTERM; the state is saved") == 1, errors
