@@ -53,15 +53,19 @@ def with_norm(operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None], 
         return conv_norm(x, weight, bias, norm="instance", **options)
     own = norm.running_mean is None  # no statistics but those of the images
     running = not own and (norm.track_running_stats or not norm.training)
-    result = conv_norm(
-        x, weight, bias, norm="batch", **options, training=norm.training or own, momentum=norm.momentum or 0.0,
-        running_mean=norm.running_mean if running else None, running_var=norm.running_var if running else None,
-        process_group=_processes(norm, sync),
-    )  # fmt: skip
-    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
-        with torch.no_grad():
-            norm.num_batches_tracked.add_(1)
-    return result
+    count = norm.num_batches_tracked if norm.training and norm.track_running_stats else None
+    if count is not None:  # first, as the layer does: checkpointing may end its second forward pass in the operator
+        count.add_(1)
+    try:
+        return conv_norm(
+            x, weight, bias, norm="batch", **options, training=norm.training or own, momentum=norm.momentum or 0.0,
+            running_mean=norm.running_mean if running else None, running_var=norm.running_var if running else None,
+            process_group=_processes(norm, sync),
+        )  # fmt: skip
+    except ValueError:
+        if count is not None:
+            count.sub_(1)
+        raise
 
 
 def _processes(norm: nn.Module, sync: bool) -> Any:

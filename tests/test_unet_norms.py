@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fastunet import UNet, reference, to_onnx
 from fastunet.errors import UserError
@@ -201,6 +202,22 @@ def test_keras_files_are_refused_for_norms(suffix, tmp_path):
     with pytest.raises(ValueError, match=r"norms|pooling alone"):
         save_keras_weights(UNet(**SMALL, norm="batch"), tmp_path / f"m{suffix}")
     assert not list(tmp_path.iterdir())
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, module, reentrant):
+        super().__init__()
+        self.module, self.reentrant = module, reentrant
+
+    def forward(self, x):
+        return checkpoint(self.module, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("part", [lambda m: m.encoders[0], lambda m: m], ids=["block", "network"])
+def test_checkpointing_counts_batches_as_the_plain_build_does(part, reentrant):
+    model, plain, x = builds(STYLES["batch"])
+    same(*(Checkpointed(part(each), reentrant) for each in (model, plain)), x)
 
 
 @pytest.mark.parametrize("norm", [

@@ -229,6 +229,7 @@ def conv_norm(
     )  # fmt: skip
     if running and y.numel() > 0:
         _update(*running, mean, var, total if process_group else size[0] * size[2] * size[3], momentum)
+        y = _norm.reached(y)
     return (y, pooled) if pool else y
 
 
