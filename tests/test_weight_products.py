@@ -80,6 +80,15 @@ def test_where_they_are_the_faster_way(calls, monkeypatch):
     assert calls == [1, 2]
 
 
+def test_an_empty_batch_has_no_gradient(calls):
+    x, weight = torch.randn(0, *ENOUGH[1:]), torch.randn(16, 16, 3, 3, requires_grad=True)
+    bias = torch.randn(16, requires_grad=True)
+    conv_relu(x, weight, bias, backend="torch").sum().backward()
+    assert not weight.grad.any()
+    assert not bias.grad.any()
+    assert len(calls) == 1
+
+
 def test_not_where_products_round_to_bfloat16(calls):
     settings = getattr(torch.backends.mkldnn, "matmul", None)
     if not hasattr(settings, "fp32_precision"):

@@ -36,7 +36,7 @@ def suits(dz: Tensor, sources: Sequence[Tensor]) -> bool:
         dz.device.type == "cpu"
         and dz.dtype == torch.float32
         and min(dz.shape[1], *channels) >= LEAST_CHANNELS
-        and 9 * sum(channels) * dz[0].numel() >= LEAST_PRODUCTS
+        and 9 * sum(channels) * dz.shape[1:].numel() >= LEAST_PRODUCTS
         and nhwc_is_slow()
         and torch.backends.mkl.is_available()
         and getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", "none") != "bf16"
