@@ -126,14 +126,16 @@ def arrive_at(machine, address, expected, active, what):
 @runtime
 def wait_at(machine, address, parity, active, what):
     """Whether the phase is over, for each thread; where it is for none, other threads go on first."""
-    lanes = machine.lanes(active)
+    lanes = machine.lanes(active).index
     machine.count("waits", len(lanes) // 32)
+    starts = np.diff(lanes // 32, prepend=-1) != 0
+    firsts, warp = lanes[starts], np.cumsum(starts) - 1
+    leader = firsts[warp]
+    if (address[lanes] != address[leader]).any() or (parity[lanes] != parity[leader]).any():
+        raise Fault(f"threads of a warp wait for different phases: {what}")
+    barriers = [find_barrier(machine, flat, what) for flat in _touch(machine, firsts, address, what, False)]
+    over = np.array([barrier.passed(p & 1) for barrier, p in zip(barriers, parity[firsts].tolist())])
     passed = np.zeros(machine.threads, bool)
-    for warp in np.unique(lanes.index // 32):
-        some = lanes.index[lanes.index // 32 == warp] if active is not None else np.arange(warp * 32, warp * 32 + 32)
-        if (address[some] != address[some[0]]).any() or (parity[some] != parity[some[0]]).any():
-            raise Fault(f"threads of a warp wait for different phases: {what}")
-        flat = _touch(machine, some[:1], address, what, False)[0]
-        passed[some] = find_barrier(machine, flat, what).passed(int(parity[some[0]]) & 1)
-    machine.stalled = not passed[lanes.index].any()
+    passed[lanes] = over[warp]
+    machine.stalled = not over.any()
     return passed

@@ -72,6 +72,12 @@ def box_in_shared_memory(address: int, tensor: TensorMap) -> np.ndarray:
     return swizzle(linear, _SPAN[tensor.swizzle])
 
 
+@functools.lru_cache(1024)
+def box_units(address: int, tensor: TensorMap, unit: int) -> np.ndarray:
+    """What the box takes of shared memory, in units of the race detector."""
+    return np.unique(box_in_shared_memory(address, tensor) // unit)
+
+
 @instruction("cp.async.bulk.tensor")
 def bulk_tensor(e: Emission) -> list[str]:
     """To shared memory ``[to], [map, {x, y, …}], [mbarrier]``; to global memory ``[map, {x, y, …}], [from]``."""
@@ -87,7 +93,8 @@ def bulk_tensor(e: Emission) -> list[str]:
 
 
 def _box(machine, tensor, coordinates, local, lane, what):
-    """The tensor map that ``lane`` means, its elements inside and their addresses, and flat shared positions."""
+    """The tensor map that ``lane`` means; which elements are inside, their addresses and their positions in global
+    memory; their flat shared positions, and the detector's units of these."""
     index = int(tensor[lane]) - PARAMETER_SPACE
     found = machine.parameters[index] if 0 <= index < len(machine.parameters) else None
     if not isinstance(found, TensorMap):
@@ -104,8 +111,9 @@ def _box(machine, tensor, coordinates, local, lane, what):
     if where.min() < machine.shared.first or where.max() + found.element_size > machine.shared.limit:
         raise Fault(f"bulk copy outside of shared memory: {what}")
     inside, addresses = box_elements(found, start)
-    machine.memory.index(addresses, found.element_size, what)
-    return found, inside, addresses, where
+    detector = machine.shared.detector
+    units = box_units(address, found, detector.unit) if detector else None
+    return found, inside, addresses, machine.memory.index(addresses, found.element_size, what), where, units
 
 
 def _elected(machine, active, what):
@@ -122,7 +130,7 @@ def bulk_load(machine, tensor, coordinates, local, barrier, active, what):
         _load(machine, *_box(machine, tensor, coordinates, local, lane, what), barrier, lane, what)
 
 
-def _load(machine, tensor, inside, addresses, where, barrier, lane, what):
+def _load(machine, tensor, inside, addresses, positions, where, units, barrier, lane, what):
     size, lanes = tensor.element_size, machine.lanes_at(np.array([lane]))
     view, detector = machine.shared.views[size], machine.shared.detector
     bar = find_barrier(machine, int(machine.shared.flat(barrier[lanes.index], 8, lanes.program, what)[0]), what)
@@ -131,14 +139,14 @@ def _load(machine, tensor, inside, addresses, where, barrier, lane, what):
     machine.count("bulk load", inside.sum() * size)
     machine.count("bulk load of tiles", inside.size * size)
     if detector:
-        units = np.unique(index * size // detector.unit)[None]
+        units = (units + lanes.program[0] * (machine.shared.stride // detector.unit))[None]
         detector.begin_copy(units, lanes, what)
 
     def copy():
         data = np.zeros(tensor.box, WIDTHS[size])
         if tensor.padding:
             data[...] = _NAN[size]
-        data[inside] = machine.memory.views[size][machine.memory.index(addresses, size, what)]
+        data[inside] = machine.memory.views[size][positions]
         machine.memory.reading(addresses, machine.number[lane], what)
         view[index] = data
         if detector:
@@ -158,17 +166,17 @@ def bulk_store(machine, tensor, coordinates, local, active, what):
         _store(machine, *_box(machine, tensor, coordinates, local, lane, what), lane, what)
 
 
-def _store(machine, tensor, inside, addresses, where, lane, what):
+def _store(machine, tensor, inside, addresses, positions, where, units, lane, what):
     size, lanes = tensor.element_size, machine.lanes_at(np.array([lane]))
     view, detector = machine.shared.views[size], machine.shared.detector
     index = (where + lanes.program[0] * machine.shared.stride) // size
     machine.count("bulk stores", 1)
     machine.count("bulk store", inside.sum() * size)
     machine.count("bulk store of tiles", inside.size * size)
-    done = reading(machine, np.unique(where // detector.unit), lanes, what) if detector else None
+    done = reading(machine, units, lanes, what) if detector else None
 
     def copy():
-        machine.memory.views[size][machine.memory.index(addresses, size, what)] = view[index][inside]
+        machine.memory.views[size][positions] = view[index][inside]
         machine.memory.writing(addresses, machine.number[lane], what)
 
     def finish(at):

@@ -33,6 +33,7 @@ class Schedule:
         reverse: programs start with the last.
         leader: the lane that ``elect.sync`` chooses.
         warps: "together", or "ascending" or "descending": each runs until it has to wait.
+        tiles: bytes of tiles are counted (:meth:`Machine.count_tile`).
     """
 
     lazy: bool = False
@@ -40,6 +41,7 @@ class Schedule:
     reverse: bool = False
     leader: int = 0
     warps: str = "together"
+    tiles: bool = False
 
 
 class Machine:
@@ -96,7 +98,7 @@ class Machine:
 
     def count_tile(self, name: str, address: np.ndarray, size: int) -> None:
         """Bytes of a program's tile: masked off or not, but once where several threads have the same address."""
-        if self.shared.detector:
+        if self.schedule.tiles:
             lanes = slice(None) if self.mask is None else self.mask
             pairs = address[lanes] << np.uint64(8) | self.all_lanes.program[lanes].astype(np.uint64)
             self.counts[f"{name} of tiles"] += len(np.unique(pairs)) * size
@@ -180,7 +182,7 @@ class Machine:
     def _spread(self, index: int, mask: np.ndarray) -> None:
         """Threads go on at block ``index``, a group for each rank."""
         self.stalled = False
-        for rank in np.unique(self.rank[mask]).tolist():
+        for rank in [0] if self.schedule.warps == "together" else np.unique(self.rank[mask]).tolist():
             self._join(rank, index, mask & (self.rank == rank))
 
     def _synchronise(self, end: Instruction, index: int, mask: np.ndarray | None) -> None:

@@ -19,7 +19,8 @@ from fastunet.inspection.machine_code import compile_launch
 from fastunet.kernels import _launch
 
 from .driver import emulated
-from .launch import LAZY, Emulator
+from .launch import Emulator
+from .machine import Schedule
 
 NETWORK, SIZE = Architecture(width=32, depth=1), (32, 32)
 
@@ -52,7 +53,7 @@ class Row:
 
 def rows(architecture: int = 90, dtype: torch.dtype = torch.bfloat16) -> Iterator[Row]:
     """Every launch of training and inference of a small network."""
-    with emulated(architecture, Emulator((LAZY,))) as emulator:
+    with emulated(architecture, Emulator((Schedule(tiles=True),))) as emulator:
         for training in (True, False):
             for call in network_calls(NETWORK, 1, *SIZE, training=training):
                 yield from _of(call, emulator, architecture, dtype)

@@ -8,6 +8,7 @@ from fastunet.functional.segmentation_head import finish
 from fastunet.kernels.conv import forward as conv_relu
 
 from ..tolerance import assert_within_budget
+from .conftest import COMPILED
 from .conv_sources import BATCH_BOX, BOX, POINTER, ROWS, TWO_ROWS, Case, operands, reference
 
 
@@ -26,13 +27,27 @@ from .conv_sources import BATCH_BOX, BOX, POINTER, ROWS, TWO_ROWS, Case, operand
 def test_forward_head(case, output, classes, device):
     if case.config is not TWO_ROWS and classes in (1, 17) and output != "logits":
         pytest.skip("padded class counts differ from full ones only in the epilogue, which all variants share")
-    x, skip, weight, bias = operands(case, torch.float32, device)
-    head_weight = torch.randn(classes, case.c_out, 1, 1, device=device) / case.c_out**0.5
-    head_bias = torch.randn(classes, device=device)
+    check(case, output, torch.float32, classes, device)
+
+
+@pytest.mark.parametrize("case, output", [
+    (Case(POINTER, 2, 0, 33, 20, 5, 7), "logits"), (Case(BOX, 1, 8, 24, 64, 6, 17), "probabilities"),
+    (Case(ROWS, 1, 0, 24, 64, 7, 17), "logits"), (Case(TWO_ROWS, 2, 8, 24, 24, 6, 17, crop=2), "probabilities"),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, id="bf16", marks=COMPILED)])
+def test_forward_head_of_rounded_features(case, output, dtype, device):
+    """Whose labels are not certain; networks' labels are compared where they are."""
+    check(case, output, dtype, 4, device)
+
+
+def check(case, output, dtype, classes, device):
+    x, skip, weight, bias = operands(case, dtype, device)
+    head_weight = (torch.randn(classes, case.c_out, 1, 1, device=device) / case.c_out**0.5).to(dtype)
+    head_bias = torch.randn(classes, device=device).to(dtype)
     out = conv_relu.forward_head(x, skip, weight, bias, case.pad, head_weight, head_bias, output, case.config)
     same, exact = (
         F.conv2d(reference(x, skip, weight, bias, case.pad, True, d), head_weight.to(d), head_bias.to(d))
-        for d in (torch.float32, torch.float64)
+        for d in (dtype, torch.float64)
     )
     if output == "labels":
         assert out.dtype == torch.uint8
