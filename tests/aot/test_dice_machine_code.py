@@ -1,8 +1,12 @@
 """The Dice kernels compiled for GPUs that need not be there: whole-vector loads and stores, no spills.
 
 By default sm_90 for 4 and 100 classes in channels-last bfloat16 and in planes of float32, for 3 in bfloat16, and with
-class weights 4 classes once for each architecture; ``--full`` takes all.
+class weights 4 classes once for each architecture; ``--full`` takes all. The disassembler is slow to start, so a test
+gives it all of its kernels for an architecture at once.
 """
+
+import itertools
+from collections import defaultdict
 
 import pytest
 import torch
@@ -23,16 +27,19 @@ NHWC, NCHW = ("NHWC", torch.bfloat16), ("NCHW", torch.float32)
 QUICK = {(90, c, *usual, False) for c in (4, 100) for usual in (NHWC, NCHW)} | {(90, 3, *NHWC, False)}
 QUICK |= {(90, 4, *NHWC, True), (80, 4, *NCHW, True), (100, 4, *NHWC, True)}
 """What is compiled without ``--full``: (architecture, classes, layout, dtype, weighted)."""
-ALL = [(architecture, c) for architecture in (80, 90, 100) for c in (1, 2, 3, 4, 8, 16, 24, 32, 48, 64, 100, 128)]
+CLASSES = (1, 2, 3, 4, 8, 16, 24, 32, 48, 64, 100, 128)
+LAYOUTS = [(layout, dtype) for layout in ("NCHW", "NHWC") for dtype in (torch.float32, torch.bfloat16)]
+
+
+def empty_logits(c, layout, dtype):
+    if layout == "NCHW":
+        return torch.empty(4, c, PIXELS, dtype=dtype, device="meta")
+    return torch.empty(4, PIXELS, c, dtype=dtype, device="meta").transpose(1, 2)
 
 
 def launches(c, layout, dtype, architecture, weighted):
     """Forward, backward and confusion counts of a batch, with class weights and an ignored label or neither."""
-    if layout == "NCHW":
-        logits = torch.empty(4, c, PIXELS, dtype=dtype, device="meta")
-    else:
-        logits = torch.empty(4, PIXELS, c, dtype=dtype, device="meta").transpose(1, 2)
-    labels = torch.empty(4, PIXELS, dtype=torch.uint8, device="meta")
+    logits, labels = empty_logits(c, layout, dtype), torch.empty(4, PIXELS, dtype=torch.uint8, device="meta")
     weights, ignored = (torch.empty(max(c, 2), device="meta"), 255) if weighted else (None, None)
     grad, slopes = torch.empty((), device="meta"), torch.empty(1, 3 * c + 3, device="meta")
     with _launch.recording(architecture) as found:
@@ -43,22 +50,21 @@ def launches(c, layout, dtype, architecture, weighted):
 
 
 @pytest.mark.usefixtures("newest_unless_full")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
-@pytest.mark.parametrize("architecture, c", ALL)
-def test_machine_code(architecture, c, layout, dtype, request):
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_machine_code(architecture, request):
     full = request.config.getoption("--full", default=False)
-    wanted = [weighted for weighted in (False, True) if full or (architecture, c, layout, dtype, weighted) in QUICK]
-    if not wanted:
-        pytest.skip("compiled with --full")
-    found = [launch for weighted in wanted for launch in launches(c, layout, dtype, architecture, weighted)]
-    assert len(found) == 3 * len(wanted)
-    # rows of 100 two-byte classes start at multiples of 8 bytes only
-    narrow_rows = layout == "NHWC" and c > 4 and c * dtype.itemsize % 16 != 0
-    width = "64" if narrow_rows else "128"
-    reports = inspect_all([compile_launch(launch, architecture) for launch in found], architecture)
-    for launch, report in zip(found, reports):
-        name = f"{report.kernel}: {report.registers} registers, {dict(report.opcodes)}"
+    found = []
+    for c, layout, weighted in itertools.product(CLASSES, LAYOUTS, (False, True)):
+        if full or (architecture, c, *layout, weighted) in QUICK:
+            made = launches(c, *layout, architecture, weighted)
+            assert len(made) == 3
+            found += [(c, *layout, launch) for launch in made]
+    reports = inspect_all([compile_launch(launch, architecture) for *_, launch in found], architecture)
+    for (c, layout, dtype, launch), report in zip(found, reports):
+        name = f"{c} classes, {layout}, {dtype}, {report.kernel}: {report.registers} registers, {dict(report.opcodes)}"
+        # rows of 100 two-byte classes start at multiples of 8 bytes only
+        narrow_rows = layout == "NHWC" and c > 4 and c * dtype.itemsize % 16 != 0
+        width = "64" if narrow_rows else "128"
         assert (report.stack, report.spills) == (0, 0), name
         assert not [text for text in failures(report, launch) if "LDSM" not in text], name
         wide = report.count(f"LDG.E.{width}") + report.count("LDGSTS.E.BYPASS.128") + report.count(f"LDGSTS.E.{width}")
@@ -72,82 +78,71 @@ def test_machine_code(architecture, c, layout, dtype, request):
 
 
 @pytest.mark.usefixtures("newest_unless_full")
-@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
-@pytest.mark.parametrize("c, dtype, most", [
-    (2, torch.bfloat16, 42), (3, torch.bfloat16, 42), (4, torch.bfloat16, 34), (4, torch.float32, 34),
-    (100, torch.bfloat16, 55), (100, torch.float32, 55),
-])  # fmt: skip
-def test_forward_loop_is_short(c, dtype, layout, most, request, show_table):
+def test_forward_loop_is_short(request, show_table):
     """Instructions a logit, and nothing passed between threads where each has all classes of its pixels.
 
     At 3 TB/s an H100 has time for 19 instructions a 16-bit logit and 38 a float32 one, of which the exponential takes
     three and the logarithm, in PyTorch's accuracy, twenty a pixel.
     """
-    if (layout, dtype) not in (NHWC, NCHW) and not request.config.getoption("--full", default=False):
-        pytest.skip("compiled with --full")
-    if layout == "NCHW":
-        logits = torch.empty(4, c, PIXELS, dtype=dtype, device="meta")
-    else:
-        logits = torch.empty(4, PIXELS, c, dtype=dtype, device="meta").transpose(1, 2)
-    labels = torch.empty(4, PIXELS, dtype=torch.uint8, device="meta")
-    grad, slopes = torch.empty((), device="meta"), torch.empty(1, 3 * c + 3, device="meta")
-    with _launch.recording(90) as found:
-        dice.sums(logits, labels, None, None, True, False)
-        dice.sums_grad(grad, slopes, logits, labels, None, None, True)
-    forward, _, backward = found
-    loop, whole = inspect_all([compile_launch(launch, 90) for launch in (forward, backward)], 90, around="loads")
-    # of one thread, whose share of a tile's logits the instructions are divided by
-    per_logit = loop.instructions / (forward.args["BLOCK_S"] * c / (32 * forward.num_warps))
-    per_gradient = sum(n for opcode, n in whole.opcodes.items() if opcode != "NOP")
-    per_gradient /= backward.args["BLOCK_S"] * c / (32 * backward.num_warps)
-    size = c * dtype.itemsize
-    show_table(
-        f"Dice, {c} classes, {dtype}, {layout}: {size + 1} / {2 * size + 1} bytes a pixel, "
-        f"{per_logit:.1f} / {per_gradient:.1f} instructions a logit, {loop.registers} / {whole.registers} registers"
-    )
-    assert loop.main_loops == 1
-    assert per_logit <= most
-    if c <= 4:
-        assert loop.count("SHFL") == 0
+    full = request.config.getoption("--full", default=False)
+    cases = [(c, layout, dtype) for layout, dtype in (LAYOUTS if full else (NHWC, NCHW))
+             for c in ((2, 3, 4, 100) if dtype == torch.bfloat16 else (4, 100))]  # fmt: skip
+    found = [launches(*case, 90, False)[:2] for case in cases]
+    reports = inspect_all([compile_launch(launch, 90) for pair in found for launch in pair], 90, around="loads")
+    for (c, layout, dtype), (forward, backward), loop, whole in zip(cases, found, reports[::2], reports[1::2]):
+        # of one thread, whose share of a tile's logits the instructions are divided by
+        per_logit = loop.instructions / (forward.args["BLOCK_S"] * c / (32 * forward.num_warps))
+        per_gradient = sum(n for opcode, n in whole.opcodes.items() if opcode != "NOP")
+        per_gradient /= backward.args["BLOCK_S"] * c / (32 * backward.num_warps)
+        size = c * dtype.itemsize
+        text = (f"Dice, {c} classes, {dtype}, {layout}: {size + 1} / {2 * size + 1} bytes a pixel, {per_logit:.1f} / "
+                f"{per_gradient:.1f} instructions a logit, {loop.registers} / {whole.registers} registers")  # fmt: skip
+        show_table(text)
+        assert loop.main_loops == 1, text
+        assert per_logit <= {2: 42, 3: 42, 4: 34, 100: 55}[c], text
+        if c <= 4:
+            assert loop.count("SHFL") == 0, text
 
 
 @pytest.mark.usefixtures("newest_unless_full")
-@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
-@pytest.mark.parametrize("architecture, c, dtype", [
-    (architecture, c, dtype) for architecture in (80, 90, 100) for c in (1, 2, 3, 4, 5, 8, 16, 32)
-    for dtype in (torch.float32, torch.bfloat16)
-])  # fmt: skip
-def test_regions(architecture, c, dtype, layout, request, show_table):
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_regions(architecture, request, show_table):
     """With region weights, which take a logarithm a logit, no register is spilled; without, one a pixel is enough."""
-    quick = {(3, torch.bfloat16, "NHWC"), (4, torch.bfloat16, "NCHW")}
-    full = request.config.getoption("--full", default=False)
-    if not full and (architecture != 90 or (c, dtype, layout) not in quick):
+    cases = [(3, "NHWC", torch.bfloat16), (4, "NCHW", torch.bfloat16)]
+    if request.config.getoption("--full", default=False):
+        cases = [(c, *layout) for c in (1, 2, 3, 4, 5, 8, 16, 32) for layout in LAYOUTS]
+    elif architecture != 90:
         pytest.skip("compiled with --full")
-    logits = torch.empty(4, c, PIXELS, dtype=dtype, device="meta")
-    if layout == "NHWC":
-        logits = torch.empty(4, PIXELS, c, dtype=dtype, device="meta").transpose(1, 2)
-    labels = torch.empty(4, PIXELS, dtype=torch.uint8, device="meta")
+    found = [(*case, launch) for case in cases for launch in region_launches(*case, architecture)]
+    compiled = [compile_launch(launch, architecture) for *_, launch in found]
+    per_logit = defaultdict(list)
+    for (*case, launch), report in zip(found, inspect_all(compiled, architecture, around="loads")):
+        name = f"{case}, {report.kernel}: {report.registers} registers"
+        assert (report.stack, report.spills) == (0, 0), name
+        assert not [text for text in failures(report, launch) if "LDSM" not in text], name
+        share = launch.args["BLOCK_S"] * case[0] / (32 * launch.num_warps)
+        per_logit[tuple(case)].append(report.instructions / share)
+        if case[0] <= 4 and "forward" in report.kernel:
+            assert report.count("SHFL") == 0, name
+    for (c, layout, dtype), numbers in per_logit.items():
+        text = ", ".join(f"{number:.1f}" for number in numbers)
+        show_table(f"{c} regions, {dtype}, {layout}: {text} instructions a logit")
+        if architecture == 90 and 3 <= c <= 4:
+            assert numbers[0] <= 75
+            assert numbers[2] <= 55
+            assert max(numbers[1::2]) <= 40
+
+
+def region_launches(c, layout, dtype, architecture):
+    """Forward and backward, with region weights and an ignored label, then with neither."""
+    logits, labels = empty_logits(c, layout, dtype), torch.empty(4, PIXELS, dtype=torch.uint8, device="meta")
     table = torch.empty(4, dtype=torch.int32, device="meta")
     grad, slopes = torch.empty((), device="meta"), torch.empty(1, 3 * c + 3, device="meta")
     with _launch.recording(architecture) as found:
         for weights, ignored in [(torch.empty(c, device="meta"), 255), (None, None)]:
             dice_regions.sums(logits, labels, weights, table, ignored, True, False)
             dice_regions.sums_grad(grad, slopes, logits, labels, weights, table, ignored, True)
-    found = [launch for launch in found if "regions" in launch.kernel.__name__]
-    per_logit = []
-    reports = inspect_all([compile_launch(launch, architecture) for launch in found], architecture, around="loads")
-    for launch, report in zip(found, reports):
-        assert (report.stack, report.spills) == (0, 0), f"{report.kernel}: {report.registers} registers"
-        assert not [text for text in failures(report, launch) if "LDSM" not in text], report.kernel
-        per_logit.append(report.instructions / (launch.args["BLOCK_S"] * c / (32 * launch.num_warps)))
-        if c <= 4 and "forward" in report.kernel:
-            assert report.count("SHFL") == 0
-    numbers = ", ".join(f"{number:.1f}" for number in per_logit)
-    show_table(f"{c} regions, {dtype}, {layout}: {numbers} instructions a logit")
-    if architecture == 90 and 3 <= c <= 4:
-        assert per_logit[0] <= 75
-        assert per_logit[2] <= 55
-        assert max(per_logit[1::2]) <= 40
+    return [launch for launch in found if "regions" in launch.kernel.__name__]
 
 
 def test_wide_confusion_product_waits_before_its_operands_change():
@@ -160,20 +155,22 @@ def test_wide_confusion_product_waits_before_its_operands_change():
 
 
 @pytest.mark.usefixtures("newest_unless_full")
-@pytest.mark.parametrize("rows, c, empty", [
-    (1, 4, "smooth"), (1, 128, "skip"), (64, 128, "one"), (16, 4, "one"), (64, 128, "smooth"), (64, 128, "skip"),
-])  # fmt: skip
 @pytest.mark.parametrize("architecture", [80, 90, 100])
-def test_small_kernels_do_not_spill(architecture, rows, c, empty, request):
+def test_small_kernels_do_not_spill(architecture, request):
     """The second pass over 4096 rows of partial sums, and the loss of what it yields."""
-    quick = architecture == 90 and (rows, empty) in {(1, "smooth"), (64, "one")}
-    if not quick and not request.config.getoption("--full", default=False):
+    cases = [(1, 4, "smooth"), (64, 128, "one")]
+    if request.config.getoption("--full", default=False):
+        cases += [(1, 128, "skip"), (16, 4, "one"), (64, 128, "smooth"), (64, 128, "skip")]
+    elif architecture != 90:
         pytest.skip("compiled with --full")
-    logits = torch.empty(rows, c, PIXELS * 8, device="meta")
-    labels = torch.empty(rows, PIXELS * 8, dtype=torch.uint8, device="meta")
-    with _launch.recording(architecture) as found:
-        sums = dice.sums(logits, labels, None, None, True, rows > 1)
-        dice_rule.loss(sums, torch.empty(c, device="meta"), 1.0, empty, False, 1.0, 1.0, True)
-    assert [launch.kernel.__name__ for launch in found[1:]] == ["sum_splits_kernel", "dice_rule_kernel"]
-    for report in inspect_all([compile_launch(launch, architecture) for launch in found[1:]], architecture):
+    small = []
+    for rows, c, empty in cases:
+        logits = torch.empty(rows, c, PIXELS * 8, device="meta")
+        labels = torch.empty(rows, PIXELS * 8, dtype=torch.uint8, device="meta")
+        with _launch.recording(architecture) as found:
+            sums = dice.sums(logits, labels, None, None, True, rows > 1)
+            dice_rule.loss(sums, torch.empty(c, device="meta"), 1.0, empty, False, 1.0, 1.0, True)
+        assert [launch.kernel.__name__ for launch in found[1:]] == ["sum_splits_kernel", "dice_rule_kernel"]
+        small += found[1:]
+    for report in inspect_all([compile_launch(launch, architecture) for launch in small], architecture):
         assert (report.stack, report.spills) == (0, 0), f"{report.kernel}: {report.registers} registers"

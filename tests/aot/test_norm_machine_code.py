@@ -46,10 +46,7 @@ CONVOLUTIONS = [
 which then would hold two images."""
 
 
-@pytest.mark.parametrize("architecture, dtype, size, kernels", CONVOLUTIONS)
-def test_a_convolution_with_its_norm(architecture, dtype, size, kernels, request):
-    """Which kernels, and the convolution's code; with ``--full`` that of all."""
-    n, c_in, c_out, side = size
+def convolution_launches(architecture, dtype, n, c_in, c_out, side):
     image = torch.channels_last
     x = torch.empty(n, c_in, side, side, dtype=dtype, device="meta", memory_format=image)
     weight = torch.empty(c_out, c_in, 3, 3, dtype=dtype, device="meta", memory_format=image)
@@ -58,14 +55,19 @@ def test_a_convolution_with_its_norm(architecture, dtype, size, kernels, request
         forward.forward(
             x, None, weight, affine.to(dtype), affine, affine, 1, 1, c_out, True, 1e-5, 0.01, True, ""
         )  # fmt: skip
-    found = [
-        launch for launch in found if launch.kernel.__name__ != "permuted_taps_kernel"
-    ]  # two_rows stacks its weights
-    assert [launch.kernel.__name__ for launch in found] == kernels
-    if not request.config.getoption("--full", default=False):
-        found = [launch for launch in found if not launch.kernel.__name__.startswith("norm_")]
-        if architecture == 100 or (BEFORE_3_8 and architecture != 90):
-            pytest.skip("compiled with --full")
+    return [launch for launch in found if launch.kernel.__name__ != "permuted_taps_kernel"]  # two_rows stacks weights
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_a_convolution_with_its_norm(architecture, request):
+    """Which kernels, and the convolution's code; with ``--full`` that of all."""
+    full, found = request.config.getoption("--full", default=False), []
+    for _, dtype, size, kernels in (case for case in CONVOLUTIONS if case[0] == architecture):
+        made = convolution_launches(architecture, dtype, *size)
+        assert [launch.kernel.__name__ for launch in made] == kernels
+        found += [launch for launch in made if full or not launch.kernel.__name__.startswith("norm_")]
+    if not full and (architecture == 100 or (BEFORE_3_8 and architecture != 90)):
+        pytest.skip("compiled with --full")
     for report in inspect_all([compile_launch(launch, architecture) for launch in found], architecture):
         assert (report.stack, report.spills) == (0, 0), f"{report.kernel}: {report.registers} registers"
         assert not report.touched
