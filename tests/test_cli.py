@@ -80,6 +80,13 @@ def test_arguments_that_nobody_meant(line, words, capsys):
     assert_user_error(capsys, run(*line.replace("!", "").split(" ")), words)
 
 
+@pytest.mark.parametrize("line", [["check", "~/data"], ["evaluate", "RUN", "DATA", "--csv=~/data"]])
+def test_the_home_folder_that_no_shell_put_in(line, monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    parsed = vars(cli._parsed(cli._parser(), line))
+    assert str(parsed["data" if line[0] == "check" else "csv"]) == "/somewhere/data"
+
+
 def test_a_size_that_does_not_fit(capsys):
     code = run("summary", "--preset", "isbi", "--size", "500")
     out = capsys.readouterr()

@@ -133,6 +133,11 @@ def test_drawings_and_tables_are_not_replaced_unasked(phantoms, checkpoint, tmp_
         assert (tmp_path / name).read_text() != "mine"
 
 
+def test_a_drawing_called_like_a_folder(tmp_path, capsys):
+    code = run("summary", "--width", 2, "--depth", 1, "--out", tmp_path)
+    assert_user_error(capsys, code, f"--out {tmp_path} is a folder", str(tmp_path / "unet"))
+
+
 def test_demo_removes_only_what_a_demo_made(tmp_path, capsys):
     (tmp_path / demo._MARKER).write_text("")
     (tmp_path / "thesis.txt").write_text("years of work")

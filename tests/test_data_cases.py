@@ -117,6 +117,8 @@ def test_hidden_files_and_link_cycles(tmp_path):
     shutil.copy(folder / "a_flair.nii.gz", folder / "._b_flair.nii.gz")
     brats_case(tmp_path / "data" / ".cache" / "c")
     (folder / "loop").symlink_to(tmp_path / "data")
+    (folder / "above").symlink_to(tmp_path)
+    brats_case(tmp_path / "beside" / "e")
     brats_case(tmp_path / "elsewhere" / "d")
     (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
     assert [case.name for case in discover_cases(tmp_path / "data")] == ["a", "d"]

@@ -7,7 +7,7 @@ import pytest
 
 from fastunet.data import IGNORED, LABEL_MAPS, LabelMap
 from fastunet.data.label_tables import label_map_from_json
-from fastunet.data.labels import MAX_CLASSES
+from fastunet.data.labels import COLOUR, MAX_CLASSES, value_name
 from fastunet.errors import DataWarning, UserError
 from fastunet.functional.dice_arguments import MOST_CLASSES
 from tests.data_files import MSD_JSON
@@ -268,3 +268,8 @@ def test_label_entries_that_cannot_be_used(labels, message):
     with pytest.raises(UserError, match=r"data/dataset\.json: 'labels'") as caught:
         label_map_from_json(labels, "x", "data/dataset.json")
     assert message in str(caught.value)
+
+
+def test_large_labels_are_shown_as_numbers_and_colours_as_colours():
+    shown = [value_name(value) for value in (7, COLOUR + 0xFF00AA, 2 * COLOUR, 1 << 30)]
+    assert shown == ["7", "#ff00aa", "33554432", "1073741824"]

@@ -177,10 +177,13 @@ def test_balanced_weights_are_inverse_to_the_pixels(phantoms, tmp_path):
     (["--class-weights", "0,0,0,0"], ["not all 0"]),
     (["--tversky", "0.3,0.7", "--loss", "ce"], ["--tversky 0.3,0.7", "not ce"]),
     (["--tversky", "0,0"], ["--tversky 0,0"]),
+    (["--dropout", "1"], ["dropout is 1.0"]),
+    (["--depth", "99"], ["depth is 99"]),
     (["--warm-up", 20], ["--warm-up is 20 epochs of 20"]),
 ])  # fmt: skip
 def test_options_that_cannot_be_honoured(options, words, phantoms, tmp_path, capsys):
     assert_user_error(capsys, run("train", phantoms, "--out", tmp_path / "run", *TINY, *options), *words)
+    assert not (tmp_path / "run" / "cache").exists(), "hours of work before they are told"
 
 
 def test_a_network_larger_than_the_memory(phantoms, tmp_path, capsys, monkeypatch):
@@ -194,7 +197,8 @@ def test_images_larger_than_the_memory(phantoms, tmp_path, capsys):
     assert_user_error(capsys, code, "the maps of 8 images of 60000×60000 take", "a smaller --size or --batch-size")
 
 
-@pytest.mark.parametrize("options", [["--class-weights", "1,x"], ["--class-weights", "1,-1"], ["--ema", "1"],
+@pytest.mark.parametrize("options", [["--class-weights", "1,x"], ["--class-weights", "1,-1"],
+                                     ["--class-weights", "1,1,1,1e300"], ["--tversky", "1e39,1"], ["--ema", "1"],
                                      ["--clip-norm", "0"], ["--patience", "0"], ["--tversky", "1"]])  # fmt: skip
 def test_numbers_out_of_range(options, tmp_path, capsys):
     assert_user_error(capsys, run("train", tmp_path, "--out", tmp_path / "run", *options), *options[:1])

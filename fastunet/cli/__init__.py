@@ -105,7 +105,13 @@ def _parsed(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.N
         if not word or (word.startswith("--") and word.endswith("=")):  # an empty path is the current folder
             name = word.rstrip("=") or f"the argument after {before}"
             raise UserError(f"{name} is empty; is the variable set that it comes from?")
-    return parser.parse_args(words)
+    return parser.parse_args([_at_home(word) for word in words])
+
+
+def _at_home(word: str) -> str:
+    """``word`` with the home folder for a ``~/`` that no shell replaced, as in ``--out=~/run``."""
+    option, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
+    return option + equals + (os.path.expanduser(value) if value.startswith("~/") else value)
 
 
 def _show_warning(

@@ -13,6 +13,7 @@ from fastunet.errors import UserError, printable
 Number = TypeVar("Number", int, float)
 _MOST = 2**31
 _MOST_THREADS = 1024
+_MOST_FLOAT = 3.4e38  # what float32 holds
 
 
 def positive_int(text: str) -> int:
@@ -32,10 +33,10 @@ def label_value(text: str) -> int:
 
 
 def positive_float(text: str) -> float:
-    """A finite number above zero."""
+    """A number above zero that float32 holds."""
     value = _number(float, text, "a number")
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    if not 0 < value <= _MOST_FLOAT:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most {_MOST_FLOAT:g}")
     return value
 
 
@@ -74,10 +75,10 @@ def spacing(text: str) -> float | str:
 
 
 def non_negative_float(text: str) -> float:
-    """A finite number of at least zero."""
+    """A number of at least zero that float32 holds."""
     value = _number(float, text, "a number")
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
+    if not 0 <= value <= _MOST_FLOAT:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to {_MOST_FLOAT:g}")
     return value
 
 

@@ -53,6 +53,8 @@ def run(args: argparse.Namespace) -> None:
         from fastunet.pictures.network import draw, drawing_paths
         from fastunet.training.checkpoint import checkpoint_file
 
+        if args.out.is_dir():
+            raise UserError(f"--out {args.out} is a folder; give the drawing a name in it, such as {args.out / 'unet'}")
         inputs = [checkpoint_file(args.model)] if args.model else []
         check_outputs(drawing_paths(args.out), inputs, overwrite=args.overwrite)
         make_output_folder(args.out.parent)

@@ -58,12 +58,14 @@ def is_listed(path: PurePath, suffixes: tuple[str, ...] = SUFFIXES) -> bool:
 
 
 def listed_below(root: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
-    """The files below ``root`` with these endings, in order, hidden ones left out; each folder once, links followed.
+    """The files below ``root`` with these endings, in order, hidden ones left out; each folder once.
+
+    Links are followed, but not to folders that ``root`` itself lies in.
 
     Raises:
         UserError: a folder that cannot be read.
     """
-    seen = set()
+    seen = {str(folder) for folder in Path(os.path.realpath(root)).parents}
 
     def unreadable(error: OSError) -> None:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error

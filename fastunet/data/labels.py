@@ -197,7 +197,8 @@ class LabelMap:
 
     def _unknown(self, values: np.ndarray, file: str | Path) -> str:
         found = np.unique(values)
-        shown = ", ".join(value_name(value) if value >= COLOUR else f"{value:.9g}" for value in found[:_SHOWN_VALUES])
+        first = found[:_SHOWN_VALUES]
+        shown = ", ".join(value_name(v) if COLOUR <= v < 2 * COLOUR else f"{v:.9g}" for v in first)
         more = f" and {found.size - _SHOWN_VALUES} more" if found.size > _SHOWN_VALUES else ""
         ways = "correct the file, name a table that has them ('labels' of dataset.json, --edition), or --ignore-label"
         hint = self.hint or ways
@@ -211,7 +212,7 @@ class LabelMap:
 
 def value_name(value: int) -> str:
     """How a label value is shown: as a number, or the colour of a mask as "#rrggbb"."""
-    return f"#{int(value) - COLOUR:06x}" if value >= COLOUR else str(value)
+    return f"#{int(value) - COLOUR:06x}" if COLOUR <= value < 2 * COLOUR else str(value)
 
 
 def rounded(values: np.ndarray) -> np.ndarray:

@@ -33,8 +33,8 @@ FREE_ON_RESUME = frozenset({"data", "device", "threads", "checkpoint_every", "pa
 
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
 Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
-AtLeastZero = Annotated[float, msgspec.Meta(ge=0)]
-AboveZero = Annotated[float, msgspec.Meta(gt=0)]
+AtLeastZero = Annotated[float, msgspec.Meta(ge=0, le=3.4e38)]  # what float32 holds
+AboveZero = Annotated[float, msgspec.Meta(gt=0, le=3.4e38)]
 
 
 if TYPE_CHECKING:  # checkers know choices that are written out only
@@ -174,6 +174,13 @@ class TrainConfig:
                 now, then = (json.dumps(each, ensure_ascii=False) for each in (value, saved[name]))
                 here = FILE_NAME if (state.parent / FILE_NAME).exists() else f"{FILE_NAME} is gone"
                 raise UserError(f'{state} was saved with "{name}": {then}; it cannot go on with {now} ({here})')
+
+    def check_class_weights(self, outputs: int) -> None:
+        """Raises ``UserError`` unless numbers of ``--class-weights`` are one for each of ``outputs``, not all 0."""
+        weights = self.class_weights
+        if isinstance(weights, list) and (len(weights) != outputs or not any(weights)):
+            given = f"--class-weights has {len(weights)} numbers ({weights})"
+            raise UserError(f"{given}; {outputs} outputs need one each, not all 0")
 
     def learning_rate_at(self, step: int, steps: int) -> float:
         """The learning rate of optimiser step ``step`` (from 0) of a run with ``steps`` in an epoch.

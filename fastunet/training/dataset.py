@@ -121,6 +121,8 @@ def prepare_data(
         cases = _labelled_cases(config, display)
         check_outputs(outputs, [Path(config.data, "dataset.json"), *(path for case in cases for path in case.files)])
         labels = trained_labels(config.regions, cases[0].label_map, config.data)
+        architecture = architecture_of(config)
+        config.check_class_weights(len(labels.outputs))
         if labels.region_order and config.border_weights:
             advice = "--regions none trains classes"
             raise UserError(f"--border-weights is for exclusive classes, and regions overlap; {advice}")
@@ -142,7 +144,7 @@ def prepare_data(
         output = 0
         if cases[0].is_image:
             sides = [min(read_geometry(case.files[0]).shape[:2]) for case in cases]
-            tile, output = tile_sides(architecture_of(config), config.size, sides)
+            tile, output = tile_sides(architecture, config.size, sides)
         elif config.border_weights:
             raise UserError(f"--border-weights is for 2-D images; {config.data} holds volumes")
 

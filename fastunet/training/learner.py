@@ -197,7 +197,7 @@ def class_weights(config: TrainConfig, data: TrainingData) -> list[float] | None
     Where regions are trained, they are those of the regions.
 
     Raises:
-        UserError: another number of factors than classes, all of them 0, or a class without pixels to balance.
+        UserError: a class without pixels to balance.
     """
     names, weights = data.labels.outputs, config.class_weights
     if weights == "balanced":
@@ -213,10 +213,6 @@ def class_weights(config: TrainConfig, data: TrainingData) -> list[float] | None
             missing = names[int(np.argmin(counts))]
             raise UserError(f"--class-weights balanced: no training slice holds {missing}; give the weights as numbers")
         return [float(factor) for factor in 1 / counts / np.mean(1 / counts)]
-    if weights is not None and (len(weights) != len(names) or not any(weights)):
-        raise UserError(
-            f"--class-weights has {len(weights)} numbers ({weights}); {len(names)} outputs need one each, not all 0"
-        )
     return weights
 
 
