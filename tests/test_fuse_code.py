@@ -249,3 +249,24 @@ def test_dropout_drops_in_training_only_and_in_the_order_of_the_layers_memory(co
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
     assert (fused.last[0] - fused.last[1]).abs().max() > 1e-3
     same(fused.eval(), net.eval(), x)
+
+
+def doubled(module, inputs, output):
+    return 2 * output
+
+
+@pytest.mark.parametrize("change", [
+    lambda m: setattr(m.up, "scale_factor", 3), lambda m: setattr(m.up, "mode", "bilinear"),
+    lambda m: m.up.register_forward_hook(doubled), lambda m: m.pad.register_forward_hook(doubled),
+    lambda m: setattr(m.pad, "padding", (1, 0, 1, 0)), lambda m: setattr(m.conv2, "padding", "same"),
+    lambda m: setattr(m, "up", nn.UpsamplingBilinear2d(scale_factor=2)),
+])  # fmt: skip
+def test_what_is_done_to_upsampling_and_padding_counts(change):
+    layers = dict(up=nn.Upsample(scale_factor=2), pad=nn.ZeroPad2d((0, 1, 0, 1)), conv2=nn.Conv2d(4, 4, 2))
+    net = randomised(Code(lambda m, x: torch.relu(m.conv2(m.pad(m.up(m.conv(x))))), **layers).double())
+    fused = fuse(net)[0]
+    for each in (fused, net):
+        change(each)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        same(fused, net, torch.randn(1, 1, 6, 6, dtype=torch.float64))

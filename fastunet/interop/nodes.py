@@ -31,7 +31,7 @@ def name_of(node: Node) -> str:
 def pads_after(node: Node, layer: nn.Module | None) -> bool:
     """Whether a node puts one row and one column of zeros behind the last, as a 2×2 "same" convolution needs."""
     if layer is not None:
-        return type(layer) is nn.ZeroPad2d and tuple(layer.padding) == (0, 1, 0, 1) and not steps.touched(layer)
+        return steps.fits_padding(layer) is None
     values = node.kwargs.get("value"), node.kwargs.get("mode", "constant")
     return (node.target is F.pad and len(node.args) == 2 and node.args[1] in ([0, 1, 0, 1], (0, 1, 0, 1))
             and values in ((None, "constant"), (0, "constant")))  # fmt: skip
@@ -40,8 +40,7 @@ def pads_after(node: Node, layer: nn.Module | None) -> bool:
 def doubles(node: Node, layer: nn.Module | None) -> bool:
     """Whether a node is a nearest ×2 upsampling."""
     if layer is not None:
-        return (type(layer) in (nn.Upsample, nn.UpsamplingNearest2d) and layer.mode == "nearest"
-                and layer.size is None and layer.scale_factor in (2, (2, 2)) and not steps.touched(layer))
+        return steps.fits_doubling(layer) is None
     options = node.kwargs
     return (node.target is F.interpolate and len(node.args) == 1 and options.get("size") is None
             and options.get("scale_factor") in (2, (2, 2), [2, 2]) and options.get("mode", "nearest") == "nearest")

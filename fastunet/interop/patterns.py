@@ -221,7 +221,8 @@ class _Rewriter:
         with self.graph.inserting_before(node):
             layers = [self.graph.get_attr(path) for path in chain.layers]
             options: dict[str, Any] = {} if chain.slope is None else {"slope": chain.slope}
-            y = self.graph.call_function(steps.upsampled_convolution, (x, layers, str(node.target)), options)
+            called = [self.graph.get_attr(str(n.target)) if n.op == "call_module" else None for n in reversed(before)]
+            y = self.graph.call_function(steps.upsampled_convolution, (x, called, layers, str(node.target)), options)
         self.replace(chain.nodes, y)
         for each in before:
             self.graph.erase_node(each)

@@ -171,19 +171,42 @@ def _slope(layers: list[nn.Module], slope: float | None) -> float:
     return 1.0 if slope is None else slope
 
 
-def upsampled_convolution(x: torch.Tensor, layers: list[Any], name: str, slope: float | None = None) -> torch.Tensor:
-    """Nearest ×2, a 2×2 convolution that sees zeros at the bottom and right, activation; ``layers``: the last two."""
-    conv = layers[0]
-    reason = fits_up(conv) or next(filter(None, map(touched, layers)), None)
+def fits_doubling(up: nn.Module) -> str | None:
+    """Why a layer is no nearest ×2 upsampling, or None."""
+    if type(up) not in (nn.Upsample, nn.UpsamplingNearest2d):
+        return "is no upsampling"
+    if up.mode != "nearest" or up.size is not None or up.scale_factor not in (2, (2, 2)):
+        return "upsamples in another way than nearest ×2"
+    return touched(up)
+
+
+def fits_padding(pad: nn.Module) -> str | None:
+    """Why a layer does not put one row and one column of zeros behind the last, or None."""
+    if type(pad) is not nn.ZeroPad2d or tuple(pad.padding) != (0, 1, 0, 1):
+        return "pads in another way than by zeros at the bottom and right"
+    return touched(pad)
+
+
+def upsampled_convolution(x: torch.Tensor, before: list[Any], layers: list[Any], name: str,
+                          slope: float | None = None) -> torch.Tensor:
+    """Nearest ×2, a 2×2 convolution that sees zeros at the bottom and right, activation; ``layers``: the last two.
+
+    ``before`` are the layers that upsample and, unless the convolution does it, pad; None for a function.
+    """
+    conv, reasons = layers[0], [fit(layer) for fit, layer in zip((fits_doubling, fits_padding), before) if layer]
+    reason = fits_up(conv) or next(filter(None, [*map(touched, layers), *reasons]), None)
+    if conv.padding not in (("same",) if len(before) == 1 else ("valid", (0, 0))):
+        reason = "has another padding than it was fused with"
     if reason is None:
         try:
             return functional.upsample_conv_relu(x, conv.weight, conv.bias, slope=_slope(layers, slope))
         except ValueError as error:
             reason = str(error)
     say_plain(name, reason)
-    y = F.interpolate(x, scale_factor=2.0, mode="nearest")
-    y = conv(y if conv.padding == "same" else F.pad(y, (0, 1, 0, 1)))
-    for layer in layers[1:]:
+    y = before[0](x) if before[0] else F.interpolate(x, scale_factor=2.0, mode="nearest")
+    for pad in before[1:]:
+        y = pad(y) if pad else F.pad(y, (0, 1, 0, 1))
+    for layer in layers:
         y = layer(y)
     return y if slope is None else reference.activation(y, slope)
 
