@@ -209,3 +209,17 @@ def test_channels_that_a_file_lacks(tmp_path, capsys):
     assert "b.nii.gz: a label file has 3 axes" in out
     code = run("train", root, "--out", tmp_path / "run", *TINY, "--modalities", "t1ce")
     assert_user_error(capsys, code, "a.nii.gz", "no channel 2")
+
+
+@pytest.mark.parametrize("option, words", [
+    (["--axis", 1], "has 4 problems"), (["--edition", "brats2021"], "their masks have a table of their own"),
+])  # fmt: skip
+def test_options_that_images_do_not_take(option, words, tmp_path, capsys):
+    data = folder_of(tmp_path / "data")
+    assert_user_error(capsys, run("check", data, *option), words)
+    assert run("train", data, "--out", tmp_path / "run", *TINY, *option) == 2
+
+
+def test_a_file_in_place_of_its_folder(tmp_path, capsys):
+    (tmp_path / "dataset.json").write_text("{}")
+    assert_user_error(capsys, run("check", tmp_path / "dataset.json"), "dataset.json is a file; give the data folder")

@@ -103,8 +103,9 @@ def test_the_option(tmp_path, phantoms, capsys):
     assert_user_error(capsys, run(*line, "--out", tmp_path / "b", "--loss", "dice"), "--border-weights", "dice lacks")
     volumes = ["train", phantoms, "--out", tmp_path / "c", "--border-weights", *TINY]
     assert_user_error(capsys, run(*volumes), "--border-weights is for 2-D images")
-    off = ["--elastic", "--no-augment"]
-    assert_user_error(capsys, run(*line, "--out", tmp_path / "d", *off), "--elastic is part of the augmentation")
+    for option in ("--elastic", "--turns"):
+        off = [option, "--no-augment"]
+        assert_user_error(capsys, run(*line, "--out", tmp_path / "d", *off), f"{option} is part of the augmentation")
 
 
 def batch_of_pixels():

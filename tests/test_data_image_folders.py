@@ -184,6 +184,14 @@ def test_masks_that_were_smoothed_or_resampled(tmp_path, method, side, mode):
             mask_table([mask])
 
 
+def test_masks_that_number_the_object_in_two_ways(tmp_path):
+    root = folder_of(tmp_path)
+    mask = root / "masks" / "cell_1.png"
+    picture(mask, (np.asarray(Image.open(mask)) == 255).astype(np.uint8))
+    with pytest.raises(UserError, match=r"cell_1\.png paints the object as 1 and .*cell_0\.png as 255"):
+        discover_cases(root)
+
+
 def test_masks_that_are_no_classes(tmp_path):
     numbered = picture(tmp_path / "a.png", np.arange(100, dtype=np.uint8).reshape(10, 10))
     with pytest.raises(UserError, match=r"100 different values .* numbers of single objects"):

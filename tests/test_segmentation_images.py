@@ -263,3 +263,10 @@ def test_colour_images_are_refused_by_a_network_of_grey_ones(folder, trained, tm
     said = capsys.readouterr().err
     assert code == 2
     assert f"grey and colour images, such as {colour / 'images' / 'cell_1.png'}" in said
+
+
+def test_masks_beside_their_images_are_no_images(trained, tmp_path, recwarn):
+    for name in ("a", "a_mask", "b_mask"):
+        save_image(tmp_path / f"{name}.png", np.zeros((32, 32, 1), np.uint8))
+    assert run("segment", trained, tmp_path, "--out", tmp_path / "out", "--device", "cpu") == 0
+    assert files_below(tmp_path / "out") == ["a.png", "b_mask.png"]

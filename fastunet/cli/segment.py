@@ -117,7 +117,7 @@ def find_cases(inputs: list[Path], segmenter: Segmenter) -> list[Case]:
         if path.is_dir():
             images = sorted(p for p in path.iterdir() if is_listed(p, IMAGE_SUFFIXES) and not p.is_dir())
             if segmenter.card.images and images and not image_folder_cases(path):
-                files += images
+                files += _without_masks(path, images)
             else:
                 cases += discover_cases(path, modalities=modalities)
         elif suffix_of(path):
@@ -127,6 +127,20 @@ def find_cases(inputs: list[Path], segmenter: Segmenter) -> list[Case]:
         else:
             raise UserError(f"{path}: there is no such file or folder")
     return cases + (cases_from_files(files, modalities) if files else [])
+
+
+def _without_masks(folder: Path, images: list[Path]) -> list[Path]:
+    """The images of a folder without those that are, by their names, masks of others in it."""
+    from fastunet.data.formats import stem_of
+    from fastunet.data.image_folders import unmarked_mask
+    from fastunet.errors import warn_once
+
+    names = {stem_of(path) for path in images}
+    masks = [path for path in images if unmarked_mask(stem_of(path)) in names - {stem_of(path)}]
+    if masks:
+        text = f"{len(masks)} files of {folder}, such as {masks[0].name}, are masks of others by their names: left out"
+        warn_once(f"masks in {folder}", text)
+    return [path for path in images if path not in masks]
 
 
 def _segment_case(segmenter: Segmenter, case: Case, target: Path, args: argparse.Namespace) -> None:

@@ -79,3 +79,9 @@ def check_modalities(case: Case, modalities: Iterable[str]) -> None:
             raise UserError(f"{case.files[0]} is read as {has}, and {wanted} is asked for: convert the images to that")
         folder = case.files[0].parent
         raise UserError(f"{folder}: case {case.name} has no {' and no '.join(missing)} (it has {has})")
+
+
+def check_axis(case: Case, axis: int) -> None:
+    """Raises ``UserError`` if ``case`` is an image, and ``axis`` another than that of its pages."""
+    if case.is_image and axis != 2:
+        raise UserError(f"{case.files[0]} is an image: it has no slices along axis {axis}, only along 2")

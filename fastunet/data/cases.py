@@ -45,7 +45,8 @@ def discover_cases(
     """
     root = Path(root)
     if not os.path.isdir(root):  # False, not an error, for names that no file can have
-        raise UserError(f"{root}: there is no such folder")
+        is_file = os.path.isfile(root)
+        raise UserError(f"{root}{' is a file; give the data folder' if is_file else ': there is no such folder'}")
     if edition is not None and edition not in LABEL_MAPS:
         raise UserError(f"edition {edition!r} is unknown; the editions are {', '.join(LABEL_MAPS)}")
     said: list[str] = []
@@ -71,6 +72,8 @@ def discover_cases(
         hint = f" (but there is one in {nested[0].parent})" if nested else ""
         names = "no files named like *_flair.nii.gz or *-t2f.nii.gz, no folders images and masks"
         raise UserError(f"{root} holds no cases: {names}, and no dataset.json{hint}")
+    if edition is not None and cases[0].is_image and not described:
+        raise UserError(f"edition {edition}: {root} holds images, and their masks have a table of their own")
     if ignore is not None:
         cases = [replace(case, label_map=case.label_map.ignoring(ignore)) for case in cases]
     asked = () if modalities is DEFAULT_MODALITIES and cases[0].is_image else modalities or ()

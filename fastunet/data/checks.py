@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fastunet.data.case import Case, check_modalities
+from fastunet.data.case import Case, check_axis, check_modalities
 from fastunet.data.grids import check_geometry
 from fastunet.data.masks import value_counts
 from fastunet.data.resampling import resampled_shape
@@ -91,6 +91,7 @@ def check_quickly(
             continue
         try:
             check_modalities(case, modalities)
+            check_axis(case, axis)
             geometry = check_geometry(case, modalities)
             sizes.setdefault(_slice_size(geometry, axis, spacing), case.name)
         except UserError as error:

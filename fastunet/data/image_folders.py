@@ -15,7 +15,8 @@ from fastunet.data.volumes import read_geometry
 from fastunet.errors import Refusal, UserError, refuse, warn_once
 
 IMAGE_FOLDERS = ("images", "image", "imgs")
-MASK_FOLDERS = ("masks", "mask", "labels", "label", "annotations", "annotation", "segmentations")
+MASK_FOLDERS = ("masks", "mask", "labels", "label", "annotations", "annotation", "segmentations", "gt", "ground_truth",
+                "groundtruth")  # fmt: skip
 _MASK_MARK = "masks?|labels?|segmentation|segmap|seg|gt|groundtruth|annotations?|manual1?|pred|prediction"
 _IMAGE_MARK = "images?|img|im|input|raw"
 _STACK = re.compile(r"(?P<name>.+)[-_](?P<part>volume|labels?)", re.IGNORECASE | re.DOTALL)
@@ -127,6 +128,11 @@ def image_finder(images: Iterable[str]) -> Callable[[str], str | None]:
         return next((alike[0] for alike in found if len(alike) == 1), None)
 
     return find
+
+
+def unmarked_mask(name: str) -> str:
+    """The name of the image that a mask of this name belongs to, if its name has a mark such as ``_mask``."""
+    return _unmarked(name, _MASK_MARK)
 
 
 def _folded(name: str) -> str:

@@ -130,6 +130,10 @@ def _check(counts: dict[int, int], counted: list[dict[int, int]], paths: Sequenc
         value = value_name(next(iter(counts)))
         raise UserError(f"{where}: every pixel of {len(paths)} masks is {value}; there is nothing to learn")
     values = sorted(counts)
+    ones = next((path for path, found in zip(paths, counted) if 1 in found), None)
+    if values == [0, 1, 255] and not any({1, 255} <= found.keys() for found in counted):
+        whites = next(path for path, found in zip(paths, counted) if 255 in found)
+        raise UserError(f"{ones} paints the object as 1 and {whites} as 255: bring one to the value of the other")
     grey = [value for value in values if value < COLOUR]
     stray = [value for value in grey if grey[-1] > _LABEL_NUMBERS and _is_stray(value, grey, counts)]
     lossy = _lossy(paths, counted)

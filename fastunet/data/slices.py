@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastunet.arguments import checked
-from fastunet.data.case import DEFAULT_MODALITIES, Case, check_modalities
+from fastunet.data.case import DEFAULT_MODALITIES, Case, check_axis, check_modalities
 from fastunet.data.grids import check_geometry
 from fastunet.data.resampling import resample, resampled_shape
 from fastunet.data.volumes import Volume, read_volume
@@ -170,8 +170,7 @@ class CaseSlices:
     ) -> None:
         if axis not in (0, 1, 2):
             raise ValueError(f"axis is {axis}; expected 0, 1 or 2")
-        if case.is_image and axis != 2:
-            raise UserError(f"{case.files[0]} is an image: it has no slices along axis {axis}, only along 2")
+        check_axis(case, axis)
         check_modalities(case, modalities)
         check_geometry(case, modalities, label=False)
         self.case = case

@@ -116,8 +116,9 @@ class TrainConfig:
             raise UserError(f"--warm-up is {self.warm_up:g} epochs of {self.epochs}; it must end before the run does")
         if self.border_weights and self.loss == "dice":
             raise UserError("--border-weights weighs the cross-entropy, which --loss dice lacks")
-        if self.elastic and not self.augment:
-            raise UserError("--elastic is part of the augmentation, which --no-augment turns off")
+        if (self.elastic or self.turns) and not self.augment:
+            option = "elastic" if self.elastic else "turns"
+            raise UserError(f"--{option} is part of the augmentation, which --no-augment turns off")
 
     def write(self, run: Path) -> None:
         """Writes ``config.json`` into the run folder."""
