@@ -220,6 +220,13 @@ def test_options_that_images_do_not_take(option, words, tmp_path, capsys):
     assert run("train", data, "--out", tmp_path / "run", *TINY, *option) == 2
 
 
+@pytest.mark.parametrize("share", [0, 0.99, 1])
+def test_shares_that_training_refuses(share, data, tmp_path, capsys):
+    assert run("check", data, "--val-fraction", share) == 2
+    assert run("train", data, "--out", tmp_path / "run", *TINY, "--val-fraction", share) == 2
+    assert run("check", data, "--val-fraction", 0.5) == 0
+
+
 def test_a_file_in_place_of_its_folder(tmp_path, capsys):
     (tmp_path / "dataset.json").write_text("{}")
     assert_user_error(capsys, run("check", tmp_path / "dataset.json"), "dataset.json is a file; give the data folder")

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastunet.cli.arguments import add_nan_option, label_value, names, positive_int, say, spacing
+from fastunet.cli.arguments import add_nan_option, fraction, label_value, names, positive_int, say, spacing
 from fastunet.data.label_tables import LABEL_MAPS
 from fastunet.errors import UserError
 
@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--spacing", type=spacing, metavar="MM|median", help="that slices are to be resampled to")
     parser.add_argument("--size", type=positive_int, help="the side of the slices that training is asked for")
     parser.add_argument("--axis", type=int, choices=(0, 1, 2), default=2, help="the slicing axis (default: 2, axial)")
+    parser.add_argument("--val-fraction", type=fraction, default=0.2, help="of the patients (default: 0.2, as train)")
     add_nan_option(parser)
 
 
@@ -64,7 +65,9 @@ def run(args: argparse.Namespace) -> None:
         with _noted(problems):
             trained_labels(args.regions, labelled[0].label_map, args.data)
         with _noted(problems):
-            split_cases(labelled)
+            split_cases(labelled, validation=args.val_fraction)
+            if not args.val_fraction:
+                raise UserError("--val-fraction is 0, but validation needs at least one patient")
     elif cases:
         problems.append(f"{args.data} holds no labelled cases")
     problems += check_quickly(cases, modalities, size=args.size, axis=args.axis, spacing=pixels)
