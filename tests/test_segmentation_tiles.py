@@ -138,3 +138,18 @@ def test_tile_sizes(tile, words):
             assemble(model, image, tile)
     with pytest.raises(UserError, match="the border alone takes"):
         assemble(UNet(**SAME).eval(), image, 32)
+
+
+@pytest.mark.parametrize("options", [SAME, VALID])
+def test_a_tile_larger_than_the_image_takes_no_more_than_that(options):
+    model, image = with_whole_numbers(UNet(**options)), torch.ones(1, 1, 9, 30)
+    border, seen = border_width(model.architecture), []
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x.shape[-2:])
+        return model(x)
+
+    large = 404 if options is VALID else 400
+    assert torch.equal(assemble(model, image, large, forward), assemble(model, image, None))
+    assert max(height for height, _ in seen) <= 9 + 2 * border + 8
+    assert max(width for _, width in seen) <= 30 + 2 * border + 8
