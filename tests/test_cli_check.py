@@ -227,6 +227,13 @@ def test_shares_that_training_refuses(share, data, tmp_path, capsys):
     assert run("check", data, "--val-fraction", 0.5) == 0
 
 
+def test_masks_in_a_folder_of_another_name(tmp_path, capsys):
+    data, words = folder_of(tmp_path / "data", masks="outlines"), "outlines beside images is taken for no masks"
+    assert run("check", data) == 2
+    assert f"holds no labelled cases: {words}; call that folder masks" in capsys.readouterr().out
+    assert_user_error(capsys, run("train", data, "--out", tmp_path / "run", *TINY), words)
+
+
 def test_a_file_in_place_of_its_folder(tmp_path, capsys):
     (tmp_path / "dataset.json").write_text("{}")
     assert_user_error(capsys, run("check", tmp_path / "dataset.json"), "dataset.json is a file; give the data folder")

@@ -18,7 +18,7 @@ from tests.image_data import GREY, RGB, RNG, folder_of, picture
 pytestmark = pytest.mark.usefixtures("nothing_said")
 
 
-@pytest.mark.parametrize("masks", ["masks", "labels", "annotations", "Masks"])
+@pytest.mark.parametrize("masks", ["masks", "labels", "annotations", "Masks", "GT"])
 @pytest.mark.parametrize("mark", ["", "_mask", "_label", "-seg", "_manual1"])
 def test_images_beside_masks(tmp_path, masks, mark):
     cases = discover_cases(folder_of(tmp_path, masks=masks, mark=mark))

@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> None:
 
     from fastunet.data.cases import discover_cases
     from fastunet.data.checks import check_quickly, inspect_case
+    from fastunet.data.image_folders import no_labels
     from fastunet.data.splits import split_cases
     from fastunet.training.dataset import target_spacing, trained_labels, training_modalities
 
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
             if not args.val_fraction:
                 raise UserError("--val-fraction is 0, but validation needs at least one patient")
     elif cases:
-        problems.append(f"{args.data} holds no labelled cases")
+        problems.append(no_labels(args.data))
     problems += check_quickly(cases, modalities, size=args.size, axis=args.axis, spacing=pixels)
     say(*_described(args.data, reports, modalities), *notes)
     problems += _without_foreground(reports)

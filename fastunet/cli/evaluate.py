@@ -73,10 +73,11 @@ def _inputs(args: argparse.Namespace, pairs: list[Pair]) -> list[Path]:
 def labelled_cases(root: Path, modalities: Sequence[str] | None, edition: str | None) -> list[Case]:
     """The cases of ``root`` that have a label; none at all is a ``UserError``."""
     from fastunet.data import discover_cases
+    from fastunet.data.image_folders import no_labels
 
     cases = [case for case in discover_cases(root, modalities=modalities, edition=edition) if case.label]
     if not cases:
-        raise UserError(f"{root} holds no labelled cases")
+        raise UserError(no_labels(root))
     return cases
 
 

@@ -59,6 +59,16 @@ def image_folder_cases(root: Path, refused: Refusal = refuse) -> list[Case]:
     return cases
 
 
+def no_labels(root: str | Path) -> str:
+    """The sentence on a folder whose cases have no labels, with what may be masks under another name."""
+    images = _folder(Path(root), IMAGE_FOLDERS)
+    others = sorted(path.name for path in Path(root).glob("[!.]*") if path.is_dir() and path != images)
+    hint = ""
+    if images is not None and others and _folder(Path(root), MASK_FOLDERS) is None:
+        hint = f": {others[0]} beside {images.name} is taken for no masks; call that folder masks"
+    return f"{root} holds no labelled cases{hint}"
+
+
 def _folder(root: Path, names: Iterable[str]) -> Path | None:
     """The folder in ``root`` that has one of the names, in any spelling."""
     found = {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir()}

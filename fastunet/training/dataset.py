@@ -29,6 +29,7 @@ from fastunet.data import (
     split_cases,
 )
 from fastunet.data.checks import check_quickly
+from fastunet.data.image_folders import no_labels
 from fastunet.data.label_tables import brats_regions
 from fastunet.data.slices import slice_spacing
 from fastunet.errors import UserError
@@ -284,7 +285,7 @@ def _labelled_cases(config: TrainConfig, display: Display) -> list[Case]:
     found = discover_cases(config.data, modalities=None, edition=config.edition, ignore=config.ignore_label)
     cases = [case for case in found if case.label is not None]
     if not cases:
-        raise UserError(f"{config.data} holds no labelled cases")
+        raise UserError(no_labels(config.data))
     if len(cases) < len(found):
         display.message(f"{len(found) - len(cases)} of {len(found)} cases have no labels and are left out")
     return cases
