@@ -276,6 +276,12 @@ def test_it_compiles_as_a_whole_and_exports():
         torch.testing.assert_close(program(x), want, rtol=1e-4, atol=1e-5)
 
 
+def test_it_is_not_scripted():
+    for module in (fuse(Plain())[0], nn.Sequential(fuse(Plain())[0])):
+        with pytest.raises(ValueError, match=r"a fused Plain is not for TorchScript: script what it was fused from"):
+            torch.jit.script(module)
+
+
 Maps = namedtuple("Maps", "logits features")
 
 

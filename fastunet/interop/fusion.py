@@ -247,6 +247,10 @@ class _FusedForward:
             steps.say_plain(type(self).__name__, reason)
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
+    def __prepare_scriptable__(self) -> None:
+        """Called by ``torch.jit.script``."""
+        raise ValueError(f"a fused {type(self).__name__} is not for TorchScript: script what it was fused from")
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
         function, arguments, *rest = reduced
