@@ -68,8 +68,7 @@ def test_networks(name):
     differentiation.check_network_torch_func(name, "torch", torch.float64)
 
 
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("name", ["brats", "isbi"])
+@pytest.mark.parametrize("name, strict", [("brats", False), ("isbi", True)])
 def test_an_exported_program_trains_every_parameter(name, strict):
     differentiation.check_export_trains(name, "torch", strict)
 
