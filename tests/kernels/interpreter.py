@@ -88,12 +88,27 @@ def _stretched(value: Any, shape: tuple[int, ...]) -> Any:
 
 
 def _binary_op_type_checking_impl(lhs: Any, rhs: Any, *allowed: bool, **options: bool) -> Any:
-    """As its own, which finds out by ten questions that two of one type stay as they are."""
-    same = type(lhs) is type(rhs) is core.tensor and lhs.dtype is rhs.dtype
+    """As its own, which asks ten questions to keep two of one type, and to take an integer in the type of the other."""
     # pointers may not be allowed, and float16 is divided in float32: the fourth of the flags
-    if same and not lhs.dtype.is_ptr() and len(allowed) < 4 and "div_or_mod" not in options:
-        return _broadcast_impl_value(lhs, rhs)
+    if type(lhs) is core.tensor and not lhs.dtype.is_ptr() and len(allowed) < 4 and "div_or_mod" not in options:
+        if type(rhs) is int and lhs.dtype.name in ("int32", "int64", "fp32") and abs(rhs) < 2**31:
+            rhs = _semantic.scalar_constant(rhs, lhs.dtype)
+        if type(rhs) is core.tensor and lhs.dtype is rhs.dtype:
+            return _broadcast_impl_value(lhs, rhs)
     return _operands(lhs, rhs, *allowed, **options)
+
+
+def _materialize_pointers(self: Any, offsets: list[Any]) -> tuple[Any, Any]:
+    """As its own, which adds each dimension's offsets to all of the block."""
+    scalar, np = self.base.dtype.element_ty, interpreter.np
+    itemsize = scalar.primitive_bitwidth // 8
+    assert (offsets[-1].data * itemsize) % 16 == 0, "block offset start must be 16-byte aligned"
+    pointers, inside = self.base.data[0], np.True_
+    for offset, stride, bound, length in zip(offsets, self.strides, self.shape, self.block_shape, strict=True):
+        places = offset.data + np.arange(length)
+        pointers = pointers[..., None] + (itemsize * places * stride.data).astype(np.uint64)
+        inside = inside[..., None] & (places >= 0) & (places < bound.data)
+    return interpreter.TensorHandle(pointers, self.base.dtype.scalar), interpreter.TensorHandle(inside, tl.int1)
 
 
 def _patch_attr(owner: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
@@ -125,6 +140,7 @@ def brisk() -> Iterator[None]:
             mock.patch.object(core.block_type, "__init__", _init_block_type),
             mock.patch.object(core.tensor, "__init__", _init_tensor),
             mock.patch.object(core.dtype, "__eq__", lambda self, other: self is other or _equal(self, other)),
+            mock.patch.object(interpreter.TensorDescHandle, "materialize_pointers", _materialize_pointers),
             mock.patch.object(core, "_unwrap_if_constexpr", _unwrap_if_constexpr),
             mock.patch.object(core.dtype, "__hash__", lambda self: hash(self.name)),
             mock.patch.object(_semantic, "broadcast_impl_value", _broadcast_impl_value),
