@@ -16,7 +16,10 @@ from fastunet.kernels.conv import config as conv_config
 from fastunet.kernels.conv import forward
 from fastunet.kernels.conv.cost import cost, device
 
-pytestmark = pytest.mark.skipif(_launch.INTERPRETED, reason="launches are recorded as they would be compiled")
+pytestmark = [
+    pytest.mark.skipif(_launch.INTERPRETED, reason="launches are recorded as they would be compiled"),
+    pytest.mark.usefixtures("newest_unless_full"),  # nothing is compiled
+]
 
 
 def choices(name, batch, architecture, eight_warps=False):

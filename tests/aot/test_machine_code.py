@@ -1,9 +1,9 @@
 """Every kernel that the reference networks launch, compiled for several GPUs, holds what an expert wants to see.
 
-By default every tiling and every option of the BraTS network in bfloat16 for sm_90 at batch 16, and of the products of
-the ISBI network, with those functions that only batch 1 uses; one of each kernel function that multiplies for other
-architectures and dtypes, but for convolutions with a head; by older versions of Triton only what multiplies. ``--full``
-compiles all.
+By default every option of the BraTS network in bfloat16 for sm_90 at batch 16 and every tiling of its products, with
+those functions that only batch 1 uses, and the products of operators that only the ISBI network has; one of each kernel
+function that multiplies for other architectures and dtypes, but for convolutions with a head or in splits; by older
+versions of Triton one of each function, with each number of warps and stages, that multiplies. ``--full`` compiles all.
 """
 
 from __future__ import annotations
@@ -60,11 +60,12 @@ def multiplies(use):
 
 
 def features(launch):
-    """The kernel's tile, with a skip or without one, which is another loop; and the value of each of its options."""
+    """The tile of a product, with a skip or without one, which is another loop; the value of each of its options."""
     constants = {p.name: repr(launch.args.get(p.name)) for p in launch.kernel.params if p.is_constexpr}
     options = {name for name in constants if not name.startswith("BLOCK_") and name != "ROWS"}
     sides = [value for name, value in constants.items() if name not in options]
     found = {("tile", launch.num_warps, launch.num_stages, *sides, launch.args.get("skip_desc") is None)}
+    found = found if "PRECISION" in launch.args else set()
     found |= {(name, constants[name]) for name in options} | {(name, v is None) for name, v in launch.args.items()}
     return {(function(launch), *feature) for feature in found}
 
@@ -101,13 +102,17 @@ def test_kernels(architecture, mode, show_table, request):
         names = {use.launch.kernel.__name__ for use in chosen}
         chosen += single if full else [use for use in single if use.launch.kernel.__name__ not in names]
         if not full:
-            usual = (architecture, mode) == (90, "bf16")
-            others = usual and not BEFORE_3_8
-            chosen = [use for use in chosen if (others and use.case == "brats 240") or multiplies(use)]
-            if usual:
-                chosen = covering(chosen)
-            else:  # a head in the epilogue changes nothing in the loop
-                chosen = one_of_each([use for use in chosen if use.call.operator != "conv_relu_head"], function)
+            brats = [use for use in chosen if use.case == "brats 240"]
+            known = {use.call.operator for use in brats}
+            rest = [use for use in chosen if use.call.operator not in known and multiplies(use)]
+            if (architecture, mode) != (90, "bf16"):  # a head or a split changes nothing in the loop
+                both = (use for use in brats + rest if multiplies(use) and use.call.operator != "conv_relu_head")
+                chosen = one_of_each([use for use in both if "split" not in function(use.launch)], function)
+            elif BEFORE_3_8:
+                found = [use for use in brats if multiplies(use)]
+                chosen = one_of_each(found, lambda launch: (function(launch), launch.num_warps, launch.num_stages))
+            else:
+                chosen = covering(brats) + one_of_each(rest, function)
         check(chosen, show_table, f"{architecture} {mode}")
 
 
@@ -146,7 +151,7 @@ def test_strided_convolution(architecture, mode, show_table, request):
     ]
     with products(mode):
         found = uses_of("no preset", calls, MODES[mode], architecture)
-        found = [use for use in found if full or not BEFORE_3_8 or multiplies(use)]
+        found = [use for use in found if full or multiplies(use)]
         check(found, show_table, f"{architecture} {mode}")
 
 
