@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import random
 from types import SimpleNamespace
@@ -214,6 +215,20 @@ def test_code_whose_path_may_be_another_is_not_followed(code):
     assert (NOTED, record.calls) == ([], {"here": [0]})
     assert (COUNT, Counter.count, COUNTER.calls, counted.__closure__[0].cell_contents, TENSOR, ARRAY) == (0,) * 6
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_runs_meanwhile_is_no_part_of_it():
+    """Such as what counts collections of garbage, of which there are many here."""
+    threshold = gc.get_threshold()
+    callback = lambda phase, info: noting()  # noqa: E731
+    gc.callbacks.append(callback)
+    gc.set_threshold(1)
+    try:
+        fuse(Plain())
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(callback)
+        NOTED.clear()
 
 
 def test_a_pickle_that_cannot_be_followed_any_more_runs_as_it_is():

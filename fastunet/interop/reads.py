@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dis
 import functools
+import gc
 import inspect
 import itertools
 import sys
@@ -47,13 +48,16 @@ class Around:
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
-        """Notes what runs."""
-        profile = sys.getprofile()
+        """Notes what runs; the garbage collector, whose callbacks are no part of it, waits."""
+        profile, collects = sys.getprofile(), gc.isenabled()
+        gc.disable()
         sys.setprofile(self._called)
         try:
             yield
         finally:
             sys.setprofile(profile)
+            if collects:
+                gc.enable()
 
     def _called(self, frame: types.FrameType, event: str, arg: object) -> None:
         code, names = frame.f_code, frame.f_globals
