@@ -40,10 +40,28 @@ def assert_same(model, frozen, x):
 def test_gives_the_model_s_results_for_every_shape(name):
     model, frozen, x = build(name)
     assert_same(model, frozen, x)
-    assert frozen._packed is not None
+    assert frozen._graphs
     assert_same(model, frozen, x[:1])
     assert_same(model, frozen, torch.cat([x, x], 3) if name != "isbi" else torch.randn(1, 1, 44, 64))
     assert frozen(x[:0]).shape == model(x[:0]).shape
+
+
+def test_shapes_and_threads_have_their_own_packed_weights():
+    """oneDNN chooses layouts for each; a conversion in each call may take longer than the convolution."""
+    _, frozen, x = build()
+    threads = torch.get_num_threads()
+    first = frozen(x)
+    (packed,) = frozen._graphs.values()
+    frozen(x[:1])
+    assert next(iter(frozen._graphs.values())) is packed
+    assert torch.equal(frozen(x), first)
+    try:
+        torch.set_num_threads(threads + 1)
+        frozen(x)
+    finally:
+        torch.set_num_threads(threads)
+    assert len(frozen._graphs) == 2
+    assert torch.equal(frozen(x), first)
 
 
 def test_notices_changed_parameters():
@@ -200,7 +218,7 @@ def test_what_is_not_finite_stays_so(name, harm):
             bias = model.bottleneck.norm1.bias if layer.bias is None else layer.bias
             (bias[:1] if where == "bias" else layer.weight[0, 0, 0, :1]).fill_(float(value))
         expected, got = model(x), frozen(x)
-    assert frozen._packed is not None
+    assert frozen._graphs
     assert torch.equal(got.isnan(), expected.isnan())
     assert torch.equal(got.isinf(), expected.isinf())
     if (name, where) != ("instance norm", "weights"):  # whose layers leave the bias where the variance is infinite

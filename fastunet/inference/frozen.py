@@ -23,9 +23,11 @@ from fastunet.blocks import leaves_nchw, nchw
 from fastunet.dispatch import autocasts, settings, triton_installed
 from fastunet.functional import _onednn
 from fastunet.functional.segmentation_head import finish
-from fastunet.inference import frozen_cpu, frozen_openvino
+from fastunet.inference import bounds, frozen_cpu, frozen_openvino
 
 ENGINES = "fastunet", "openvino"
+_PACKED = 2
+"""Shapes of images that have their own packed weights: full batches, and what is left of them."""
 
 
 @checked
@@ -46,7 +48,8 @@ class FrozenUNet(torch.nn.Module):
     Args:
         model: the network; it is not copied, and not switched to evaluation mode.
         graphs: how many input shapes keep a CUDA graph; the least recently used is dropped. They share the memory of
-            their largest forward pass. Under autocast a copy of the model in its dtype is kept, too.
+            their largest forward pass. Under autocast a copy of the model in its dtype is kept, too. On a CPU the
+            last two shapes keep packed copies of the weights.
         engine: "fastunet", or "openvino" for OpenVINO on a CPU in float32 (``pip install 'fastunet[openvino]'``). The
             first call of each shape then takes seconds, and ``graphs`` shapes keep a compiled network.
 
@@ -81,7 +84,7 @@ class FrozenUNet(torch.nn.Module):
             self._state = self._fingerprint()
             # while these aliases live, no other tensor can get the address of one that was replaced
             self._seen = [tensor.detach() for tensor in self._tensors()]
-            self._packed: frozen_cpu.PackedNetwork | None = None
+            self._limit: float | None = None
             self._casts: dict[torch.dtype, FrozenUNet] = {}
             self._kept: dict[tuple[Any, ...], Any] = {}
             self._graphs: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
@@ -137,7 +140,7 @@ class FrozenUNet(torch.nn.Module):
         if self.model.backend == "triton" or not packed:
             return self.model._run(x, output)
         padded = self.model._pad(x)
-        result = self._prepared(lambda: self._packed or self._pack(padded)).run(padded, output)
+        result = self._prepared(lambda: self._packed(padded)).run(padded, output)
         return self.model._run(x, output) if result is None else result[..., :height, :width]
 
     def _prepared(self, get: Callable[[], Any]) -> Any:
@@ -148,9 +151,16 @@ class FrozenUNet(torch.nn.Module):
                 self.refresh()
             return get()
 
-    def _pack(self, x: torch.Tensor) -> frozen_cpu.PackedNetwork:
-        self._packed = frozen_cpu.PackedNetwork(self.model, *x.shape[2:])
-        return self._packed
+    def _packed(self, x: torch.Tensor) -> frozen_cpu.PackedNetwork:
+        """The network packed for images like ``x``."""
+
+        def make() -> frozen_cpu.PackedNetwork:
+            if self._limit is None:
+                self._limit = bounds.largest_images(self.model, frozen_cpu.PIXELS)
+            return frozen_cpu.PackedNetwork(self.model, (len(x), *x.shape[2:]), self._limit)
+
+        network: frozen_cpu.PackedNetwork = self._recent((x.shape, torch.get_num_threads()), make, _PACKED)
+        return network
 
     def _cast(self, dtype: torch.dtype) -> FrozenUNet:
         """The network with its weights cast once to what autocast would cast them to in each call."""
@@ -189,10 +199,10 @@ class FrozenUNet(torch.nn.Module):
         network = self._recent(key, lambda: frozen_openvino.CompiledNetwork(self.model, x))
         return network(x) if network.within(x) else None
 
-    def _recent(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-        """What is kept for ``key``, made if it is not; the least recently used makes room for it."""
+    def _recent(self, key: tuple[Any, ...], make: Callable[[], Any], most: int | None = None) -> Any:
+        """What is kept for ``key``, made if it is not; the least recently used makes room where ``most`` are kept."""
         if key not in self._graphs:
-            while len(self._graphs) >= self.graphs:
+            while len(self._graphs) >= (most or self.graphs):
                 self._graphs.popitem(last=False)
             self._graphs[key] = make()
         self._graphs.move_to_end(key)

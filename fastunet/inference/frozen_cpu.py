@@ -19,8 +19,8 @@ from fastunet.reference import centre_crop, padded_to
 
 Size = tuple[int, int, int]
 """Of a map: images, height and width."""
-_PIXELS = 1 << 24
-"""Of an image, at least, within the bounds: they depend on it a little, and not each size shall have its own."""
+PIXELS = 1 << 24
+"""Of an image, at most, within the bounds: they depend on it a little, and not each size shall have its own."""
 Upsampling = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -38,23 +38,22 @@ class Convolution:
 class PackedNetwork:
     """The forward pass of ``model`` on packed copies of its weights, which it makes when built.
 
-    Memory: one more copy of the weights. oneDNN chooses the layouts by image size; ``height`` and ``width`` are the
-    ones to choose for, and other sizes stay right, at the price of a conversion in each call.
+    Memory: one more copy of the weights. oneDNN chooses their layouts by number and size of the images, and by threads;
+    others stay right, at the price of conversions in each call, which may take longer than the convolutions. ``limit``
+    is that of :func:`bounds.largest_images` for at most :data:`PIXELS`.
 
     oneDNN applies a ReLU while it writes a convolution's result, but turns NaN into 0. So in a call in which a sum may
     overflow each ReLU is a step of its own, and a norm, whose infinite variance would leave its bias alone, is the
     model's.
     """
 
-    def __init__(self, model: Any, height: int, width: int):
+    def __init__(self, model: Any, size: Size, limit: float):
         self.pad = 1 if model.architecture.padding == "same" else 0
         self.transpose = model.architecture.up == "transpose"
         self.style = model.architecture
         self.takes_statistics = self.style.norm in ("instance", "group")
-        self.pixels = max(height * width, _PIXELS)
-        self.limit = bounds.largest_images(model, self.pixels)
+        self.limit = limit
         self.encoders: list[list[Convolution]] = []
-        size: Size = 1, height, width
         for encoder in model.encoders:
             block, size = self._pack_block(encoder, size)
             self.encoders.append(block)
@@ -70,7 +69,7 @@ class PackedNetwork:
 
     def run(self, x: torch.Tensor, output: str) -> torch.Tensor | None:
         """Logits, probabilities or labels of padded images; None where a variance may overflow."""
-        bounded = x.shape[2] * x.shape[3] <= self.pixels and bounds.below(x, self.limit)
+        bounded = x.shape[2] * x.shape[3] <= PIXELS and bounds.below(x, self.limit)
         if self.takes_statistics and not bounded:
             return None
         x, skips, fused = nhwc(x), [], bounded and not self.style.negative_slope
