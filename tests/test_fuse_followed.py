@@ -224,7 +224,7 @@ def test_what_runs_meanwhile_is_no_part_of_it():
     gc.callbacks.append(callback)
     gc.set_threshold(1)
     try:
-        fuse(Plain())
+        assert fuse(Plain())[1].fused
     finally:
         gc.set_threshold(*threshold)
         gc.callbacks.remove(callback)
