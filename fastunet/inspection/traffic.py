@@ -4,6 +4,9 @@ A kernel's Triton IR has straight scalar arithmetic around its tiles: which loop
 launch's integers and the program index alone. :func:`count` evaluates that arithmetic for all programs at once and adds
 up what every load, store and product asks for. Masked and out-of-range elements count as if they were there, so the
 result is what the tiles move between the cache and the multiprocessors, to be held against the operator's floor.
+
+A product's tile may be smaller than one instruction of each warp together (16 × 16 for 2 × 2 warps of 16 × 8): then
+warps compute the same. Only the GPU's own IR tells, whose layouts are chosen behind the Triton IR.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ _BINARY: dict[str, Callable[..., Any]] = {
     "minsi": np.minimum, "maxsi": np.maximum, "minui": np.minimum, "maxui": np.maximum,
     "andi": np.bitwise_and, "ori": np.bitwise_or, "xori": np.bitwise_xor,
     "shli": np.left_shift, "shrsi": np.right_shift, "shrui": np.right_shift,
+    "addf": np.add, "subf": np.subtract, "mulf": np.multiply, "maxnumf": np.fmax, "minnumf": np.fmin,
 }  # fmt: skip
 _COMPARE = {"eq": np.equal, "ne": np.not_equal, "slt": np.less, "sle": np.less_equal, "sgt": np.greater,
             "sge": np.greater_equal, "ult": np.less, "ule": np.less_equal, "ugt": np.greater,
@@ -49,13 +53,36 @@ class Traffic:
         return self.read + self.written
 
 
-def count(launch: Launch, ttir: str) -> Traffic:
+def count(launch: Launch, ttir: str, ttgir: str = "") -> Traffic:
     """The traffic of ``launch``, whose kernel has the Triton IR ``ttir`` (``compiled.asm["ttir"]``).
 
+    With ``ttgir`` (``compiled.asm["ttgir"]``) a product counts once for each warp that computes it, else once.
+
     Raises:
-        ValueError: a loop's length or a branch depends on loaded data or on a value carried around a loop.
+        ValueError: a loop's length or a branch depends on loaded data or on a value carried around a loop, or products
+            of one shape are computed once here and several times there.
     """
-    return _Counter(launch, ttir).run(_tree(ttir.splitlines()))
+    return _Counter(launch, ttir, _repeats(ttgir)).run(_tree(ttir.splitlines()))
+
+
+_LAYOUT = r"(#\w+) = #ttg\.nvidia_mma<.*warpsPerCTA = \[(.*?)\].*instrShape = \[(.*?)\]"
+
+
+def _repeats(ttgir: str) -> dict[str, int]:
+    """How many warps compute the same element of a product, by the product's shape ("16x16")."""
+    steps = {name: [w * i for w, i in zip(_integers(warps), _integers(instruction))]
+             for name, warps, instruction in re.findall(_LAYOUT, ttgir)}  # fmt: skip
+    found: dict[str, int] = {}
+    for shape, layout in re.findall(r"\b(?:tt\.dot|ttng\.warp_group_dot) .*-> tensor<([\dx]+)xf32, (#\w+)>", ttgir):
+        sides = _integers(shape)
+        warps = math.prod(max(1, step // side) for step, side in zip(steps.get(layout, sides), sides))
+        if found.setdefault(shape, warps) != warps:
+            raise ValueError(f"products of {shape} are computed by {found[shape]} and by {warps} warps")
+    return found
+
+
+def _integers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text)]
 
 
 class _UnknownError(ValueError):
@@ -96,12 +123,13 @@ def _tree(lines: list[str]) -> list[_Region]:
 class _Counter:
     """Runs the scalar arithmetic for all programs of a grid side by side: values are arrays over the programs."""
 
-    def __init__(self, launch: Launch, ttir: str):
+    def __init__(self, launch: Launch, ttir: str, repeats: dict[str, int]):
         grid = (*launch.grid, 1, 1)[:3]
         index = np.arange(math.prod(grid), dtype=np.int64)
         self.programs = dict(x=index % grid[0], y=index // grid[0] % grid[1], z=index // (grid[0] * grid[1]))
         self.grid = dict(zip("xyz", grid))
         self.values: dict[str, Any] = {}
+        self.repeats = repeats
         for name, value in launch.args.items():
             self.values |= _parameters(name, value, ttir)
         self.read = self.written = self.flop = 0
@@ -153,24 +181,22 @@ class _Counter:
             self.written += times * _bytes(line)
         elif dot := re.search(r"tt\.dot\b.*: tensor<([\dx]+)x\w+> \* tensor<[\dx]+x\w+> -> tensor<([\dx]+)xf32>", line):
             inner = int(dot[1].split("x")[-1])
-            self.flop += times * 2 * inner * math.prod(map(int, dot[2].split("x")))
+            self.flop += times * 2 * inner * math.prod(_integers(dot[2])) * self.repeats.get(dot[2], 1)
         else:
             return False
         self.forget(line)
         return True
 
     def scalar(self, line: str) -> None:
-        """Evaluates a line of scalar integer arithmetic; other lines leave their result unknown."""
+        """Evaluates a line of scalar arithmetic of integers and float32; other lines leave their result unknown."""
         assignment = re.match(r"(%\S+) = (?:arith|tt)\.(\w+) (.*)", line)
-        if not assignment or "tensor<" in line or "f32" in line or "!tt.ptr" in line:
+        if not assignment or re.search(r"tensor<|!tt\.ptr|\bb?f(16|64)\b", line):
             return self.forget(line)
         result, operation, rest = assignment.groups()
         operands: list[Any] = [self.values.get(name) for name in re.findall(r"%[\w#.$-]+", rest)]
         self.values.pop(result, None)
         if operation == "constant":
-            word = rest.split(" ")[0]
-            value = {"true": 1, "false": 0}.get(word)
-            self.values[result] = np.int64(int(word) if value is None else value)
+            self.values[result] = _constant(rest)
         elif operation in ("get_program_id", "get_num_programs"):
             self.values[result] = (self.programs if operation == "get_program_id" else self.grid)[rest[0]]
         elif any(operand is None for operand in operands):
@@ -183,6 +209,8 @@ class _Counter:
             self.values[result] = np.where(operands[0] != 0, operands[1], operands[2])
         elif operation in ("extsi", "extui", "trunci", "index_cast"):
             self.values[result] = operands[0]
+        elif operation in ("sitofp", "fptosi"):
+            self.values[result] = np.asarray(operands[0]).astype(np.float32 if operation == "sitofp" else np.int64)
         return None
 
     def need(self, name: str, statement: _Region) -> Any:
@@ -198,14 +226,25 @@ class _Counter:
             self.values.pop(assigned[1], None)
 
 
-def _parameters(name: str, value: Any, ttir: str) -> dict[str, np.int64]:
-    """The IR's names and values of an argument that is an integer or a tuple of integers.
+def _constant(text: str) -> Any:
+    """The value of a constant, as in ``-2 : i32``, ``true`` or ``0x7F800000 : f32``."""
+    word = text.split(" ")[0]
+    if ": f32" in text:
+        return np.uint32(int(word, 16)).view(np.float32) if word.startswith("0x") else np.float32(word)
+    value = {"true": 1, "false": 0}.get(word)
+    return np.int64(int(word) if value is None else value)
+
+
+def _parameters(name: str, value: Any, ttir: str) -> dict[str, Any]:
+    """The IR's names and values of an argument that is a number or a tuple of integers.
 
     A tuple's elements are ``%name.0``, ``%name.1``, … in Triton 3.9. In 3.6 they are numbered at will and told by their
     location, and those that are 1 are missing, since they were compiled in.
     """
     if isinstance(value, int):
         return {f"%{name}": np.int64(value)}
+    if isinstance(value, float):
+        return {f"%{name}": np.float32(value)}
     if not isinstance(value, tuple):
         return {}
     names = re.findall(rf'(%[\w.]+): i\d+ [^(]*?loc\("{name}"', ttir)

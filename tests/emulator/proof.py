@@ -32,11 +32,13 @@ is not counted as a fault.
 _TRAFFIC = """## Work and traffic, counted while it runs
 
 The greatest launch of each kernel in training and inference of a brats network of width 32 and depth 1 on one image of
-32 × 32, bfloat16, sm_90. Operations, bytes read and bytes written are given as `fastunet/inspection/traffic.py` counts
-them from the intermediate code, and as executed; what is masked off counts in both. They are equal, or differ where
-`tests/emulator/test_traffic.py` says why: loads ahead past the last step, or elements of a tile that share an address.
-"Useful" are the operations of the operator's definition, for all launches of the call; "inside of tensors" the bytes
-that were not masked off, once for each thread. Barriers and waits are counted by warps.
+32 × 32, and bilinear upsampling of 32 channels of 12 × 20, bfloat16, sm_90. Operations, bytes read and bytes written
+are given as `fastunet/inspection/traffic.py` counts them from the intermediate code, and as executed; what is masked
+off counts in both. They are equal, or differ where `tests/emulator/test_traffic.py` says why: loads ahead past the last
+step, or elements of a tile that share an address. What several warps compute alike counts for each: a head of 16
+channels, compared too, has a weight gradient of 16 × 16, which its four warps compute twice, and so 1.5 times the
+operations of its tiles. "Useful" are the operations of the operator's definition, for all launches of the call; "inside
+of tensors" the bytes that were not masked off, once for each thread. Barriers and waits are counted by warps.
 """
 
 

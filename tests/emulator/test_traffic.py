@@ -19,6 +19,7 @@ FEWER = {  # elements of a tile that are one element of memory, which the tile c
     "segmentation_head_backward_kernel": "classes past the last, masked off, have the addresses of others",
     "conv_relu_weight_grad_first_kernel": "taps past the last, masked off, have the addresses of others",
     "sum_splits_kernel": "splits past the last, masked off, have the addresses of others",
+    "upsample_bilinear_forward_kernel": "neighbours in a row of the large map lie between the same pixels",
 }
 MORE = {  # loads ahead that the last steps make, masked off
     "segmentation_head_forward_kernel", "conv_relu_weight_grad_kernel", "conv_relu_weight_grad_first_kernel",
@@ -39,4 +40,5 @@ def test_counted_traffic_is_executed_traffic():
     assert {row.kernel for row in found if row.read == row.claimed.read and row.written == row.claimed.written} >= {
         "conv_relu_box_kernel", "conv_relu_bias_grad_kernel", "max_pool_backward_kernel", "stride2_data_grad_kernel",
         "dice_forward_kernel", "dice_backward_kernel", "sum_splits_kernel", "permuted_taps_kernel",
+        "upsample_bilinear_backward_kernel",
     }  # fmt: skip

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastunet.architecture import Architecture
 from fastunet.inspection import traffic
-from fastunet.inspection.layers import Call, network_calls
+from fastunet.inspection.layers import Call, Tensor, network_calls
 from fastunet.inspection.machine_code import compile_launch
 from fastunet.kernels import _launch
 
@@ -52,11 +52,17 @@ class Row:
 
 
 def rows(architecture: int = 90, dtype: torch.dtype = torch.bfloat16) -> Iterator[Row]:
-    """Every launch of training and inference of a small network."""
+    """Every launch of training and inference of a small network, of its narrow head, and of bilinear upsampling."""
+    calls = [call for training in (True, False) for call in network_calls(NETWORK, 1, *SIZE, training=training)]
+    narrow = network_calls(Architecture(width=16, depth=1), 1, *SIZE)
+    calls += [call for call in narrow if call.operator == "segmentation_head_backward"]
+    for align_corners in (False, True):
+        for operator, name, scale in (("upsample_bilinear2d", "x", 1), ("upsample_bilinear2d_backward", "dy", 2)):
+            image = Tensor((1, 32, 12 * scale, 20 * scale))
+            calls.append(Call("up", operator, {name: image, "align_corners": align_corners}, 0))
     with emulated(architecture, Emulator((Schedule(tiles=True),))) as emulator:
-        for training in (True, False):
-            for call in network_calls(NETWORK, 1, *SIZE, training=training):
-                yield from _of(call, emulator, architecture, dtype)
+        for call in calls:
+            yield from _of(call, emulator, architecture, dtype)
 
 
 def _of(call: Call, emulator: Emulator, architecture: int, dtype: torch.dtype) -> Iterator[Row]:
@@ -70,7 +76,8 @@ def _of(call: Call, emulator: Emulator, architecture: int, dtype: torch.dtype) -
         call.reference(operands)
     for launch, record in zip(launches, records, strict=True):
         assert launch.kernel.__name__ == record.kernel
-        claimed = traffic.count(launch, compile_launch(launch, architecture).asm["ttir"])
+        code = compile_launch(launch, architecture).asm
+        claimed = traffic.count(launch, code["ttir"], code["ttgir"])
         yield Row(call.layer, record.kernel, record.programs, claimed, record.counts, flops.get_total_flops())
 
 
