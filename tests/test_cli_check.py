@@ -15,7 +15,7 @@ from fastunet.data import discover_cases
 from fastunet.data.checks import check_quickly, inspect_case
 from tests.cli_helpers import TINY, assert_user_error, run
 from tests.data_files import brats_case, msd_folder, nnunet_folder, random_image, random_labels, save
-from tests.image_data import folder_of
+from tests.image_data import folder_of, picture
 
 
 def test_a_good_folder(data, capsys):
@@ -182,6 +182,15 @@ def test_images(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "channels: grey; training takes grey" in out
     assert "255    object" in out
+
+
+def test_a_mask_of_fractions_is_named_once(tmp_path, capsys):
+    root = folder_of(tmp_path)
+    (root / "masks" / "cell_1.png").unlink()
+    broken = np.float32([[0, 0.5], [np.nan, 255]]).repeat(6, 0)[:, [0, 1] * 5]
+    broken = picture(root / "masks" / "cell_1.tif", np.vstack([broken, broken[:1]]))
+    assert run("check", root) == 2
+    assert capsys.readouterr().out.count(str(broken)) == 1
 
 
 def test_nothing_but_background(tmp_path, capsys):

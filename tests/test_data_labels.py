@@ -1,16 +1,17 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import numpy as np
 import pytest
 
-from fastunet.data import IGNORED, LABEL_MAPS, LabelMap
+from fastunet.data import IGNORED, LABEL_MAPS, LabelMap, discover_cases
 from fastunet.data.label_tables import label_map_from_json
 from fastunet.data.labels import COLOUR, MAX_CLASSES, value_name
 from fastunet.errors import DataWarning, UserError
 from fastunet.functional.dice_arguments import MOST_CLASSES
-from tests.data_files import MSD_JSON
+from tests.data_files import MSD_JSON, nnunet_folder
 
 DTYPES = [np.uint8, np.int16, np.int32, np.float32, np.float64]
 
@@ -273,3 +274,19 @@ def test_label_entries_that_cannot_be_used(labels, message):
 def test_large_labels_are_shown_as_numbers_and_colours_as_colours():
     shown = [value_name(value) for value in (7, COLOUR + 0xFF00AA, 2 * COLOUR, 1 << 30)]
     assert shown == ["7", "#ff00aa", "33554432", "1073741824"]
+
+
+def test_numbers_written_as_texts(tmp_path):
+    names = ("a", "b", "c")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain = discover_cases(nnunet_folder(tmp_path, names, channel_names=["T1ce", "FLAIR"]))
+        texts = {"labels": {"background": "0", "liver": "1", "lesion": " 2"}, "numTraining": "3"}
+        assert discover_cases(nnunet_folder(tmp_path, names, **texts)) == plain
+    with pytest.warns(DataWarning, match="says numTraining 7, but 3 cases"):
+        discover_cases(nnunet_folder(tmp_path, names, numTraining="7"))
+    regions = {"background": ["0"], "whole": ["1", "2"], "core": ["2"]}
+    (one, *_) = discover_cases(nnunet_folder(tmp_path, names, labels=regions, regions_class_order=["1", 2.0]))
+    assert one.label_map.region_order == (1, 2)
+    with pytest.raises(UserError, match=r"'regions_class_order' is \['1', 'x'\]; expected whole numbers"):
+        discover_cases(nnunet_folder(tmp_path, names, labels=regions, regions_class_order=["1", "x"]))

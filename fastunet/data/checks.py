@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -125,8 +124,7 @@ def inspect_case(case: Case, modalities: Sequence[str], *, on_nan: str = "error"
     if case.label is not None:
         try:
             values = read_label_values(case.label)
-            with contextlib.suppress(UserError):  # said by the table, which knows more
-                report.values.update(value_counts(values, case.label))
+            report.values.update(value_counts(values, case.label))
             case.label_map.encode(values, case.label)
         except UserError as error:
             report.problems.append(str(error))

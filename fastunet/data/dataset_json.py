@@ -17,7 +17,7 @@ import msgspec
 
 from fastunet.data.case import COLOURS, Case, Source
 from fastunet.data.formats import SUFFIXES, is_image, is_listed, stem_of, suffix_of
-from fastunet.data.label_tables import LABEL_MAPS, label_map_from_json
+from fastunet.data.label_tables import LABEL_MAPS, Number, is_whole, label_map_from_json
 from fastunet.data.labels import LabelMap
 from fastunet.data.volumes import read_geometry
 from fastunet.errors import Refusal, UserError, refuse, warn_once
@@ -51,11 +51,11 @@ class _Listed(msgspec.Struct):
 class _DatasetJson(msgspec.Struct):
     """What is used of a ``dataset.json``; whatever else it holds may be anything."""
 
-    labels: dict[str, int | float | str | list[int | float]]
-    channel_names: dict[str, str] | None = None
-    modality: dict[str, str] | None = None
+    labels: dict[str, Number | list[Number]]
+    channel_names: dict[str, str] | list[str] | None = None
+    modality: dict[str, str] | list[str] | None = None
     file_ending: str | None = None
-    regions_class_order: list[int] | None = None
+    regions_class_order: list[Number] | None = None
     training: list[_Listed | str | list[str]] | None = None
     dataset: dict[str, _Listed] | None = None
     numTraining: Any = None
@@ -104,8 +104,8 @@ def dataset_json_cases(root: Path, edition: str | None, refused: Refusal = refus
 def _note_counts(table: _DatasetJson, cases: dict[str, Case], labels: dict[str, Path], file: Path) -> None:
     """Says where the numbers of images, labels, and cases that ``file`` names disagree."""
     labelled = {name: case.label for name, case in cases.items() if case.label is not None}
-    if isinstance(table.numTraining, (int, float)) and len(labelled) != table.numTraining:
-        text = f"{file} says numTraining {table.numTraining:g}, but {len(labelled)} cases have images and labels"
+    if is_whole(table.numTraining) and len(labelled) != int(table.numTraining):
+        text = f"{file} says numTraining {table.numTraining}, but {len(labelled)} cases have images and labels"
         warn_once(f"numTraining of {file}", text)
     unlisted = sorted(labelled.keys() - {name for name, _ in _listed(table, file)})
     if table.training and unlisted:
@@ -145,7 +145,7 @@ def _channel_names(table: _DatasetJson, file: Path) -> list[str]:
     """Canonical modality names by channel index."""
     entry = table.channel_names or table.modality or {}
     try:
-        names = {int(index): name for index, name in entry.items()}
+        names = {int(index): name for index, name in (entry.items() if isinstance(entry, dict) else enumerate(entry))}
         ordered = [names[index] for index in range(len(names))]
     except (ValueError, KeyError):
         ordered = []

@@ -52,6 +52,7 @@ _TABLES = (
     LabelMap("brats2025_met", (0, 1, 2, 3, 4), _CAVITY, _CAVITY_REGIONS),
     LabelMap("msd_brain_tumour", (0, 2, 1, 3), _GLIOMA, _REGIONS),
 )
+Number = int | float | str
 LABEL_MAPS: dict[str, LabelMap] = {table.edition: table for table in _TABLES}
 
 _SYNONYMS = {
@@ -82,17 +83,17 @@ _RAW_BRATS_HINT = (
 
 
 def label_map_from_json(
-    labels: Mapping[str, int | float | str | Sequence[int | float]],
+    labels: Mapping[str, Number | Sequence[Number]],
     edition: str,
     file: str | Path,
-    order: Sequence[int] | None = None,
+    order: Sequence[Number] | None = None,
 ) -> LabelMap:
     """The table of "labels" and "regions_class_order" of a ``dataset.json``.
 
     "labels" is {"name": value}, {"value": "name"} as in older files, or {"name": [values]} for regions: unions that are
     trained one by one, and written in the order of "regions_class_order". "ignore" names the value that counts nowhere.
     If the names are the four classes of BraTS, the classes are brought into the order of BraTS, whatever the values;
-    otherwise classes follow the values.
+    otherwise classes follow the values. Texts of numbers are numbers.
 
     Raises:
         UserError: no background 0, no other class, values or names that occur twice, or an order that does not fit.
@@ -104,7 +105,10 @@ def label_map_from_json(
     lists = any(isinstance(listed, Sequence) and not isinstance(listed, str) for listed in labels.values())
     if any(len(listed) > 1 for listed in members.values()) or (lists and order is not None):  # as nnU-Net has it
         _check_count(values, file)
-        return _with_regions(members, values, order, edition, ignore, file)
+        if not all(map(is_whole, order or ())):
+            raise UserError(f"{file}: 'regions_class_order' is {order}; expected whole numbers of 32 bits")
+        whole = None if order is None else list(map(int, order))
+        return _with_regions(members, values, whole, edition, ignore, file)
     if order is not None:
         raise UserError(f"{file}: 'regions_class_order' orders regions, but every entry of 'labels' is one value")
     names: dict[int, str] = {}
@@ -154,11 +158,11 @@ def check_class_names(names: Iterable[str], source: object) -> None:
         seen[safe] = name
 
 
-def _members(labels: Mapping[str, int | float | str | Sequence[int | float]], file: str | Path) -> dict[str, list[int]]:
+def _members(labels: Mapping[str, Number | Sequence[Number]], file: str | Path) -> dict[str, list[int]]:
     """The file values by class or region name, from either way to write the table."""
     if not labels:
         raise UserError(f"{file}: 'labels' is empty")
-    if all(isinstance(entry, str) for entry in labels.values()) and all(_is_whole(key) for key in labels):
+    if all(isinstance(entry, str) for entry in labels.values()) and all(is_whole(key) for key in labels):
         named: dict[str, list[int]] = {}
         for value, name in labels.items():
             if name in named:
@@ -168,16 +172,16 @@ def _members(labels: Mapping[str, int | float | str | Sequence[int | float]], fi
     members = {}
     for name, entry in labels.items():
         listed = [entry] if isinstance(entry, (int, str, float)) else list(entry)
-        if not listed or not all(_is_whole(value) for value in listed):
+        if not listed or not all(is_whole(value) for value in listed):
             raise UserError(f"{file}: 'labels' gives {name!r} the value {entry!r}; expected whole numbers of 32 bits")
         members[name] = list(dict.fromkeys(int(value) for value in listed))
     return members
 
 
-def _is_whole(value: object) -> bool:
+def is_whole(value: object) -> bool:
     """Whether ``value`` is a number, or the text of one, of at most 32 bits."""
     if isinstance(value, str):
-        return re.fullmatch(r"\s*[+-]?\d{1,10}\s*", value) is not None and _is_whole(int(value))
+        return re.fullmatch(r"\s*[+-]?\d{1,10}\s*", value) is not None and is_whole(int(value))
     return isinstance(value, (int, float)) and value == int(value) and -(2**31) <= value < 2**31
 
 
