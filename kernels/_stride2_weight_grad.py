@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 
 from . import _launch, _tuned
+from ._reduce import column_tile, sum_columns
 from ._stride2 import bulk_copies_fit, key_of, load_tile, phase_view, stack_images
 from .conv.cost import device
 
 _PROGRAMS = 2  # for each multiprocessor
-_BLOCK_Q = 64  # columns of one program that sums the bias
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,6 @@ class WeightGradConfig:
     num_warps: int
     num_stages: int
     bulk: bool
-
-
-@triton.jit
-def sum_columns(y_ptr, out_ptr, q0, row, rows_end, Q, BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr):
-    """out[q] = sum of y[row : rows_end, q] for BLOCK_Q columns of a matrix of Q columns; fixed order."""
-    offs_q = q0 + tl.arange(0, BLOCK_Q)
-    q_mask = offs_q < Q
-    acc = tl.zeros((BLOCK_R, BLOCK_Q), tl.float32)
-    for first in range(row, rows_end, BLOCK_R):
-        offs_r = (first + tl.arange(0, BLOCK_R)).to(tl.int64)
-        mask = (offs_r < rows_end)[:, None] & q_mask[None, :]
-        acc += tl.load(y_ptr + offs_r[:, None] * Q + offs_q[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + offs_q, tl.sum(acc, axis=0), mask=q_mask)
 
 
 @triton.jit
@@ -90,35 +77,34 @@ def sum_products(
 
 @triton.jit
 def stride2_weight_grad_kernel(
-    x, dy, dy_ptr, partial_ptr, partial_bias_ptr, shape, tiles, all_tiles, rows, blocks, strides,
+    x, dy, summed_ptr, partial_ptr, row_size, shape, tiles, all_tiles, summed, blocks, strides,
     SIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BULK: tl.constexpr, X_BULK: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr, BULK: tl.constexpr, X_BULK: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of one split. Those of axis 0 hold a tap row and a block of channels each, the last ones the bias.
 
-    The bias sums have programs of their own because a branch inside the product's loop makes it wait for each product.
-    They read dy (``dy_ptr``) as a matrix of 2 C_out columns, while the products bring it to the L2 cache. ``all_tiles``
-    and ``rows`` of that matrix are (their number, those of a split), ``blocks`` of channels (in, out); for the others
-    see :func:`sum_products`.
+    The bias is the sum of ``summed_ptr``, a matrix of ``summed`` (rows, those of a split, columns). ``all_tiles`` are
+    (their number, those of a split), ``blocks`` of channels (in, out); for the others see :func:`sum_products`.
     """
     _, _, C_in, C_out = shape
     blocks_in, blocks_out = blocks
     pid, split = tl.program_id(0), tl.program_id(1)
+    partial_ptr += split.to(tl.int64) * row_size
     block = pid // SIDE
     if block < blocks_in * blocks_out:
         first = split * all_tiles[1]
         sum_products(
-            x, dy, partial_ptr + split.to(tl.int64) * SIDE * SIDE * C_in * C_out, pid % SIDE + 3 - SIDE,
-            first, tl.minimum(first + all_tiles[1], all_tiles[0]),
+            x, dy, partial_ptr, pid % SIDE + 3 - SIDE, first, tl.minimum(first + all_tiles[1], all_tiles[0]),
             (block % blocks_in) * BLOCK_IN, (block // blocks_in) * BLOCK_OUT, shape, tiles, strides,
             SIDE, PRECISION, BLOCK_H, BLOCK_W, BLOCK_IN, BLOCK_OUT, BULK, X_BULK,
         )  # fmt: skip
     else:
-        row = split * rows[1]
+        rows, rows_a_split, columns = summed
+        row = split * rows_a_split
         q0 = (pid - SIDE * blocks_in * blocks_out) * BLOCK_Q
-        out_ptr = partial_bias_ptr + split * 2 * C_out
-        sum_columns(dy_ptr, out_ptr, q0, row, tl.minimum(row + rows[1], rows[0]), 2 * C_out, 64, BLOCK_Q)
+        out_ptr = partial_ptr + SIDE * SIDE * C_in * C_out
+        sum_columns(summed_ptr, out_ptr, q0, row, tl.minimum(row + rows_a_split, rows), columns, BLOCK_R, BLOCK_Q)
 
 
 def choose_config(dy: torch.Tensor, x: torch.Tensor, side: int) -> WeightGradConfig:
@@ -145,12 +131,13 @@ def _heuristic(dy: torch.Tensor, x: torch.Tensor, side: int, fits: bool) -> Weig
 
 
 def partial_sums(
-    dy: torch.Tensor, x: torch.Tensor, has_bias: bool, side: int, in_first: bool, config: WeightGradConfig
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """fp32 partial sums of NHWC ``dy`` (N, C_out, 2H, 2W) and ``x`` (N, C_in, H, W).
+    dy: torch.Tensor, x: torch.Tensor, summed: torch.Tensor | None, side: int, in_first: bool,
+    config: WeightGradConfig,
+) -> torch.Tensor:  # fmt: skip
+    """fp32 partial sums of NHWC ``dy`` (N, C_out, 2H, 2W) and ``x`` (N, C_in, H, W), a row for each split.
 
-    Returns the weight's (splits, C_in, SIDE², C_out) if ``in_first``, else (splits, C_out, SIDE², C_in), and the
-    bias's (2 splits, C_out) or None.
+    A row is the weight's (C_in, SIDE², C_out) if ``in_first``, else (C_out, SIDE², C_in), then the sum of all pixels of
+    ``summed``, which is one of both, unless None.
     """
     c_in, c_out = x.shape[1], dy.shape[1]
     if side == 2:
@@ -162,20 +149,21 @@ def partial_sums(
     programs = side * blocks_in * blocks_out
     tiles_a_split = max(1, _launch.cdiv(tiles, max(1, _PROGRAMS * device().multiprocessors // programs)))
     splits = _launch.cdiv(tiles, tiles_a_split)
-    rows = 2 * n * h * w
-    taps, (first, last) = side * side, (c_in, c_out) if in_first else (c_out, c_in)
-    partial = _launch.empty((splits, first, taps, last), torch.float32, x.device)
-    partial_bias = _launch.empty((2 * splits, c_out), torch.float32, x.device) if has_bias else None
-    stride_in, stride_out = (taps * c_out, 1) if in_first else (1, taps * c_in)
+    columns = 0 if summed is None else summed.shape[1]
+    rows = summed.numel() // columns if columns else 0
+    block_r, block_q = column_tile(max(1, columns), config.num_warps)
+    taps = side * side
+    partial = _launch.empty((splits, c_in * taps * c_out + columns), torch.float32, x.device)
+    strides = (taps * c_out, 1, c_out) if in_first else (1, taps * c_in, c_in)
     x_bulk = config.bulk and x.element_size() == 4
-    bias_programs = _launch.cdiv(2 * c_out, _BLOCK_Q) if has_bias else 0
     _launch.launch(
-        stride2_weight_grad_kernel, (programs + bias_programs, splits),
-        phase_view(x, 1, config, config.block_in) if x_bulk else x, phase_view(dy, 2, config, config.block_out), dy,
-        partial, partial_bias if has_bias else partial, (h, w, c_in, c_out), (tiles_h, tiles_w), (tiles, tiles_a_split),
-        (rows, _launch.cdiv(rows, max(1, splits))), (blocks_in, blocks_out), (stride_in, stride_out, last),
+        stride2_weight_grad_kernel, (programs + _launch.cdiv(columns, block_q), splits),
+        phase_view(x, 1, config, config.block_in) if x_bulk else x, phase_view(dy, 2, config, config.block_out),
+        partial if summed is None else summed, partial, partial.shape[1], (h, w, c_in, c_out), (tiles_h, tiles_w),
+        (tiles, tiles_a_split), (rows, _launch.cdiv(rows, max(1, splits)), columns), (blocks_in, blocks_out), strides,
         SIDE=side, PRECISION=_launch.dot_precision(dy.dtype),
         BLOCK_H=config.block_h, BLOCK_W=config.block_w, BLOCK_IN=config.block_in, BLOCK_OUT=config.block_out,
-        BLOCK_Q=_BLOCK_Q, BULK=config.bulk, X_BULK=x_bulk, num_warps=config.num_warps, num_stages=config.num_stages,
+        BLOCK_R=block_r, BLOCK_Q=block_q, BULK=config.bulk, X_BULK=x_bulk, num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )  # fmt: skip
-    return partial, partial_bias
+    return partial

@@ -14,7 +14,6 @@ from . import _launch, _reduce, _stride2, _stride2_weight_grad
 from ._stride2 import Stride2Config
 from ._stride2_weight_grad import WeightGradConfig
 from ._weights import stride2_slots, stride2_taps
-from .conv.weight_grad_bias import bias_grad
 
 
 def _check(pad: int) -> None:
@@ -65,6 +64,7 @@ def weight_grad(
     _check(pad)
     dz, x = _launch.channels_last(dz), _even(x)
     config = config or _stride2_weight_grad.choose_config(x, dz, side=3)
-    partial, _ = _stride2_weight_grad.partial_sums(x, dz, False, side=3, in_first=True, config=config)
-    dw = _reduce.sum_splits(partial, x.dtype).unflatten(1, (3, 3)).permute(0, 3, 1, 2)
-    return dw, bias_grad(dz) if has_bias else _launch.empty((0,), x.dtype, x.device)
+    summed = dz if has_bias else None
+    partial = _stride2_weight_grad.partial_sums(x, dz, summed, side=3, in_first=True, config=config)
+    dw, db = _reduce.sum_gradients(partial, (dz.shape[1], 9, x.shape[1]), x.dtype)
+    return dw.unflatten(1, (3, 3)).permute(0, 3, 1, 2), db

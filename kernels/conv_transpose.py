@@ -40,8 +40,7 @@ def weight_grad(
     """dw (C_in, C_out, 2, 2), channels_last, and db (C_out,) in ``x``'s dtype; db is (0,) without ``has_bias``."""
     dy, x = _launch.channels_last(dy), _launch.channels_last(x)
     config = config or _stride2_weight_grad.choose_config(dy, x, side=2)
-    partial, partial_bias = _stride2_weight_grad.partial_sums(dy, x, has_bias, side=2, in_first=True, config=config)
-    dw = _reduce.sum_splits(partial, x.dtype).unflatten(1, (2, 2)).permute(0, 3, 1, 2)
-    if partial_bias is None:
-        return dw, _launch.empty((0,), x.dtype, x.device)
-    return dw, _reduce.sum_splits(partial_bias, x.dtype)
+    summed = dy if has_bias else None
+    partial = _stride2_weight_grad.partial_sums(dy, x, summed, side=2, in_first=True, config=config)
+    dw, db = _reduce.sum_gradients(partial, (x.shape[1], 4, dy.shape[1]), x.dtype)
+    return dw.unflatten(1, (2, 2)).permute(0, 3, 1, 2), db

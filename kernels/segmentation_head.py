@@ -83,13 +83,14 @@ def segmentation_head_forward_kernel(
 
 @triton.jit
 def segmentation_head_backward_kernel(
-    dlogits_ptr, x_ptr, weight_ptr, dx_ptr, partial_ptr, partial_bias_ptr, P, C, tiles_a_program,
+    dlogits_ptr, x_ptr, weight_ptr, dx_ptr, partial_ptr, P, C, row_size, tiles_a_program,
     CLASSES: tl.constexpr, MASK_X: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
     DOT_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """For BLOCK_C channels and a run of pixel tiles: dx = dlogits weight (times x > 0 if MASK_X), and the partial sums
 
-    partial[program, k, c] = sum_p dlogits[p, k] x[p, c] and, by the first block of channels, sum_p dlogits[p, k].
+    partial[program, (k, c)] = sum_p dlogits[p, k] x[p, c] and, behind them, [program, k] = sum_p dlogits[p, k], by the
+    first block of channels.
     """
     split, c0 = tl.program_id(0), tl.program_id(1) * BLOCK_C
     offs_k, offs_c = tl.arange(0, DOT_K), c0 + tl.arange(0, BLOCK_C)
@@ -114,11 +115,11 @@ def segmentation_head_backward_kernel(
         dw = _launch.mma(g.T, x, dw, PRECISION)
         if HAS_BIAS:
             db += g.to(tl.float32)
-    out = partial_ptr + split.to(tl.int64) * CLASSES * C
+    out = partial_ptr + split.to(tl.int64) * row_size
     tl.store(out + offs_k[:, None] * C + offs_c[None, :], dw, mask=w_mask)
     if HAS_BIAS:  # noqa: SIM102 (a compile-time and a run-time condition)
         if c0 == 0:
-            tl.store(partial_bias_ptr + split * CLASSES + offs_k, tl.sum(db, axis=0), mask=k_mask)
+            tl.store(out + CLASSES * C + offs_k, tl.sum(db, axis=0), mask=k_mask)
 
 
 def choose_config(kernel: str, x: torch.Tensor, classes: int) -> HeadConfig:
@@ -178,16 +179,14 @@ def backward(
     tiles_a_program = max(1, _launch.cdiv(tiles, _PROGRAMS * device().multiprocessors))
     splits = _launch.cdiv(tiles, tiles_a_program)
     dx = _launch.empty_image(tuple(x.shape), x.dtype, x.device)
-    partial = _launch.empty((splits, *weight.shape), torch.float32, x.device)
-    partial_bias = _launch.empty((splits, classes), torch.float32, x.device) if has_bias else None
+    partial = _launch.empty((splits, classes * c + (classes if has_bias else 0)), torch.float32, x.device)
     _launch.launch(
         segmentation_head_backward_kernel, (splits, _launch.cdiv(c, config.block_c)),
-        dlogits, x, weight, dx, partial, partial_bias, n * h * w, c, tiles_a_program,
+        dlogits, x, weight, dx, partial, n * h * w, c, partial.shape[1], tiles_a_program,
         CLASSES=classes, MASK_X=mask_x, HAS_BIAS=has_bias, PRECISION=_launch.dot_precision(x.dtype),
         DOT_K=max(16, _launch.next_power_of_2(classes)), BLOCK_P=config.block_p, BLOCK_C=config.block_c,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    dw = _reduce.sum_splits(partial, x.dtype)
+    dw, db = _reduce.sum_gradients(partial, tuple(weight.shape), x.dtype)
     dw = dw.as_strided(dw.shape, (dw.shape[1], 1, dw.shape[1], dw.shape[1]))  # NHWC, as PyTorch writes it for one pixel
-    db = _reduce.sum_splits(partial_bias, x.dtype) if has_bias else _launch.empty((0,), x.dtype, x.device)
     return dx, dw, db

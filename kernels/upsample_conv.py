@@ -12,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _launch, _reduce, _stride2, _stride2_weight_grad
+from . import _launch, _stride2, _stride2_weight_grad
+from ._reduce import sum_rows
 from ._stride2 import Stride2Config
 from ._stride2_weight_grad import WeightGradConfig
 from ._weights import keepable
@@ -59,16 +60,22 @@ def sub_pixel_weights_kernel(
 
 @triton.jit
 def fold_taps_kernel(
-    partial_ptr, dw_ptr, splits, C_out, C_in, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr
+    partial_ptr, dw_ptr, db_ptr, splits, C_out, C_in, row_size, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr
 ):  # fmt: skip
-    """dw[co, ci, a, b] = sum_{u, v} G[co, 1 - a + u, 1 - b + v, ci], G the sum of partial (splits, C_out, 9, C_in).
+    """dw[co, ci, a, b] = sum_{u, v} G[co, 1 - a + u, 1 - b + v, ci], G the sum of partial's (splits, C_out, 9, C_in).
 
-    The order of the additions depends on the number of splits alone.
+    The programs after those of dw sum the C_out columns behind G into db. The order of the additions depends on the
+    number of splits alone.
     """
+    blocks = tl.cdiv(C_out * C_in, BLOCK_M)
+    if tl.program_id(0) >= blocks:
+        offs_k = (tl.program_id(0) - blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+        db = sum_rows(partial_ptr + 9 * C_out * C_in, splits, row_size, offs_k, offs_k < C_out, BLOCK_S, BLOCK_M)
+        tl.store(db_ptr + offs_k, db.to(db_ptr.dtype.element_ty), mask=offs_k < C_out)
+        return
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_mask = offs_m < C_out * C_in
     offs_s = tl.arange(0, BLOCK_S)
-    size = 9 * C_out * C_in
     element = (offs_m // C_in) * 9 * C_in + offs_m % C_in
     dw00 = tl.zeros((BLOCK_S, BLOCK_M), tl.float32)
     dw01 = tl.zeros((BLOCK_S, BLOCK_M), tl.float32)
@@ -78,7 +85,7 @@ def fold_taps_kernel(
         rows = (first + offs_s).to(tl.int64)
         mask = (rows < splits)[:, None] & m_mask[None, :]
         for r in tl.static_range(3):
-            g_ptr = partial_ptr + rows[:, None] * size + element[None, :] + r * 3 * C_in
+            g_ptr = partial_ptr + rows[:, None] * row_size + element[None, :] + r * 3 * C_in
             middle = tl.load(g_ptr + C_in, mask=mask, other=0.0)
             low = tl.load(g_ptr, mask=mask, other=0.0) + middle
             high = middle + tl.load(g_ptr + 2 * C_in, mask=mask, other=0.0)
@@ -138,12 +145,11 @@ def weight_grad(
     dz, x = _launch.channels_last(dz), _launch.channels_last(x)
     c_out, c_in = dz.shape[1], x.shape[1]
     config = config or _stride2_weight_grad.choose_config(dz, x, side=3)
-    partial, partial_bias = _stride2_weight_grad.partial_sums(dz, x, has_bias, side=3, in_first=False, config=config)
+    summed = dz if has_bias else None
+    partial = _stride2_weight_grad.partial_sums(dz, x, summed, side=3, in_first=False, config=config)
     dw = _launch.empty_image((c_out, c_in, 2, 2), x.dtype, x.device)
-    grid = (_launch.cdiv(c_out * c_in, _FOLD_TILE),)
-    _launch.launch(
-        fold_taps_kernel, grid, partial, dw, partial.shape[0], c_out, c_in, BLOCK_S=_FOLD_SPLITS, BLOCK_M=_FOLD_TILE
-    )
-    if partial_bias is None:
-        return dw, _launch.empty((0,), x.dtype, x.device)
-    return dw, _reduce.sum_splits(partial_bias, x.dtype)
+    db = _launch.empty((c_out if has_bias else 0,), x.dtype, x.device)
+    programs = _launch.cdiv(c_out * c_in, _FOLD_TILE) + _launch.cdiv(db.numel(), _FOLD_TILE)
+    _launch.launch(fold_taps_kernel, (programs,), partial, dw, db if has_bias else dw, partial.shape[0], c_out, c_in,
+                   partial.shape[1], BLOCK_S=_FOLD_SPLITS, BLOCK_M=_FOLD_TILE)
+    return dw, db

@@ -3,7 +3,7 @@
     dw[k, c, r, s] = sum over n, i, j of  dz[n, k, i, j] · x[n, c, i + r - pad, j + s - pad]
 
 with x zero outside of the image. Each program sums its share of the pixels in fp32, and a second kernel adds the
-shares in a fixed order.
+shares in a fixed order. The bias gradient, the sum of dz, is made by further programs of the same two launches.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import triton.language as tl
 
 from .. import _launch
 from .._launch import mma
-from .._reduce import sum_splits
+from .._reduce import column_tile, sum_columns, sum_gradients
 from .descriptors import image_boxes
-from .weight_grad_bias import bias_grad
 from .weight_grad_config import WeightGradConfig, choose_config, choose_splits, why_not
 from .weight_grad_first import launch_first
 
@@ -45,29 +44,22 @@ def load_tile(image, shape, strides, n, h, w, c, BLOCK_H: tl.constexpr, BLOCK_W:
     return tile
 
 
-@triton.jit(do_not_specialize=["x_shape", "x_strides", "dz_shape", "dz_strides", "pad", "stride_tap", "column", "tiles",
-                             "tiles_a_split"])
-def conv_relu_weight_grad_kernel(x, x_shape, x_strides, dz, dz_shape, dz_strides, pad, partial_ptr, stride_tap, column,
-                                 tiles, tiles_a_split, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
-                                 ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
-                                 X_VECTOR: tl.constexpr, DZ_VECTOR: tl.constexpr, OUT_VECTOR: tl.constexpr,
-                                 BULK: tl.constexpr, DZ_BULK: tl.constexpr, STAGES: tl.constexpr,
-                                 PRECISION: tl.constexpr):
-    """partial[split, k, (r, s), column + c] = the formula's sum over the split's tiles; a program holds one shift s.
+@triton.jit
+def sum_products(x, x_shape, x_strides, dz, dz_shape, dz_strides, pad, partial_ptr, stride_tap, s, c0, k0, first, last,
+                 BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+                 BLOCK_C: tl.constexpr, X_VECTOR: tl.constexpr, DZ_VECTOR: tl.constexpr, BULK: tl.constexpr,
+                 DZ_BULK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):
+    """partial[k, (r, s), c] = the formula's sum over tiles ``first`` to ``last``, excluded, for one shift s.
 
     ``x`` is a descriptor if ``BULK``, else a pointer, and ``dz`` if ``DZ_BULK``, of images with shapes (H, W, C). A
     tile is ROWS successive boxes of output rows: with boxes of one row, each row of x is loaded once and meets up to
-    three rows of dz. Grid: (3 column shifts, C_in and C_out tiles) × splits.
+    three rows of dz.
     """
-    pid, split = tl.program_id(0), tl.program_id(1)
-    s, tiles_c = pid % 3, tl.cdiv(x_shape[2], BLOCK_C)
-    c0, k0 = pid // 3 % tiles_c * BLOCK_C, pid // 3 // tiles_c * BLOCK_K
     tiles_h, tiles_w = tl.cdiv(dz_shape[0], BLOCK_H * ROWS), tl.cdiv(dz_shape[1], BLOCK_W)
     top = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
     middle = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
     bottom = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
-    first = split * tiles_a_split
-    for tile in tl.range(first, tl.minimum(first + tiles_a_split, tiles), num_stages=STAGES):
+    for tile in tl.range(first, last, num_stages=STAGES):
         w0, h0, n = tile % tiles_w * BLOCK_W, tile // tiles_w % tiles_h * BLOCK_H * ROWS, tile // (tiles_w * tiles_h)
         h, w = h0 - pad, w0 + s - pad
         x_rows, dz_rows = (), ()
@@ -87,12 +79,41 @@ def conv_relu_weight_grad_kernel(x, x_shape, x_strides, dz, dz_shape, dz_strides
     C_out = dz_shape[2]
     offs_k, offs_c = k0 + tl.arange(0, BLOCK_K), c0 + tl.arange(0, BLOCK_C)
     mask = (offs_k < C_out)[:, None] & (offs_c < x_shape[2] // X_VECTOR * X_VECTOR)[None, :]
-    stride_tap, column = stride_tap // OUT_VECTOR * OUT_VECTOR, column // OUT_VECTOR * OUT_VECTOR
-    row = (split.to(tl.int64) * C_out + offs_k) * 9 + s
-    out = partial_ptr + row[:, None] * stride_tap + (column + offs_c)[None, :]
+    out = partial_ptr + (offs_k * 9 + s)[:, None] * stride_tap + offs_c[None, :]
     tl.store(out, top, mask=mask)
     tl.store(out + 3 * stride_tap, middle, mask=mask)
     tl.store(out + 6 * stride_tap, bottom, mask=mask)
+
+
+@triton.jit(do_not_specialize=["x_shape", "x_strides", "dz_shape", "dz_strides", "pad", "stride_tap", "column",
+                             "row_size", "tiles", "pixels"])
+def conv_relu_weight_grad_kernel(x, x_shape, x_strides, dz, dz_ptr, dz_shape, dz_strides, pad, partial_ptr, stride_tap,
+                                 column, row_size, tiles, pixels, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+                                 ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+                                 BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr, X_VECTOR: tl.constexpr,
+                                 DZ_VECTOR: tl.constexpr, OUT_VECTOR: tl.constexpr, BULK: tl.constexpr,
+                                 DZ_BULK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):
+    """partial[split, (k, r, s, column + c)] and, behind them, the bias's [split, k]: sums over the split's pixels.
+
+    Grid: (3 column shifts, C_in and C_out tiles, then C_out in tiles of the bias) × splits. ``tiles`` and ``pixels``,
+    the latter rows of C_out channels from ``dz_ptr`` on, are (their number, those of a split). OUT_VECTOR divides
+    ``stride_tap``, ``column`` and ``row_size``.
+    """
+    pid, split = tl.program_id(0), tl.program_id(1)
+    C_out, tiles_c = dz_shape[2], tl.cdiv(x_shape[2], BLOCK_C)
+    products = 3 * tiles_c * tl.cdiv(C_out, BLOCK_K)
+    stride_tap, column = stride_tap // OUT_VECTOR * OUT_VECTOR, column // OUT_VECTOR * OUT_VECTOR
+    partial_ptr += split.to(tl.int64) * (row_size // OUT_VECTOR * OUT_VECTOR)
+    if pid < products:
+        first = split * tiles[1]
+        sum_products(x, x_shape, x_strides, dz, dz_shape, dz_strides, pad, partial_ptr + column, stride_tap, pid % 3,
+                     pid // 3 % tiles_c * BLOCK_C, pid // 3 // tiles_c * BLOCK_K, first,
+                     tl.minimum(first + tiles[1], tiles[0]), BLOCK_H, BLOCK_W, ROWS, BLOCK_K, BLOCK_C, X_VECTOR,
+                     DZ_VECTOR, BULK, DZ_BULK, STAGES, PRECISION)
+    else:
+        first = split * pixels[1]
+        sum_columns(dz_ptr, partial_ptr + 9 * C_out * stride_tap, (pid - products) * BLOCK_Q, first,
+                    tl.minimum(first + pixels[1], pixels[0]), C_out // DZ_VECTOR * DZ_VECTOR, BLOCK_R, BLOCK_Q)
 
 
 def weight_grad(dz: torch.Tensor, x: torch.Tensor, skip: torch.Tensor | None, pad: int, has_bias: bool,
@@ -101,7 +122,7 @@ def weight_grad(dz: torch.Tensor, x: torch.Tensor, skip: torch.Tensor | None, pa
 
     dz (N, C_out, H_out, W_out), x (N, C_x, H, W), skip (N, C_skip, >= H, >= W) or None. dw (C_out, C_skip + C_x, 3, 3)
     in channels_last memory and x's dtype; db (C_out,), or (0,) without a bias. ``config`` is used for both sources.
-    The fp32 workspace is splits · C_out · 9 · (C_skip + C_x) · 4 bytes, bounded by :func:`choose_splits`.
+    The fp32 workspace is splits · C_out · (9 · (C_skip + C_x) + 1) · 4 bytes, bounded by :func:`choose_splits`.
 
     Raises:
         ValueError: the shapes do not belong together, or ``config`` cannot run.
@@ -111,25 +132,22 @@ def weight_grad(dz: torch.Tensor, x: torch.Tensor, skip: torch.Tensor | None, pa
         raise ValueError(f"conv_relu weight gradient: dz {tuple(dz.shape)} does not fit x {tuple(x.shape)}, pad {pad}")
     c_skip = 0 if skip is None else skip.shape[1]
     channels = c_skip + x.shape[1]
-    dw_shape, db_shape = (c_out, 9, channels), (c_out if has_bias else 0,)
+    shape, biases = (c_out, 9, channels), c_out if has_bias else 0
     if dz.numel() == 0:
-        dw = _launch.empty(dw_shape, x.dtype, x.device).zero_()
-        return _as_weight(dw), _launch.empty(db_shape, x.dtype, x.device).zero_()
+        dw = _launch.empty(shape, x.dtype, x.device).zero_()
+        return _as_weight(dw), _launch.empty((biases,), x.dtype, x.device).zero_()
     dz, x = _launch.channels_last(dz), _launch.channels_last(x)
     x_config = config or choose_config(dz, x)
-    splits, in_product = choose_splits(dz, x.shape[1], channels, x_config), has_bias and x_config.variant == "first"
-    db = bias_grad(dz) if has_bias and not in_product else _launch.empty((0,), x.dtype, x.device)
-    partial = _launch.empty((splits, *dw_shape), torch.float32, x.device)
-    partial_bias = _launch.empty((splits, c_out), torch.float32, x.device) if in_product else None
-    _launch_source(dz, x, pad, partial, c_skip, partial_bias, x_config)
+    splits = choose_splits(dz, x.shape[1], channels, x_config)
+    partial = _launch.empty((splits, 9 * c_out * channels + biases), torch.float32, x.device)
+    _launch_source(dz, x, pad, partial, channels, c_skip, has_bias, x_config)
     if skip is not None:
         height, width = x.shape[2:]
         top, left = (skip.shape[2] - height) // 2, (skip.shape[3] - width) // 2
         skip = _launch.channels_last(skip)[:, :, top : top + height, left : left + width]
-        _launch_source(dz, skip, pad, partial, 0, None, config or choose_config(dz, skip))
-    if partial_bias is not None:
-        db = sum_splits(partial_bias, x.dtype)
-    return _as_weight(sum_splits(partial, x.dtype)), db
+        _launch_source(dz, skip, pad, partial, channels, 0, False, config or choose_config(dz, skip))
+    dw, db = sum_gradients(partial, shape, x.dtype)
+    return _as_weight(dw), db
 
 
 def _as_weight(dw: torch.Tensor) -> torch.Tensor:
@@ -137,29 +155,30 @@ def _as_weight(dw: torch.Tensor) -> torch.Tensor:
     return dw.view(dw.shape[0], 3, 3, dw.shape[2]).permute(0, 3, 1, 2)
 
 
-def _launch_source(dz: torch.Tensor, x: torch.Tensor, pad: int, partial: torch.Tensor, column: int,
-                   partial_bias: torch.Tensor | None, config: WeightGradConfig) -> None:
-    """Writes the columns of ``x`` (from ``column`` on) of ``partial``; the "first" variant ``partial_bias`` as well."""
+def _launch_source(dz: torch.Tensor, x: torch.Tensor, pad: int, partial: torch.Tensor, channels: int, column: int,
+                   sums_bias: bool, config: WeightGradConfig) -> None:
+    """Writes the columns of ``x`` (from ``column`` of ``channels`` on) of ``partial``, and the bias's if told to."""
     reason = why_not(config, dz, x)
     if reason is not None:
         raise ValueError(f"weight gradient variant {config.variant!r} cannot run here: {reason}")
     if config.variant == "first":
-        return launch_first(dz, x, pad, partial, column, partial_bias, config)
-    splits, channels, bulk = partial.shape[0], partial.shape[3], config.variant == "bulk"
-    stages = config.stages(dz.dtype)
-    out_vector = next(width for width in (4, 2, 1) if channels % width == column % width == 0)
+        return launch_first(dz, x, pad, partial, channels, column, sums_bias, config)
+    (splits, row_size), bulk, stages = partial.shape, config.variant == "bulk", config.stages(dz.dtype)
+    out_vector = next(width for width in (4, 2, 1) if channels % width == column % width == row_size % width == 0)
     box = (1, config.block_h, config.block_w)
     # A 16-bit box of several rows reaches the product without a detour only as its right operand, so that dz comes by
     # pointers. float32 takes the detour through registers anyway.
     dz_bulk = bulk and (config.block_h == 1 or dz.element_size() == 4)
-    tiles, programs = config.tiles(dz), config.programs(dz.shape[1], x.shape[1])
+    tiles, programs, pixels = config.tiles(dz), config.programs(dz.shape[1], x.shape[1]), dz.numel() // dz.shape[1]
+    block_r, block_q = column_tile(dz.shape[1], config.num_warps)
+    programs += _launch.cdiv(dz.shape[1], block_q) if sums_bias else 0
     _launch.launch(conv_relu_weight_grad_kernel, (programs, splits),
                    image_boxes(x, (*box, config.block_c)) if bulk else x,
                    (*x.shape[2:], x.shape[1]), (x.stride(0), x.stride(2)),
-                   image_boxes(dz, (*box, config.block_k)) if dz_bulk else dz,
-                   (*dz.shape[2:], dz.shape[1]), (dz.stride(0), dz.stride(2)), pad,
-                   partial, channels, column, tiles, _launch.cdiv(tiles, splits),
+                   image_boxes(dz, (*box, config.block_k)) if dz_bulk else dz, dz,
+                   (*dz.shape[2:], dz.shape[1]), (dz.stride(0), dz.stride(2)), pad, partial, channels, column, row_size,
+                   (tiles, _launch.cdiv(tiles, splits)), (pixels, _launch.cdiv(pixels, splits)),
                    BLOCK_H=config.block_h, BLOCK_W=config.block_w, ROWS=config.rows, BLOCK_K=config.block_k,
-                   BLOCK_C=config.block_c, X_VECTOR=_launch.vector_width(x), DZ_VECTOR=_launch.vector_width(dz),
-                   OUT_VECTOR=out_vector, BULK=bulk, DZ_BULK=dz_bulk, STAGES=stages,
+                   BLOCK_C=config.block_c, BLOCK_R=block_r, BLOCK_Q=block_q, X_VECTOR=_launch.vector_width(x),
+                   DZ_VECTOR=_launch.vector_width(dz), OUT_VECTOR=out_vector, BULK=bulk, DZ_BULK=dz_bulk, STAGES=stages,
                    PRECISION=_launch.dot_precision(dz.dtype), num_warps=config.num_warps, num_stages=stages)

@@ -15,14 +15,14 @@ from .._launch import mma
 from .weight_grad_config import WeightGradConfig
 
 
-@triton.jit(do_not_specialize=["x_shape", "x_strides", "dz_shape", "pad", "stride_tap", "column", "tiles_a_split",
-                             "sums_bias"])
-def conv_relu_weight_grad_first_kernel(x_ptr, x_shape, x_strides, dz_ptr, dz_shape, pad, partial_ptr,
-                                       partial_bias_ptr, stride_tap, column, tiles_a_split, sums_bias,
+@triton.jit(do_not_specialize=["x_shape", "x_strides", "dz_shape", "pad", "stride_tap", "column", "row_size",
+                             "tiles_a_split", "sums_bias"])
+def conv_relu_weight_grad_first_kernel(x_ptr, x_shape, x_strides, dz_ptr, dz_shape, pad, partial_ptr, stride_tap,
+                                       column, row_size, tiles_a_split, sums_bias,
                                        C_IN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
                                        BLOCK_Q: tl.constexpr, VECTOR: tl.constexpr, TAPS_FIRST: tl.constexpr,
                                        STAGES: tl.constexpr, PRECISION: tl.constexpr):
-    """partial[split, k, tap, column + c] = sum of dz[p, k] x[p + tap, c]; partial_bias[split, k] = sum of dz[p, k].
+    """partial[split, (k, tap, column + c)] = sum of dz[p, k] x[p + tap, c] and, behind them, [split, k] of dz[p, k].
 
     Shapes: x (H, W) with strides of N and H; dz (N, H, W, C_out), pixels flattened, fewer than 2³¹. Column q = tap *
     C_IN + c of the product; q = 9 C_IN is 1.
@@ -53,24 +53,24 @@ def conv_relu_weight_grad_first_kernel(x_ptr, x_shape, x_strides, dz_ptr, dz_sha
             acc = mma(dz.T, x, acc, PRECISION)
     if TAPS_FIRST:
         acc = acc.T
-    row = split.to(tl.int64) * C_out + offs_k
-    out = partial_ptr + row[:, None] * 9 * stride_tap + (q // C_IN * stride_tap + column + c)[None, :]
+    partial_ptr += split.to(tl.int64) * row_size
+    out = partial_ptr + offs_k[:, None] * 9 * stride_tap + (q // C_IN * stride_tap + column + c)[None, :]
     tl.store(out, acc, mask=k_mask[:, None] & (q < 9 * C_IN)[None, :])
     if sums_bias != 0:
         bias = tl.sum(tl.where((q == 9 * C_IN)[None, :], acc, 0.0), axis=1)
-        tl.store(partial_bias_ptr + row, bias, mask=k_mask)
+        tl.store(partial_ptr + 9 * C_out * stride_tap + offs_k, bias, mask=k_mask)
 
 
-def launch_first(dz: torch.Tensor, x: torch.Tensor, pad: int, partial: torch.Tensor, column: int,
-                 partial_bias: torch.Tensor | None, config: WeightGradConfig) -> None:
-    """Writes the columns of ``x`` (from ``column`` on) of ``partial``, and ``partial_bias`` unless that is None."""
-    (n, c_out, h, w), splits, stages = dz.shape, partial.shape[0], config.stages(dz.dtype)
+def launch_first(dz: torch.Tensor, x: torch.Tensor, pad: int, partial: torch.Tensor, channels: int, column: int,
+                 sums_bias: bool, config: WeightGradConfig) -> None:
+    """Writes the columns of ``x`` (from ``column`` of ``channels`` on) of ``partial``, and the bias's if told to."""
+    (n, c_out, h, w), (splits, row_size), stages = dz.shape, partial.shape, config.stages(dz.dtype)
     # dz is loaded 16 bytes wide as the right operand; only wgmma with 16-bit types takes it as the left one as well
     taps_first = dz.element_size() == 4 or _launch.architecture() < 90
     grid = (_launch.cdiv(c_out, config.block_k), splits)
     _launch.launch(conv_relu_weight_grad_first_kernel, grid, x, tuple(x.shape[2:]), (x.stride(0), x.stride(2)), dz,
-                   (n, h, w, c_out), pad, partial, partial if partial_bias is None else partial_bias,
-                   partial.shape[3], column, _launch.cdiv(config.tiles(dz), splits), int(partial_bias is not None),
+                   (n, h, w, c_out), pad, partial, channels, column, row_size, _launch.cdiv(config.tiles(dz), splits),
+                   int(sums_bias),
                    C_IN=x.shape[1], BLOCK_P=config.block_w, BLOCK_K=config.block_k, BLOCK_Q=config.block_c,
                    VECTOR=_launch.vector_width(dz), TAPS_FIRST=taps_first, STAGES=stages,
                    PRECISION=_launch.dot_precision(dz.dtype), num_warps=config.num_warps, num_stages=stages)

@@ -6,10 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastunet.kernels import _launch
+from fastunet.kernels import _launch, _reduce
 from fastunet.kernels.conv import weight_grad as weight_grad_module
-from fastunet.kernels.conv import weight_grad_bias as conv_relu_weight_grad_bias
-from fastunet.kernels.conv.cost import usual_device
 from fastunet.kernels.conv.weight_grad import weight_grad
 from fastunet.kernels.conv.weight_grad_config import WeightGradConfig, choose_config, choose_splits, why_not
 
@@ -175,11 +173,10 @@ def test_tiles_that_cannot_run_are_refused(device):
 
 @pytest.mark.parametrize("c_out", [24, 160])
 def test_bias_of_shares_of_several_steps(c_out, device, monkeypatch):
-    """Three programs for all pixels, so that each takes several steps and the last one ends early."""
-    few = dataclasses.replace(usual_device(90), multiprocessors=1)
-    monkeypatch.setattr(conv_relu_weight_grad_bias, "device", lambda: few)
-    monkeypatch.setattr(conv_relu_weight_grad_bias, "_PROGRAMS", 3)
+    """Three splits of all pixels, so that each takes several steps and the last one ends early."""
+    monkeypatch.setattr(weight_grad_module, "choose_splits", lambda *_: 3)
+    monkeypatch.setattr(_reduce, "_COLUMN_TILE", 256)
     torch.manual_seed(0)
-    dz = torch.randn(2, c_out, 35, 21, device=device).contiguous(memory_format=torch.channels_last)
-    actual = conv_relu_weight_grad_bias.bias_grad(dz)
+    dz, x = torch.randn(2, c_out, 35, 21, device=device), torch.randn(2, 16, 35, 21, device=device)
+    _, actual = weight_grad(dz, x, None, 1, True)
     assert_within_budget(actual, dz.sum((0, 2, 3)), dz.double().sum((0, 2, 3)), "db")
