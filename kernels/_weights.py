@@ -88,20 +88,12 @@ def _taps(weight: torch.Tensor) -> torch.Tensor:
 
 
 @keepable
-def forward_taps(weight: torch.Tensor) -> torch.Tensor:
-    """``weight`` (C_out, 3, 3, C) of any strides as a contiguous (C_out, 9, C)."""
+def conv_taps(weight: torch.Tensor, flipped: bool = False) -> torch.Tensor:
+    """``weight`` (C_out, 3, 3, C) of any strides as a contiguous (C_out, 9, C), its taps in reverse if ``flipped``."""
     c_out, _, _, c = weight.shape
     out = _launch.empty((c_out, 9, c), weight.dtype, weight.device)
-    _permute(_taps(weight.permute(0, 3, 1, 2)), out, 0, c, 0, 9 * c)
-    return out
-
-
-@keepable
-def backward_taps(weight: torch.Tensor) -> torch.Tensor:
-    """(C_in, 3, 3, C_out): the flipped, transposed ``weight`` (C_out, C_in, 3, 3) of the data gradient."""
-    c_out, c_in = weight.shape[:2]
-    out = _launch.empty((c_in, 3, 3, c_out), weight.dtype, weight.device)
-    _permute(_taps(weight).transpose(1, 2), out, 8 * c_out, -c_out, 0, 9 * c_out)
+    first, stride_tap = (8 * c, -c) if flipped else (0, c)
+    _permute(_taps(weight.permute(0, 3, 1, 2)), out, first, stride_tap, 0, 9 * c)
     return out
 
 
@@ -127,12 +119,15 @@ def stride2_slots(weight: torch.Tensor) -> torch.Tensor:
 
 
 @keepable
-def stacked_rows(weight: torch.Tensor, block_k: int) -> torch.Tensor:
+def stacked_rows(weight: torch.Tensor, block_k: int, flipped: bool = False) -> torch.Tensor:
     """``weight`` (C_out, 3, 3, C) as (3 columns, 3 kernel rows of block_k channels, C), zero from C_out to block_k.
 
-    2 · block_k rows from (j - 1) · block_k are the taps of kernel rows j - 1 and j; out of the range they read as zero.
+    Rows and columns are in reverse if ``flipped``. 2 · block_k rows from (j - 1) · block_k are the taps of kernel
+    rows j - 1 and j; out of the range they read as zero.
     """
     c = weight.shape[3]
     out = _launch.empty((3, 3 * block_k, c), weight.dtype, weight.device)
-    _permute(_taps(weight.permute(0, 3, 1, 2)), out, 0, block_k * c, 3 * block_k * c, c, low=3, out_rows=block_k)
+    row, column = block_k * c, 3 * block_k * c
+    first, row, column = (2 * row + 2 * column, -row, -column) if flipped else (0, row, column)
+    _permute(_taps(weight.permute(0, 3, 1, 2)), out, first, row, column, c, low=3, out_rows=block_k)
     return out

@@ -12,24 +12,23 @@ import triton.language as tl
 from .. import _launch
 from .._launch import mma
 from .convolution import ConvConfig, Convolution, Head
-from .descriptors import image_boxes, tap_sources
+from .descriptors import image_boxes, tap_sources, tap_weight
 from .epilogue import bias_activation, head_store, max_of_pairs, tile_statistics
 
 
 @triton.jit
 def add_box_source(acc, x_desc, weight_desc, first, last, n0, h0, w0, k0, BLOCK_N: tl.constexpr,
                    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
-                   PRECISION: tl.constexpr):
+                   PRECISION: tl.constexpr, FLIPPED: tl.constexpr):
     """Adds steps ``first`` to ``last``, excluded, to ``acc``: 9 taps of the first BLOCK_C channels, of the next, …
 
     (h0, w0) is the input pixel of tap (0, 0) of the first output.
     """
-    BLOCK_K: tl.constexpr = acc.shape[0]
     for i in tl.range(first, last, num_stages=STAGES):
         tap = i % 9
         c = i // 9 * BLOCK_C
         x = x_desc.load([n0, h0 + tap // 3, w0 + tap % 3, c])
-        weight = tl.reshape(weight_desc.load([tap, k0, c]), (BLOCK_K, BLOCK_C))
+        weight = tap_weight(weight_desc, tap, k0, c, FLIPPED)
         acc = mma(weight, tl.reshape(x, (BLOCK_N * BLOCK_H * BLOCK_W, BLOCK_C)).T, acc, PRECISION)
     return acc
 
@@ -37,24 +36,27 @@ def add_box_source(acc, x_desc, weight_desc, first, last, n0, h0, w0, k0, BLOCK_
 @triton.jit
 def accumulate_boxes(x_desc, x_weight_desc, x_channels, skip_desc, skip_weight_desc, skip_channels,
                      offset, n0, h0, w0, k0, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
-                     BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):
+                     BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+                     FLIPPED: tl.constexpr = False):
     """The sums of one tile over the skip, if any, then over x: two loops, for a choice inside one is not pipelined."""
     acc = tl.zeros((BLOCK_K, BLOCK_N * BLOCK_H * BLOCK_W), tl.float32)
     if skip_desc is not None:
         acc = add_box_source(acc, skip_desc, skip_weight_desc, 0, 9 * tl.cdiv(skip_channels, BLOCK_C), n0,
-                             h0 - offset[0], w0 - offset[1], k0, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_C, STAGES, PRECISION)
+                             h0 - offset[0], w0 - offset[1], k0, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_C, STAGES, PRECISION,
+                             FLIPPED)
     return add_box_source(acc, x_desc, x_weight_desc, 0, 9 * tl.cdiv(x_channels, BLOCK_C), n0, h0 - offset[0],
-                          w0 - offset[1], k0, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_C, STAGES, PRECISION)
+                          w0 - offset[1], k0, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_C, STAGES, PRECISION, FLIPPED)
 
 
 @triton.jit(do_not_specialize=["x_channels", "skip_channels", "offset", "C_out", "tiles"])
 def conv_relu_box_kernel(x_desc, x_weight_desc, x_channels, skip_desc, skip_weight_desc, skip_channels,
                          offset, bias_ptr, mask_desc, y_desc, pooled_desc, statistics_ptr, C_out, tiles,
                          SLOPE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
-                         BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):
+                         BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+                         FLIPPED: tl.constexpr):
     """``y = relu(conv(skip) + conv(x) + bias) * (mask > 0)``, its 2×2 max-pool and tile statistics, each part optional.
 
-    Boxes: x, skip [BN, BH, BW, BC]; weights [1, BK, BC] of (9, C_out, C); mask, y [BN, BH, BW, BK]; pooled halves
+    Boxes: x, skip [BN, BH, BW, BC]; weights as :func:`tap_weight` reads them; mask, y [BN, BH, BW, BK]; pooled halves
     BH and BW, and tiles start on even pixels, so no window crosses a tile. ``tiles`` counts (h, w, C_out) tiles.
     """
     tiles_h, tiles_w, tiles_k = tiles
@@ -63,7 +65,8 @@ def conv_relu_box_kernel(x_desc, x_weight_desc, x_channels, skip_desc, skip_weig
     w0, h0 = tile % tiles_w * BLOCK_W, tile // tiles_w % tiles_h * BLOCK_H
     n0 = tile // (tiles_w * tiles_h) * BLOCK_N
     acc = accumulate_boxes(x_desc, x_weight_desc, x_channels, skip_desc, skip_weight_desc, skip_channels,
-                           offset, n0, h0, w0, k0, BLOCK_K, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_C, STAGES, PRECISION)
+                           offset, n0, h0, w0, k0, BLOCK_K, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_C, STAGES, PRECISION,
+                           FLIPPED)
     offs_k = k0 + tl.arange(0, BLOCK_K)
     y = bias_activation(acc, bias_ptr, offs_k, C_out, SLOPE)
     if mask_desc is not None:
@@ -126,7 +129,7 @@ def launch_box(conv: Convolution, y, pooled, statistics, config: ConvConfig) -> 
                    image_boxes(y, box), None if pooled is None else image_boxes(pooled, half), statistics, conv.c_out,
                    tiles, SLOPE=conv.slope, BLOCK_K=config.block_k, BLOCK_N=n, BLOCK_H=h, BLOCK_W=w,
                    BLOCK_C=config.block_c, STAGES=config.num_stages, PRECISION=_launch.dot_precision(y.dtype),
-                   num_warps=config.num_warps, num_stages=config.num_stages)
+                   FLIPPED=conv.flipped, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
 def launch_box_head(conv: Convolution, head: Head, out, config: ConvConfig) -> None:

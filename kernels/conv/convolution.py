@@ -14,8 +14,9 @@ class Convolution:
     """``y = relu(conv(concat([skip, x], 1), weight) + bias) * (mask > 0)`` with outputs of ``out_size``.
 
     ``x`` and ``skip`` (N, C, H, W) are NHWC pixels of unit channel stride and pixel stride C, ``skip`` possibly a crop
-    of a larger image; ``weight`` (C_out, 3, 3, C_skip + C_x) has any strides. ``offset`` (off_h, off_w): output (i, j)
-    reads rows i - off_h .. i - off_h + 2 of each source and such columns, zero outside of it.
+    of a larger image; ``weight`` (C_out, 3, 3, C_skip + C_x) has any strides, and its taps are meant in reverse if
+    ``flipped``. ``offset`` (off_h, off_w): output (i, j) reads rows i - off_h .. i - off_h + 2 of each source and such
+    columns, zero outside of it.
     """
 
     x: torch.Tensor
@@ -26,6 +27,7 @@ class Convolution:
     bias: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     slope: float = 1.0
+    flipped: bool = False
 
     @property
     def images(self) -> tuple[torch.Tensor, ...]:
@@ -51,8 +53,10 @@ class Convolution:
     def taps(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weights (C_out, 9, C) of x and of the skip; views of one tensor, copied only if not in this order already."""
         # views into a flat parameter may be off the alignment of vector accesses
-        in_place = self.weight.is_contiguous() and (self.weight.is_meta or self.weight.data_ptr() % 16 == 0)
-        return self.split(self.weight.view(self.c_out, 9, -1) if in_place else _weights.forward_taps(self.weight))
+        aligned = self.weight.is_meta or self.weight.data_ptr() % 16 == 0
+        if self.weight.is_contiguous() and aligned and not self.flipped:
+            return self.split(self.weight.view(self.c_out, 9, -1))
+        return self.split(_weights.conv_taps(self.weight, self.flipped))
 
 
 @dataclass(frozen=True)

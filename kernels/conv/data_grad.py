@@ -4,18 +4,22 @@ With ``dz`` the gradient before ReLU and ``pad`` 1 ("same") or 0 ("valid"),
 
     dx[n, c, i, j] = sum over k, r, s of  weight[k, c, r, s] · dz[n, k, i + pad - r, j + pad - s]
 
-which is :func:`conv_relu.convolve` of ``dz`` with the taps flipped, the channel axes exchanged and offset 2 - pad. A
-skip whose centre was cropped at (crop_h, crop_w) adds that crop to the offset. Under "valid", pixels outside of the
-crop see no tap and so get zero; under "same" those next to it would see the taps of the forward's zero padding, so the
-gradient of the crop is computed alone and copied into zeros.
+which is :func:`conv_relu.convolve` of ``dz`` with the taps flipped, the channel axes exchanged and offset 2 - pad;
+16-bit weights are read as they are, others reordered once. A skip whose centre was cropped at (crop_h, crop_w) adds
+that crop to the offset. Under "valid", pixels outside of the crop see no tap and so get zero; under "same" those next
+to it would see the taps of the forward's zero padding, so the gradient of the crop is computed alone and copied into
+zeros.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 
 from .. import _launch
-from .._weights import backward_taps
+from .._weights import conv_taps
 from .convolution import ConvConfig
 from .forward import convolve
 
@@ -46,32 +50,41 @@ def data_grad(
             f"conv_relu data gradient: dz {tuple(dz.shape)} and weight {tuple(weight.shape)} do not fit x "
             f"{tuple(x.shape)}, {c_skip} skip channels and padding {pad}"
         )
-    packed = backward_taps(weight)
-    dz = _launch.channels_last(dz)
+    dz, exchanged, flipped = _launch.channels_last(dz), weight.permute(1, 2, 3, 0), _read_in_place(weight, c_skip)
+    if not flipped:
+        exchanged = conv_taps(exchanged, True).unflatten(1, (3, 3))
+    run = functools.partial(convolve, dz, flipped=flipped, config=config)
     offset = 2 - pad
-    dx = convolve(dz, packed[c_skip:], (h, w), offset, offset, mask=x if mask_x else None, config=config)
+    dx = run(exchanged[c_skip:], (h, w), offset, offset, mask=x if mask_x else None)
     if skip is None:
         return dx, _launch.empty((0,), x.dtype, x.device)
-    return dx, _skip_grad(dz, packed[:c_skip], skip, (h, w), offset, mask_skip, config)
+    return dx, _skip_grad(run, exchanged[:c_skip], skip, (h, w), offset, mask_skip)
+
+
+def _read_in_place(weight: torch.Tensor, c_skip: int) -> bool:
+    """Whether bulk copies can read what the forward pass read, which a product of 16 bits takes transposed."""
+    if _launch.architecture() < 90 or weight.element_size() != 2 or weight.shape[1] % 8 or c_skip % 8:
+        return False
+    aligned = weight.is_meta or weight.data_ptr() % 16 == 0
+    return aligned and weight.permute(0, 2, 3, 1).is_contiguous()
 
 
 def _skip_grad(
-    dz: torch.Tensor,
-    packed: torch.Tensor,
+    run: Callable[..., torch.Tensor],
+    weight: torch.Tensor,
     skip: torch.Tensor,
     size: tuple[int, int],
     offset: int,
     mask_skip: bool,
-    config: ConvConfig | None,
 ) -> torch.Tensor:
     """The gradient of the whole skip, of which the centre of ``size`` was convolved: zero outside of that."""
     (skip_h, skip_w), (h, w) = skip.shape[2:], size
     top, left = (skip_h - h) // 2, (skip_w - w) // 2
     if offset == 2 or (skip_h, skip_w) == size:  # "valid": no tap reaches the pixels around the centre
         mask = skip if mask_skip else None
-        return convolve(dz, packed, (skip_h, skip_w), offset + top, offset + left, mask=mask, config=config)
+        return run(weight, (skip_h, skip_w), offset + top, offset + left, mask=mask)
     centre = slice(top, top + h), slice(left, left + w)
     mask = skip[(..., *centre)] if mask_skip else None
     dskip = _launch.empty_image(tuple(skip.shape), skip.dtype, skip.device).zero_()
-    dskip[(..., *centre)] = convolve(dz, packed, size, offset, offset, mask=mask, config=config)
+    dskip[(..., *centre)] = run(weight, size, offset, offset, mask=mask)
     return dskip

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .convolution import Convolution
@@ -26,7 +28,13 @@ def matrix_boxes(matrices: torch.Tensor, box: tuple[int, int, int]) -> TensorDes
 
 
 def tap_sources(conv: Convolution, box: tuple[int, int, int, int], block_k: int) -> tuple:
-    """A kernel's arguments for x and for the skip: boxes of the image, boxes [1, block_k, BC] of its taps, channels."""
+    """A kernel's arguments for x and for the skip: boxes of the image, boxes [1, block_k, BC] of its taps, channels.
+
+    Of a flipped convolution, which has one source, the boxes are [1, BC, block_k].
+    """
+    if conv.flipped:
+        taps = matrix_boxes(conv.weight.permute(1, 2, 3, 0).flatten(0, 1), (1, box[3], block_k))
+        return image_boxes(conv.x, box), taps, conv.x.shape[1], None, None, 0
     args = []
     for image, weight in zip((conv.x, conv.skip), conv.taps()):
         if image is None:
@@ -35,3 +43,18 @@ def tap_sources(conv: Convolution, box: tuple[int, int, int, int], block_k: int)
             taps = matrix_boxes(weight.transpose(0, 1), (1, block_k, box[3]))
             args += [image_boxes(image, box), taps, image.shape[1]]
     return tuple(args)
+
+
+@triton.jit
+def tap_weight(weight_desc, tap, k0, c, FLIPPED: tl.constexpr):
+    """The weights of one tap as operand A [BK, BC], from boxes of :func:`tap_sources`.
+
+    Those of the forward pass, read by the data gradient, are a transposed operand: free where it has 16 bits.
+    """
+    if FLIPPED:
+        weight = weight_desc.load([8 - tap, c, k0])
+        weight = tl.reshape(weight, (weight.shape[1], weight.shape[2])).T
+    else:
+        weight = weight_desc.load([tap, k0, c])
+        weight = tl.reshape(weight, (weight.shape[1], weight.shape[2]))
+    return weight

@@ -99,24 +99,19 @@ def forward_head(x: torch.Tensor, skip: torch.Tensor | None, weight: torch.Tenso
     return out
 
 
-def convolve(x: torch.Tensor, packed_weight: torch.Tensor, out_size: tuple[int, int], offset_h: int, offset_w: int, *,
-             mask: torch.Tensor | None = None, config: ConvConfig | None = None) -> torch.Tensor:
-    """``y[n,k,i,j] = (sum_{r,s,c} packed_weight[k,r,s,c] · x[n,c,i+r-offset_h,j+s-offset_w]) · (mask[n,k,i,j] > 0)``.
+def convolve(x: torch.Tensor, weight: torch.Tensor, out_size: tuple[int, int], offset_h: int, offset_w: int, *,
+             mask: torch.Tensor | None = None, flipped: bool = False, config: ConvConfig | None = None) -> torch.Tensor:
+    """``y[n,k,i,j] = (sum_{r,s,c} weight[k,r,s,c] · x[n,c,i+r-offset_h,j+s-offset_w]) · (mask[n,k,i,j] > 0)``.
 
-    x (N, C_in, H, W); packed_weight contiguous with rows of 9·C_in elements, tap-major (:func:`pack`); ``out_size``
-    any (H, W), elements that no tap reaches are 0; mask None or (N, C_out, \\*out_size). No bias, no ReLU.
+    x (N, C_in, H, W); weight (C_out, 3, 3, C_in) of any strides, with weight[k,2-r,2-s,c] in the formula if
+    ``flipped``, for which bulk copies need the unit stride in C_out and 16 bits; ``out_size`` any (H, W), elements that
+    no tap reaches are 0; mask None or (N, C_out, \\*out_size). No bias, no ReLU.
     """
     x = _launch.channels_last(x)
-    weight = packed_weight.view(packed_weight.shape[0], 3, 3, x.shape[1])
     mask = None if mask is None else _launch.channels_last(mask)
-    conv = Convolution(x, None, weight, (offset_h, offset_w), tuple(out_size), mask=mask)
+    conv = Convolution(x, None, weight, (offset_h, offset_w), tuple(out_size), mask=mask, flipped=flipped)
     y = _launch.empty_image((conv.batch, conv.c_out, *conv.out_size), x.dtype, x.device)
     return _run(conv, y, None, config)
-
-
-def pack(weight: torch.Tensor) -> torch.Tensor:
-    """(C_out, C_in, 3, 3) as contiguous (C_out, 9, C_in), taps row-major; free when ``weight`` is channels_last."""
-    return weight.permute(0, 2, 3, 1).contiguous().view(weight.shape[0], 9, weight.shape[1])
 
 
 def _forward_convolution(x, skip, weight, bias, pad: int, slope: float) -> Convolution:

@@ -12,7 +12,7 @@ import triton.language as tl
 from .. import _launch
 from .._launch import mma
 from .convolution import ConvConfig, Convolution, Head
-from .descriptors import image_boxes, tap_sources
+from .descriptors import image_boxes, tap_sources, tap_weight
 from .epilogue import bias_activation, head_store, max_of_pairs, tile_statistics
 
 ROWS = 4
@@ -26,21 +26,14 @@ def input_row(x_desc, n, h, w, c):
 
 
 @triton.jit
-def tap_weight(weight_desc, tap, k0, c):
-    """The weights of one tap as operand A [BK, BC]."""
-    weight = weight_desc.load([tap, k0, c])
-    return tl.reshape(weight, (weight.shape[1], weight.shape[2]))
-
-
-@triton.jit
 def add_rows_source(y0, y1, y2, y3, x_desc, weight_desc, C, n, h0, w0, k0, BLOCK_C: tl.constexpr,
-                    STAGES: tl.constexpr, PRECISION: tl.constexpr):
+                    STAGES: tl.constexpr, PRECISION: tl.constexpr, FLIPPED: tl.constexpr):
     """Adds 9 taps and C channels to four output rows; (h0, w0) is the input pixel of tap (0, 0) of the first."""
     for i in tl.range(0, 3 * tl.cdiv(C, BLOCK_C), num_stages=STAGES):
         s = i % 3
         c = i // 3 * BLOCK_C
-        top, middle = tap_weight(weight_desc, s, k0, c), tap_weight(weight_desc, 3 + s, k0, c)
-        bottom = tap_weight(weight_desc, 6 + s, k0, c)
+        top, middle = tap_weight(weight_desc, s, k0, c, FLIPPED), tap_weight(weight_desc, 3 + s, k0, c, FLIPPED)
+        bottom = tap_weight(weight_desc, 6 + s, k0, c, FLIPPED)
         x0, x1 = input_row(x_desc, n, h0, w0 + s, c), input_row(x_desc, n, h0 + 1, w0 + s, c)
         x2, x3 = input_row(x_desc, n, h0 + 2, w0 + s, c), input_row(x_desc, n, h0 + 3, w0 + s, c)
         x4, x5 = input_row(x_desc, n, h0 + 4, w0 + s, c), input_row(x_desc, n, h0 + 5, w0 + s, c)
@@ -54,15 +47,16 @@ def add_rows_source(y0, y1, y2, y3, x_desc, weight_desc, C, n, h0, w0, k0, BLOCK
 @triton.jit
 def accumulate_rows(x_desc, x_weight_desc, x_channels, skip_desc, skip_weight_desc, skip_channels, offset, n, h0, w0,
                     k0, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
-                    PRECISION: tl.constexpr):
+                    PRECISION: tl.constexpr, FLIPPED: tl.constexpr = False):
     """The sums of four output rows over the skip, if any, then over x."""
     y0, y1 = tl.zeros((BLOCK_K, BLOCK_W), tl.float32), tl.zeros((BLOCK_K, BLOCK_W), tl.float32)
     y2, y3 = tl.zeros((BLOCK_K, BLOCK_W), tl.float32), tl.zeros((BLOCK_K, BLOCK_W), tl.float32)
     h0, w0 = h0 - offset[0], w0 - offset[1]
     if skip_desc is not None:
         y0, y1, y2, y3 = add_rows_source(y0, y1, y2, y3, skip_desc, skip_weight_desc, skip_channels, n, h0, w0, k0,
-                                         BLOCK_C, STAGES, PRECISION)
-    return add_rows_source(y0, y1, y2, y3, x_desc, x_weight_desc, x_channels, n, h0, w0, k0, BLOCK_C, STAGES, PRECISION)
+                                         BLOCK_C, STAGES, PRECISION, FLIPPED)
+    return add_rows_source(y0, y1, y2, y3, x_desc, x_weight_desc, x_channels, n, h0, w0, k0, BLOCK_C, STAGES, PRECISION,
+                           FLIPPED)
 
 
 @triton.jit
@@ -91,17 +85,17 @@ def pool_rows(upper, lower, pooled_desc, n, h, w, k0):
 def conv_relu_rows_kernel(x_desc, x_weight_desc, x_channels, skip_desc, skip_weight_desc, skip_channels, offset,
                           bias_ptr, mask_desc, y_desc, pooled_desc, statistics_ptr, C_out, tiles, SLOPE: tl.constexpr,
                           BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
-                          PRECISION: tl.constexpr):
+                          PRECISION: tl.constexpr, FLIPPED: tl.constexpr):
     """``y = relu(conv(skip) + conv(x) + bias) * (mask > 0)``, its 2×2 max-pool and tile statistics, each part optional.
 
-    Boxes: x, skip [1, 1, BW, BC]; weights [1, BK, BC] of (9, C_out, C); mask, y [1, 1, BW, BK]; pooled half as wide.
+    Boxes: x, skip [1, 1, BW, BC]; weights those of :func:`tap_weight`; mask, y [1, 1, BW, BK]; pooled half as wide.
     ``tiles`` counts the tiles along (h, w, C_out).
     """
     tiles_h, tiles_w, tiles_k = tiles
     k0, tile = tl.program_id(0) % tiles_k * BLOCK_K, tl.program_id(0) // tiles_k
     w0, h0, n = tile % tiles_w * BLOCK_W, tile // tiles_w % tiles_h * 4, tile // (tiles_w * tiles_h)
     y0, y1, y2, y3 = accumulate_rows(x_desc, x_weight_desc, x_channels, skip_desc, skip_weight_desc, skip_channels,
-                                     offset, n, h0, w0, k0, BLOCK_K, BLOCK_W, BLOCK_C, STAGES, PRECISION)
+                                     offset, n, h0, w0, k0, BLOCK_K, BLOCK_W, BLOCK_C, STAGES, PRECISION, FLIPPED)
     y0 = finish_row(y0, bias_ptr, mask_desc, y_desc, n, h0, w0, k0, C_out, SLOPE)
     y1 = finish_row(y1, bias_ptr, mask_desc, y_desc, n, h0 + 1, w0, k0, C_out, SLOPE)
     if pooled_desc is not None:
@@ -166,8 +160,8 @@ def launch_rows(conv: Convolution, y, pooled, statistics, config: ConvConfig) ->
                    None if conv.mask is None else image_boxes(conv.mask, row), image_boxes(y, row),
                    None if pooled is None else image_boxes(pooled, half), statistics, conv.c_out, tiles,
                    SLOPE=conv.slope, BLOCK_K=config.block_k, BLOCK_W=config.block_w, BLOCK_C=config.block_c,
-                   STAGES=config.num_stages, PRECISION=_launch.dot_precision(y.dtype), num_warps=config.num_warps,
-                   num_stages=config.num_stages)
+                   STAGES=config.num_stages, PRECISION=_launch.dot_precision(y.dtype), FLIPPED=conv.flipped,
+                   num_warps=config.num_warps, num_stages=config.num_stages)
 
 
 def launch_rows_head(conv: Convolution, head: Head, out, config: ConvConfig) -> None:

@@ -24,7 +24,7 @@ _JOINED_CHANNELS, JOINED_PIXELS = 16, 64
 def conv_relu_box_split_kernel(x_desc, x_weight_desc, x_channels, skip_desc, skip_weight_desc, skip_channels, offset,
                                partial_desc, tiles, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
                                BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
-                               STAGES: tl.constexpr, PRECISION: tl.constexpr):
+                               STAGES: tl.constexpr, PRECISION: tl.constexpr, FLIPPED: tl.constexpr):
     """partial (splits, N, H, W, C_out): the share of program axis 1 in the sum over the skip, if any, and over x.
 
     Boxes are those of the unsplit kernel, those of partial (1, BN, BH, BW, BK). ``tiles`` counts (h, w, C_out) tiles.
@@ -39,10 +39,11 @@ def conv_relu_box_split_kernel(x_desc, x_weight_desc, x_channels, skip_desc, ski
         steps = 9 * tl.cdiv(skip_channels, BLOCK_C)
         acc = add_box_source(acc, skip_desc, skip_weight_desc, split * steps // splits, (split + 1) * steps // splits,
                              n0, h0 - offset[0], w0 - offset[1], k0, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_C, STAGES,
-                             PRECISION)
+                             PRECISION, FLIPPED)
     steps = 9 * tl.cdiv(x_channels, BLOCK_C)
     acc = add_box_source(acc, x_desc, x_weight_desc, split * steps // splits, (split + 1) * steps // splits, n0,
-                         h0 - offset[0], w0 - offset[1], k0, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_C, STAGES, PRECISION)
+                         h0 - offset[0], w0 - offset[1], k0, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_C, STAGES, PRECISION,
+                         FLIPPED)
     partial_desc.store([split, n0, h0, w0, k0], tl.reshape(acc.T, (1, BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_K)))
 
 
@@ -87,7 +88,8 @@ def launch_box_split(conv: Convolution, y: torch.Tensor, pooled: torch.Tensor | 
     _launch.launch(conv_relu_box_split_kernel, (programs, config.splits), *tap_sources(conv, box, config.block_k),
                    conv.offset, boxes, tiles, BLOCK_K=config.block_k, BLOCK_N=config.block_n, BLOCK_H=config.block_h,
                    BLOCK_W=config.block_w, BLOCK_C=config.block_c, STAGES=config.num_stages,
-                   PRECISION=_launch.dot_precision(y.dtype), num_warps=config.num_warps, num_stages=config.num_stages)
+                   PRECISION=_launch.dot_precision(y.dtype), FLIPPED=conv.flipped, num_warps=config.num_warps,
+                   num_stages=config.num_stages)
     mask, strides = conv.mask, None if conv.mask is None else (*conv.mask.stride()[::2], conv.mask.stride(3))
     tiles = n * _launch.cdiv(h * w, JOINED_PIXELS) * _launch.cdiv(k, _JOINED_CHANNELS)
     _launch.launch(conv_relu_join_kernel, (tiles,), partial, conv.bias, mask, strides, y, statistics, config.splits,

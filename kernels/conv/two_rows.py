@@ -122,7 +122,8 @@ def _sources(conv: Convolution, config: ConvConfig) -> tuple:
     """The kernels' arguments for x and the skip: image, weights, channels."""
     box = (1, config.block_h, 1, config.block_w, config.block_c)
     args = []
-    for image, weight in zip((conv.x, conv.skip), conv.split(stacked_rows(conv.weight, config.block_k))):
+    weights = conv.split(stacked_rows(conv.weight, config.block_k, conv.flipped))
+    for image, weight in zip((conv.x, conv.skip), weights):
         if image is None:
             args += [None, None, 0]
         else:

@@ -121,7 +121,7 @@ def test_convolve(case, offset, out_size, device):
     grow = out_size or (0, 0)
     size = (case.h + grow[0], case.w + grow[1])
     mask = torch.randn(case.n, case.c_out, *size, device=device) if out_size != (2, 2) else None
-    y = conv_relu.convolve(x, conv_relu.pack(weight), size, *offset, mask=mask, config=case.config)
+    y = conv_relu.convolve(x, weight.permute(0, 2, 3, 1), size, *offset, mask=mask, config=case.config)
 
     def plain(dtype):
         bottom, right = size[0] + 2 - offset[0] - case.h, size[1] + 2 - offset[1] - case.w

@@ -16,6 +16,9 @@ from .conv_cases import ConvCase
 
 POINTER = ConvConfig("pointer", block_k=32, block_w=32, block_c=32)
 BOX = ConvConfig("box", block_k=64, block_w=16, block_h=4, block_c=16)
+SPLIT = ConvConfig("box", block_k=64, block_w=16, block_h=4, block_c=16, splits=3)
+ROWS = ConvConfig("rows", block_k=64, block_w=16, block_c=32)
+TWO_ROWS = ConvConfig("two_rows", block_k=32, block_w=16, block_h=4, block_c=16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +43,8 @@ class Case(ConvCase):
         x = torch.randn(self.n, self.c_x, self.h, self.w, device=device).relu()
         more_h, more_w = (0, 0) if self.crop is None else (self.crop, self.crop + 1)
         skip = torch.randn(self.n, self.c_skip, self.h + more_h, self.w + more_w, device=device).relu()
-        return dz.to(dtype), weight.to(dtype), x.to(dtype), skip.to(dtype) if self.c_skip else None
+        weight = weight.to(dtype, memory_format=torch.channels_last)
+        return dz.to(dtype), weight, x.to(dtype), skip.to(dtype) if self.c_skip else None
 
 
 CASES = [
@@ -54,6 +58,10 @@ CASES = [
     Case(BOX, 1, 24, 40, 16, 6, 15, pad=0, crop=4),
     Case(BOX, 2, 16, 8, 48, 5, 17, crop=1, masks=(True, False)),
     Case(BOX, 1, 8, 16, 24, 4, 4, crop=0, masks=(False, False)),
+    Case(POINTER, 1, 0, 40, 24, 4, 9),
+    Case(SPLIT, 1, 0, 72, 40, 7, 9),
+    Case(ROWS, 1, 8, 72, 40, 6, 17, masks=(True, False)),
+    Case(TWO_ROWS, 1, 0, 24, 40, 6, 17, pad=0),
     Case(None, 3, 0, 100, 8, 3, 3, pad=0),
     Case(None, 0, 4, 8, 8, 6, 6, crop=1),
 ]

@@ -21,22 +21,15 @@ def dtype(request):
     return request.param
 
 
+@pytest.mark.parametrize("flipped", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_forward_taps(shape, layout, dtype):
+def test_conv_taps(shape, layout, flipped, dtype):
     weight = torch.randn(*shape, 3, 3).to(dtype)
     with _launch.poisoned():
-        actual = _weights.forward_taps(LAYOUTS[layout](weight).permute(0, 2, 3, 1))
-    assert torch.equal(actual, weight.permute(0, 2, 3, 1).reshape(shape[0], 9, shape[1]))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_backward_taps(shape, layout, dtype):
-    weight = torch.randn(*shape, 3, 3).to(dtype)
-    with _launch.poisoned():
-        actual = _weights.backward_taps(LAYOUTS[layout](weight))
-    assert torch.equal(actual, weight.flip((2, 3)).permute(1, 2, 3, 0))
+        actual = _weights.conv_taps(LAYOUTS[layout](weight).permute(0, 2, 3, 1), flipped)
+    expected = (weight.flip((2, 3)) if flipped else weight).permute(0, 2, 3, 1)
+    assert torch.equal(actual, expected.reshape(shape[0], 9, shape[1]))
     assert actual.is_contiguous()
 
 
@@ -51,12 +44,14 @@ def test_stride2_taps(shape, layout, dtype):
         assert actual.is_contiguous()
 
 
+@pytest.mark.parametrize("flipped", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 31), (32, 33), (17, 64)], ids=str)
-def test_stacked_rows(shape, layout, dtype):
+def test_stacked_rows(shape, layout, flipped, dtype):
     weight = torch.randn(*shape, 3, 3).to(dtype)
     with _launch.poisoned():
-        actual = _weights.stacked_rows(LAYOUTS[layout](weight).permute(0, 2, 3, 1), 32)
+        actual = _weights.stacked_rows(LAYOUTS[layout](weight).permute(0, 2, 3, 1), 32, flipped)
+    weight = weight.flip((2, 3)) if flipped else weight
     by_column = torch.nn.functional.pad(weight.permute(3, 2, 0, 1), (0, 0, 0, 32 - shape[0]))
     assert torch.equal(actual, by_column.reshape(3, 96, shape[1]))
 
@@ -65,7 +60,8 @@ def test_stacked_rows(shape, layout, dtype):
 def test_a_part_of_a_larger_weight(layout):
     """Offsets into a storage count."""
     weight = LAYOUTS[layout](torch.randn(6, 10, 3, 3))[2:, 4:]
-    assert torch.equal(_weights.backward_taps(weight), weight.flip((2, 3)).permute(1, 2, 3, 0))
+    exchanged = weight.permute(1, 2, 3, 0)
+    assert torch.equal(_weights.conv_taps(exchanged, True), exchanged.flip((1, 2)).flatten(1, 2))
 
 
 def test_a_frozen_network_reorders_its_weights_once(device, monkeypatch):
