@@ -19,7 +19,7 @@ from ._stride2_weight_grad import WeightGradConfig
 from ._weights import keepable
 
 _PACK_TILE = 256  # weights of one program of sub_pixel_weights_kernel
-_FOLD_TILE, _FOLD_SPLITS = 64, 16  # weights, and rows of partial sums added at once, of fold_taps_kernel
+_FOLD_TILE, _FOLD_SPLITS = 64, 16  # weights, and rows of partial sums added at once, of fold_taps
 
 
 @triton.jit
@@ -59,21 +59,10 @@ def sub_pixel_weights_kernel(
 
 
 @triton.jit
-def fold_taps_kernel(
-    partial_ptr, dw_ptr, db_ptr, splits, C_out, C_in, row_size, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr
-):  # fmt: skip
-    """dw[co, ci, a, b] = sum_{u, v} G[co, 1 - a + u, 1 - b + v, ci], G the sum of partial's (splits, C_out, 9, C_in).
-
-    The programs after those of dw sum the C_out columns behind G into db. The order of the additions depends on the
-    number of splits alone.
-    """
-    blocks = tl.cdiv(C_out * C_in, BLOCK_M)
-    if tl.program_id(0) >= blocks:
-        offs_k = (tl.program_id(0) - blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-        db = sum_rows(partial_ptr + 9 * C_out * C_in, splits, row_size, offs_k, offs_k < C_out, BLOCK_S, BLOCK_M)
-        tl.store(db_ptr + offs_k, db.to(db_ptr.dtype.element_ty), mask=offs_k < C_out)
-        return
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+def fold_taps(partial_ptr, dw_ptr, splits, C_out, C_in, row_size, first_m, BLOCK_S: tl.constexpr,
+              BLOCK_M: tl.constexpr):
+    """dw[co, ci, a, b] = sum_{u, v} G[co, 1 - a + u, 1 - b + v, ci], G the sum of partial (splits, C_out, 9, C_in)."""
+    offs_m = first_m + tl.arange(0, BLOCK_M)
     m_mask = offs_m < C_out * C_in
     offs_s = tl.arange(0, BLOCK_S)
     element = (offs_m // C_in) * 9 * C_in + offs_m % C_in
@@ -100,6 +89,22 @@ def fold_taps_kernel(
     tl.store(dw_ptr + C_in, tl.sum(dw01, 0).to(dw_ptr.dtype.element_ty), mask=m_mask)
     tl.store(dw_ptr + 2 * C_in, tl.sum(dw10, 0).to(dw_ptr.dtype.element_ty), mask=m_mask)
     tl.store(dw_ptr + 3 * C_in, tl.sum(dw11, 0).to(dw_ptr.dtype.element_ty), mask=m_mask)
+
+
+@triton.jit
+def fold_taps_kernel(partial_ptr, dw_ptr, db_ptr, splits, C_out, C_in, row_size, BLOCK_S: tl.constexpr,
+                     BLOCK_M: tl.constexpr):
+    """:func:`fold_taps`, and in the programs after those the C_out columns behind G summed into db.
+
+    The order of the additions depends on the number of splits alone.
+    """
+    pid, blocks = tl.program_id(0), tl.cdiv(C_out * C_in, BLOCK_M)
+    if pid < blocks:
+        fold_taps(partial_ptr, dw_ptr, splits, C_out, C_in, row_size, pid * BLOCK_M, BLOCK_S, BLOCK_M)
+    else:
+        offs_k = (pid - blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+        db = sum_rows(partial_ptr + 9 * C_out * C_in, splits, row_size, offs_k, offs_k < C_out, BLOCK_S, BLOCK_M)
+        tl.store(db_ptr + offs_k, db.to(db_ptr.dtype.element_ty), mask=offs_k < C_out)
 
 
 @keepable

@@ -5,11 +5,13 @@ A tile reads "variant channels × images × rows × columns by channels a step",
 
 from __future__ import annotations
 
+import collections
 from unittest import mock
 
 import pytest
 import torch
 
+from fastunet.inspection.kernel_table import launches
 from fastunet.inspection.layers import CASES, network_calls
 from fastunet.kernels import _launch
 from fastunet.kernels.conv import config as conv_config
@@ -108,3 +110,11 @@ def test_counted_time_of_the_wide_layers(name, batch, channels, most):
     for eight_warps, limit in zip((False, True), most, strict=True):
         found = choices(name, batch, 90, eight_warps)
         assert sum(seconds for conv, _, seconds in found if conv.c_out >= channels) <= limit * 1e-6
+
+
+def test_launches_of_a_training_step():
+    """One for each convolution, its data gradient, and two for its weight gradient; joins of small maps come in."""
+    network, size = CASES["brats 240"]
+    calls = network_calls(network, 16, *size)
+    found = collections.Counter(call.operator for call in calls for _ in launches(call, torch.bfloat16, 90))
+    assert sum(found.values()) <= 119, found
