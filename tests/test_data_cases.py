@@ -290,7 +290,7 @@ def test_dataset_json_without_the_modality(tmp_path):
         ("[]", "expected object, got array"),
         ("\xff", "is not valid JSON"),
         (json.dumps({**NNUNET_JSON, "channel_names": {"1": "T1"}}), "number the channels from 0"),
-        (json.dumps({**NNUNET_JSON, "channel_names": ["T1"]}), "at channel_names"),
+        (json.dumps({**NNUNET_JSON, "channel_names": 7}), "at channel_names"),
         (json.dumps({**NNUNET_JSON, "channel_names": {"0": "T1", "1": "T1w"}}), "two channels are the same modality"),
         (json.dumps({**NNUNET_JSON, "file_ending": ".dcm"}), "files end in '.dcm'"),
         (json.dumps({**NNUNET_JSON, "training": ["a"]}), "was not found"),
