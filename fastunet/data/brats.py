@@ -38,6 +38,7 @@ def brats_cases(paths: Iterable[Path], edition: str | None, refused: Refusal = r
         refused: called with what is wrong with one case, which is then left out.
     """
     groups: dict[tuple[Path, str, str], dict[str, Path]] = defaultdict(dict)
+    paths = list(paths)
     for path in paths:
         # Copies of the data have folders called case_flair.nii, each around one file of any name.
         names = [path.parent, path] if suffix_of(path.parent) in VOLUME_SUFFIXES else [path]
@@ -51,8 +52,11 @@ def brats_cases(paths: Iterable[Path], edition: str | None, refused: Refusal = r
                 break
     _adopt_stray_labels(groups)
     cases = []
-    for (_, name, style), parts in groups.items():
+    beside = {(path.parent, stem_of(path)) for path in paths}
+    for (folder, name, style), parts in groups.items():
         label = parts.pop("label", None)
+        if not parts and (folder, name) in beside:
+            continue  # not of BraTS: a volume with its labels
         if not parts:
             refused(f"{label} is a label file without any modality beside it")
             continue

@@ -12,7 +12,7 @@ from fastunet.data.brats import brats_cases
 from fastunet.data.case import DEFAULT_MODALITIES, Case, Source, check_modalities, colour_index
 from fastunet.data.dataset_json import CHANNEL_FILE, dataset_json_cases
 from fastunet.data.formats import VOLUME_SUFFIXES, is_image, listed_below, stem_of
-from fastunet.data.image_folders import image_folder_cases
+from fastunet.data.image_folders import flat_cases, image_folder_cases
 from fastunet.data.label_tables import LABEL_MAPS
 from fastunet.errors import Refusal, UserError, refuse, warn_once
 
@@ -31,7 +31,8 @@ def discover_cases(
     A ``dataset.json`` in ``root`` makes it an nnU-Net or Medical Segmentation Decathlon folder. Otherwise files are
     recognised by name at any depth: ``<case>_flair.nii.gz`` is BraTS 2018-2021 (one table), ``<case>-t2f.nii.gz`` is
     BraTS 2023, or BraTS 2024 if the case name ends in a timepoint of 100 or more, as the post-treatment release counts.
-    Folders ``images`` and ``masks`` (or ``labels``, ``annotations``) hold 2-D images.
+    Folders ``images`` and ``masks`` (or ``labels``, ``annotations``) hold 2-D images; see ``image_folder_cases``, and
+    ``flat_cases`` for masks that lie beside their images.
 
     Args:
         root: the folder.
@@ -60,7 +61,8 @@ def discover_cases(
         if described:
             cases = dataset_json_cases(root, edition, note)
         else:
-            cases = brats_cases(listed_below(root, VOLUME_SUFFIXES), edition, note) or image_folder_cases(root, note)
+            cases = brats_cases(listed_below(root, VOLUME_SUFFIXES), edition, note)
+            cases = cases or image_folder_cases(root, note) or flat_cases(root, note)
     except PermissionError as error:
         raise UserError(f"{error.filename or root} cannot be read: {error.strerror}") from error
     if not cases and said:  # nothing is left, and why has been said
@@ -71,7 +73,7 @@ def discover_cases(
         nested = sorted([*root.glob("*/dataset.json"), *root.glob("*/[iI]mages")])
         hint = f" (but there is one in {nested[0].parent})" if nested else ""
         names = "no files named like *_flair.nii.gz or *-t2f.nii.gz, no folders images and masks"
-        raise UserError(f"{root} holds no cases: {names}, and no dataset.json{hint}")
+        raise UserError(f"{root} holds no cases: {names}, no a_mask.png beside a.png, and no dataset.json{hint}")
     if edition is not None and cases[0].is_image and not described:
         raise UserError(f"edition {edition}: {root} holds images, and their masks have a table of their own")
     if ignore is not None:

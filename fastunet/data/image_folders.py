@@ -1,40 +1,86 @@
-"""The cases of plain image folders: ``images/`` beside ``masks/``, or stacks as those of the ISBI challenge."""
+"""The cases of folders without a table: ``images/`` beside ``masks/``, stacks, and masks beside images by name."""
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from fastunet.data.case import COLOURS, Case, Source
-from fastunet.data.formats import IMAGE_SUFFIXES, is_listed, listed_below, stem_of
+from fastunet.data.formats import IMAGE_SUFFIXES, VOLUME_SUFFIXES, is_image, is_listed, listed_below, stem_of
 from fastunet.data.labels import LabelMap
 from fastunet.data.masks import mask_table
 from fastunet.data.volumes import read_geometry
 from fastunet.errors import Refusal, UserError, refuse, warn_once
 
 IMAGE_FOLDERS = ("images", "image", "imgs")
-MASK_FOLDERS = ("masks", "mask", "labels", "label", "annotations", "annotation", "segmentations", "gt", "ground_truth",
-                "groundtruth")  # fmt: skip
-_MASK_MARK = "masks?|labels?|segmentation|segmap|seg|gt|groundtruth|annotations?|manual1?|pred|prediction"
-_IMAGE_MARK = "images?|img|im|input|raw"
+_TRUTH_MARK = "masks?|labels?|segmentations?|segmap|segm?|gt|ground[_ ]?truth|annotations?|manual1?"
+_MASK_MARK = f"{_TRUTH_MARK}|pred|prediction"
+_IMAGE_MARK = "images?|img|im|input|raw|volume"
+_MARKED = re.compile(rf"(.*[-_. \d])?({_TRUTH_MARK})([-_. \d].*)?", re.IGNORECASE | re.DOTALL)
 _STACK = re.compile(r"(?P<name>.+)[-_](?P<part>volume|labels?)", re.IGNORECASE | re.DOTALL)
 _UNLABELLED = LabelMap("images without masks", (0, 1), ("background", "object"))
+_Pairs = dict[str, tuple[Path, Path | None]]
 
 
 def image_folder_cases(root: Path, refused: Refusal = refuse) -> list[Case]:
-    """The cases of ``root``, or none if it has no such layout; all masks are read, for the table of their values.
+    """The cases of a folder of images and one of masks in ``root``, or in folders of one image each, or of stacks.
 
-    ``refused`` is called with what is wrong with one image or mask, which is then left out.
+    All masks are read, for the table of their values. ``refused`` is called with what is wrong with one image or mask,
+    which is then left out.
 
     Raises:
-        UserError: masks of no classes.
+        UserError: masks of no classes, or several folders of masks.
     """
-    images, masks = _folder(root, IMAGE_FOLDERS), _folder(root, MASK_FOLDERS)
-    pairs = _stacks(root) if images is None else _pairs(images, masks, refused)
-    if not pairs:
-        return []
+    images, masks = _folders(root)
+    if images is not None:
+        return _cases(_pairs_of(images, masks, refused), refused)
+    pairs: _Pairs = {}
+    for case in sorted(path for path in root.glob("[!.]*") if path.is_dir()):
+        images = _folder(case, IMAGE_FOLDERS)
+        if images is not None and len(list(itertools.islice(listed_below(images, IMAGE_SUFFIXES), 2))) != 1:
+            pairs = {}  # they are parts of a data set, such as train and test
+            break
+        if images is not None:
+            (pairs[case.name],) = _pairs_of(images, _folders(case)[1], refused, alone=True).values()
+    return _cases(pairs or _stacks(root), refused)
+
+
+def flat_cases(root: Path, refused: Refusal = refuse) -> list[Case]:
+    """The cases of masks that lie beside their images or volumes, told by marks in their names.
+
+    ``a_mask.png`` belongs to ``a.png``, or to the only other image of its folder, below ``root``. Scans in a folder
+    with a number in its name, with which theirs begin, are those of one patient. For the rest see
+    ``image_folder_cases``.
+    """
+    for suffixes in (IMAGE_SUFFIXES, VOLUME_SUFFIXES):
+        pairs: _Pairs = {}
+        patients: dict[str, str] = {}
+        said: list[str] = []
+        for folder, found in itertools.groupby(listed_below(root, suffixes), key=lambda path: path.parent):
+            paths = list(found)
+            masks = [path for path in paths if _MARKED.fullmatch(stem_of(path))]
+            named = _named(folder, (path for path in paths if path not in masks), said.append)
+            alone = folder != root and len(named) == 1
+            for name, pair in _pairs(named, folder, masks, said.append, alone).items():
+                inside = folder.relative_to(root).as_posix()
+                follows = folder != root and name.startswith(folder.name)
+                short = inside if alone else name
+                own = short if (alone or follows or folder == root) and short not in pairs else f"{inside}/{name}"
+                pairs[own] = pair
+                patients[own.replace("/", "_")] = inside if follows and re.search(r"\d", folder.name) else own
+        if any(mask is not None for _, mask in pairs.values()):
+            for text in said:
+                refused(text)
+            return [replace(case, patient=patients[case.name]) for case in _cases(pairs, refused)]
+    return []
+
+
+def _cases(pairs: _Pairs, refused: Refusal) -> list[Case]:
+    """The cases of images or volumes and their masks, with the table of all of these."""
     channels = {}
     for name, (image, _) in pairs.items():
         try:
@@ -44,8 +90,8 @@ def image_folder_cases(root: Path, refused: Refusal = refuse) -> list[Case]:
     pairs = {name: pairs[name] for name in channels}
     colour = next((pairs[name][0] for name, count in channels.items() if count == 3), None)
     if colour and len(set(channels.values())) > 1:
-        mixed = f"{root} holds grey and colour images, such as {colour}; the grey ones count as colour"
-        warn_once(f"grey among colour in {root}", mixed)
+        mixed = f"{colour.parent} holds grey and colour images, such as {colour}; the grey ones count as colour"
+        warn_once(f"grey among colour in {colour.parent}", mixed)
     labels = [mask for _, mask in pairs.values() if mask is not None]
     table = mask_table(labels, refused) if labels else _UNLABELLED
     cases = []
@@ -53,7 +99,7 @@ def image_folder_cases(root: Path, refused: Refusal = refuse) -> list[Case]:
         if colour:
             sources = {channel: Source(image, index) for index, channel in enumerate(COLOURS)}
         else:
-            sources = {"grey": Source(image)}
+            sources = {"grey" if is_image(image) else "image": Source(image)}
         name = name.replace("/", "_")
         cases.append(Case(name, name, sources, mask, table.edition, table))
     return cases
@@ -64,7 +110,7 @@ def no_labels(root: str | Path) -> str:
     images = _folder(Path(root), IMAGE_FOLDERS)
     others = sorted(path.name for path in Path(root).glob("[!.]*") if path.is_dir() and path != images)
     hint = ""
-    if images is not None and others and _folder(Path(root), MASK_FOLDERS) is None:
+    if images is not None and others and not any(map(_MARKED.fullmatch, others)):
         hint = f": {others[0]} beside {images.name} is taken for no masks; call that folder masks"
     return f"{root} holds no labelled cases{hint}"
 
@@ -75,34 +121,71 @@ def _folder(root: Path, names: Iterable[str]) -> Path | None:
     return next((found[name] for name in names if name in found), None)
 
 
-def _pairs(images: Path, masks: Path | None, refused: Refusal) -> dict[str, tuple[Path, Path | None]]:
-    """Image and mask by name, with that of the folder inside of ``images`` before it; see ``image_finder``."""
+def _folders(root: Path) -> tuple[Path | None, Path | None]:
+    """The folder of images in ``root``, and that of their masks, by their names: one that is marked, and its fellow.
+
+    Raises:
+        UserError: several folders whose names are marked hold images.
+    """
+    folders = [path for path in sorted(root.glob("[!.]*")) if path.is_dir()]
+    marked = [path for path in folders if _MARKED.fullmatch(path.name)]
+    images = _folder(root, IMAGE_FOLDERS)
+    if images is None and len(marked) == 1:
+        others = {path.name: path for path in folders if path not in marked and _holds_images(path)}
+        fellow = image_finder(others)(marked[0].name) or (next(iter(others)) if len(others) == 1 else "")
+        images = others.get(fellow)
+    holding = [path for path in marked if images is not None and _holds_images(path)]
+    if len(holding) > 1:
+        raise UserError(f"{root}: {' and '.join(path.name for path in holding)} may all hold masks; leave one there")
+    return images, ([*holding, *marked, None][0] if images is not None else None)
+
+
+def _holds_images(folder: Path) -> bool:
+    return next(listed_below(folder, IMAGE_SUFFIXES), None) is not None
+
+
+def _pairs_of(images: Path, masks: Path | None, refused: Refusal, *, alone: bool = False) -> _Pairs:
+    """Image and mask by name in two folders, with that of the folder inside of ``images`` before it."""
+    named = _named(images, _readable(images, refused), refused)
+    if masks is None or not named:
+        return {name: (path, None) for name, path in named.items()}
+    return _pairs(named, masks, _readable(masks, refused), refused, alone)
+
+
+def _named(folder: Path, paths: Iterable[Path], refused: Refusal) -> dict[str, Path]:
     named: dict[str, Path] = {}
-    for path in _readable(images, refused):
-        if (own := _name_below(images, path)) in named:
+    for path in paths:
+        if (own := _name_below(folder, path)) in named:
             refused(f"{named[own]} and {path} have one name; remove one")
         named.setdefault(own, path)
-    pairs: dict[str, tuple[Path, Path | None]] = {name: (path, None) for name, path in named.items()}
-    if masks is None or not named:
-        return pairs
+    return named
+
+
+def _pairs(named: dict[str, Path], folder: Path, masks: list[Path], refused: Refusal, alone: bool) -> _Pairs:
+    """The images ``named`` with those of ``masks``, which lie in ``folder``; see ``image_finder``.
+
+    ``alone`` lets one image and one mask belong together whatever their names are.
+    """
+    pairs: _Pairs = {name: (path, None) for name, path in named.items()}
     find = image_finder(named)
     strays: dict[str, list[Path]] = {}
-    for mask in _readable(masks, refused):
-        own = _name_below(masks, mask)
-        name = find(own)
+    for mask in masks:
+        own = _name_below(folder, mask)
+        name = next(iter(named)) if alone and len(masks) == 1 else find(own)
         if name is None:
             beginnings = [own[: match.start()] for match in re.finditer("[-_. /]", own)]
-            owners = named if len(named) == 1 else [image for image in beginnings if image in named]
+            owners = named if alone else [image for image in beginnings if image in named]
             strays.setdefault([own, *owners][-1], []).append(mask)
         elif pairs[name][1] is not None:
             refused(f"{pairs[name][1]} and {mask} are masks of one image, {named[name]}; remove one")
         else:
             pairs[name] = (named[name], mask)
     for image, found in strays.items():
+        found = [*filter(None, pairs.get(image, ())[1:]), *found]
         if len(found) > 1:
-            refused(f"{images}: {image} has {len(found)} masks, such as {found[0]}: join them to one")
+            refused(f"{folder}: {image} has {len(found)} masks, such as {found[0]}: join them to one")
         else:
-            refused(f"{found[0]} has no image of that name in {images}")
+            refused(f"{found[0]} has no image of that name")
     return pairs
 
 
@@ -158,7 +241,7 @@ def _unmarked(name: str, mark: str) -> str:
     return f"{before}/{rest or short}" if before else rest or short
 
 
-def _stacks(root: Path) -> dict[str, tuple[Path, Path | None]]:
+def _stacks(root: Path) -> _Pairs:
     """Image and mask by name of files such as ``train-volume.tif`` and ``train-labels.tif``."""
     parts: dict[str, dict[str, Path]] = {}
     for path in sorted(path for path in root.iterdir() if is_listed(path, IMAGE_SUFFIXES)):
@@ -170,6 +253,7 @@ def _stacks(root: Path) -> dict[str, tuple[Path, Path | None]]:
 
 def _channels(image: Path) -> int:
     channels = (*read_geometry(image).shape[3:], 1)[0]
-    if channels not in (1, 3):
-        raise UserError(f"{image} has {channels} channels; grey and RGB images can be read")
+    if channels not in ((1, 3) if is_image(image) else (1,)):
+        can = "grey and RGB images can be read" if is_image(image) else "a dataset.json says what those of volumes are"
+        raise UserError(f"{image} has {channels} channels; {can}")
     return channels

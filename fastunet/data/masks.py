@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,7 +36,7 @@ def mask_table(paths: Sequence[Path], refused: Refusal = refuse) -> LabelMap:
     """
     counted = _counted(paths, refused)
     counts = _summed(counted)
-    where = paths[0].parent
+    where = Path(os.path.commonpath([path.parent for path in paths]))
     if not counts:
         return LabelMap("masks that cannot be read", (0, 1), ("background", "object"))
     _check(counts, counted, paths, where)
