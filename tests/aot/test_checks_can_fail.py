@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 
 import pytest
@@ -55,7 +56,9 @@ def test_a_good_kernel_passes(architecture, on_hopper):
     if architecture != 90:
         report = inspect(compile_launch(launch, architecture), architecture)
     found = failures(report, launch)
-    assert intermediate(launch, architecture) == compile_launch(launch, architecture).asm["ttir"]
+    made, kept = intermediate(launch, architecture), compile_launch(launch, architecture).asm["ttir"]
+    made, kept = (re.sub(r"loc\(.*", "", text) for text in (made, kept))  # a cache may be another checkout's
+    assert made == kept
     assert found == [] or (architecture in (80, GFX942) and "narrow" in found[0])
     assert report.main_loops == 1
     assert report.products > 0
