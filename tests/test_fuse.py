@@ -105,6 +105,12 @@ def quantised():
     return nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), Linear(2, 2))
 
 
+def hooked():
+    net = Plain()
+    net.register_forward_hook(lambda module, inputs, output: output)
+    return net
+
+
 @pytest.mark.parametrize(("module", "error", "said"), [
     ("model.pt", TypeError, r"fuse: module is 'model.pt'; expected nn.Module"),
     (nn.Linear(2, 2), ValueError, r"there is nothing to fuse: no 2-D convolutions"),
@@ -118,6 +124,7 @@ def quantised():
     (lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(8), nn.ReLU()), ValueError,
      "1 is in a wrong place behind 0: it is made for 8 channels, and the convolution gives 4"),
     (lambda: fastunet.UNet(width=4, depth=1), ValueError, REFUSED),
+    (hooked, ValueError, r"there is nothing to fuse \(conv1: the module has hooks; conv2"),
 ])  # fmt: skip
 def test_bad_input_is_refused_in_one_sentence(module, error, said):
     module = module() if callable(module) and not isinstance(module, nn.Module) else module

@@ -169,9 +169,17 @@ class _Search:
                 left.append(Left(name, type(layer).__name__, self.unfollowed[name]))
             elif isinstance(layer, COUNTED) and layer not in modules:
                 around = [path for path in self.reasons if not path or name == path or name.startswith(f"{path}.")]
-                reason = self.left.get(name) or (self.reasons[max(around, key=len)] if around else "it is not called")
+                reason = self.left.get(name) or (self.reasons[max(around, key=len)] if around else self.uncalled(name))
                 left.append(Left(name, type(layer).__name__, reason))
         return Report(tuple(self.fused), tuple(left))
+
+    def uncalled(self, name: str) -> str:
+        """Why a layer is in no graph: a module around it is called as it is, for what hangs on it, or none calls it."""
+        parts = name.split(".")
+        for path in (".".join(parts[:count]) for count in range(len(parts))):
+            if reason := attached(self.root.get_submodule(path)):
+                return f"{path or 'the module'} {reason}"
+        return "it is not called"
 
 
 def _follow(module: nn.Module) -> tuple[Program, Found, dict[nn.Module, str]]:
