@@ -50,21 +50,21 @@ def parts() -> list[Part]:
     rooms = ("tests/kernels", "tests/aot", "tests/emulator", "tests/faults", "tests/without_triton")
     half = tuple(sorted(str(path) for path in Path("tests").glob("test_*.py"))[::2])
     found = [
-        Part("machine code, newest Triton", ("tests/aot",)),
         Part("library, every other file", half),
         Part("kernels, their machine code executed", ("tests/emulator",)),
         Part("library, the rest", ("tests", *(f"--ignore={path}" for path in (*rooms, *half)))),
+        Part("machine code, newest Triton", ("tests/aot",)),
         Part("kernels, interpreted", ("tests/kernels",), (("TRITON_INTERPRET", "1"),)),
     ]
     if OLDEST_TRITON.exists():
-        found.insert(2, Part("machine code, oldest Triton", ("tests/aot",), before(OLDEST_TRITON)))
+        found.append(Part("machine code, oldest Triton", ("tests/aot",), before(OLDEST_TRITON)))
+    found.append(Part("faults", ("tests/faults",)))
     if (OLDEST / "numpy").exists():
         files = ("oldest", "schema", "data_volumes", "data_damaged", "data_images", "data_image_folders", "pictures",
                  "train", "train_checkpoint")  # fmt: skip
         paths = tuple(f"tests/test_{name}.py" for name in files)
         found.append(Part("oldest libraries", paths, (("OLDEST", "1"), *before(OLDEST))))
     found.append(Part("without Triton", ("tests/without_triton",), before(Path("tests/without_triton").absolute())))
-    found.append(Part("faults", ("tests/faults",)))
     cuda = "import sys, torch; sys.exit(not torch.cuda.is_available())"
     if subprocess.run([sys.executable, "-c", cuda], check=False).returncode == 0:
         found.append(Part("kernels, on the GPU", ("tests/kernels",)))
