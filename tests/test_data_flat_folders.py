@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fastunet.data import discover_cases
+from fastunet.data.masks import mask_table
 from fastunet.errors import UserError
 from tests.cli_helpers import run
 from tests.data_files import random_image, random_labels, save
@@ -75,3 +76,17 @@ def test_scans_of_one_patient(tmp_path):
 def test_what_is_ambiguous(tmp_path, names, words):
     with pytest.raises(UserError, match=words):
         discover_cases(tree(tmp_path, *names))
+
+
+def test_one_value_that_anti_aliasing_left_at_a_border(tmp_path):
+    """A few pixels between two classes that touch are refused; a class of some area, a line and numbers are classes."""
+    rows, columns = np.mgrid[:64, :64]
+    radius = np.hypot(rows - 30, columns - 25)
+    circle = np.where(radius < 12, 255, 0)
+    few = np.where((radius >= 12) & (radius < 12.1), 128, circle)
+    assert 0 < (few == 128).sum() < 40
+    with pytest.raises(UserError, match=r"1 of 3 values \(128\) only lie between others.*above 127 / below"):
+        mask_table([picture(tmp_path / "a.png", few.astype(np.uint8))])
+    for other in (np.where(radius < 4, 128, circle), np.where((radius >= 12) & (radius < 13.5), 128, circle),
+                  np.where(rows + 64 * columns < 30, 128, circle), few // 127):  # fmt: skip
+        assert len(mask_table([picture(tmp_path / "a.png", other.astype(np.uint8))]).values) == 3

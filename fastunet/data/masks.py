@@ -139,7 +139,7 @@ def _check(counts: dict[int, int], counted: list[dict[int, int]], paths: Sequenc
     stray = [value for value in grey if grey[-1] > _LABEL_NUMBERS and _is_stray(value, grey, counts)]
     lossy = _lossy(paths, counted)
     if not lossy:
-        _check_edges(paths, counted)
+        _check_edges(paths, counted, painted=len(grey) == len(values) and grey[-1] > _LABEL_NUMBERS)
     if stray or lossy:
         kept = [value for value in grey if value not in stray]
         example = lossy[0] if lossy else next(p for p, found in zip(paths, counted) if set(stray) & set(found))
@@ -156,20 +156,22 @@ def _check(counts: dict[int, int], counted: list[dict[int, int]], paths: Sequenc
         )
 
 
-def _check_edges(paths: Sequence[Path], counted: Sequence[dict[int, int]]) -> None:
+def _check_edges(paths: Sequence[Path], counted: Sequence[dict[int, int]], *, painted: bool = False) -> None:
     """Refuses masks with values that only lie between others: what smoothing and resampling leave at edges.
 
-    A line that someone painted, one pixel wide, lies between two classes too, but is one value among many.
+    A line that someone painted, one pixel wide, lies between two classes too, but is one value among many, or keeps the
+    two apart: a single value of ``painted`` masks is refused where they touch beside it more often than it occurs.
     """
     values = _summed(counted).keys()
-    if len(values) < 4:
+    if len(values) < (3 if painted else 4):
         return
     several = {path: len(found) for path, found in zip(paths, counted) if len(found) > 2 and is_image(path)}
     within = {path: _between(path) for path in sorted(several, key=lambda path: -several[path])[:_LOOKED_AT]}
     seen, between = (_summed([found[index] for found in within.values()]) for index in (0, 1))
     edges = sorted(value for value, number in between.items() if number >= _MOSTLY * seen[value])
     few = 2 * sum(seen[value] for value in edges) < sum(seen.values())  # else it is a photograph
-    if few and len(edges) >= max(2, len(values) - len(edges)):
+    stray = painted and len(edges) == 1 and sum(_contacts(path, edges[0]) for path in within) > seen[edges[0]]
+    if few and (stray or len(edges) >= max(2, len(values) - len(edges))):
         example = next(path for path, (_, found) in within.items() if found.keys() & set(edges))
         raise UserError(
             f"{example}: {len(edges)} of {len(values)} values ({_shown(edges)}) only lie between others, as in masks "
@@ -205,6 +207,13 @@ def _between(path: Path) -> tuple[dict[int, int], dict[int, int]]:
             here &= (np.minimum(one, two) <= channel[inner]) & (channel[inner] <= np.maximum(one, two))
         found |= here
     return value_counts(values[inner], path), value_counts(values[inner][found], path)
+
+
+def _contacts(path: Path, value: int) -> int:
+    """How many neighbours, side by side, have ``value`` between their own, which touch though."""
+    values = read_label_values(path)
+    pairs = ((values[1:], values[:-1]), (values[:, 1:], values[:, :-1]))
+    return sum(int(np.count_nonzero((np.minimum(*pair) < value) & (value < np.maximum(*pair)))) for pair in pairs)
 
 
 def _lossy(paths: Sequence[Path], counted: Sequence[dict[int, int]]) -> list[Path]:
