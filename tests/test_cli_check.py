@@ -229,6 +229,14 @@ def test_options_that_images_do_not_take(option, words, tmp_path, capsys):
     assert run("train", data, "--out", tmp_path / "run", *TINY, *option) == 2
 
 
+@pytest.mark.parametrize("option", [["--class-weights", "1,2,3"], ["--preset", "isbi", "--size", 101]])
+def test_options_of_training_that_do_not_fit(option, tmp_path, capsys):
+    data = folder_of(tmp_path / "data")
+    assert_user_error(capsys, run("check", data, *option), "has 1 problem;")
+    assert run("train", data, "--out", tmp_path / "run", *option) == 2
+    assert run("check", data, "--class-weights", "1,2") == 0
+
+
 @pytest.mark.parametrize("share", [0, 0.99, 1])
 def test_shares_that_training_refuses(share, data, tmp_path, capsys):
     assert run("check", data, "--val-fraction", share) == 2

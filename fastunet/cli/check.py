@@ -10,7 +10,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastunet.cli.arguments import add_nan_option, fraction, label_value, names, positive_int, say, spacing
+from fastunet.architecture import PRESETS
+from fastunet.cli.arguments import (
+    add_nan_option,
+    class_weights,
+    fraction,
+    label_value,
+    names,
+    positive_int,
+    say,
+    spacing,
+)
 from fastunet.data.label_tables import LABEL_MAPS
 from fastunet.errors import UserError
 
@@ -30,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=positive_int, help="the side of the slices that training is asked for")
     parser.add_argument("--axis", type=int, choices=(0, 1, 2), default=2, help="the slicing axis (default: 2, axial)")
     parser.add_argument("--val-fraction", type=fraction, default=0.2, help="of the patients (default: 0.2, as train)")
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="brats", help="of the network (default: brats)")
+    parser.add_argument("--class-weights", type=class_weights, metavar="A,B,…|balanced", help="that training is given")
     add_nan_option(parser)
 
 
@@ -40,7 +52,14 @@ def run(args: argparse.Namespace) -> None:
     from fastunet.data.checks import check_quickly, inspect_case
     from fastunet.data.image_folders import no_labels
     from fastunet.data.splits import split_cases
-    from fastunet.training.dataset import target_spacing, trained_labels, training_modalities
+    from fastunet.training.config import TrainConfig
+    from fastunet.training.dataset import (
+        architecture_of,
+        target_spacing,
+        tile_sides,
+        trained_labels,
+        training_modalities,
+    )
 
     problems: list[str] = []
     try:
@@ -64,7 +83,12 @@ def run(args: argparse.Namespace) -> None:
         with _noted(problems):
             pixels = target_spacing(labelled, args.spacing, args.axis, notes.append)
         with _noted(problems):
-            trained_labels(args.regions, labelled[0].label_map, args.data)
+            labels = trained_labels(args.regions, labelled[0].label_map, args.data)
+            config = TrainConfig(data=str(args.data), preset=args.preset, class_weights=args.class_weights)
+            config.check_class_weights(len(labels.outputs))
+            if labelled[0].is_image:
+                sides = [min(report.geometry.shape[:2]) for report in reports if report.geometry]
+                tile_sides(architecture_of(config), args.size, sides or [1])
         with _noted(problems):
             split_cases(labelled, validation=args.val_fraction)
             if not args.val_fraction:
