@@ -108,6 +108,43 @@ def refuse_inference(operator: str, values: Sequence[Any]) -> None:
         raise ValueError(f"{operator}: tensors of inference mode have no part in derivatives; clone() them")
 
 
+class _Casts(torch.autograd.Function):
+    """Casts of several tensors in one launch of a GPU, and of their gradients in another."""
+
+    @staticmethod
+    def forward(ctx: Context, dtype: torch.dtype, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.dtype = tensors[0].dtype
+        ctx.set_materialize_grads(False)
+        found = copies(tensors, dtype)
+        ctx.mark_non_differentiable(*(cast for cast, tensor in zip(found, tensors) if not tensor.requires_grad))
+        return tuple(found)
+
+    @staticmethod
+    def backward(ctx: Context, *grads: torch.Tensor | None) -> Gradients:
+        if differentiated_again():
+            return None, *(None if grad is None else grad.to(ctx.dtype) for grad in grads)
+        found = iter(copies([grad for grad in grads if grad is not None], ctx.dtype))
+        return None, *(None if grad is None else next(found) for grad in grads)
+
+
+def copies(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    """The tensors in another ``dtype``, in one launch where they share theirs."""
+    found = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    if found:
+        torch._foreach_copy_(found, list(tensors))
+    return found
+
+
+def casts(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> Sequence[torch.Tensor]:
+    """The ``tensors`` in ``dtype``, differentiable: plain ones of one dtype together, others one by one."""
+    plain = all(type(each) in (torch.Tensor, torch.nn.Parameter) and not each.is_inference() for each in tensors)
+    alike = len({each.dtype for each in tensors}) == 1
+    if not (plain and alike) or torch.compiler.is_compiling() or transformed():
+        return [each.to(dtype) for each in tensors]
+    apply: Function = _Casts.apply
+    return apply(dtype, *tensors) if tracked(*tensors) else copies(tensors, dtype)
+
+
 def transformed() -> bool:
     """Whether ``torch.func``, forward mode or export is at work, where units of operators run as these operators."""
     if torch.compiler.is_exporting():

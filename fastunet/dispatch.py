@@ -189,9 +189,12 @@ def autocasts(kind: str) -> bool:
 
 def autocast_operands(x: torch.Tensor, *others: torch.Tensor | None) -> list[Any]:
     """The tensors in the autocast dtype if autocast is on for ``x``'s device, else as they are, like ``nn.Conv2d``."""
-    operands = [x, *others]
+    operands: list[Any] = [x, *others]
     kind = x.device.type
     if not autocasts(kind):
         return operands
     dtype = torch.get_autocast_dtype(kind)
-    return [t if t is None or t.dtype in (dtype, torch.float64) else t.to(dtype) for t in operands]
+    at = [i for i, t in enumerate(operands) if t is not None and t.dtype not in (dtype, torch.float64)]
+    for i, cast in zip(at, autograd.casts([operands[i] for i in at], dtype)):
+        operands[i] = cast
+    return operands

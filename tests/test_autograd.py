@@ -7,8 +7,9 @@ import functools
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastunet import UNet, functional
+from fastunet import UNet, autograd, functional
 from tests import differentiation
 from tests.dice_cases import OPTIONS, arguments, batch, literal
 
@@ -88,3 +89,52 @@ def test_frozen_parameters_cost_no_weight_gradient():
     calls = [event.key for event in profile.key_averages() for _ in range(event.count)]
     assert sum("weight_grad" in call for call in calls) == 1
     assert sum("data_grad" in call for call in calls) == 1
+
+
+class _Casts(TorchDispatchMode):
+    """How often tensors were cast, alone and together."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = {"aten::_to_copy": 0, "aten::_foreach_copy_": 0}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._schema.name in self.found:
+            self.found[function._schema.name] += 1
+        return function(*args, **kwargs or {})
+
+
+def test_autocast_casts_the_operands_of_a_block_together():
+    """A training step of two encoder blocks, the bottleneck, two decoder blocks and the head casts five times each way
+    and for the head, where operand by operand it were 53 casts."""
+    torch.manual_seed(0)
+    model, x = UNet(width=8, depth=2), torch.randn(1, 2, 16, 16)
+    with _Casts() as casts:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(x)
+        y.backward(torch.ones_like(y))
+    assert casts.found == {"aten::_to_copy": 0, "aten::_foreach_copy_": 12}
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_casts_are_those_of_each_tensor():
+    """Values, memory, gradients, second ones too; what needs no gradient gets none; other dtypes one by one."""
+    torch.manual_seed(0)
+    image, weight, bias = torch.randn(2, 3, 4, 4), torch.randn(5, 3, 3, 3), torch.randn(5)
+    weight = weight.contiguous(memory_format=torch.channels_last).requires_grad_()
+    bias.requires_grad_()
+    for dtype in (torch.bfloat16, torch.float16):
+        found = autograd.casts([image, weight, bias], dtype)
+        for cast, tensor in zip(found, (image, weight, bias)):
+            assert torch.equal(cast, tensor.to(dtype))
+            assert cast.stride() == tensor.stride()
+            assert cast.requires_grad == tensor.requires_grad
+        (grad,) = torch.autograd.grad(found[1].square().sum(), weight, create_graph=True)
+        (wanted,) = torch.autograd.grad(weight.to(dtype).square().sum(), weight, create_graph=True)
+        assert torch.equal(grad, wanted)
+        seconds = [torch.autograd.grad(g.sum(), weight)[0] for g in (grad, wanted)]
+        assert torch.equal(*seconds)
+    mixed = autograd.casts([image.half(), weight], torch.bfloat16)
+    assert torch.equal(mixed[0], image.half().bfloat16())
+    assert torch.equal(mixed[1], weight.bfloat16())
+    assert not any(cast.requires_grad for cast in autograd.casts([image, bias.detach()], torch.bfloat16))

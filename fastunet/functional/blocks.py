@@ -172,7 +172,7 @@ def encoder_block(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; the message shows them.
     """
-    pad, (x, w1, b1, w2, b2) = _prepare("encoder_block", x, None, [w1, b1, w2, b2], padding)
+    pad, (x, _, w1, b1, w2, b2) = _prepare("encoder_block", x, None, [w1, b1, w2, b2], padding)
     if min(x.shape[2:]) + 4 * pad - 4 < 2:
         raise ValueError(f"encoder_block: x has shape {tuple(x.shape)}; its convolutions are too small to pool")
     run: Function = _encoder if autograd.transformed() else _EncoderBlock.apply
@@ -184,7 +184,7 @@ def conv_block(
     backend: str = "auto",
 ) -> Tensor:
     """``conv_relu(conv_relu(x, w1, b1), w2, b2)``; biases are required. ``grad_masked``: see this module's text."""
-    pad, (x, w1, b1, w2, b2) = _prepare("conv_block", x, None, [w1, b1, w2, b2], padding)
+    pad, (x, _, w1, b1, w2, b2) = _prepare("conv_block", x, None, [w1, b1, w2, b2], padding)
     run: Function = _conv if autograd.transformed() else _ConvBlock.apply
     return run(x, w1, b1, w2, b2, pad, grad_masked, select_backend(backend, "conv_block", x))
 
@@ -203,8 +203,7 @@ def decoder_block(
     if tuple(wu.shape) != (*channels, 2, 2):
         raise ValueError(f"decoder_block: the weight of {up!r} has shape {tuple(wu.shape)} for x of {tuple(x.shape)}")
     u = x.new_empty(()).expand(x.shape[0], wu.shape[1] if transpose else wu.shape[0], 2 * x.shape[2], 2 * x.shape[3])
-    pad, (_, skip, w1, b1, w2, b2) = _prepare("decoder_block", u, skip, [w1, b1, w2, b2], padding)
-    x, wu, bu = autocast_operands(x, wu, bu)
+    pad, (x, wu, bu, skip, w1, b1, w2, b2) = _prepare("decoder_block", u, skip, [w1, b1, w2, b2], padding, [x, wu, bu])
     backend = select_backend(backend, "decoder_block", x)
     run: Function = _decoder if autograd.transformed() else _DecoderBlock.apply
     return run(x, skip, wu, bu, w1, b1, w2, b2, pad, transpose, mask_input, grad_masked, backend)
@@ -234,15 +233,20 @@ def decoder_block_head(
 
 
 def _prepare(
-    operator: str, x: Tensor, skip: Tensor | None, parameters: list[Tensor], padding: str
+    operator: str, x: Tensor, skip: Tensor | None, parameters: list[Tensor], padding: str,
+    before: Sequence[Tensor] = (),
 ) -> tuple[int, list[Any]]:
-    """Validates both convolutions of a block; returns the padding and the operands in the autocast dtype."""
+    """Validates both convolutions of a block; returns the padding and the operands in the autocast dtype.
+
+    Of ``x`` only the shape counts where it will be made of ``before``, which is cast in its place.
+    """
     w1, b1, w2, b2 = parameters
     pad = check_conv(operator, x, skip, w1, b1, padding)
     shrink = 2 - 2 * pad
     y1 = w1.new_empty(()).expand(x.shape[0], w1.shape[0], x.shape[2] - shrink, x.shape[3] - shrink)
     check_conv(operator, y1, None, w2, b2, padding)
-    operands = autocast_operands(x, *([] if skip is None else [skip]), *parameters)
-    check_conv_dtypes(operator, operands[0], None if skip is None else operands[1], operands[-4], operands[-3])
-    check_conv_dtypes(operator, operands[0], None, operands[-2], operands[-1])
+    operands = autocast_operands(*(before or [x]), skip, *parameters)
+    x, skip, w1, b1, w2, b2 = operands[0], *operands[-5:]
+    check_conv_dtypes(operator, x, skip, w1, b1)
+    check_conv_dtypes(operator, x, None, w2, b2)
     return pad, operands
