@@ -86,18 +86,18 @@ def sum_products(x, x_shape, x_strides, dz, dz_shape, dz_strides, pad, partial_p
 
 
 @triton.jit(do_not_specialize=["x_shape", "x_strides", "dz_shape", "dz_strides", "pad", "stride_tap", "column",
-                             "row_size", "tiles", "pixels"])
+                             "row_size", "tiles", "tiles_a_split", "pixels", "pixels_a_split"])
 def conv_relu_weight_grad_kernel(x, x_shape, x_strides, dz, dz_ptr, dz_shape, dz_strides, pad, partial_ptr, stride_tap,
-                                 column, row_size, tiles, pixels, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
-                                 ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
-                                 BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr, X_VECTOR: tl.constexpr,
-                                 DZ_VECTOR: tl.constexpr, OUT_VECTOR: tl.constexpr, BULK: tl.constexpr,
-                                 DZ_BULK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):
+                                 column, row_size, tiles, tiles_a_split, pixels, pixels_a_split, BLOCK_H: tl.constexpr,
+                                 BLOCK_W: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+                                 BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr,
+                                 X_VECTOR: tl.constexpr, DZ_VECTOR: tl.constexpr, OUT_VECTOR: tl.constexpr,
+                                 BULK: tl.constexpr, DZ_BULK: tl.constexpr, STAGES: tl.constexpr,
+                                 PRECISION: tl.constexpr):
     """partial[split, (k, r, s, column + c)] and, behind them, the bias's [split, k]: sums over the split's pixels.
 
-    Grid: (3 column shifts, C_in and C_out tiles, then C_out in tiles of the bias) × splits. ``tiles`` and ``pixels``,
-    the latter rows of C_out channels from ``dz_ptr`` on, are (their number, those of a split). OUT_VECTOR divides
-    ``stride_tap``, ``column`` and ``row_size``.
+    Grid: (3 column shifts, C_in and C_out tiles, then C_out in tiles of the bias) × splits. ``pixels`` rows of C_out
+    channels start at ``dz_ptr``. OUT_VECTOR divides ``stride_tap``, ``column`` and ``row_size``.
     """
     pid, split = tl.program_id(0), tl.program_id(1)
     C_out, tiles_c = dz_shape[2], tl.cdiv(x_shape[2], BLOCK_C)
@@ -105,15 +105,15 @@ def conv_relu_weight_grad_kernel(x, x_shape, x_strides, dz, dz_ptr, dz_shape, dz
     stride_tap, column = stride_tap // OUT_VECTOR * OUT_VECTOR, column // OUT_VECTOR * OUT_VECTOR
     partial_ptr += split.to(tl.int64) * (row_size // OUT_VECTOR * OUT_VECTOR)
     if pid < products:
-        first = split * tiles[1]
+        first = split * tiles_a_split
         sum_products(x, x_shape, x_strides, dz, dz_shape, dz_strides, pad, partial_ptr + column, stride_tap, pid % 3,
                      pid // 3 % tiles_c * BLOCK_C, pid // 3 // tiles_c * BLOCK_K, first,
-                     tl.minimum(first + tiles[1], tiles[0]), BLOCK_H, BLOCK_W, ROWS, BLOCK_K, BLOCK_C, X_VECTOR,
+                     tl.minimum(first + tiles_a_split, tiles), BLOCK_H, BLOCK_W, ROWS, BLOCK_K, BLOCK_C, X_VECTOR,
                      DZ_VECTOR, BULK, DZ_BULK, STAGES, PRECISION)
     else:
-        first = split * pixels[1]
+        first = split * pixels_a_split
         sum_columns(dz_ptr, partial_ptr + 9 * C_out * stride_tap, (pid - products) * BLOCK_Q, first,
-                    tl.minimum(first + pixels[1], pixels[0]), C_out // DZ_VECTOR * DZ_VECTOR, BLOCK_R, BLOCK_Q)
+                    tl.minimum(first + pixels_a_split, pixels), C_out // DZ_VECTOR * DZ_VECTOR, BLOCK_R, BLOCK_Q)
 
 
 def weight_grad(dz: torch.Tensor, x: torch.Tensor, skip: torch.Tensor | None, pad: int, has_bias: bool,
@@ -177,7 +177,7 @@ def _launch_source(dz: torch.Tensor, x: torch.Tensor, pad: int, partial: torch.T
                    (*x.shape[2:], x.shape[1]), (x.stride(0), x.stride(2)),
                    image_boxes(dz, (*box, config.block_k)) if dz_bulk else dz, dz,
                    (*dz.shape[2:], dz.shape[1]), (dz.stride(0), dz.stride(2)), pad, partial, channels, column, row_size,
-                   (tiles, _launch.cdiv(tiles, splits)), (pixels, _launch.cdiv(pixels, splits)),
+                   tiles, _launch.cdiv(tiles, splits), pixels, _launch.cdiv(pixels, splits),
                    BLOCK_H=config.block_h, BLOCK_W=config.block_w, ROWS=config.rows, BLOCK_K=config.block_k,
                    BLOCK_C=config.block_c, BLOCK_R=block_r, BLOCK_Q=block_q, X_VECTOR=_launch.vector_width(x),
                    DZ_VECTOR=_launch.vector_width(dz), OUT_VECTOR=out_vector, BULK=bulk, DZ_BULK=dz_bulk, STAGES=stages,
