@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -51,11 +51,14 @@ class Row:
         return int(sum(self.counts[f"{how} {what}"] for how in ("global", "bulk") for what in ("load", "store")))
 
 
-def rows(architecture: int = 90, dtype: torch.dtype = torch.bfloat16) -> Iterator[Row]:
-    """Every launch of training and inference of a small network, of its narrow head, and of bilinear upsampling."""
-    calls = [call for training in (True, False) for call in network_calls(NETWORK, 1, *SIZE, training=training)]
-    narrow = network_calls(Architecture(width=16, depth=1), 1, *SIZE)
-    calls += [call for call in narrow if call.operator == "segmentation_head_backward"]
+def rows(architecture: int = 90, dtype: torch.dtype = torch.bfloat16, network: Architecture = NETWORK,
+         size: tuple[int, int] = SIZE) -> Iterator[Row]:  # fmt: skip
+    """Every launch of training and inference of a small network, of a narrow and of a wide head, and of bilinear
+    upsampling."""
+    calls = [call for training in (True, False) for call in network_calls(network, 1, *size, training=training)]
+    for width in {16, 32} - {network.width}:
+        other = network_calls(replace(network, width=width), 1, *size)
+        calls += [call for call in other if call.operator == "segmentation_head_backward"]
     for align_corners in (False, True):
         for operator, name, scale in (("upsample_bilinear2d", "x", 1), ("upsample_bilinear2d_backward", "dy", 2)):
             image = Tensor((1, 32, 12 * scale, 20 * scale))
