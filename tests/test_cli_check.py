@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastunet.data import discover_cases
+from fastunet.data import discover_cases, split_cases
 from fastunet.data.checks import check_quickly, inspect_case
 from tests.cli_helpers import TINY, assert_user_error, run
 from tests.data_files import brats_case, msd_folder, nnunet_folder, random_image, random_labels, save
@@ -197,8 +197,8 @@ def test_nothing_but_background(tmp_path, capsys):
     for number in range(2):
         folder = brats_case(tmp_path / f"case_{number}", seed=number)
         save(folder / f"{folder.name}_seg.nii.gz", random_labels(0) * 0)
-    assert run("check", tmp_path) == 2
-    assert "none of 2 label files holds anything but background" in capsys.readouterr().out
+    assert run("check", tmp_path, "--batch-size", 1) == 2
+    assert "none of 1 label files for training holds anything but background" in capsys.readouterr().out
     code = run("train", tmp_path, "--out", tmp_path / "run", *TINY, "--foreground-fraction", "0")
     assert_user_error(capsys, code, "holds anything but background: nothing to learn")
 
@@ -229,12 +229,43 @@ def test_options_that_images_do_not_take(option, words, tmp_path, capsys):
     assert run("train", data, "--out", tmp_path / "run", *TINY, *option) == 2
 
 
-@pytest.mark.parametrize("option", [["--class-weights", "1,2,3"], ["--preset", "isbi", "--size", 101]])
-def test_options_of_training_that_do_not_fit(option, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (["--class-weights", "1,2,3"], "--class-weights has 3 numbers"),
+        (["--preset", "isbi", "--size", 101], "101"),
+        (["--norm", "group", "--width", 3], "3"),
+        (["--batch-size", 100], "--batch-size is 100, but there are only"),
+        (["--border-weights", "--loss", "dice"], "--border-weights weighs the cross-entropy"),
+    ],
+)
+def test_options_of_training_that_do_not_fit(option, words, tmp_path, capsys):
     data = folder_of(tmp_path / "data")
-    assert_user_error(capsys, run("check", data, *option), "has 1 problem;")
-    assert run("train", data, "--out", tmp_path / "run", *option) == 2
-    assert run("check", data, "--class-weights", "1,2") == 0
+    assert run("check", data, *option) == 2
+    assert words in "".join(capsys.readouterr())
+    assert_user_error(capsys, run("train", data, "--out", tmp_path / "run", *option), words)
+    assert not (tmp_path / "run" / "cache").exists()
+    assert run("check", data, "--class-weights", "1,2", "--border-weights", "--width", 4, "--batch-size", 1) == 0
+
+
+@pytest.mark.parametrize("option", [["--border-weights"], ["--batch-size", 1000], ["--width", 3, "--norm", "group"]])
+def test_options_of_training_that_do_not_fit_volumes(option, data, tmp_path, capsys):
+    for command in (["check"], ["train", "--out", tmp_path / "run"]):
+        assert run(*command, data, *option) == 2
+        assert option[0] in "".join(capsys.readouterr()) or option[0] == "--width"
+    assert not (tmp_path / "run" / "cache").exists()
+
+
+def test_foreground_in_no_case_that_trains(tmp_path, capsys):
+    root = tmp_path / "data"
+    folders = [brats_case(root / f"case_{number}", seed=number) for number in range(3)]
+    validated = split_cases(discover_cases(root)).validation[0]
+    for folder in folders:
+        if folder.name != validated.name:
+            save(folder / f"{folder.name}_seg.nii.gz", random_labels(0) * 0)
+    assert run("check", root, "--batch-size", 1) == 2
+    assert "none of 2 label files for training holds anything but background" in capsys.readouterr().out
+    assert run("train", root, "--out", tmp_path / "run", *TINY) == 2
 
 
 @pytest.mark.parametrize("share", [0, 0.99, 1])

@@ -13,7 +13,7 @@ from fastunet.architecture import Architecture
 from fastunet.data import IGNORED, TileDataset, discover_cases
 from fastunet.data.sampling import Batch
 from fastunet.errors import UserError
-from fastunet.training.dataset import tile_sides
+from fastunet.training.plan import tile_sides
 
 SIZES = [(7, 30), (25, 25), (40, 17)]
 

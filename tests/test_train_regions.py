@@ -21,8 +21,8 @@ from fastunet.losses import RegionDiceCrossEntropyLoss
 from fastunet.metrics import SegmentationMetrics
 from fastunet.training.checkpoint import Progress, load_model
 from fastunet.training.config import TrainConfig
-from fastunet.training.dataset import trained_labels
 from fastunet.training.distributed import Processes
+from fastunet.training.plan import trained_labels
 from fastunet.training.results import judged_by, metric_columns
 from tests.cli_helpers import TINY, assert_user_error, read_log, run, write_checkpoint
 

@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastunet.architecture import PRESETS
-from fastunet.cli.arguments import (
-    add_nan_option,
-    class_weights,
-    fraction,
-    label_value,
-    names,
-    positive_int,
-    say,
-    spacing,
-)
-from fastunet.data.label_tables import LABEL_MAPS
+from fastunet.cli.arguments import say
+from fastunet.cli.train import add_options
 from fastunet.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,72 +21,45 @@ _MOST_SIZES = 4
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, help="a folder of cases; every file in it is read once")
-    parser.add_argument("--modalities", type=names, metavar="A,B", help="channels to train on (default: as train)")
-    parser.add_argument("--edition", choices=tuple(LABEL_MAPS), help="of the data, where its folders do not tell")
-    parser.add_argument("--ignore-label", type=label_value, metavar="VALUE", help="of the label files, counted nowhere")
-    parser.add_argument("--regions", choices=("brats", "none"), help="that training is asked for")
-    parser.add_argument("--spacing", type=spacing, metavar="MM|median", help="that slices are to be resampled to")
-    parser.add_argument("--size", type=positive_int, help="the side of the slices that training is asked for")
-    parser.add_argument("--axis", type=int, choices=(0, 1, 2), default=2, help="the slicing axis (default: 2, axial)")
-    parser.add_argument("--val-fraction", type=fraction, default=0.2, help="of the patients (default: 0.2, as train)")
-    parser.add_argument("--preset", choices=tuple(PRESETS), default="brats", help="of the network (default: brats)")
-    parser.add_argument("--class-weights", type=class_weights, metavar="A,B,…|balanced", help="that training is given")
-    add_nan_option(parser)
+    add_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from fastunet.data.cases import discover_cases
-    from fastunet.data.checks import check_quickly, inspect_case
+    from fastunet.data.checks import inspect_case
     from fastunet.data.image_folders import no_labels
-    from fastunet.data.splits import split_cases
     from fastunet.training.config import TrainConfig
-    from fastunet.training.dataset import (
-        architecture_of,
-        target_spacing,
-        tile_sides,
-        trained_labels,
-        training_modalities,
-    )
+    from fastunet.training.plan import plan_training, training_modalities
 
+    given = {name: value for name, value in vars(args).items() if name not in ("run", "command")}
+    config = TrainConfig(**given | {"data": str(args.data)})
     problems: list[str] = []
     try:
-        cases = discover_cases(args.data, modalities=None, edition=args.edition, ignore=args.ignore_label,
+        cases = discover_cases(args.data, modalities=None, edition=config.edition, ignore=config.ignore_label,
                                refused=problems.append)  # fmt: skip
     except UserError as error:
         if not problems:
             raise
         cases = []
         problems.append(str(error))
-    modalities = args.modalities or (training_modalities(cases) if cases else ())
+    modalities = config.modalities or (training_modalities(cases) if cases else ())
     bar = tqdm(cases, unit="case", leave=False, disable=not sys.stderr.isatty())
-    reports = [inspect_case(case, modalities, on_nan=args.on_nan) for case in bar]
-    aside = [problem for report in reports if report.case.label is None for problem in report.problems]
+    reports = [inspect_case(case, modalities, on_nan=config.on_nan) for case in bar]
+    labelled = [report for report in reports if report.case.label is not None]
+    aside = [problem for report in reports if report not in labelled for problem in report.problems]
     remarks = [remark for report in reports for remark in report.remarks]
-    problems += [problem for report in reports if report.case.label is not None for problem in report.problems]
-    labelled = [case for case in cases if case.label is not None]
+    problems += [problem for report in labelled for problem in report.problems]
     notes: list[str] = []
-    pixels = None
     if labelled:
-        with _noted(problems):
-            pixels = target_spacing(labelled, args.spacing, args.axis, notes.append)
-        with _noted(problems):
-            labels = trained_labels(args.regions, labelled[0].label_map, args.data)
-            config = TrainConfig(data=str(args.data), preset=args.preset, class_weights=args.class_weights)
-            config.check_class_weights(len(labels.outputs))
-            if labelled[0].is_image:
-                sides = [min(report.geometry.shape[:2]) for report in reports if report.geometry]
-                tile_sides(architecture_of(config), args.size, sides or [1])
-        with _noted(problems):
-            split_cases(labelled, validation=args.val_fraction)
-            if not args.val_fraction:
-                raise UserError("--val-fraction is 0, but validation needs at least one patient")
+        plan, found = plan_training(config, [report.case for report in labelled], notes.append)
+        problems += found
+        trained = {case.label for case in plan.split.train} if plan else set()
+        problems += _without_foreground([report for report in labelled if report.case.label in trained or not plan])
     elif cases:
         problems.append(no_labels(args.data))
-    problems += check_quickly(cases, modalities, size=args.size, axis=args.axis, spacing=pixels)
     say(*_described(args.data, reports, modalities), *notes)
-    problems += _without_foreground(reports)
     every, problems = _without_repeats(problems + remarks), _without_repeats(problems)
     for title, found in (
         ("problems of cases without labels, which training leaves out", _without_repeats(aside)),
@@ -111,15 +73,6 @@ def run(args: argparse.Namespace) -> None:
     say("", "no problem found")
 
 
-@contextlib.contextmanager
-def _noted(problems: list[str]) -> Iterator[None]:
-    """Puts a ``UserError`` of the block among the problems."""
-    try:
-        yield
-    except UserError as error:
-        problems.append(str(error))
-
-
 def _without_repeats(problems: Sequence[str]) -> list[str]:
     """Each problem once, and a library that many files need once for all of them."""
     alike: dict[str, list[str]] = {}
@@ -129,12 +82,12 @@ def _without_repeats(problems: Sequence[str]) -> list[str]:
     return [same[0] + (f" (and {len(same) - 1} more files)" if same[1:] else "") for same in alike.values()]
 
 
-def _without_foreground(reports: Sequence[CaseReport]) -> list[str]:
+def _without_foreground(trained: Sequence[CaseReport]) -> list[str]:
     from fastunet.data.checks import foreground
 
-    labelled = [report for report in reports if report.case.label is not None and not report.problems]
-    if labelled and not any(map(foreground, labelled)):
-        return [f"none of {len(labelled)} label files holds anything but background"]
+    readable = [report for report in trained if not report.problems]
+    if readable and not any(map(foreground, readable)):
+        return [f"none of {len(readable)} label files for training holds anything but background"]
     return []
 
 

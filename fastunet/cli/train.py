@@ -27,11 +27,15 @@ from fastunet.training.config import LOSSES, PRECISIONS, SCHEDULES, TrainConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    # Options without a default here are absent unless given, so that --resume can tell what the user asked for.
-    parser.argument_default = argparse.SUPPRESS
     parser.add_argument("data", help="a folder of labelled cases")
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run folder")
     parser.add_argument("--resume", action="store_true", default=False, help="continue the run in RUN exactly")
+    add_options(parser)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of ``TrainConfig``; absent unless given, so that --resume can tell what the user asked for."""
+    parser.argument_default = argparse.SUPPRESS
     network = parser.add_argument_group("network")
     network.add_argument("--preset", choices=tuple(PRESETS), help="default: brats")
     network.add_argument("--width", type=positive_int, help="channels of the first level (default: the preset's)")

@@ -92,7 +92,7 @@ def check_quickly(
             check_modalities(case, modalities)
             check_axis(case, axis)
             geometry = check_geometry(case, modalities)
-            sizes.setdefault(_slice_size(geometry, axis, spacing), case.name)
+            sizes.setdefault(slice_shape(geometry, axis, spacing)[1:], case.name)
         except UserError as error:
             problems.append(str(error))
     if size is None and len(sizes) > 1 and not cases[0].is_image:
@@ -152,8 +152,9 @@ def _intensities(data: np.ndarray) -> Intensities:
     return Intensities(float(inside.min()), float(inside.mean(dtype=np.float64)), float(inside.max()), zeros)
 
 
-def _slice_size(geometry: Geometry, axis: int, spacing: tuple[float, float] | None) -> tuple[int, int]:
-    """Height and width of the slices along ``axis`` in the common orientation, resampled to ``spacing``."""
+def slice_shape(geometry: Geometry, axis: int, spacing: tuple[float, float] | None = None) -> tuple[int, int, int]:
+    """Number, height and width of the slices along ``axis`` in the common orientation, resampled to ``spacing``."""
     voxels = np.broadcast_to(np.uint8(0), geometry.shape[:3])
-    shape = np.moveaxis(orient(voxels, geometry.affine, geometry.path), axis, 0).shape[1:]
-    return resampled_shape(shape, slice_spacing(geometry.affine, axis, geometry.path), spacing, geometry.path)
+    count, *shape = np.moveaxis(orient(voxels, geometry.affine, geometry.path), axis, 0).shape
+    own = slice_spacing(geometry.affine, axis, geometry.path)
+    return count, *resampled_shape((shape[0], shape[1]), own, spacing, geometry.path)

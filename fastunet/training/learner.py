@@ -18,8 +18,9 @@ from fastunet.losses import DiceCrossEntropyLoss, RegionDiceCrossEntropyLoss
 from fastunet.reference import centre_crop
 from fastunet.training.checkpoint import ModelCard, Progress
 from fastunet.training.config import TrainConfig
-from fastunet.training.dataset import TrainingData, architecture_of
+from fastunet.training.dataset import TrainingData
 from fastunet.training.distributed import Processes, memory_of
+from fastunet.training.plan import architecture_of
 from fastunet.training.precision import autocast, loss_scaler
 from fastunet.unet import UNet
 
