@@ -199,7 +199,7 @@ def test_nothing_but_background(tmp_path, capsys):
         save(folder / f"{folder.name}_seg.nii.gz", random_labels(0) * 0)
     assert run("check", tmp_path, "--batch-size", 1) == 2
     assert "none of 1 label files for training holds anything but background" in capsys.readouterr().out
-    code = run("train", tmp_path, "--out", tmp_path / "run", *TINY, "--foreground-fraction", "0")
+    code = run("train", tmp_path, "--out", tmp_path / "run", *TINY, "--foreground-fraction", "0", "--batch-size", 1)
     assert_user_error(capsys, code, "holds anything but background: nothing to learn")
 
 
