@@ -70,15 +70,20 @@ def dtypes_of(cases):
     return params
 
 
+def references(x, skip, weight, bias, pad, relu):
+    """PyTorch's result in the operands' dtype, of float32 in the worse order of its sums, and in float64."""
+    same, exact = (reference(x, skip, weight, bias, pad, relu, d) for d in (x.dtype, torch.float64))
+    if x.dtype == torch.float32:
+        ordered = reference(x, skip, weight, bias, pad, relu, x.dtype, in_order.conv2d)
+        same = in_order.farthest(exact, same, ordered)
+    return same, exact
+
+
 @pytest.mark.parametrize("case, dtype", dtypes_of(ONE_SOURCE) + dtypes_of(TWO_SOURCES))
 def test_forward(case, dtype, device):
     x, skip, weight, bias = operands(case, dtype, device)
     y = conv_relu.forward(x, skip, weight, bias, case.pad, 0.0, case.config)
-    same, exact = (reference(x, skip, weight, bias, case.pad, True, d) for d in (dtype, torch.float64))
-    if dtype == torch.float32:
-        ordered = reference(x, skip, weight, bias, case.pad, True, dtype, in_order.conv2d)
-        same = in_order.farthest(exact, same, ordered)
-    assert_within_budget(y, same, exact, "y")
+    assert_within_budget(y, *references(x, skip, weight, bias, case.pad, True), "y")
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -87,8 +92,7 @@ def test_forward(case, dtype, device):
 def test_forward_without_bias_and_relu(case, slope, device):
     x, skip, weight, _ = operands(case, torch.float32, device, bias=False)
     y = conv_relu.forward(x, skip, weight, None, case.pad, slope, case.config)
-    linear = (reference(x, skip, weight, None, case.pad, False, d) for d in (torch.float32, torch.float64))
-    same, exact = (F.leaky_relu(z, slope) for z in linear)
+    same, exact = (F.leaky_relu(z, slope) for z in references(x, skip, weight, None, case.pad, False))
     assert_within_budget(y, same, exact, "y")
     assert (y < 0).any()
 
@@ -97,8 +101,7 @@ def test_forward_without_bias_and_relu(case, slope, device):
 def test_forward_pool(case, dtype, device):
     x, _, weight, bias = operands(case, dtype, device)
     y, pooled = conv_relu.forward_pool(x, weight, bias, case.pad, 0.0, case.config)
-    same, exact = (reference(x, None, weight, bias, case.pad, True, d) for d in (dtype, torch.float64))
-    assert_within_budget(y, same, exact, "y")
+    assert_within_budget(y, *references(x, None, weight, bias, case.pad, True), "y")
     if min(y.shape[2:]) < 2:
         assert pooled.numel() == 0
     else:
@@ -146,8 +149,7 @@ def test_any_strides(config, layout, device):
         x = x[:1].expand(2, -1, -1, -1)
         weight = weight.to(memory_format=torch.channels_last)
     y = conv_relu.forward(x, x, torch.cat([weight, weight], 1), None, 1, 0.0, config)
-    same, exact = (reference(x, x, torch.cat([weight, weight], 1), None, 1, True, d) for d in (x.dtype, torch.float64))
-    assert_within_budget(y, same, exact, layout)
+    assert_within_budget(y, *references(x, x, torch.cat([weight, weight], 1), None, 1, True), layout)
 
 
 def test_batch_0(device):
@@ -192,8 +194,7 @@ def test_weights_off_the_alignment_of_bulk_copies(config, device):
     x = torch.randn(1, 8, 4, 16, device=device)
     weight = torch.randn(16 * 9 * 8 + 1, device=device)[1:].view(16, 3, 3, 8).permute(0, 3, 1, 2)
     y = conv_relu.forward(x, None, weight, None, 1, 0.0, config)
-    same, exact = (reference(x, None, weight, None, 1, True, d) for d in (torch.float32, torch.float64))
-    assert_within_budget(y, same, exact, "y")
+    assert_within_budget(y, *references(x, None, weight, None, 1, True), "y")
 
 
 @pytest.mark.parametrize("config, message", [

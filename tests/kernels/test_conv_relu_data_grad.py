@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastunet.kernels import _launch
+from fastunet.kernels.conv import data_grad as data_grad_module
 from fastunet.kernels.conv.convolution import ConvConfig
 from fastunet.kernels.conv.data_grad import data_grad
 
@@ -106,6 +108,27 @@ def test_strided_operands_and_repeats(config, device):
     first = data_grad(dz, weight, x, skip, 0, True, True, config)
     for again in (data_grad(*views, 0, True, True, config), data_grad(dz, weight, x, skip, 0, True, True, config)):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("case, in_place", [
+    (Case(BOX, 1, 8, 16, 24, 4, 9), True),
+    (Case(ROWS, 1, 0, 72, 24, 5, 9), True),
+    (Case(BOX, 1, 4, 20, 24, 4, 9), False),
+], ids=str)  # fmt: skip
+def test_weights_that_bulk_copies_read_in_place(case, in_place, device, monkeypatch):
+    """16-bit ones in NHWC memory, at addresses and channels of multiples of 16 bytes; others are reordered."""
+    dz, weight, x, skip = case.operands(torch.float16, device)
+    flat = torch.empty(weight.numel() + 1, dtype=weight.dtype, device=device)
+    off = flat[1:].view(weight.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2).copy_(weight)
+    reordered, take = [], data_grad_module.conv_taps
+    monkeypatch.setattr(data_grad_module, "conv_taps", lambda *a: reordered.append(a) or take(*a))
+    exact, same = (gradients(case, dz, weight, x, skip, dtype) for dtype in (torch.float64, torch.float16))
+    in_place &= _launch.architecture() >= 90
+    for each, expected in ((weight, not in_place), (weight.contiguous(), True), (off, True)):
+        reordered.clear()
+        dx, _ = data_grad(dz, each, x, skip, 1, *case.masks, config=None if skip is not None else case.config)
+        assert_within_budget(dx, same[0], exact[0], "dx")
+        assert bool(reordered) == expected
 
 
 @pytest.mark.parametrize("pad, crop", [(0, 5), (1, 5), (0, 0)])
