@@ -149,7 +149,7 @@ def test_empty_and_missing_folders(tmp_path):
 
 def test_the_folder_above_a_decathlon_task(tmp_path):
     msd_folder(tmp_path / "Task01")
-    with pytest.raises(UserError, match=r"no dataset\.json \(but there is one in .*Task01\)"):
+    with pytest.raises(UserError, match=r"holds no cases itself: give .*Task01"):
         discover_cases(tmp_path)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from fastunet.data import discover_cases
+from fastunet.data.formats import is_image
 from fastunet.data.masks import mask_table
-from fastunet.errors import UserError
-from tests.cli_helpers import run
+from fastunet.errors import DataWarning, UserError
+from tests.cli_helpers import assert_user_error, run
 from tests.data_files import random_image, random_labels, save
 from tests.image_data import GREY, picture
 
@@ -20,7 +24,7 @@ def tree(root, *names):
     """Files of these names: a mask or label file where the name says so."""
     for number, name in enumerate(names):
         marked = any(word in name.lower() for word in ("mask", "label", "seg", "gt", "truth", "manual"))
-        if name.endswith(".png"):
+        if is_image(Path(name)):
             picture(root / name, MASK if marked else GREY)
         else:
             save(root / name, random_labels(number, values=(0, 1, 2)) if marked else random_image(number))
@@ -43,6 +47,11 @@ def tree(root, *names):
         ("{}.nii.gz", "{}_seg.nii.gz", "{}"),
         ("volume-{}.nii", "segmentation-{}.nii", "volume-{}"),
         ("{}/imaging.nii.gz", "{}/segmentation.nii.gz", "{}"),
+        ("images/{}.nii.gz", "labels/{}.nii.gz", "{}"),
+        ("volumes/volume-{}.nii", "segmentations/segmentation-{}.nii", "volume-{}"),
+        ("images/{}_training.png", "1st_manual/{}_manual1.png", "{}_training"),
+        ("images/image_{}.png", "masks/mask_000{}.png", "image_{}"),
+        ("images/{}.png", "masks/{}_mask.gif", "{}"),
     ],
 )
 def test_masks_beside_their_images(tmp_path, image, mask, name, capsys):
@@ -51,7 +60,7 @@ def test_masks_beside_their_images(tmp_path, image, mask, name, capsys):
     cases = discover_cases(root, modalities=None)
     assert [case.name for case in cases] == [name.format(one) for one in names]
     assert [case.label for case in cases] == [root / mask.format(one, one) for one in names]
-    assert run("check", root) == 0
+    assert run("check", root, "--batch-size", 1) == 0
     assert "4 cases of 4 patients, 4 labelled; the masks in" in capsys.readouterr().out
 
 
@@ -70,12 +79,45 @@ def test_scans_of_one_patient(tmp_path):
         (["a.png", "a_mask.png", "a_label.png"], "are masks of one image"),
         (["a.png", "a_mask.png", "b_mask.png"], r"b_mask\.png has no image of that name"),
         (["1/images/1.png", "1/masks/x.png", "1/masks/y.png"], "1 has 2 masks, such as .*: join them to one"),
+        (["images/1.png", "masks/2.png"], r"2\.png has no image of that name; call it as its image is"),
+        (["a/images/1.png", "b/images/1.png", "b/images/2.png"], "holds no cases itself: give .*a, or one of 1 more"),
+        (["x/1/images/1.png", "x/2/images/1.png"], "holds no cases itself: give .*x$"),
+        (["imagesTr/1_0000.nii.gz", "labelsTr/1.nii.gz"], "imagesTr, but no dataset.json"),
+        (["train/1.png", "trainannot/1.png"], r"name its folders so \(train, trainannot\)"),
         (["images/1.png", "mask/1.png", "1st_manual/1.png"], "1st_manual and mask may all hold masks"),
     ],
 )
-def test_what_is_ambiguous(tmp_path, names, words):
+def test_what_is_ambiguous_or_unknown(tmp_path, names, words):
     with pytest.raises(UserError, match=words):
         discover_cases(tree(tmp_path, *names))
+
+
+def test_files_that_cannot_be_read(tmp_path, capsys):
+    for name, words in (
+        ("a.dcm", "but a.dcm: convert it"),
+        (".hidden", "there is no file in it"),
+        ("a.zip", "unpack it"),
+    ):
+        (tmp_path / name).write_bytes(b"x")
+        assert_user_error(capsys, run("check", tmp_path / name if "zip" in name else tmp_path), words)
+        (tmp_path / name).unlink()
+
+
+def test_a_series_without_labels_beside_frames_that_have_them(tmp_path):
+    root = tree(tmp_path, *(f"p{number}/p{number}_frame01{end}" for number in (1, 2) for end in (".nii", "_gt.nii")))
+    save(root / "p1" / "p1_4d.nii.gz", random_image(0, (6, 5, 4, 2)))
+    with pytest.warns(DataWarning, match=r"p1_4d.nii.gz has 2 channels.*left out"):
+        assert [case.name for case in discover_cases(root, modalities=None)] == ["p1_frame01", "p2"]
+    save(root / "p1" / "p1_4d_gt.nii.gz", random_labels(0))
+    with pytest.raises(UserError, match="has 2 channels"):
+        discover_cases(root, modalities=None)
+
+
+def test_an_animated_gif(tmp_path):
+    frames = [Image.fromarray(MASK), Image.fromarray(255 - MASK)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    with pytest.raises(UserError, match="is animated, with 2 frames"):
+        mask_table([tmp_path / "a.gif"])
 
 
 def test_one_value_that_anti_aliasing_left_at_a_border(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -11,10 +12,13 @@ from fastunet.arguments import checked
 from fastunet.data.brats import brats_cases
 from fastunet.data.case import DEFAULT_MODALITIES, Case, Source, check_modalities, colour_index
 from fastunet.data.dataset_json import CHANNEL_FILE, dataset_json_cases
-from fastunet.data.formats import VOLUME_SUFFIXES, is_image, listed_below, stem_of
-from fastunet.data.image_folders import flat_cases, image_folder_cases
+from fastunet.data.formats import SUFFIXES, VOLUME_SUFFIXES, is_image, listed_below, stem_of
+from fastunet.data.image_folders import flat_cases, image_folder_cases, unreadable
 from fastunet.data.label_tables import LABEL_MAPS
 from fastunet.errors import Refusal, UserError, refuse, warn_once
+
+_ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
+_SHOWN = 4
 
 
 @checked
@@ -46,8 +50,8 @@ def discover_cases(
     """
     root = Path(root)
     if not os.path.isdir(root):  # False, not an error, for names that no file can have
-        is_file = os.path.isfile(root)
-        raise UserError(f"{root}{' is a file; give the data folder' if is_file else ': there is no such folder'}")
+        wanted = " is an archive; unpack it" if root.suffix.lower() in _ARCHIVES else " is a file; give the data folder"
+        raise UserError(f"{root}{wanted if os.path.isfile(root) else ': there is no such folder'}")
     if edition is not None and edition not in LABEL_MAPS:
         raise UserError(f"edition {edition!r} is unknown; the editions are {', '.join(LABEL_MAPS)}")
     said: list[str] = []
@@ -70,16 +74,32 @@ def discover_cases(
     if not cases and described:
         raise UserError(f"{root} holds no cases: its imagesTr and imagesTs hold no image")
     if not cases:
-        nested = sorted([*root.glob("*/dataset.json"), *root.glob("*/[iI]mages")])
-        hint = f" (but there is one in {nested[0].parent})" if nested else ""
-        names = "no files named like *_flair.nii.gz or *-t2f.nii.gz, no folders images and masks"
-        raise UserError(f"{root} holds no cases: {names}, no a_mask.png beside a.png, and no dataset.json{hint}")
+        raise UserError(_no_cases(root))
     if edition is not None and cases[0].is_image and not described:
         raise UserError(f"edition {edition}: {root} holds images, and their masks have a table of their own")
     if ignore is not None:
         cases = [replace(case, label_map=case.label_map.ignoring(ignore)) for case in cases]
     asked = () if modalities is DEFAULT_MODALITIES and cases[0].is_image else modalities or ()
     return _checked(cases, root, asked, refused)
+
+
+def _no_cases(root: Path) -> str:
+    """The sentence on a folder in which nothing is recognised, with what may be done."""
+    signs = itertools.product(("*/", "*/*/"), ("dataset.json", "[iI]mages", "imagesTr"))
+    nested = sorted({path.parent for depth, name in signs for path in root.glob(depth + name)})
+    if len(nested) > 1 and len(above := {path.parent for path in nested} - {root}) == 1:
+        nested = [*above]  # a folder for each case
+    if nested:
+        others = f", or one of {len(nested) - 1} more such folders" if nested[1:] else ""
+        return f"{root} holds no cases itself: give {nested[0]}{others}"
+    if (root / "imagesTr").is_dir():
+        return f"{root} has imagesTr, but no dataset.json, which names channels and classes: write one"
+    if next(listed_below(root, SUFFIXES), None) is None:
+        return unreadable(root) or f"{root} holds no cases: there is no file in it"
+    folders = [path.name for path in sorted(root.glob("[!.]*")) if path.is_dir()]
+    hint = f"; name its folders so ({', '.join(folders[:_SHOWN])}) or its files" if folders else ""
+    names = "no files named like *_flair.nii.gz or *-t2f.nii.gz, no folders images and masks"
+    return f"{root} holds no cases: {names}, no a_mask.png beside a.png, and no dataset.json{hint}"
 
 
 @checked

@@ -10,16 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from fastunet.data.case import COLOURS, Case, Source
-from fastunet.data.formats import IMAGE_SUFFIXES, VOLUME_SUFFIXES, is_image, is_listed, listed_below, stem_of
+from fastunet.data.formats import IMAGE_SUFFIXES, SUFFIXES, VOLUME_SUFFIXES, is_image, is_listed, listed_below, stem_of
 from fastunet.data.labels import LabelMap
 from fastunet.data.masks import mask_table
 from fastunet.data.volumes import read_geometry
 from fastunet.errors import Refusal, UserError, refuse, warn_once
 
 IMAGE_FOLDERS = ("images", "image", "imgs")
-_TRUTH_MARK = "masks?|labels?|segmentations?|segmap|segm?|gt|ground[_ ]?truth|annotations?|manual1?"
+_TRUTH_MARK = "masks?|labels?|segmentations?|segmap|segm?|msk|wmh|gt|ground[_ ]?truth|annotations?|manual1?"
 _MASK_MARK = f"{_TRUTH_MARK}|pred|prediction"
-_IMAGE_MARK = "images?|img|im|input|raw|volume"
+_IMAGE_MARK = "images?|img|im|input|raw|volumes?|training|test"
 _MARKED = re.compile(rf"(.*[-_. \d])?({_TRUTH_MARK})([-_. \d].*)?", re.IGNORECASE | re.DOTALL)
 _STACK = re.compile(r"(?P<name>.+)[-_](?P<part>volume|labels?)", re.IGNORECASE | re.DOTALL)
 _UNLABELLED = LabelMap("images without masks", (0, 1), ("background", "object"))
@@ -27,7 +27,7 @@ _Pairs = dict[str, tuple[Path, Path | None]]
 
 
 def image_folder_cases(root: Path, refused: Refusal = refuse) -> list[Case]:
-    """The cases of a folder of images and one of masks in ``root``, or in folders of one image each, or of stacks.
+    """The cases of a folder of images or volumes and one of masks in ``root``, or in folders of one each, or of stacks.
 
     All masks are read, for the table of their values. ``refused`` is called with what is wrong with one image or mask,
     which is then left out.
@@ -41,7 +41,7 @@ def image_folder_cases(root: Path, refused: Refusal = refuse) -> list[Case]:
     pairs: _Pairs = {}
     for case in sorted(path for path in root.glob("[!.]*") if path.is_dir()):
         images = _folder(case, IMAGE_FOLDERS)
-        if images is not None and len(list(itertools.islice(listed_below(images, IMAGE_SUFFIXES), 2))) != 1:
+        if images is not None and len(list(itertools.islice(listed_below(images, SUFFIXES), 2))) != 1:
             pairs = {}  # they are parts of a data set, such as train and test
             break
         if images is not None:
@@ -82,11 +82,15 @@ def flat_cases(root: Path, refused: Refusal = refuse) -> list[Case]:
 def _cases(pairs: _Pairs, refused: Refusal) -> list[Case]:
     """The cases of images or volumes and their masks, with the table of all of these."""
     channels = {}
-    for name, (image, _) in pairs.items():
+    labelled = any(mask is not None for _, mask in pairs.values())
+    for name, (image, mask) in pairs.items():
         try:
             channels[name] = _channels(image)
         except UserError as error:
-            refused(str(error))
+            if labelled and mask is None:  # a series beside frames that are labelled
+                warn_once(f"left out of {image.parent.parent}", f"{error}; it has no mask, and is left out")
+            else:
+                refused(str(error))
     pairs = {name: pairs[name] for name in channels}
     colour = next((pairs[name][0] for name, count in channels.items() if count == 3), None)
     if colour and len(set(channels.values())) > 1:
@@ -112,7 +116,8 @@ def no_labels(root: str | Path) -> str:
     hint = ""
     if images is not None and others and not any(map(_MARKED.fullmatch, others)):
         hint = f": {others[0]} beside {images.name} is taken for no masks; call that folder masks"
-    return f"{root} holds no labelled cases{hint}"
+    beside = ": no mask like a_mask.png, no label file like a_seg.nii.gz, no labelsTr"
+    return f"{root} holds no labelled cases{hint or beside}"
 
 
 def _folder(root: Path, names: Iterable[str]) -> Path | None:
@@ -141,7 +146,7 @@ def _folders(root: Path) -> tuple[Path | None, Path | None]:
 
 
 def _holds_images(folder: Path) -> bool:
-    return next(listed_below(folder, IMAGE_SUFFIXES), None) is not None
+    return next(listed_below(folder, SUFFIXES), None) is not None
 
 
 def _pairs_of(images: Path, masks: Path | None, refused: Refusal, *, alone: bool = False) -> _Pairs:
@@ -185,18 +190,25 @@ def _pairs(named: dict[str, Path], folder: Path, masks: list[Path], refused: Ref
         if len(found) > 1:
             refused(f"{folder}: {image} has {len(found)} masks, such as {found[0]}: join them to one")
         else:
-            refused(f"{found[0]} has no image of that name")
+            refused(f"{found[0]} has no image of that name; call it as its image is, or take it out of {folder}")
     return pairs
 
 
 def _readable(folder: Path, refused: Refusal) -> list[Path]:
-    """The images below ``folder``; other files alone are refused."""
-    found = list(listed_below(folder, IMAGE_SUFFIXES))
-    others = [] if found else sorted(path for path in folder.rglob("[!.]*") if path.is_file())
-    if others:
-        endings = ", ".join(IMAGE_SUFFIXES)
-        refused(f"{folder} holds no image that can be read, but {others[0].name}: images end in {endings}")
+    """The images or volumes below ``folder``; other files alone are refused."""
+    found = list(listed_below(folder, SUFFIXES))
+    if not found and (unread := unreadable(folder)):
+        refused(unread)
     return found
+
+
+def unreadable(folder: Path) -> str:
+    """The sentence on a folder of files none of which can be read, "" if there is no file at all."""
+    others = sorted(path for path in folder.rglob("[!.]*") if path.is_file())
+    if not others:
+        return ""
+    kinds = f"volumes end in {', '.join(VOLUME_SUFFIXES)}, images in {', '.join(IMAGE_SUFFIXES)}"
+    return f"{folder} holds no file that can be read, but {others[0].relative_to(folder)}: convert it; {kinds}"
 
 
 def _name_below(folder: Path, path: Path) -> str:
@@ -207,17 +219,19 @@ def _name_below(folder: Path, path: Path) -> str:
 def image_finder(images: Iterable[str]) -> Callable[[str], str | None]:
     """A function from the name of a mask to that of its image, one of ``images``, names without endings.
 
-    It is the same name, or the only one that differs by marks such as ``_mask`` and ``img_``, by capitals, or by how
-    letters with accents are composed, which differs between systems.
+    It is the same name, or the only one that differs by marks such as ``_mask`` and ``img_``, by capitals, by how
+    letters with accents are composed, which differs between systems, or by zeros before numbers.
     """
-    spellings: tuple[dict[str, list[str]], ...] = ({}, {}, {})
+    spellings: tuple[dict[str, list[str]], ...] = ({}, {}, {}, {})
     for image in images:
-        for table, spelled in zip(spellings, (image, _folded(image), _folded(_unmarked(image, _IMAGE_MARK)))):
+        bare = _folded(_unmarked(image, _IMAGE_MARK))
+        for table, spelled in zip(spellings, (image, _folded(image), bare, _unpadded(bare))):
             table.setdefault(spelled, []).append(image)
 
     def find(mask: str) -> str | None:
         bare = _unmarked(mask, _MASK_MARK)
-        found = [table.get(name, []) for table in spellings for name in (mask, bare, _folded(mask), _folded(bare))]
+        names = (mask, bare, _folded(mask), _folded(bare), _unpadded(_folded(bare)))
+        found = [table.get(name, []) for table in spellings for name in names]
         return next((alike[0] for alike in found if len(alike) == 1), None)
 
     return find
@@ -230,6 +244,10 @@ def unmarked_mask(name: str) -> str:
 
 def _folded(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
+
+
+def _unpadded(name: str) -> str:
+    return re.sub(r"(?<!\d)0+(?=\d)", "", name)
 
 
 def _unmarked(name: str, mark: str) -> str:

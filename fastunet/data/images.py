@@ -1,4 +1,4 @@
-"""Reading 2-D images and stacks: PNG, JPEG and BMP by Pillow, TIFF by tifffile, as volumes whose slices are the pages.
+"""Reading 2-D images and stacks: PNG, JPEG, BMP and GIF by Pillow, TIFF by tifffile, as volumes whose slices are pages.
 
 Slice k of the default axis is page k, (H, W), as viewers show it: an orientation tag (EXIF, TIFF) is obeyed.
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])
 _PLAUSIBLE_BYTES = 100 << 20
 _MOST_EXPANSION = 1032  # of deflate, the best of TIFF's usual compressions
-_PICTURES = ("PNG", "JPEG", "BMP")
+_PICTURES = ("PNG", "JPEG", "BMP", "GIF")
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PLAIN_KINDS = (0, 1, 2)  # TIFF's photometric interpretations: white or black is 0 (numbers are as stored), RGB
 _CONVERTED = ((6, 6), (6, 7))  # YCbCr in JPEG compression, which tifffile brings to RGB
@@ -125,11 +125,11 @@ def _picture(path: Path, raw: BinaryIO) -> Iterator[_Reader]:
     try:
         image = Image.open(raw, formats=_PICTURES)  # no others: EPS, for one, runs a program
     except UnidentifiedImageError as error:
-        raise UserError(f"{path} is no image: its content is not that of a PNG, JPEG, BMP or TIFF file") from error
+        raise UserError(f"{path} is no image: its content is not that of a PNG, JPEG, BMP, GIF or TIFF file") from error
     with image:
         if image.format == "PNG" and _bit_depth(raw) == 16 and image.mode in ("RGB", "RGBA", "LA"):
             raise UserError(f"{path}: 16-bit colour in PNG files cannot be read at full depth; save it as TIFF")
-        if image.format == "PNG" and (frames := getattr(image, "n_frames", 1)) > 1:
+        if image.format in ("PNG", "GIF") and (frames := getattr(image, "n_frames", 1)) > 1:
             raise UserError(f"{path} is animated, with {frames} frames; save each as a file of its own")
         target = _plain_mode(image, path)
         shape = (image.height, image.width, 1) + ((3,) if target == "RGB" else ())
