@@ -65,8 +65,10 @@ _SUBSET = (
 """Parts of the names of the tests in the subset."""
 _ALIKE = (
     "chosen", "two classes", "17 classes", "many channels", "one pixel", "no image", "[batch-2x48", "[group6",
+    "by_the_convolution[rows", "by_the_convolution[two_rows", "by_the_convolution[box-split",
 )  # fmt: skip
-"""Parts of the names of tests whose kernels others run in the subset: tilings that the heuristics choose, sizes."""
+"""Parts of the names of tests whose kernels others run in the subset: tilings that the heuristics choose, sizes,
+statistics by the function that other tilings call."""
 _SIZE = re.compile(r"(?<![rtkx\d])\d[\dx+.]*|-crop(None)?")
 """A number in a test's name, but in that of a tile ("bulk1x4", "first1x1") or a type; whether there is a skip."""
 
