@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastunet.data import discover_cases
+from fastunet.data import cases_from_files, discover_cases
 from fastunet.data.formats import is_image
 from fastunet.data.masks import mask_table
 from fastunet.errors import DataWarning, UserError
@@ -132,3 +132,49 @@ def test_one_value_that_anti_aliasing_left_at_a_border(tmp_path):
     for other in (np.where(radius < 4, 128, circle), np.where((radius >= 12) & (radius < 13.5), 128, circle),
                   np.where(rows + 64 * columns < 30, 128, circle), few // 127):  # fmt: skip
         assert len(mask_table([picture(tmp_path / "a.png", other.astype(np.uint8))]).values) == 3
+
+
+@pytest.mark.parametrize(
+    ("volumes", "mask", "channels"),
+    [
+        (["p{}/t1.nii.gz", "p{}/FLAIR.nii.gz"], "p{}/mask.nii.gz", ["flair", "t1"]),
+        (["p{}/p{}_T1W.nii", "p{}/p{}_FLAIR.nii"], "p{}/p{}_consensus_gt.nii", ["flair", "t1"]),
+        (["p{}/orig/FLAIR.nii", "p{}/orig/T1.nii"], "p{}/wmh.nii", ["flair", "t1"]),
+        (["p{}/orig/FLAIR.nii", "p{}/pre/FLAIR.nii"], "p{}/wmh.nii", ["orig_FLAIR", "pre_FLAIR"]),
+    ],
+)
+def test_volumes_beside_one_mask_are_channels(tmp_path, volumes, mask, channels):
+    files = [path.format(number, number) for number in range(3) for path in (*volumes, mask)]
+    root = tree(tmp_path, *(path.replace("wmh", "gt") for path in files))
+    for path in root.rglob("gt.nii"):
+        path.rename(path.with_name("wmh.nii"))
+    cases = discover_cases(root, modalities=None)
+    assert [case.name for case in cases] == ["p0", "p1", "p2"]
+    assert cases[1].label == root / mask.format(1, 1)
+    assert [sorted(case.modalities) for case in cases] == [channels] * 3
+    assert {source.path for source in cases[2].modalities.values()} == {root / path.format(2, 2) for path in volumes}
+    assert run("check", root, "--batch-size", 1) == 0
+    for path in [*root.rglob("*mask*"), *root.rglob("*gt*"), *root.rglob("wmh*")]:
+        path.unlink()
+    if volumes[0].count("/") == 1:  # what a network of these channels may be given
+        for folder, names in ((root, ["p0", "p1", "p2"]), (root / "p1", ["p1"])):
+            found = discover_cases(folder, modalities=channels)
+            assert [(case.name, case.label) for case in found] == [(name, None) for name in names]
+
+
+def test_a_channel_that_one_case_lacks(tmp_path, capsys):
+    root = tree(tmp_path, *(f"p{number}/{name}.nii" for number in range(3) for name in ("ct", "pet", "mask")))
+    (root / "p0" / "pet.nii").unlink()
+    assert run("check", root, "--batch-size", 1) == 2
+    assert "p0 has no pet (it has ct)" in capsys.readouterr().out
+    assert run("check", root, "--batch-size", 1, "--modalities", "ct") == 0
+
+
+def test_volumes_of_one_channel_are_segmented_without_masks(tmp_path):
+    paths = [save(tmp_path / f"p{number}" / "ct.nii", random_image(number)) for number in range(2)]
+    with pytest.raises(UserError, match="holds no cases"):
+        discover_cases(tmp_path, modalities=None)
+    assert [case.name for case in discover_cases(tmp_path, modalities=["ct"])] == ["p0", "p1"]
+    assert [*discover_cases(tmp_path / "p1", modalities=["ct"])[0].modalities] == ["ct"]
+    paths[1] = paths[1].rename(paths[1].with_name("b.nii"))
+    assert [case.name for case in cases_from_files(paths, ["ct"])] == ["b", "ct"]

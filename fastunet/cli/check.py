@@ -44,7 +44,8 @@ def run(args: argparse.Namespace) -> None:
             raise
         cases = []
         problems.append(str(error))
-    modalities = config.modalities or (training_modalities(cases) if cases else ())
+    trainable = [case for case in cases if case.label is not None]
+    modalities = config.modalities or (training_modalities(trainable or cases) if cases else ())
     bar = tqdm(cases, unit="case", leave=False, disable=not sys.stderr.isatty())
     reports = [inspect_case(case, modalities, on_nan=config.on_nan) for case in bar]
     labelled = [report for report in reports if report.case.label is not None]
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     problems += [problem for report in labelled for problem in report.problems]
     notes: list[str] = []
     if labelled:
-        plan, found = plan_training(config, [report.case for report in labelled], notes.append)
+        plan, found = plan_training(config, trainable, notes.append)
         problems += found
         trained = {case.label for case in plan.split.train} if plan else set()
         problems += _without_foreground([report for report in labelled if report.case.label in trained or not plan])

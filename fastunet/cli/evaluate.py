@@ -131,6 +131,7 @@ def _file_scores(pairs: list[Pair], empty: str, hd95: bool) -> Iterator[Score]:
 def _pairs(args: argparse.Namespace) -> list[Pair]:
     """(case, prediction, truth, label table) for every truth; each must have its prediction."""
     from fastunet.data.formats import is_listed, stem_of
+    from fastunet.data.image_folders import MARKED
 
     if args.truth.is_file() or args.subject.is_file():
         if not (args.truth.is_file() and args.subject.is_file()):
@@ -140,11 +141,12 @@ def _pairs(args: argparse.Namespace) -> list[Pair]:
     if not args.truth.is_dir():
         raise UserError(f"{args.truth}: there is no such file or folder")
     plain = sorted(path for path in args.truth.iterdir() if is_listed(path) and path.is_file())
-    if not plain or (args.truth / "dataset.json").is_file():
+    masks = [path for path in plain if MARKED.fullmatch(stem_of(path))]
+    if not plain or (args.truth / "dataset.json").is_file() or 0 < len(masks) < len(plain):  # they lie beside images
         cases = labelled_cases(args.truth, None, args.labels)
-        return [(case.name, _prediction(args.subject, case.name), cast(Path, case.label), case.label_map)
-                for case in cases]  # fmt: skip
-    predictions = [_prediction(args.subject, stem_of(path)) for path in plain]
+        return [(case.name, _prediction(args.subject, case.name, truth), truth, case.label_map)
+                for case in cases if (truth := case.label)]  # fmt: skip
+    predictions = [_prediction(args.subject, stem_of(path), path) for path in plain]
     table = _table(plain, predictions, args)
     return [(stem_of(path), predicted, path, table) for path, predicted in zip(plain, predictions, strict=True)]
 
@@ -160,11 +162,12 @@ def _note_unscored(folder: Path, scored: list[Path]) -> None:
         warn_once("unscored", f"{len(rest)} files of {folder}, such as {rest[0]}, have no truth, and are not scored")
 
 
-def _prediction(folder: Path, name: str) -> Path:
-    from fastunet.data.formats import is_listed, stem_of
+def _prediction(folder: Path, name: str, truth: Path) -> Path:
+    """The prediction of a case: an image if the truth is one, for ``segment`` writes pictures beside volumes."""
+    from fastunet.data.formats import is_image, is_listed, stem_of
     from fastunet.data.image_folders import image_finder
 
-    files = sorted(path for path in folder.iterdir() if is_listed(path))
+    files = sorted(path for path in folder.iterdir() if is_listed(path) and is_image(path) == is_image(truth))
     stems, matches = dict.fromkeys(map(stem_of, files)), image_finder([name])
     named = image_finder(stems)(name)
     found = [path for path in files if (stem_of(path) == named if named else matches(stem_of(path)))]

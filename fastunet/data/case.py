@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,27 @@ from fastunet.errors import UserError
 
 MODALITIES = ("flair", "t1", "t1ce", "t2")
 DEFAULT_MODALITIES = ("flair", "t1ce")
-
+_MODALITY_NAMES = {
+    "flair": "flair",
+    "t2f": "flair",
+    "t2flair": "flair",
+    "t1": "t1",
+    "t1w": "t1",
+    "t1n": "t1",
+    "t1ce": "t1ce",
+    "t1c": "t1ce",
+    "t1gd": "t1ce",
+    "t2": "t2",
+    "t2w": "t2",
+}
 
 COLOURS = ("red", "green", "blue")
 """The channels of colour images that have no other names."""
+
+
+def modality_name(written: str) -> str:
+    """One of ``MODALITIES`` for a spelling of it such as "T1Gd", else what is written."""
+    return _MODALITY_NAMES.get(re.sub(r"[^a-z0-9]", "", written.lower()), written)
 
 
 def colour_index(modality: str) -> int | None:

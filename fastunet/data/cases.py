@@ -12,8 +12,9 @@ from fastunet.arguments import checked
 from fastunet.data.brats import brats_cases
 from fastunet.data.case import DEFAULT_MODALITIES, Case, Source, check_modalities, colour_index
 from fastunet.data.dataset_json import CHANNEL_FILE, dataset_json_cases
+from fastunet.data.flat_folders import flat_cases
 from fastunet.data.formats import SUFFIXES, VOLUME_SUFFIXES, is_image, listed_below, stem_of
-from fastunet.data.image_folders import flat_cases, image_folder_cases, unreadable
+from fastunet.data.image_folders import UNNAMED, image_folder_cases, unreadable
 from fastunet.data.label_tables import LABEL_MAPS
 from fastunet.errors import Refusal, UserError, refuse, warn_once
 
@@ -65,8 +66,13 @@ def discover_cases(
         if described:
             cases = dataset_json_cases(root, edition, note)
         else:
+            given: Sequence[str] = () if modalities is DEFAULT_MODALITIES else modalities or ()
             cases = brats_cases(listed_below(root, VOLUME_SUFFIXES), edition, note)
-            cases = cases or image_folder_cases(root, note) or flat_cases(root, note)
+            if not any(case.label for case in cases) and not _all_have(cases, given):
+                others = image_folder_cases(root, note) or flat_cases(root, note, given)
+                cases = (
+                    others if not cases or any(case.label for case in others) or _all_have(others, given) else cases
+                )
     except PermissionError as error:
         raise UserError(f"{error.filename or root} cannot be read: {error.strerror}") from error
     if not cases and said:  # nothing is left, and why has been said
@@ -81,6 +87,11 @@ def discover_cases(
         cases = [replace(case, label_map=case.label_map.ignoring(ignore)) for case in cases]
     asked = () if modalities is DEFAULT_MODALITIES and cases[0].is_image else modalities or ()
     return _checked(cases, root, asked, refused)
+
+
+def _all_have(cases: Sequence[Case], modalities: Sequence[str]) -> bool:
+    """Whether there are cases and names of modalities, and each case has them all."""
+    return bool(cases and modalities) and all(set(modalities) <= set(case.modalities) for case in cases)
 
 
 def _no_cases(root: Path) -> str:
@@ -104,7 +115,8 @@ def _no_cases(root: Path) -> str:
 
 @checked
 def cases_from_files(paths: Iterable[str | Path], modalities: Sequence[str] = DEFAULT_MODALITIES) -> list[Case]:
-    """Cases of loose files: each image is one; volumes are grouped by BraTS names, or are one case in the order given.
+    """Cases of loose files: each image is one, and each volume for one modality; other volumes are grouped by BraTS
+    names, or are one case in the order given.
 
     Images that hold one channel each, and say so by nnU-Net's names, are grouped, too.
 
@@ -126,6 +138,10 @@ def cases_from_files(paths: Iterable[str | Path], modalities: Sequence[str] = DE
             Case(name, name, dict(zip(modalities, sources)), None, table.edition, table)
             for name, sources in _loose_images(files, modalities)
         ]
+        return _checked(cases, files[0].parent, modalities)
+    if len(modalities) == 1:
+        cases = [Case(stem_of(path), stem_of(path), {modalities[0]: Source(path)}, None, table.edition, table)
+                 for path in files]  # fmt: skip
         return _checked(cases, files[0].parent, modalities)
     if len(files) != len(modalities):
         raise UserError(f"{len(files)} files given, but a case has {len(modalities)}: {', '.join(modalities)}")
@@ -154,9 +170,9 @@ def _loose_images(files: Sequence[Path], modalities: Sequence[str]) -> list[tupl
 
 
 def _as_asked(case: Case, modalities: Sequence[str]) -> Case:
-    """An image with its channels under the names that are asked for: a single channel, or colours."""
+    """An image with its channels under the names that are asked for: a single channel, of volumes too, or colours."""
     own = case.modalities
-    if not case.is_image or set(modalities) <= set(own):
+    if set(modalities) <= set(own) or not (case.is_image or [*own] == [UNNAMED]):
         return case
     known = {colour_index(name): source for name, source in own.items()}
     colours = [colour_index(name) for name in modalities]

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from fastunet.data.case import COLOURS, Case, Source
+from fastunet.data.case import COLOURS, Case, Source, modality_name
 from fastunet.data.formats import SUFFIXES, is_image, is_listed, stem_of, suffix_of
 from fastunet.data.label_tables import LABEL_MAPS, Number, is_whole, label_map_from_json
 from fastunet.data.labels import LabelMap
@@ -24,19 +24,6 @@ from fastunet.errors import Refusal, UserError, refuse, warn_once
 from fastunet.schema import read_json
 
 CHANNEL_FILE = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})", re.DOTALL)
-_MODALITY_NAMES = {
-    "flair": "flair",
-    "t2f": "flair",
-    "t2flair": "flair",
-    "t1": "t1",
-    "t1w": "t1",
-    "t1n": "t1",
-    "t1ce": "t1ce",
-    "t1c": "t1ce",
-    "t1gd": "t1ce",
-    "t2": "t2",
-    "t2w": "t2",
-}
 _SHOWN = 80
 
 
@@ -151,8 +138,7 @@ def _channel_names(table: _DatasetJson, file: Path) -> list[str]:
         ordered = []
     if not ordered or len(ordered) != len(entry):
         raise UserError(f"{file} has no 'channel_names' or 'modality' that number the channels from 0")
-    plain = [re.sub(r"[^a-z0-9]", "", name.lower()) for name in ordered]
-    canonical = [_MODALITY_NAMES.get(short, name) for short, name in zip(plain, ordered)]
+    canonical = [*map(modality_name, ordered)]
     if len(set(canonical)) < len(canonical):
         raise UserError(f"{file}: two channels are the same modality: {', '.join(ordered)}; rename one")
     return canonical

@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import unicodedata
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from fastunet.data.case import COLOURS, Case, Source
@@ -20,10 +19,12 @@ IMAGE_FOLDERS = ("images", "image", "imgs")
 _TRUTH_MARK = "masks?|labels?|segmentations?|segmap|segm?|msk|wmh|gt|ground[_ ]?truth|annotations?|manual1?"
 _MASK_MARK = f"{_TRUTH_MARK}|pred|prediction"
 _IMAGE_MARK = "images?|img|im|input|raw|volumes?|training|test"
-_MARKED = re.compile(rf"(.*[-_. \d])?({_TRUTH_MARK})([-_. \d].*)?", re.IGNORECASE | re.DOTALL)
+MARKED = re.compile(rf"(.*[-_. \d])?({_TRUTH_MARK})([-_. \d].*)?", re.IGNORECASE | re.DOTALL)
 _STACK = re.compile(r"(?P<name>.+)[-_](?P<part>volume|labels?)", re.IGNORECASE | re.DOTALL)
+UNNAMED = "image"
+"""The channel of volumes of one channel each."""
 _UNLABELLED = LabelMap("images without masks", (0, 1), ("background", "object"))
-_Pairs = dict[str, tuple[Path, Path | None]]
+Pairs = dict[str, tuple[Path, Path | None]]
 
 
 def image_folder_cases(root: Path, refused: Refusal = refuse) -> list[Case]:
@@ -37,8 +38,8 @@ def image_folder_cases(root: Path, refused: Refusal = refuse) -> list[Case]:
     """
     images, masks = _folders(root)
     if images is not None:
-        return _cases(_pairs_of(images, masks, refused), refused)
-    pairs: _Pairs = {}
+        return cases_of(_pairs_of(images, masks, refused), refused)
+    pairs: Pairs = {}
     for case in sorted(path for path in root.glob("[!.]*") if path.is_dir()):
         images = _folder(case, IMAGE_FOLDERS)
         if images is not None and len(list(itertools.islice(listed_below(images, SUFFIXES), 2))) != 1:
@@ -46,41 +47,11 @@ def image_folder_cases(root: Path, refused: Refusal = refuse) -> list[Case]:
             break
         if images is not None:
             (pairs[case.name],) = _pairs_of(images, _folders(case)[1], refused, alone=True).values()
-    return _cases(pairs or _stacks(root), refused)
+    return cases_of(pairs or _stacks(root), refused)
 
 
-def flat_cases(root: Path, refused: Refusal = refuse) -> list[Case]:
-    """The cases of masks that lie beside their images or volumes, told by marks in their names.
-
-    ``a_mask.png`` belongs to ``a.png``, or to the only other image of its folder, below ``root``. Scans in a folder
-    with a number in its name, with which theirs begin, are those of one patient. For the rest see
-    ``image_folder_cases``.
-    """
-    for suffixes in (IMAGE_SUFFIXES, VOLUME_SUFFIXES):
-        pairs: _Pairs = {}
-        patients: dict[str, str] = {}
-        said: list[str] = []
-        for folder, found in itertools.groupby(listed_below(root, suffixes), key=lambda path: path.parent):
-            paths = list(found)
-            masks = [path for path in paths if _MARKED.fullmatch(stem_of(path))]
-            named = _named(folder, (path for path in paths if path not in masks), said.append)
-            alone = folder != root and len(named) == 1
-            for name, pair in _pairs(named, folder, masks, said.append, alone).items():
-                inside = folder.relative_to(root).as_posix()
-                follows = folder != root and name.startswith(folder.name)
-                short = inside if alone else name
-                own = short if (alone or follows or folder == root) and short not in pairs else f"{inside}/{name}"
-                pairs[own] = pair
-                patients[own.replace("/", "_")] = inside if follows and re.search(r"\d", folder.name) else own
-        if any(mask is not None for _, mask in pairs.values()):
-            for text in said:
-                refused(text)
-            return [replace(case, patient=patients[case.name]) for case in _cases(pairs, refused)]
-    return []
-
-
-def _cases(pairs: _Pairs, refused: Refusal) -> list[Case]:
-    """The cases of images or volumes and their masks, with the table of all of these."""
+def cases_of(pairs: Pairs, refused: Refusal, named: Mapping[str, Mapping[str, Path]] | None = None) -> list[Case]:
+    """The cases of images or volumes, some of several ``named`` channels, and masks, with the table of all of these."""
     channels = {}
     labelled = any(mask is not None for _, mask in pairs.values())
     for name, (image, mask) in pairs.items():
@@ -102,8 +73,10 @@ def _cases(pairs: _Pairs, refused: Refusal) -> list[Case]:
     for name, (image, mask) in pairs.items():
         if colour:
             sources = {channel: Source(image, index) for index, channel in enumerate(COLOURS)}
+        elif named and name in named:
+            sources = {channel: Source(path) for channel, path in named[name].items()}
         else:
-            sources = {"grey" if is_image(image) else "image": Source(image)}
+            sources = {"grey" if is_image(image) else UNNAMED: Source(image)}
         name = name.replace("/", "_")
         cases.append(Case(name, name, sources, mask, table.edition, table))
     return cases
@@ -114,7 +87,7 @@ def no_labels(root: str | Path) -> str:
     images = _folder(Path(root), IMAGE_FOLDERS)
     others = sorted(path.name for path in Path(root).glob("[!.]*") if path.is_dir() and path != images)
     hint = ""
-    if images is not None and others and not any(map(_MARKED.fullmatch, others)):
+    if images is not None and others and not any(map(MARKED.fullmatch, others)):
         hint = f": {others[0]} beside {images.name} is taken for no masks; call that folder masks"
     beside = ": no mask like a_mask.png, no label file like a_seg.nii.gz, no labelsTr"
     return f"{root} holds no labelled cases{hint or beside}"
@@ -133,7 +106,7 @@ def _folders(root: Path) -> tuple[Path | None, Path | None]:
         UserError: several folders whose names are marked hold images.
     """
     folders = [path for path in sorted(root.glob("[!.]*")) if path.is_dir()]
-    marked = [path for path in folders if _MARKED.fullmatch(path.name)]
+    marked = [path for path in folders if MARKED.fullmatch(path.name)]
     images = _folder(root, IMAGE_FOLDERS)
     if images is None and len(marked) == 1:
         others = {path.name: path for path in folders if path not in marked and _holds_images(path)}
@@ -149,33 +122,33 @@ def _holds_images(folder: Path) -> bool:
     return next(listed_below(folder, SUFFIXES), None) is not None
 
 
-def _pairs_of(images: Path, masks: Path | None, refused: Refusal, *, alone: bool = False) -> _Pairs:
+def _pairs_of(images: Path, masks: Path | None, refused: Refusal, *, alone: bool = False) -> Pairs:
     """Image and mask by name in two folders, with that of the folder inside of ``images`` before it."""
-    named = _named(images, _readable(images, refused), refused)
+    named = named_files(images, _readable(images, refused), refused)
     if masks is None or not named:
         return {name: (path, None) for name, path in named.items()}
-    return _pairs(named, masks, _readable(masks, refused), refused, alone)
+    return pairs_by_name(named, masks, _readable(masks, refused), refused, alone)
 
 
-def _named(folder: Path, paths: Iterable[Path], refused: Refusal) -> dict[str, Path]:
+def named_files(folder: Path, paths: Iterable[Path], refused: Refusal) -> dict[str, Path]:
     named: dict[str, Path] = {}
     for path in paths:
-        if (own := _name_below(folder, path)) in named:
+        if (own := name_below(folder, path)) in named:
             refused(f"{named[own]} and {path} have one name; remove one")
         named.setdefault(own, path)
     return named
 
 
-def _pairs(named: dict[str, Path], folder: Path, masks: list[Path], refused: Refusal, alone: bool) -> _Pairs:
+def pairs_by_name(named: dict[str, Path], folder: Path, masks: list[Path], refused: Refusal, alone: bool) -> Pairs:
     """The images ``named`` with those of ``masks``, which lie in ``folder``; see ``image_finder``.
 
     ``alone`` lets one image and one mask belong together whatever their names are.
     """
-    pairs: _Pairs = {name: (path, None) for name, path in named.items()}
+    pairs: Pairs = {name: (path, None) for name, path in named.items()}
     find = image_finder(named)
     strays: dict[str, list[Path]] = {}
     for mask in masks:
-        own = _name_below(folder, mask)
+        own = name_below(folder, mask)
         name = next(iter(named)) if alone and len(masks) == 1 else find(own)
         if name is None:
             beginnings = [own[: match.start()] for match in re.finditer("[-_. /]", own)]
@@ -211,7 +184,7 @@ def unreadable(folder: Path) -> str:
     return f"{folder} holds no file that can be read, but {others[0].relative_to(folder)}: convert it; {kinds}"
 
 
-def _name_below(folder: Path, path: Path) -> str:
+def name_below(folder: Path, path: Path) -> str:
     """The name of ``path`` in ``folder`` without its ending, the folders in between before it."""
     return path.relative_to(folder).with_name(stem_of(path)).as_posix()
 
@@ -259,7 +232,7 @@ def _unmarked(name: str, mark: str) -> str:
     return f"{before}/{rest or short}" if before else rest or short
 
 
-def _stacks(root: Path) -> _Pairs:
+def _stacks(root: Path) -> Pairs:
     """Image and mask by name of files such as ``train-volume.tif`` and ``train-labels.tif``."""
     parts: dict[str, dict[str, Path]] = {}
     for path in sorted(path for path in root.iterdir() if is_listed(path, IMAGE_SUFFIXES)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -206,10 +207,10 @@ def trained_labels(regions: str | None, labels: LabelMap, source: object) -> Lab
 
 
 def training_modalities(cases: Sequence[Case]) -> tuple[str, ...]:
-    """FLAIR and T1ce where most cases have them, else all modalities of the first case.
+    """FLAIR and T1ce where most cases have them, else all modalities that most have, or those of the first case.
 
     A case without them is then reported; one that lacks a file must not change what all the others are trained on.
     """
-    if 2 * sum(set(DEFAULT_MODALITIES) <= set(case.modalities) for case in cases) > len(cases):
-        return DEFAULT_MODALITIES
-    return tuple(cases[0].modalities)
+    counts = Counter(name for case in cases for name in case.modalities)
+    usual = tuple(name for name, count in counts.items() if 2 * count > len(cases))
+    return DEFAULT_MODALITIES if set(DEFAULT_MODALITIES) <= set(usual) else usual or tuple(cases[0].modalities)

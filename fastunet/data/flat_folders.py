@@ -1,0 +1,78 @@
+"""The cases of masks that lie beside their images or volumes."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from fastunet.data.case import Case, modality_name
+from fastunet.data.formats import IMAGE_SUFFIXES, VOLUME_SUFFIXES, listed_below, stem_of
+from fastunet.data.image_folders import MARKED, Pairs, cases_of, image_finder, name_below, named_files, pairs_by_name
+from fastunet.errors import Refusal, refuse
+
+_MOST_CHANNELS = 16
+
+
+def flat_cases(root: Path, refused: Refusal = refuse, asked: Collection[str] = ()) -> list[Case]:
+    """The cases of masks that lie beside their images or volumes, told by marks in their names.
+
+    ``a_mask.png`` belongs to ``a.png``, or to the only other image of its folder, below ``root``, or to all volumes of
+    its folder and of those in it, which are channels of one case. Scans in a folder with a number in its name, with
+    which theirs begin, are those of one patient. Volumes without any masks are cases for a network that takes the
+    channels ``asked``, or the only one. For the rest see ``image_folder_cases``.
+    """
+    for suffixes in (IMAGE_SUFFIXES, VOLUME_SUFFIXES):
+        pairs: Pairs = {}
+        channels: dict[str, dict[str, Path]] = {}
+        patients: dict[str, str] = {}
+        said: list[str] = []
+        for folder, paths in _by_case(root, [*listed_below(root, suffixes)]).items():
+            masks = [path for path in paths if MARKED.fullmatch(stem_of(path))]
+            named = named_files(folder, (path for path in paths if path not in masks), said.append)
+            inside = root.resolve().name if folder == root else folder.relative_to(root).as_posix()
+            several = _channels_of(named) if suffixes is VOLUME_SUFFIXES and 1 < len(named) <= _MOST_CHANNELS else {}
+            if masks and (folder == root or masks[1:] or image_finder(named)(name_below(folder, masks[0]))):
+                several = {}  # each belongs to one of them
+            if several and (masks or (asked and set(asked) <= set(several))):
+                pairs[inside] = next(iter(named.values())), next(iter(masks), None)
+                channels[inside], patients[inside.replace("/", "_")] = several, inside
+                continue
+            alone = folder != root and len(named) == 1
+            for name, pair in pairs_by_name(named, folder, masks, said.append, alone).items():
+                follows = folder != root and name.startswith(folder.name)
+                short = inside if alone else name
+                own = short if (alone or follows or folder == root) and short not in pairs else f"{inside}/{name}"
+                pairs[own] = pair
+                patients[own.replace("/", "_")] = inside if follows and re.search(r"\d", folder.name) else own
+        if channels:  # of cases with one of them, too
+            channels = {name: _channels_of({stem_of(path): path}) for name, (path, _) in pairs.items()} | channels
+        labelled = any(mask is not None for _, mask in pairs.values())
+        if labelled or (suffixes is VOLUME_SUFFIXES and (channels or len(asked) == 1)):
+            for text in said:
+                refused(text)
+            return [replace(case, patient=patients[case.name]) for case in cases_of(pairs, refused, channels)]
+    return []
+
+
+def _by_case(root: Path, paths: list[Path]) -> dict[Path, list[Path]]:
+    """The files by folder, those below a folder whose only file is a mask together with it."""
+    folders: dict[Path, list[Path]] = {}
+    for path in paths:
+        folders.setdefault(path.parent, []).append(path)
+    above = {folder for folder, (path, *more) in folders.items() if not more and MARKED.fullmatch(stem_of(path))}
+    joined: dict[Path, list[Path]] = {}
+    for folder, found in folders.items():
+        joined.setdefault(next((each for each in folder.parents if each in above - {root}), folder), []).extend(found)
+    return joined
+
+
+def _channels_of(named: Mapping[str, Path]) -> dict[str, Path]:
+    """Volumes of one case by channel: their names without what all begin with."""
+    shared = os.path.commonprefix([*named]) if len(named) > 1 else ""  # noqa: RUF071 - characters are meant
+    begin = max(map(shared.rfind, "-_. /")) + 1
+    written = {name[begin:].replace("/", "_"): path for name, path in named.items()}
+    known = {modality_name(name): path for name, path in written.items()}
+    return known if len(known) == len(named) else written
