@@ -15,6 +15,7 @@ from PIL import Image
 from fastunet.inference.surface import hd95
 from tests.cli_helpers import assert_user_error, run
 from tests.data_files import NNUNET_JSON, nnunet_folder, random_labels, save
+from tests.image_data import picture
 
 
 def folders(tmp_path: Path, values=(0, 3, 7), names=("a", "b")) -> tuple[Path, Path]:
@@ -176,3 +177,16 @@ def test_hd95_in_the_table_and_the_csv(tmp_path, capsys):
     assert all(words in printed for words in ("HD95", f"{diagonal:.3f}", "in millimetres"))
     assert run("evaluate", tmp_path / "predicted", tmp_path / "truth", "--csv", tmp_path / "t.csv") == 0
     assert "hd95" not in (tmp_path / "t.csv").read_text()
+
+
+@pytest.mark.parametrize("truth", ["case_{}/segmentation.nii.gz", "case_{}_seg.nii.gz"])
+def test_pictures_beside_predictions_and_images_beside_the_truth(tmp_path, capsys, truth):
+    for number in range(2):
+        labels = random_labels(number, values=(0, 1))
+        save(tmp_path / "truth" / truth.format(number), labels)
+        image = truth.format(number).replace("segmentation", "imaging").replace("_seg", "")
+        save(tmp_path / "truth" / image, labels + 5)
+        save(tmp_path / "predicted" / f"case_{number}.nii.gz", labels)
+        picture(tmp_path / "predicted" / f"case_{number}.png", np.zeros((4, 4), np.uint8))
+    assert run("evaluate", tmp_path / "predicted", tmp_path / "truth") == 0
+    assert "Mean foreground Dice: 1.000" in capsys.readouterr().out
