@@ -16,6 +16,10 @@ NETWORKS = {
     "brats": (dict(width=4, depth=2), [(16, 24), (17, 21)]),
     "isbi": (dict(in_channels=1, width=4, depth=1, padding="valid", up="transpose"), [(28, 36), (30, 22)]),
 }
+QUICK = {  # of Inductor's C++: no trial of vector instructions, no headers precompiled for a file or two
+    "cpp.vec_isa_ok": False, "cpp_cache_precompile_headers": False, "aot_inductor.precompile_headers": False,
+    "aot_inductor.compile_wrapper_opt_level": "O0",
+}  # fmt: skip
 
 
 class Labels(torch.nn.Module):
@@ -76,7 +80,7 @@ def test_a_saved_program_names_the_import_that_it_needs(tmp_path, caplog):
 def test_aot_inductor_runs_the_program_on_a_cpu(tmp_path):
     model = UNet(width=2, depth=0).eval()
     x = torch.randn(1, 2, 8, 8)
-    with torch.no_grad(), torch._inductor.config.patch("aot_inductor.precompile_headers", False):
+    with torch.no_grad(), torch._inductor.config.patch(QUICK):
         program = torch.export.export(model, (x,))
         path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "network.pt2"))
         torch.testing.assert_close(torch._inductor.aoti_load_package(path)(x), model(x), rtol=1e-5, atol=1e-5)
@@ -102,6 +106,7 @@ class Trained(torch.nn.Module):
         return self.loss(self.model(x), labels)
 
 
+@torch._inductor.config.patch(QUICK)
 def test_compiled_training_is_the_eager_one_at_every_size():
     """Network and loss in one graph (``fullgraph``), by Inductor: two sizes of 2 would share a symbol."""
     torch._dynamo.reset()
