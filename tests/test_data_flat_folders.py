@@ -140,6 +140,11 @@ def test_one_value_that_anti_aliasing_left_at_a_border(tmp_path):
         (["p{}/t1.nii.gz", "p{}/FLAIR.nii.gz"], "p{}/mask.nii.gz", ["flair", "t1"]),
         (["p{}/p{}_T1W.nii", "p{}/p{}_FLAIR.nii"], "p{}/p{}_consensus_gt.nii", ["flair", "t1"]),
         (["p{}/orig/FLAIR.nii", "p{}/orig/T1.nii"], "p{}/wmh.nii", ["flair", "t1"]),
+        (
+            ["sub-{}/ses-1/anat/sub-{}_ses-1_FLAIR.nii", "sub-{}/ses-1/dwi/sub-{}_ses-1_dwi.nii"],
+            "derivatives/sub-{}/ses-1/sub-{}_ses-1_mask.nii",
+            ["dwi", "flair"],
+        ),
         (["p{}/orig/FLAIR.nii", "p{}/pre/FLAIR.nii"], "p{}/wmh.nii", ["orig_FLAIR", "pre_FLAIR"]),
     ],
 )
@@ -149,7 +154,9 @@ def test_volumes_beside_one_mask_are_channels(tmp_path, volumes, mask, channels)
     for path in root.rglob("gt.nii"):
         path.rename(path.with_name("wmh.nii"))
     cases = discover_cases(root, modalities=None)
-    assert [case.name for case in cases] == ["p0", "p1", "p2"]
+    assert [case.name for case in cases] == (
+        ["sub-0_ses-1", "sub-1_ses-1", "sub-2_ses-1"] if "sub-" in mask else ["p0", "p1", "p2"]
+    )
     assert cases[1].label == root / mask.format(1, 1)
     assert [sorted(case.modalities) for case in cases] == [channels] * 3
     assert {source.path for source in cases[2].modalities.values()} == {root / path.format(2, 2) for path in volumes}
@@ -178,3 +185,32 @@ def test_volumes_of_one_channel_are_segmented_without_masks(tmp_path):
     assert [*discover_cases(tmp_path / "p1", modalities=["ct"])[0].modalities] == ["ct"]
     paths[1] = paths[1].rename(paths[1].with_name("b.nii"))
     assert [case.name for case in cases_from_files(paths, ["ct"])] == ["b", "ct"]
+
+
+def test_sessions_of_one_subject(tmp_path):
+    anat = "sub-{0}/ses-{1}/anat/sub-{0}_ses-{1}"
+    files = [f"{anat}_T1w.nii", "derivatives/lesions/" + anat + "_label-L_mask.nii"]
+    root = tree(tmp_path, *(file.format(one, session) for one in "ab" for session in (1, 2) for file in files))
+    cases = discover_cases(root, modalities=None)
+    assert [case.patient for case in cases] == ["sub-a", "sub-a", "sub-b", "sub-b"]
+    assert [case.label.name for case in cases[:2]] == [f"sub-a_ses-{session}_label-L_mask.nii" for session in (1, 2)]
+
+
+def test_channels_of_another_grid_can_be_left_out(tmp_path, capsys):
+    root = tree(tmp_path, *(f"p{number}/{name}.nii" for number in range(2) for name in ("ct", "mask")))
+    for number in range(2):
+        save(root / f"p{number}" / "pet.nii", random_image(0, (5, 5, 5)))
+    assert run("check", root, "--batch-size", 1) == 2
+    assert "or leave it out of --modalities" in capsys.readouterr().out
+    assert run("check", root, "--batch-size", 1, "--modalities", "ct") == 0
+
+
+def test_numbers_of_few_objects_are_told(tmp_path, recwarn):
+    """Masks that hold 1 to k with another k each; classes occur without those before them."""
+    strips = [np.repeat(np.arange(last + 1, dtype=np.uint8), 4)[:, None].repeat(8, 1) for last in (3, 4, 6)]
+    paths = [picture(tmp_path / "a" / f"{number}.png", mask) for number, mask in enumerate(strips)]
+    assert len(mask_table(paths).values) == 7
+    assert ["numbers of single objects" in str(one.message) for one in recwarn] == [True]
+    classes = [np.where(strips[2] == value, strips[2], 0) for value in range(1, 7)]
+    assert len(mask_table([picture(tmp_path / "b" / f"{n}.png", mask) for n, mask in enumerate(classes)]).values) == 7
+    assert len(recwarn) == 1

@@ -56,7 +56,8 @@ def test_counts_and_nothing():
 
 def test_too_few_patients():
     message = (
-        r"needs at least 3 patients \(1 for training, 1 for validation, 1 for testing\), but there are 2 \(5 cases\)"
+        r"needs at least 3 patients \(1 for training, 1 for validation, 1 for testing\), "
+        r"but there are 2 \(5 cases, such as x\)"
     )
     with pytest.raises(UserError, match=message):
         split_cases(make_cases([3, 2]), validation=0.2, test=0.2)

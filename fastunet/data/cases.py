@@ -70,9 +70,7 @@ def discover_cases(
             cases = brats_cases(listed_below(root, VOLUME_SUFFIXES), edition, note)
             if not any(case.label for case in cases) and not _all_have(cases, given):
                 others = image_folder_cases(root, note) or flat_cases(root, note, given)
-                cases = (
-                    others if not cases or any(case.label for case in others) or _all_have(others, given) else cases
-                )
+                cases = others if not cases or any(case.label for case in others) or _all_have(others, given) else cases
     except PermissionError as error:
         raise UserError(f"{error.filename or root} cannot be read: {error.strerror}") from error
     if not cases and said:  # nothing is left, and why has been said

@@ -14,15 +14,18 @@ from fastunet.data.image_folders import MARKED, Pairs, cases_of, image_finder, n
 from fastunet.errors import Refusal, refuse
 
 _MOST_CHANNELS = 16
+_ENTITY = re.compile("sub-|ses-")
+"""How BIDS calls the folders of a subject and of a session, beside each other in the data and in derivatives."""
 
 
 def flat_cases(root: Path, refused: Refusal = refuse, asked: Collection[str] = ()) -> list[Case]:
     """The cases of masks that lie beside their images or volumes, told by marks in their names.
 
     ``a_mask.png`` belongs to ``a.png``, or to the only other image of its folder, below ``root``, or to all volumes of
-    its folder and of those in it, which are channels of one case. Scans in a folder with a number in its name, with
-    which theirs begin, are those of one patient. Volumes without any masks are cases for a network that takes the
-    channels ``asked``, or the only one. For the rest see ``image_folder_cases``.
+    its folder and of those in it, which are channels of one case; so are the volumes of a session of BIDS. Scans in a
+    folder with a number in its name, with which theirs begin, or of one subject of BIDS, are those of one patient.
+    Volumes without any masks are cases for a network that takes the channels ``asked``, or the only one. For the rest
+    see ``image_folder_cases``.
     """
     for suffixes in (IMAGE_SUFFIXES, VOLUME_SUFFIXES):
         pairs: Pairs = {}
@@ -33,12 +36,13 @@ def flat_cases(root: Path, refused: Refusal = refuse, asked: Collection[str] = (
             masks = [path for path in paths if MARKED.fullmatch(stem_of(path))]
             named = named_files(folder, (path for path in paths if path not in masks), said.append)
             inside = root.resolve().name if folder == root else folder.relative_to(root).as_posix()
+            subject = next((part for part in inside.split("/") if _ENTITY.match(part)), None)
             several = _channels_of(named) if suffixes is VOLUME_SUFFIXES and 1 < len(named) <= _MOST_CHANNELS else {}
             if masks and (folder == root or masks[1:] or image_finder(named)(name_below(folder, masks[0]))):
                 several = {}  # each belongs to one of them
             if several and (masks or (asked and set(asked) <= set(several))):
                 pairs[inside] = next(iter(named.values())), next(iter(masks), None)
-                channels[inside], patients[inside.replace("/", "_")] = several, inside
+                channels[inside], patients[inside.replace("/", "_")] = several, subject or inside
                 continue
             alone = folder != root and len(named) == 1
             for name, pair in pairs_by_name(named, folder, masks, said.append, alone).items():
@@ -46,7 +50,8 @@ def flat_cases(root: Path, refused: Refusal = refuse, asked: Collection[str] = (
                 short = inside if alone else name
                 own = short if (alone or follows or folder == root) and short not in pairs else f"{inside}/{name}"
                 pairs[own] = pair
-                patients[own.replace("/", "_")] = inside if follows and re.search(r"\d", folder.name) else own
+                numbered = inside if follows and re.search(r"\d", folder.name) else own
+                patients[own.replace("/", "_")] = subject or numbered
         if channels:  # of cases with one of them, too
             channels = {name: _channels_of({stem_of(path): path}) for name, (path, _) in pairs.items()} | channels
         labelled = any(mask is not None for _, mask in pairs.values())
@@ -58,10 +63,11 @@ def flat_cases(root: Path, refused: Refusal = refuse, asked: Collection[str] = (
 
 
 def _by_case(root: Path, paths: list[Path]) -> dict[Path, list[Path]]:
-    """The files by folder, those below a folder whose only file is a mask together with it."""
+    """The files by folder, those of one subject and session of BIDS, or below a folder of a mask only, together."""
     folders: dict[Path, list[Path]] = {}
     for path in paths:
-        folders.setdefault(path.parent, []).append(path)
+        entities = dict.fromkeys(part for part in path.parent.relative_to(root).parts if _ENTITY.match(part))
+        folders.setdefault(root.joinpath(*entities) if entities else path.parent, []).append(path)
     above = {folder for folder, (path, *more) in folders.items() if not more and MARKED.fullmatch(stem_of(path))}
     joined: dict[Path, list[Path]] = {}
     for folder, found in folders.items():
@@ -74,5 +80,7 @@ def _channels_of(named: Mapping[str, Path]) -> dict[str, Path]:
     shared = os.path.commonprefix([*named]) if len(named) > 1 else ""  # noqa: RUF071 - characters are meant
     begin = max(map(shared.rfind, "-_. /")) + 1
     written = {name[begin:].replace("/", "_"): path for name, path in named.items()}
+    suffixes = {name.rpartition("_")[2]: path for name, path in named.items() if _ENTITY.match(path.name)}
+    written = suffixes if len(suffixes) == len(named) else written
     known = {modality_name(name): path for name, path in written.items()}
     return known if len(known) == len(named) else written

@@ -45,7 +45,12 @@ def check_geometry(case: Case, modalities: Iterable[str], *, label: bool = True)
     first, *others = grids.values()
     for other in others:
         _check_orientation(first, other)
-        check_same_grid(first, other)
+        try:
+            check_same_grid(first, other)
+        except UserError as error:
+            if case.is_image or other.path == case.label:
+                raise
+            raise UserError(f"{error}, or leave it out of --modalities") from error
     return first
 
 

@@ -185,8 +185,9 @@ def unreadable(folder: Path) -> str:
 
 
 def name_below(folder: Path, path: Path) -> str:
-    """The name of ``path`` in ``folder`` without its ending, the folders in between before it."""
-    return path.relative_to(folder).with_name(stem_of(path)).as_posix()
+    """The name of ``path`` without its ending, after the folders between it and ``folder`` if it lies there."""
+    between = path.relative_to(folder) if folder in path.parents else Path(path.name)
+    return between.with_name(stem_of(path)).as_posix()
 
 
 def image_finder(images: Iterable[str]) -> Callable[[str], str | None]:

@@ -12,7 +12,7 @@ import numpy as np
 from fastunet.data.formats import is_image, suffix_of
 from fastunet.data.labels import COLOUR, MAX_CLASSES, LabelMap, rounded, value_name
 from fastunet.data.volumes import read_label_values
-from fastunet.errors import Refusal, UserError, refuse
+from fastunet.errors import Refusal, UserError, refuse, warn_once
 
 MOST_CLASSES = 32
 _THREADS = 4
@@ -23,6 +23,8 @@ _RARE = 0.05
 _MOSTLY = 0.75  # of a value's pixels
 _LOOKED_AT = 16  # masks, those of most values
 _SHOWN = 8
+_OBJECTS = 6
+"""Masks of this many values, of which each holds the first ones, with half as many last ones, may number objects."""
 
 
 def mask_table(paths: Sequence[Path], refused: Refusal = refuse) -> LabelMap:
@@ -41,6 +43,14 @@ def mask_table(paths: Sequence[Path], refused: Refusal = refuse) -> LabelMap:
         return LabelMap("masks that cannot be read", (0, 1), ("background", "object"))
     _check(counts, counted, paths, where)
     values = sorted(counts)
+    lasts = {max(found) for found in counted if found and sorted(found) == [*range(len(found))]}
+    if values == [*range(len(values))] and len(values) >= _OBJECTS and len(lasts) >= _OBJECTS // 2:
+        text = (
+            f"{where}: values 0 to {values[-1]} may be numbers of single objects, of which each mask has its first ones"
+        )
+        warn_once(
+            f"objects in {where}", f"{text}; they are taken as classes: paint objects in one value if they are none"
+        )
     names = ["background", "object"] if len(values) == 2 else ["background", *map(value_name, values[1:])]
     return LabelMap(f"the masks in {where.name}", tuple(values), tuple(names))
 

@@ -49,7 +49,8 @@ def split_cases(cases: Iterable[Case], *, validation: float = 0.2, test: float =
     if len(patients) < needed:
         raise UserError(
             f"the split needs at least {needed} patients (1 for training, {n_validation} for validation, "
-            f"{n_test} for testing), but there are {len(patients)} ({len(cases)} cases)"
+            f"{n_test} for testing), but there are {len(patients)} ({len(cases)} cases"
+            + (f", such as {cases[0].files[0]})" if cases else ")")
         )
     if seed < 0:
         raise ValueError(f"seed is {seed}; expected at least 0")
