@@ -22,6 +22,7 @@ from bench.workloads.networks import LABELS, LOGITS, TRAINING, network_workload
 from bench.workloads.operators import SUBJECTS, operator_workloads
 from bench.workloads.variants import CHANNELS_LAST, FASTUNET, PLAIN, Variant
 from fastunet.architecture import Architecture
+from fastunet.inspection import repeats
 from fastunet.inspection.layers import CASES
 from tests.bench_rows import environment
 
@@ -30,6 +31,12 @@ QUICK = Budget(seconds=0.0, least_rounds=2, most_rounds=2, least_sample=0.0)
 MACHINE = environment(matmul_tflops={"fp32": 0.1}, copy_gbs=10.0)
 TINY = dict(width=4, depth=1)
 EAGER = (PLAIN, CHANNELS_LAST, FASTUNET)
+
+
+@pytest.fixture(autouse=True)
+def two_sets_of_operands(monkeypatch):
+    """So small operands would be drawn sixteen times, to leave the cache."""
+    monkeypatch.setattr(repeats, "_MOST_SETS", 2)
 
 
 def eager(workload):
