@@ -16,7 +16,7 @@ from fastunet.interop import save_keras_weights
 from fastunet.interop.onnx import _Spelled
 from fastunet.pictures.summary import layers
 from fastunet.training.config import TrainConfig
-from fastunet.training.dataset import architecture_of
+from fastunet.training.plan import architecture_of
 from tests.fuse_results import randomised, same
 from tests.test_layers import Recorder
 from tests.tolerance import assert_within_budget
