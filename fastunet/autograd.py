@@ -136,10 +136,15 @@ def copies(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Te
 
 
 def casts(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> Sequence[torch.Tensor]:
-    """The ``tensors`` in ``dtype``, differentiable: plain ones of one dtype together, others one by one."""
+    """The ``tensors`` in ``dtype``, differentiable: plain ones of one dtype together, others one by one.
+
+    So are all where something follows the operations: compilers, ``torch.func``, export, and ``torch.jit.trace``, whose
+    programs hold no Python.
+    """
     plain = all(type(each) in (torch.Tensor, torch.nn.Parameter) and not each.is_inference() for each in tensors)
     alike = len({each.dtype for each in tensors}) == 1
-    if not (plain and alike) or torch.compiler.is_compiling() or transformed():
+    traced = torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
+    if traced or torch.compiler.is_compiling() or transformed() or not (plain and alike):
         return [each.to(dtype) for each in tensors]
     apply: Function = _Casts.apply
     return apply(dtype, *tensors) if tracked(*tensors) else copies(tensors, dtype)
