@@ -1,7 +1,7 @@
 """What a norm, its activation and its pool compute, in PyTorch: statistics, forward and backward of the second pass.
 
 Statistics are (S, G): S = 1 row of the whole batch, or one of each sample; G groups of channels, one each but for
-"group". On a CPU they come from the vectorised sums of PyTorch's own batch norm, which reads NHWC memory once.
+"group". On a CPU they come from sums over NHWC memory, in parts that stay in the processor's caches.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from fastunet.functional.max_pool import unpooled
 from fastunet.functional.relu import activation_, activation_gradient
 
 _aten = torch.ops.aten
-_PIXELS = 32, 2048
-"""At least and at most so many pixels of an image are added one after another, in float32."""
+_PART = 1 << 20
+"""Elements of a part of a sum on a CPU: what is computed of more would be new memory, which costs as much as sums."""
 _PROCESS_GROUPS: dict[str, dist.ProcessGroup] = {}
 """By the names that operators know them by, whose arguments are numbers, strings and tensors."""
 
@@ -51,11 +51,10 @@ def wide(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _pieces(x: torch.Tensor, per_sample: bool) -> list[tuple[torch.Tensor, ...]]:
-    """NHWC ``x`` in images (1, C, 1, P), about 16 for each row of statistics, by these rows."""
-    pixels = x.permute(0, 2, 3, 1).reshape(len(x) if per_sample else 1, -1, x.shape[1])
-    size = min(max(pixels.shape[1] // 16, _PIXELS[0]), _PIXELS[1])
-    return [row.split(size, 3) for row in pixels.transpose(1, 2).unsqueeze(2).split(1)]
+def _parts(x: torch.Tensor, rows: int) -> tuple[torch.Tensor, ...]:
+    """NHWC ``x`` as (rows, P, C) each, in the dtype of sums; ``rows`` is 1 or the number of images."""
+    pixels = x.permute(0, 2, 3, 1).reshape(rows, -1, x.shape[1])
+    return pixels.split(max(_PART // (rows * x.shape[1]), 1), 1)
 
 
 def statistics(z: torch.Tensor, groups: int, per_sample: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,10 +66,11 @@ def statistics(z: torch.Tensor, groups: int, per_sample: bool) -> tuple[torch.Te
     if z.device.type != "cpu":
         var, mean = torch.var_mean(z.unsqueeze(1 if per_sample else 0), (1, 3, 4), correction=0)
     else:
-        pieces = _pieces(z, per_sample)
-        pairs = [_aten.batch_norm_update_stats(piece, None, None, 0.0) for row in pieces for piece in row]
-        means, variances = (torch.stack(each).unflatten(0, (len(pieces), -1)) for each in zip(*pairs))
-        mean, var = _joined(means.new_tensor([piece.shape[3] for piece in pieces[0]]), means, variances)
+        parts = _parts(z, len(z) if per_sample else 1)
+        means = [part.mean(1) for part in parts]
+        variances = [(part - mean[:, None]).square_().mean(1) for part, mean in zip(parts, means)]
+        counts = means[0].new_tensor([part.shape[1] for part in parts])
+        mean, var = _joined(counts, torch.stack(means, 1), torch.stack(variances, 1))
     if groups == channels:
         return mean, var
     between, mean = torch.var_mean(mean.unflatten(1, (groups, -1)), 2, correction=0)
@@ -123,13 +123,11 @@ def _sums(g: Tensor, z: Tensor, mean: Tensor, rstd: Tensor) -> list[Tensor]:
         normal = (z - mean[..., None, None]) * rstd[..., None, None]
         pairs = g.sum((2, 3)), (g * normal).sum((2, 3))
         return [each if len(mean) == len(z) else each.sum(0, keepdim=True) for each in pairs]
-    per_sample = len(mean) > 1
-    ones, sums = torch.ones_like(mean[0]), []
-    for g_row, z_row, *row in zip(_pieces(g, per_sample), _pieces(z, per_sample), mean, rstd, strict=True):
-        options = ones, None, None, *row, True, 0.0, [False, True, True]
-        parts = [_aten.native_batch_norm_backward(*piece, *options) for piece in zip(g_row, z_row, strict=True)]
-        sums.append([torch.stack(each).sum(0) for each in list(zip(*parts))[:0:-1]])
-    return [torch.stack(each) for each in zip(*sums)]
+    sums, products = torch.zeros_like(mean), torch.zeros_like(mean)
+    for g_part, z_part in zip(_parts(g, len(mean)), _parts(z, len(mean))):
+        sums += g_part.sum(1)
+        products += (z_part - mean[:, None]).mul_(g_part).sum(1)
+    return [sums, products * rstd]
 
 
 def backward(
