@@ -69,8 +69,10 @@ def statistics(z: torch.Tensor, groups: int, per_sample: bool) -> tuple[torch.Te
         parts = _parts(z, len(z) if per_sample else 1)
         means = [part.mean(1) for part in parts]
         variances = [(part - mean[:, None]).square_().mean(1) for part, mean in zip(parts, means)]
-        counts = means[0].new_tensor([part.shape[1] for part in parts])
-        mean, var = _joined(counts, torch.stack(means, 1), torch.stack(variances, 1))
+        mean, var = means[0], variances[0]
+        if len(parts) > 1:
+            counts = mean.new_tensor([part.shape[1] for part in parts])
+            mean, var = _joined(counts, torch.stack(means, 1), torch.stack(variances, 1))
     if groups == channels:
         return mean, var
     between, mean = torch.var_mean(mean.unflatten(1, (groups, -1)), 2, correction=0)
