@@ -58,13 +58,14 @@ def parts() -> list[Part]:
     ]
     if OLDEST_TRITON.exists():
         found.append(Part("machine code, oldest Triton", ("tests/aot",), before(OLDEST_TRITON)))
-    found.append(Part("faults", ("tests/faults",)))
     if (OLDEST / "numpy").exists():
         files = ("oldest", "schema", "data_volumes", "data_damaged", "data_images", "data_image_folders", "pictures",
                  "train", "train_checkpoint")  # fmt: skip
         paths = tuple(f"tests/test_{name}.py" for name in files)
         found.append(Part("oldest libraries", paths, (("OLDEST", "1"), *before(OLDEST))))
-    found.append(Part("without Triton", ("tests/without_triton",), before(Path("tests/without_triton").absolute())))
+    # campaigns of faults are of files, processes and the CPU: no Triton either, and the start of a process is saved
+    without = before(Path("tests/without_triton").absolute())
+    found.append(Part("faults, and without Triton", ("tests/faults", "tests/without_triton"), without))
     cuda = "import sys, torch; sys.exit(not torch.cuda.is_available())"
     if subprocess.run([sys.executable, "-c", cuda], check=False).returncode == 0:
         found.append(Part("kernels, on the GPU", ("tests/kernels",)))
@@ -79,12 +80,13 @@ def before(folder: Path) -> tuple[tuple[str, str], ...]:
 def run(part: Part, arguments: list[str]) -> Outcome:
     """Runs a part to its end, with a line now and then."""
     started, percent = time.monotonic(), "0 %"
-    threads = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}  # a test for each core already
+    settings = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}  # a test for each core already
+    settings["PYTHONDONTWRITEBYTECODE"] = ""  # what is imported is imported by dozens of processes
     workers = ["-n", str(WORKERS), "--dist", "worksteal"] if WORKERS > 1 else ["-n", "0"]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", *part.paths, "-v", *workers, f"--junitxml={report}", *arguments]
-        process = subprocess.Popen(command, env={**os.environ, **threads, **dict(part.environment)}, text=True,
+        process = subprocess.Popen(command, env={**os.environ, **settings, **dict(part.environment)}, text=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
         ended = threading.Event()
 
