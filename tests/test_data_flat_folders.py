@@ -75,10 +75,10 @@ def test_scans_of_one_patient(tmp_path):
     ("names", "words"),
     [
         (["a.png", "b.png"], r"no a_mask\.png beside a\.png, and no dataset\.json"),
-        (["a.png", "a_mask.png", "a_mask_1.png"], "a has 2 masks, such as .*: join them to one"),
+        (["a.png", "a_mask.png", "a_mask_old.png"], "a.png has 2 masks, such as .* tell neither objects"),
         (["a.png", "a_mask.png", "a_label.png"], "are masks of one image"),
         (["a.png", "a_mask.png", "b_mask.png"], r"b_mask\.png has no image of that name"),
-        (["1/images/1.png", "1/masks/x.png", "1/masks/y.png"], "1 has 2 masks, such as .*: join them to one"),
+        (["1/images/1.png", "1/masks/x.png", "1/masks/y.png"], "1.png has 2 masks, such as x.png and y.png,"),
         (["images/1.png", "masks/2.png"], r"2\.png has no image of that name; call it as its image is"),
         (["a/images/1.png", "b/images/1.png", "b/images/2.png"], "holds no cases itself: give .*a, or one of 1 more"),
         (["x/1/images/1.png", "x/2/images/1.png"], "holds no cases itself: give .*x$"),

@@ -214,16 +214,6 @@ def test_masks_that_fit_no_image(tmp_path):
         discover_cases(root)
 
 
-@pytest.mark.parametrize("name", ["cell_1_{}", "cell_1/{}", "cell_1.object-{}"])
-def test_masks_of_single_objects(tmp_path, name):
-    root = folder_of(tmp_path)
-    (root / "masks" / "cell_1.png").unlink()
-    for index in range(3):
-        picture(root / "masks" / f"{name.format(index)}.png", GREY)
-    with pytest.raises(UserError, match=r"cell_1 has 3 masks, such as .*0\.png: join them to one"):
-        discover_cases(root)
-
-
 @pytest.mark.parametrize("part", ["images", "masks"])
 def test_folders_of_files_that_are_no_images(tmp_path, part):
     root = folder_of(tmp_path)

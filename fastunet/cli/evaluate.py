@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from fastunet.cli.arguments import progress_display, say
 from fastunet.cli.segment import add_model_options, make_segmenter
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fastunet.inference.scores import Score
     from fastunet.inference.segmenter import Segmenter
 
-    Pair = tuple[str, Path, Path, LabelMap]
+    Pair = tuple[str, Path, Path, LabelMap, Case | None]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +65,7 @@ def _inputs(args: argparse.Namespace, pairs: list[Pair]) -> list[Path]:
 
     found = [args.truth / "dataset.json"]
     if pairs:
-        return found + [path for pair in pairs for path in pair[1:3]]
+        return found + [path for _, *both, _, case in pairs for path in [*both, *(case.masks if case else ())]]
     cases = labelled_cases(args.truth, None, args.labels)
     return found + [checkpoint_file(args.subject), *(path for case in cases for path in case.files)]
 
@@ -86,7 +86,8 @@ def evaluate_case(
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Score]:
     """Segments a labelled case and scores the result; also for other callers, such as the demo."""
-    from fastunet.data import check_geometry, read_labels
+    from fastunet.data import check_geometry
+    from fastunet.data.single_masks import case_labels
 
     table = segmenter.truth_table(case)
     if table is None:
@@ -94,7 +95,7 @@ def evaluate_case(
         raise UserError(f"{case.label}: its classes are {names}; the model knows {known}")
     grid = check_geometry(case, segmenter.card.modalities)
     slices = segmenter.open(case, on_nan=on_nan)
-    truth = read_labels(cast(Path, case.label), table)
+    truth = case_labels(case, table)
     return _scored(case.name, segmenter.labels(slices, progress), truth, table, empty, grid if hd95 else None)
 
 
@@ -115,11 +116,12 @@ def _model_scores(args: argparse.Namespace) -> Iterator[Score]:
 def _file_scores(pairs: list[Pair], empty: str, hd95: bool) -> Iterator[Score]:
     from fastunet.data import IGNORED, read_geometry, read_labels
     from fastunet.data.grids import check_same_grid
+    from fastunet.data.single_masks import case_labels
 
-    for name, predicted_path, truth_path, labels in pairs:
+    for name, predicted_path, truth_path, labels, case in pairs:
         grid = read_geometry(truth_path)
         check_same_grid(grid, read_geometry(predicted_path))
-        truth = read_labels(truth_path, labels)
+        truth = case_labels(case, labels) if case else read_labels(truth_path, labels)
         predicted = read_labels(predicted_path, labels)
         if (predicted == IGNORED).any():
             raise UserError(
@@ -137,18 +139,18 @@ def _pairs(args: argparse.Namespace) -> list[Pair]:
         if not (args.truth.is_file() and args.subject.is_file()):
             raise UserError(f"{args.subject} and {args.truth} must both be label files, or both be folders")
         table = _table([args.truth], [args.subject], args)
-        return [(stem_of(args.truth), args.subject, args.truth, table)]
+        return [(stem_of(args.truth), args.subject, args.truth, table, None)]
     if not args.truth.is_dir():
         raise UserError(f"{args.truth}: there is no such file or folder")
     plain = sorted(path for path in args.truth.iterdir() if is_listed(path) and path.is_file())
     masks = [path for path in plain if MARKED.fullmatch(stem_of(path))]
     if not plain or (args.truth / "dataset.json").is_file() or 0 < len(masks) < len(plain):  # they lie beside images
         cases = labelled_cases(args.truth, None, args.labels)
-        return [(case.name, _prediction(args.subject, case.name, truth), truth, case.label_map)
+        return [(case.name, _prediction(args.subject, case.name, truth), truth, case.label_map, case)
                 for case in cases if (truth := case.label)]  # fmt: skip
     predictions = [_prediction(args.subject, stem_of(path), path) for path in plain]
     table = _table(plain, predictions, args)
-    return [(stem_of(path), predicted, path, table) for path, predicted in zip(plain, predictions, strict=True)]
+    return [(stem_of(path), predicted, path, table, None) for path, predicted in zip(plain, predictions, strict=True)]
 
 
 def _note_unscored(folder: Path, scored: list[Path]) -> None:

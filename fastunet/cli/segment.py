@@ -163,13 +163,13 @@ def case_picture(segmenter: Segmenter, slices: CaseSlices, labels: np.ndarray) -
     """The slice of a case that shows most of ``labels``: image, truth if there is one, and prediction."""
     import numpy as np
 
-    from fastunet.data import read_labels
+    from fastunet.data.single_masks import case_labels
     from fastunet.pictures.overlay import best_slice, overlay, upright
 
     case, axis = slices.case, segmenter.card.axis
     panels = [("prediction", slices.stack(labels))]
     if case.label is not None and (table := segmenter.truth_table(case)) is not None:
-        panels.insert(0, ("truth", slices.stack(read_labels(case.label, table))))
+        panels.insert(0, ("truth", slices.stack(case_labels(case, table))))
     index = best_slice(panels[0][1])
     image, name = slices.restore(slices.read(index, index + 1))[0], segmenter.card.modalities[0]
     page = f"{case.name if case.is_image else name}, slice {index + 1} of {len(slices)}"

@@ -11,18 +11,23 @@ W0, SIGMA = 10.0, 5.0
 _REACH = 25  # pixels: of d1 + d2 above that the term is below 4e-5
 
 
-def border_term(classes: np.ndarray) -> np.ndarray:
+def border_term(classes: np.ndarray, numbers: np.ndarray | None = None) -> np.ndarray:
     """``w0 · exp(-(d1 + d2)² / (2 σ²))`` at background pixels, float32 (H, W); 0 inside objects and far from two.
 
     d1 and d2 are the distances, between the centres of pixels, to the nearest and the second nearest object; w0 = 10,
-    σ = 5 pixels. Objects are pixels of foreground joined by their sides. The source's whole weight is
+    σ = 5 pixels. Objects are pixels of foreground joined by their sides, or of one number. The source's whole weight is
     ``w(x) = w_c(x) + w0 · exp(-(d1 + d2)² / (2 σ²))``, where w_c balances the classes: ``--class-weights``.
     Distances are exact as far as they matter.
 
     Args:
         classes: (H, W) class indices; 0 is background, 255 counts nowhere and is no object.
+        numbers: (H, W), that of the object that a pixel belongs to, where they are known; 0 is none.
     """
-    objects, count = components((classes != 0) & (classes != IGNORED))
+    if numbers is None:
+        objects, count = components((classes != 0) & (classes != IGNORED))
+    else:
+        known, places = np.unique(np.append(0, numbers), return_inverse=True)
+        objects, count = places.ravel()[1:].reshape(classes.shape), len(known) - 1
     first, second = np.full((2, *classes.shape), np.inf, np.float32)
     for number, (rows, columns) in enumerate(_boxes(objects, count), 1):
         squared = _squared_distances(objects[rows, columns] == number)

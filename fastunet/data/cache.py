@@ -30,8 +30,8 @@ from fastunet.data.formats import parts_of
 from fastunet.data.grids import check_geometry
 from fastunet.data.labels import IGNORED
 from fastunet.data.resampling import resample_labels
+from fastunet.data.single_masks import case_labels, case_objects
 from fastunet.data.slices import CaseSlices
-from fastunet.data.volumes import read_labels
 from fastunet.errors import UserError
 from fastunet.files import whole_file, write_text
 from fastunet.schema import read_json
@@ -155,6 +155,7 @@ def cache_case(case: Case, folder: Path, made: Preparation) -> CachedCase:
     if made.spacing is not None:
         options.append(made.spacing)
     options += ["border"] if made.border else []
+    options += case.masks.values()
     path = folder / f"{_content_key(case, made.modalities, options)}.npy"
     cached = _described(path, made)
     if cached is None:
@@ -198,7 +199,7 @@ def _content_key(case: Case, modalities: Sequence[str], options: list[Any]) -> s
     digest = hashlib.blake2b(json.dumps(options).encode(), digest_size=16)
     files = {}
     sources: list[Source] = [case.modalities[modality] for modality in modalities]
-    for path, channel in [*sources, Source(cast(Path, case.label))]:
+    for path, channel in [*sources, *map(Source, case.masks or [cast(Path, case.label)])]:
         if path not in files:
             files[path] = _file_digest(path)
         digest.update(files[path] + str(channel).encode())
@@ -221,7 +222,8 @@ def _write_records(case: Case, path: Path, made: Preparation, states: list[Any])
     check_geometry(case, made.modalities)
     slices = CaseSlices(case, made.modalities, axis=made.axis, normalise=made.normalise, on_nan=made.on_nan,
                         spacing=made.spacing)  # fmt: skip
-    labels = slices.stack(read_labels(cast(Path, case.label), case.label_map))
+    labels = slices.stack(case_labels(case))
+    objects = slices.stack(numbers) if made.border and (numbers := case_objects(case)) is not None else None
     if slices.grid != slices.slice_shape:
         labels = resample_labels(labels, slices.grid)
     if _states(case) != states:  # the records would not be those that their name promises
@@ -241,9 +243,10 @@ def _write_records(case: Case, path: Path, made: Preparation, states: list[Any])
             records = np.empty(stop - start, dtype)
             records["image"] = slices.read(start, stop)[..., rows, columns]
             records["label"] = labels[start:stop, rows, columns]
-            for record, whole in zip(records, labels[start:stop]):
+            for index, record in enumerate(records, start):
                 if made.border:
-                    record["border"] = border_term(whole)[rows, columns]
+                    term = border_term(labels[index], None if objects is None else objects[index])
+                    record["border"] = term[rows, columns]
                 data = record.tobytes()
                 checksums.append(zlib.crc32(data))
                 file.write(data)

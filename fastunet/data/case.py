@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,10 +60,11 @@ class Case:
         name: unique among the cases found together; output files are named after it.
         patient: equal for all scans of a patient.
         modalities: the files by modality; BraTS modalities are called flair, t1, t1ce and t2.
-        label: the label file, if there is one.
+        label: the label file, if there is one; of several ``masks`` the first.
         edition: the data set, for messages.
         label_map: the table of the label file.
         pages: (start, stop) of the slices that belong to this case, where a stack of images is shared out; None is all.
+        masks: where every mask is that of one object or of one class: the masks, and the name of the class of each.
     """
 
     name: str
@@ -73,12 +74,13 @@ class Case:
     edition: str
     label_map: LabelMap
     pages: tuple[int, int] | None = None
+    masks: Mapping[Path, str] = field(default_factory=dict)
 
     @property
     def files(self) -> list[Path]:
-        """Every file of the case once: the modalities in their order, then the label."""
+        """Every file of the case once: the modalities in their order, then the label or masks."""
         paths = [source.path for source in self.modalities.values()]
-        return list(dict.fromkeys(paths + ([self.label] if self.label else [])))
+        return list(dict.fromkeys([*paths, *([self.label] if self.label else []), *self.masks]))
 
     @property
     def is_image(self) -> bool:

@@ -12,6 +12,7 @@ from fastunet.data.case import Case, check_axis, check_modalities
 from fastunet.data.grids import check_geometry
 from fastunet.data.masks import value_counts
 from fastunet.data.resampling import resampled_shape
+from fastunet.data.single_masks import case_labels
 from fastunet.data.slices import orient, slice_size, slice_spacing
 from fastunet.data.volumes import Geometry, read_label_values, read_volume
 from fastunet.errors import UserError
@@ -123,7 +124,7 @@ def inspect_case(case: Case, modalities: Sequence[str], *, on_nan: str = "error"
                 report.intensities[name] = _intensities(channels[..., source.channel or 0])
     if case.label is not None:
         try:
-            values = read_label_values(case.label)
+            values = case.label_map.decode(case_labels(case)) if case.masks else read_label_values(case.label)
             report.values.update(value_counts(values, case.label))
             case.label_map.encode(values, case.label)
         except UserError as error:

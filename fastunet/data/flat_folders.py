@@ -41,7 +41,7 @@ def flat_cases(root: Path, refused: Refusal = refuse, asked: Collection[str] = (
             if masks and (folder == root or masks[1:] or image_finder(named)(name_below(folder, masks[0]))):
                 several = {}  # each belongs to one of them
             if several and (masks or (asked and set(asked) <= set(several))):
-                pairs[inside] = next(iter(named.values())), next(iter(masks), None)
+                pairs[inside] = next(iter(named.values())), tuple(masks)
                 channels[inside], patients[inside.replace("/", "_")] = several, subject or inside
                 continue
             alone = folder != root and len(named) == 1
@@ -54,7 +54,7 @@ def flat_cases(root: Path, refused: Refusal = refuse, asked: Collection[str] = (
                 patients[own.replace("/", "_")] = subject or numbered
         if channels:  # of cases with one of them, too
             channels = {name: _channels_of({stem_of(path): path}) for name, (path, _) in pairs.items()} | channels
-        labelled = any(mask is not None for _, mask in pairs.values())
+        labelled = any(own for _, own in pairs.values())
         if labelled or (suffixes is VOLUME_SUFFIXES and (channels or len(asked) == 1)):
             for text in said:
                 refused(text)

@@ -38,10 +38,10 @@ def check_geometry(case: Case, modalities: Iterable[str], *, label: bool = True)
         grey_as_colour = case.is_image and len(shape) == 3 and None not in map(colour_index, modalities)
         if channel is not None and channel >= (*shape[3:], 1)[0] and not grey_as_colour:
             raise UserError(f"{path}: has no channel {channel}, its shape is {shape}")
-    if label and case.label is not None:
-        grids[case.label] = read_geometry(case.label)
-        if len(grids[case.label].shape) > 3 and not case.is_image:
-            raise UserError(f"{case.label}: a label file has 3 axes, this one has shape {grids[case.label].shape}")
+    for path in (case.masks or [case.label]) if label and case.label is not None else ():
+        grids[path] = read_geometry(path)
+        if len(grids[path].shape) > 3 and not case.is_image:
+            raise UserError(f"{path}: a label file has 3 axes, this one has shape {grids[path].shape}")
     first, *others = grids.values()
     for other in others:
         _check_orientation(first, other)

@@ -12,6 +12,7 @@ from fastunet.data.case import COLOURS, Case, Source
 from fastunet.data.formats import IMAGE_SUFFIXES, SUFFIXES, VOLUME_SUFFIXES, is_image, is_listed, listed_below, stem_of
 from fastunet.data.labels import LabelMap
 from fastunet.data.masks import mask_table
+from fastunet.data.single_masks import masks_by_class
 from fastunet.data.volumes import read_geometry
 from fastunet.errors import Refusal, UserError, refuse, warn_once
 
@@ -24,7 +25,8 @@ _STACK = re.compile(r"(?P<name>.+)[-_](?P<part>volume|labels?)", re.IGNORECASE |
 UNNAMED = "image"
 """The channel of volumes of one channel each."""
 _UNLABELLED = LabelMap("images without masks", (0, 1), ("background", "object"))
-Pairs = dict[str, tuple[Path, Path | None]]
+Pairs = dict[str, tuple[Path, tuple[Path, ...]]]
+"""By name an image and its masks: none, one, or one for each object or class."""
 
 
 def image_folder_cases(root: Path, refused: Refusal = refuse) -> list[Case]:
@@ -53,12 +55,12 @@ def image_folder_cases(root: Path, refused: Refusal = refuse) -> list[Case]:
 def cases_of(pairs: Pairs, refused: Refusal, named: Mapping[str, Mapping[str, Path]] | None = None) -> list[Case]:
     """The cases of images or volumes, some of several ``named`` channels, and masks, with the table of all of these."""
     channels = {}
-    labelled = any(mask is not None for _, mask in pairs.values())
-    for name, (image, mask) in pairs.items():
+    labelled = any(masks for _, masks in pairs.values())
+    for name, (image, masks) in pairs.items():
         try:
             channels[name] = _channels(image)
         except UserError as error:
-            if labelled and mask is None:  # a series beside frames that are labelled
+            if labelled and not masks:  # a series beside frames that are labelled
                 warn_once(f"left out of {image.parent.parent}", f"{error}; it has no mask, and is left out")
             else:
                 refused(str(error))
@@ -67,10 +69,14 @@ def cases_of(pairs: Pairs, refused: Refusal, named: Mapping[str, Mapping[str, Pa
     if colour and len(set(channels.values())) > 1:
         mixed = f"{colour.parent} holds grey and colour images, such as {colour}; the grey ones count as colour"
         warn_once(f"grey among colour in {colour.parent}", mixed)
-    labels = [mask for _, mask in pairs.values() if mask is not None]
-    table = mask_table(labels, refused) if labels else _UNLABELLED
+    labels = [mask for _, masks in pairs.values() for mask in masks]
+    classes: dict[Path, str] = {}
+    if any(len(masks) > 1 for _, masks in pairs.values()):
+        table, classes = masks_by_class({image: masks for image, masks in pairs.values() if masks})
+    else:
+        table = mask_table(labels, refused) if labels else _UNLABELLED
     cases = []
-    for name, (image, mask) in pairs.items():
+    for name, (image, masks) in pairs.items():
         if colour:
             sources = {channel: Source(image, index) for index, channel in enumerate(COLOURS)}
         elif named and name in named:
@@ -78,7 +84,8 @@ def cases_of(pairs: Pairs, refused: Refusal, named: Mapping[str, Mapping[str, Pa
         else:
             sources = {"grey" if is_image(image) else UNNAMED: Source(image)}
         name = name.replace("/", "_")
-        cases.append(Case(name, name, sources, mask, table.edition, table))
+        own = {mask: classes[mask] for mask in masks} if classes else {}
+        cases.append(Case(name, name, sources, next(iter(masks), None), table.edition, table, masks=own))
     return cases
 
 
@@ -126,7 +133,7 @@ def _pairs_of(images: Path, masks: Path | None, refused: Refusal, *, alone: bool
     """Image and mask by name in two folders, with that of the folder inside of ``images`` before it."""
     named = named_files(images, _readable(images, refused), refused)
     if masks is None or not named:
-        return {name: (path, None) for name, path in named.items()}
+        return {name: (path, ()) for name, path in named.items()}
     return pairs_by_name(named, masks, _readable(masks, refused), refused, alone)
 
 
@@ -144,7 +151,7 @@ def pairs_by_name(named: dict[str, Path], folder: Path, masks: list[Path], refus
 
     ``alone`` lets one image and one mask belong together whatever their names are.
     """
-    pairs: Pairs = {name: (path, None) for name, path in named.items()}
+    pairs: Pairs = {name: (path, ()) for name, path in named.items()}
     find = image_finder(named)
     strays: dict[str, list[Path]] = {}
     for mask in masks:
@@ -152,15 +159,19 @@ def pairs_by_name(named: dict[str, Path], folder: Path, masks: list[Path], refus
         name = next(iter(named)) if alone and len(masks) == 1 else find(own)
         if name is None:
             beginnings = [own[: match.start()] for match in re.finditer("[-_. /]", own)]
-            owners = named if alone else [image for image in beginnings if image in named]
+            owners = [*named] if alone else [image for image in beginnings if image in named]
+            owners = owners or [*filter(None, [find(own.rpartition("/")[2])])]  # in a folder of its class
             strays.setdefault([own, *owners][-1], []).append(mask)
-        elif pairs[name][1] is not None:
-            refused(f"{pairs[name][1]} and {mask} are masks of one image, {named[name]}; remove one")
+        elif pairs[name][1]:
+            refused(f"{pairs[name][1][0]} and {mask} are masks of one image, {named[name]}; remove one")
         else:
-            pairs[name] = (named[name], mask)
+            pairs[name] = (named[name], (mask,))
+    together = {image: (*pairs[image][1], *found) for image, found in strays.items() if image in pairs}
+    several = any(len(found) > 1 and all(map(is_image, found)) for found in together.values())
     for image, found in strays.items():
-        found = [*filter(None, pairs.get(image, ())[1:]), *found]
-        if len(found) > 1:
+        if image in together and several:
+            pairs[image] = (named[image], together[image])
+        elif len(found := [*together.get(image, found)]) > 1:
             refused(f"{folder}: {image} has {len(found)} masks, such as {found[0]}: join them to one")
         else:
             refused(f"{found[0]} has no image of that name; call it as its image is, or take it out of {folder}")
@@ -240,7 +251,8 @@ def _stacks(root: Path) -> Pairs:
         if match := _STACK.fullmatch(stem_of(path)):
             part = "volume" if match["part"].lower() == "volume" else "label"
             parts.setdefault(match["name"], {})[part] = path
-    return {name: (found["volume"], found.get("label")) for name, found in parts.items() if "volume" in found}
+    volumes = {name: found.pop("volume") for name, found in parts.items() if "volume" in found}
+    return {name: (path, tuple(parts[name].values())) for name, path in volumes.items()}
 
 
 def _channels(image: Path) -> int:

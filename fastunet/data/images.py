@@ -136,6 +136,8 @@ def _picture(path: Path, raw: BinaryIO) -> Iterator[_Reader]:
         dtype = {"L": np.uint8, "RGB": np.uint8, "F": np.float32, "I": np.int32}.get(target, np.uint16)
 
         def read() -> np.ndarray:
+            if image.mode in ("RGBA", "LA", "PA") and image.getchannel("A").getextrema() != (255, 255):
+                _note_transparency(path)
             pixels = np.asarray(image if image.mode == target else image.convert(target))
             return pixels.reshape(shape)
 
@@ -168,7 +170,7 @@ def _bit_depth(raw: BinaryIO) -> int:
 
 def _plain_mode(image: Image, path: Path) -> str:
     """The mode without palette, transparency and single bits: L, I;16, I, F or RGB."""
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if "transparency" in image.info:
         _note_transparency(path)
     if image.mode in ("1", "L", "LA"):
         return "L"

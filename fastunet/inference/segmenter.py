@@ -78,9 +78,11 @@ class Segmenter:
         """The table by which the label file of ``case`` is read in the model's classes; None if its classes are others.
 
         Masks have no table of their own but the values found in a folder, which may lack some: for images it is the
-        model's, if that has all of them.
+        model's, if that has all of them; of masks of one class each, if it has all names.
         """
         table = self.label_map
+        if case.masks:
+            return table if set(case.label_map.class_names) <= set(table.class_names) else None
         if case.is_image and set(case.label_map.values) <= {*table.values, table.ignore}:
             return table
         own = case.label_map
