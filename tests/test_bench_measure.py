@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 import time
+import types
 
 import pytest
 import torch
@@ -27,16 +28,17 @@ from fastunet.inspection.layers import CASES
 from tests.bench_rows import environment
 
 CPU = torch.device("cpu")
-QUICK = Budget(seconds=0.0, least_rounds=2, most_rounds=2, least_sample=0.0)
+QUICK = Budget(seconds=0.0, least_rounds=2, most_rounds=2, least_sample=0.0, pause=0.0)
 MACHINE = environment(matmul_tflops={"fp32": 0.1}, copy_gbs=10.0)
 TINY = dict(width=4, depth=1)
 EAGER = (PLAIN, CHANNELS_LAST, FASTUNET)
 
 
 @pytest.fixture(autouse=True)
-def two_sets_of_operands(monkeypatch):
-    """So small operands would be drawn sixteen times, to leave the cache."""
+def small_measurements(monkeypatch):
+    """So small operands would be drawn sixteen times, to leave the cache, and their garbage searched for each time."""
     monkeypatch.setattr(repeats, "_MOST_SETS", 2)
+    monkeypatch.setattr(measure_module, "gc", types.SimpleNamespace(collect=lambda: None))
 
 
 def eager(workload):
@@ -154,7 +156,7 @@ def test_every_form_of_the_loss_is_right():
 def test_rounds_take_turns_and_start_elsewhere_each_time():
     order = []
     passes = [lambda i=i: order.append(i) for i in range(3)]
-    timings = interleave(passes, [1, 1, 1], CPU, Budget(0.0, 3, 3, 0.0))
+    timings = interleave(passes, [1, 1, 1], CPU, Budget(0.0, 3, 3, 0.0, 0.0))
     # one pass to warm up, one to estimate, then the rounds
     assert order[6:] == [0, 1, 2, 1, 2, 0, 2, 0, 1]
     assert [len(t.samples) for t in timings] == [3, 3, 3]
