@@ -187,8 +187,9 @@ def test_a_triton_that_was_not_proven_runs_the_launchers(monkeypatch):
     assert _plan.planned(relu.backward) is relu.backward
 
 
+@pytest.mark.usefixtures("newest_unless_full")
 def test_every_setting_of_tf32_is_read_and_none_raises(started):
-    """In a process of its own: PyTorch remembers that its newer settings were used."""
+    """Of PyTorch, whatever the Triton, in a process of its own: PyTorch remembers that its newer settings were used."""
     if not hasattr(torch.backends.cudnn, "conv"):
         pytest.skip("this PyTorch has allow_tf32 alone")
     script = """
