@@ -44,11 +44,13 @@ def targets(architectures: list[int], tritons: list[str], dtype: str | None) -> 
 
 
 def run(target: Target, log: Path, *, jobs: int = 1, dtype: str | None = None, keyword: str = "",
-        subset: bool = False) -> None:  # fmt: skip
-    """Runs what ``log`` does not hold yet of ``target``, in ``jobs`` processes, and appends to it."""
+        subset: bool = False, files: tuple[str, ...] = ("",)) -> None:  # fmt: skip
+    """Runs what ``log`` does not hold yet of ``target``, in ``jobs`` processes, and appends to it; of the tests of all
+    kernels or of some ``files``."""
     wanted = [f"({part})" for part in (_DTYPES["tf32"] if target.tf32 else _DTYPES.get(dtype or ""), keyword) if part]
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "tests.emulator.plugin", "tests/kernels", "-k",
-               " and ".join(wanted), "--emulate", str(target.architecture), "--log", str(log), "--label", target.label]
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "tests.emulator.plugin",
+               *(f"tests/kernels/{file}" for file in files), "-k", " and ".join(wanted),
+               "--emulate", str(target.architecture), "--log", str(log), "--label", target.label]
     command += ["--tf32"] * target.tf32 + ["--subset"] * subset
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}

@@ -164,7 +164,7 @@ FUSED = [
     Fused(POINTER, 1, 0, 3, 33, 9, 9, pad=0),
     Fused(ConvConfig("first", 16, 64), 2, 0, 2, 24, 9, 15, per_sample=False),
     Fused(ConvConfig("first", 16, 64), 2, 0, 1, 8, 8, 8),
-    Fused(BOX, 2, 8, 24, 72, 9, 17),
+    Fused(BOX, 2, 8, 24, 72, 5, 17),
     Fused(ConvConfig("box", 64, 8, 8, 2, 32), 3, 0, 16, 40, 7, 9, per_sample=False),
     Fused(dataclasses.replace(BOX, splits=3), 2, 0, 24, 40, 9, 11, pad=0),
     Fused(ConvConfig("box", 64, 8, 8, 2, 16, splits=3), 3, 0, 24, 24, 8, 8),
