@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,19 @@ def test_scans_of_one_patient(tmp_path):
     cases = discover_cases(tree(tmp_path, *(f"{f}{e}" for f in frames for e in (".nii", "_gt.nii"))), modalities=None)
     assert [case.patient for case in cases] == ["patient1", "patient1", "patient2", "patient2"]
     assert cases[1].name == "patient1_frame12"
+
+
+def test_labels_whose_name_does_not_say_so(tmp_path):
+    for number, case in enumerate("abc"):
+        tree(tmp_path / case, "t1.nii.gz", "brain_mask.nii.gz")
+        labels = random_labels(number, values=(0, 1)) * (number > 0)  # the first patient has no lesion
+        save(tmp_path / case / "lesion.nii.gz", labels)
+    words = r"b/lesion\.nii\.gz holds 2 values only.* lesion_mask, and take brain_mask\.nii\.gz away.* --modalities t1$"
+    with pytest.warns(DataWarning, match=words):
+        discover_cases(tmp_path, modalities=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(discover_cases(tmp_path, modalities=("t1", "lesion"))) == 3
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,17 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from fastunet.data.case import Case, modality_name
 from fastunet.data.formats import IMAGE_SUFFIXES, VOLUME_SUFFIXES, listed_below, stem_of
 from fastunet.data.image_folders import MARKED, Pairs, cases_of, image_finder, name_below, named_files, pairs_by_name
-from fastunet.errors import Refusal, refuse
+from fastunet.data.masks import MOST_CLASSES
+from fastunet.data.volumes import read_volume
+from fastunet.errors import Refusal, UserError, refuse, warn_once
 
 _MOST_CHANNELS = 16
+_SAMPLE = 100_000  # voxels that tell an image from labels
 _ENTITY = re.compile("sub-|ses-")
 """How BIDS calls the folders of a subject and of a session, beside each other in the data and in derivatives."""
 
@@ -55,11 +60,40 @@ def flat_cases(root: Path, refused: Refusal = refuse, asked: Collection[str] = (
         if channels:  # of cases with one of them, too
             channels = {name: _channels_of({stem_of(path): path}) for name, (path, _) in pairs.items()} | channels
         labelled = any(own for _, own in pairs.values())
+        if labelled and channels and not asked:
+            _check_channels(channels, pairs)
         if labelled or (suffixes is VOLUME_SUFFIXES and (channels or len(asked) == 1)):
             for text in said:
                 refused(text)
             return [replace(case, patient=patients[case.name]) for case in cases_of(pairs, refused, channels)]
     return []
+
+
+def _check_channels(channels: Mapping[str, Mapping[str, Path]], pairs: Pairs) -> None:
+    """Says which channels hold a few whole numbers only, as labels do whose names do not say so.
+
+    The first case that has more than one value in a channel speaks for the others.
+    """
+    looked_at: set[str] = set()
+    for case, files in channels.items():
+        for channel, path in files.items() if pairs[case][1] else ():
+            if channel in looked_at:
+                continue
+            try:
+                data = read_volume(path, on_nan="zero").data.ravel(order="K")
+            except UserError:  # said where its voxels are needed
+                continue
+            values = np.unique(data[:: max(data.size // _SAMPLE, 1)])
+            values = np.unique(data) if values.size <= MOST_CLASSES else values
+            looked_at |= {channel} if values.size > 1 else set()
+            if 1 < values.size <= MOST_CLASSES and (values == np.rint(values)).all():
+                others = ",".join(name for name in files if name != channel)
+                warn_once(
+                    f"labels as channel {channel}",
+                    f"{path} holds {values.size} values only, as labels do, and is taken as a channel: if it is the "
+                    f"label file, call it {stem_of(path)}_mask, and take {pairs[case][1][0].name} away; else name the "
+                    f"channels, such as --modalities {others or channel}",
+                )
 
 
 def _by_case(root: Path, paths: list[Path]) -> dict[Path, list[Path]]:
