@@ -196,6 +196,10 @@ def test_masks_that_are_no_classes(tmp_path):
     numbered = picture(tmp_path / "a.png", np.arange(100, dtype=np.uint8).reshape(10, 10))
     with pytest.raises(UserError, match=r"100 different values .* numbers of single objects"):
         mask_table([numbered])
+    small = np.zeros((60, 60), np.uint16)  # objects so small that the background has most pixels
+    small[::8, ::8] = np.arange(1, 65).reshape(8, 8)
+    with pytest.raises(UserError, match=r"65 different values .* numbers of single objects"):
+        mask_table([picture(tmp_path / "a.tif", small)])
     with pytest.raises(UserError, match="every pixel of 1 masks is 7"):
         mask_table([picture(tmp_path / "b.png", np.full((4, 4), 7, np.uint8))])
     with pytest.raises(UserError, match=r"b\.tif holds values up to 16777217; those of a mask are below 16777216"):

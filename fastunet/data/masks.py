@@ -150,7 +150,9 @@ def _check(counts: dict[int, int], counted: list[dict[int, int]], paths: Sequenc
     lossy = _lossy(paths, counted)
     if not lossy:
         _check_edges(paths, counted, painted=len(grey) == len(values) and grey[-1] > _LABEL_NUMBERS)
-    if stray or lossy:
+    run = values == list(range(values[0], values[0] + len(values)))
+    numbers = run and len(values) > MOST_CLASSES and not lossy  # of objects, smaller than the background
+    if (stray and not numbers) or lossy:
         kept = [value for value in grey if value not in stray]
         example = lossy[0] if lossy else next(p for p, found in zip(paths, counted) if set(stray) & set(found))
         raise UserError(
@@ -158,7 +160,6 @@ def _check(counts: dict[int, int], counted: list[dict[int, int]], paths: Sequenc
             f"({_shown(stray or values)}): bring each pixel back to a class ({_limit(kept)}), and save masks as PNG"
         )
     if len(values) > MOST_CLASSES:
-        run = values == list(range(values[0], values[0] + len(values)))
         hint = "; they look like numbers of single objects, which are no classes" if run else ""
         raise UserError(
             f"{where}: masks hold {len(values)} different values ({_shown(values)}), at most {MOST_CLASSES} can be "
