@@ -285,3 +285,14 @@ def test_masks_in_a_folder_of_another_name(tmp_path, capsys):
 def test_a_file_in_place_of_its_folder(tmp_path, capsys):
     (tmp_path / "dataset.json").write_text("{}")
     assert_user_error(capsys, run("check", tmp_path / "dataset.json"), "dataset.json is a file; give the data folder")
+
+
+def test_a_batch_of_more_slices_than_are_not_empty(tmp_path, capsys):
+    for number, case in enumerate("abc"):
+        image, labels = random_image(number, (6, 5, 8)), random_labels(number, (6, 5, 8), (0, 1))
+        image[..., 4:] = labels[..., 4:] = 0
+        save(tmp_path / case / "t1.nii.gz", image)
+        save(tmp_path / case / "mask.nii.gz", labels)
+    assert run("check", tmp_path, "--batch-size", 8) == 0
+    assert run("check", tmp_path, "--batch-size", 9) == 2
+    assert "--batch-size is 9, but there are only 8 training slices" in capsys.readouterr().out

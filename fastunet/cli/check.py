@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     from fastunet.data.checks import inspect_case
     from fastunet.data.image_folders import no_labels
     from fastunet.training.config import TrainConfig
-    from fastunet.training.plan import plan_training, training_modalities
+    from fastunet.training.plan import check_batch_size, plan_training, training_modalities
 
     given = {name: value for name, value in vars(args).items() if name not in ("run", "command")}
     config = TrainConfig(**given | {"data": str(args.data)})
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     trainable = [case for case in cases if case.label is not None]
     modalities = config.modalities or (training_modalities(trainable or cases) if cases else ())
     bar = tqdm(cases, unit="case", leave=False, disable=not sys.stderr.isatty())
-    reports = [inspect_case(case, modalities, on_nan=config.on_nan) for case in bar]
+    reports = [inspect_case(case, modalities, on_nan=config.on_nan, axis=config.axis) for case in bar]
     labelled = [report for report in reports if report.case.label is not None]
     aside = [problem for report in reports if report not in labelled for problem in report.problems]
     remarks = [remark for report in reports for remark in report.remarks]
@@ -57,6 +57,12 @@ def run(args: argparse.Namespace) -> None:
         plan, found = plan_training(config, trainable, notes.append)
         problems += found
         trained = {case.label for case in plan.split.train} if plan else set()
+        if plan and plan.tile is None and not problems:
+            count = sum(report.slices for report in labelled if report.case.label in trained)
+            try:
+                check_batch_size(config, count, "slices")
+            except UserError as error:
+                problems.append(str(error))
         problems += _without_foreground([report for report in labelled if report.case.label in trained or not plan])
     elif cases:
         problems.append(no_labels(args.data))

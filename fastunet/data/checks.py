@@ -37,6 +37,7 @@ class CaseReport:
         geometry: of its first file, None if the files do not lie on one grid.
         values: voxels by label value, as stored.
         intensities: by modality.
+        slices: how many training takes: from the first to the last that is not 0, in image or label.
         problems: sentences, each a reason to refuse the case.
         remarks: sentences on what does not keep the case from training, such as a modality that training does not take.
     """
@@ -45,6 +46,7 @@ class CaseReport:
     geometry: Geometry | None = None
     values: Counter[int] = field(default_factory=Counter)
     intensities: dict[str, Intensities] = field(default_factory=dict)
+    slices: int = 0
     problems: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
@@ -102,7 +104,7 @@ def check_quickly(
     return problems
 
 
-def inspect_case(case: Case, modalities: Sequence[str], *, on_nan: str = "error") -> CaseReport:
+def inspect_case(case: Case, modalities: Sequence[str], *, on_nan: str = "error", axis: int = 2) -> CaseReport:
     """Reads every file of ``case`` once; ``modalities`` are those that training would use. Nothing is raised."""
     report = CaseReport(case)
     try:
@@ -112,6 +114,7 @@ def inspect_case(case: Case, modalities: Sequence[str], *, on_nan: str = "error"
     except UserError as error:
         (report.remarks if report.geometry else report.problems).append(str(error))
     used = {case.modalities[name].path for name in modalities if name in case.modalities}
+    filled: list[np.ndarray] = []
     for path in dict.fromkeys(source.path for source in case.modalities.values()):
         try:
             data = read_volume(path, on_nan=on_nan).data
@@ -122,13 +125,18 @@ def inspect_case(case: Case, modalities: Sequence[str], *, on_nan: str = "error"
         for name, source in case.modalities.items():
             if source.path == path and (source.channel or 0) < channels.shape[3]:
                 report.intensities[name] = _intensities(channels[..., source.channel or 0])
+                filled += [channels[..., source.channel or 0] != 0] if name in modalities else []
     if case.label is not None:
         try:
             values = case.label_map.decode(case_labels(case)) if case.masks else read_label_values(case.label)
             report.values.update(value_counts(values, case.label))
-            case.label_map.encode(values, case.label)
+            filled.append(case.label_map.encode(values, case.label) != 0)
         except UserError as error:
             report.problems.append(str(error))
+    if report.geometry and filled and not report.problems and not case.is_image:
+        inside = orient(np.logical_or.reduce(filled), report.geometry.affine, report.geometry.path)
+        planes = np.flatnonzero(np.moveaxis(inside, axis, 0).any(axis=(1, 2)))
+        report.slices = int(planes[-1] - planes[0]) + 1 if planes.size else 0
     found = [report.intensities[name] for name in modalities if name in report.intensities]
     if found and all(one.zeros == 1 for one in found) and not case.is_image:
         labelled = any(value != case.label_map.values[0] for value in report.values)
