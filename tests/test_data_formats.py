@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import warnings
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -154,7 +155,7 @@ def test_meta_image_as_its_reader_gives_it(tmp_path, monkeypatch, components):
     reader = SimpleNamespace(ImageFileReader=lambda: image,
                              GetArrayFromImage=lambda found: found[..., 0] if components == 1 else found)  # fmt: skip
     monkeypatch.setitem(sys.modules, "SimpleITK", reader)
-    (tmp_path / "a.mha").touch()
+    (tmp_path / "a.mha").write_bytes(b"ElementDataFile = LOCAL\n")
     volume = read_volume(tmp_path / "a.mha")
     expected = data.transpose(2, 1, 0, 3)
     np.testing.assert_array_equal(volume.data, expected[..., 0] if components == 1 else expected)
@@ -167,6 +168,30 @@ def test_meta_image_as_its_reader_gives_it(tmp_path, monkeypatch, components):
     image.ReadImageInformation = damaged
     with pytest.raises(UserError, match=r"a\.mha is not a MetaImage file that can be read: .*ImageFileReader_Execute"):
         read_volume(tmp_path / "a.mha")
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_compressed_voxels_of_a_meta_image_are_checked(tmp_path, monkeypatch, beside):
+    """SimpleITK prints that they are damaged, and gives what it has."""
+    data = np.random.default_rng(0).normal(size=(6, 5, 4)).astype(np.float32)
+    image = SimpleNamespace(
+        SetImageIO=lambda name: None, SetFileName=lambda name: None, ReadImageInformation=lambda: None,
+        GetSize=lambda: (4, 5, 6), GetNumberOfComponents=lambda: 1, GetOrigin=lambda: (0.0,) * 3,
+        GetSpacing=lambda: (1.0,) * 3, GetDirection=lambda: tuple(np.eye(3).ravel()), Execute=lambda: data,
+    )  # fmt: skip
+    reader = SimpleNamespace(ImageFileReader=lambda: image, GetArrayFromImage=lambda found: found)
+    monkeypatch.setitem(sys.modules, "SimpleITK", reader)
+    whole = zlib.compress(data.tobytes())
+    damaged = whole[:40] + bytes([whole[40] ^ 1]) + whole[41:]
+    header = b"CompressedData = True\nElementDataFile = " + (b"a.zraw\n" if beside else b"LOCAL\n")
+    for content, reason in ((whole, None), (damaged, "damaged"), (whole[:-1], "truncated"), (whole[:9], "truncated")):
+        (tmp_path / "a.zraw").write_bytes(content)
+        (tmp_path / "a.mhd").write_bytes(header if beside else header + content)
+        if reason is None:
+            np.testing.assert_array_equal(read_volume(tmp_path / "a.mhd").data, data.transpose(2, 1, 0))
+        else:
+            with pytest.raises(UserError, match=rf"a\.{'zraw' if beside else 'mhd'} .*{reason}"):
+                read_volume(tmp_path / "a.mhd")
 
 
 @pytest.mark.parametrize("shape", [(6, 5), (6, 5, 1), (6, 5, 1, 1, 1)])

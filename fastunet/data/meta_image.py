@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from fastunet.data.stored import Stored, header_of, with_plane_normal
+from fastunet.data.streams import open_stream
 from fastunet.errors import UserError
+
+_CHUNK_BYTES = 1 << 20
 
 
 def describe_meta_image(path: Path) -> Stored:
@@ -27,6 +31,7 @@ def load_meta_image(path: Path, channel: int | None) -> tuple[Stored, np.ndarray
         UserError: SimpleITK is not installed, or cannot read the file.
     """
     with _opened(path) as (stored, read):
+        _check_compressed(path)
         values = read()
     if values.dtype.kind not in "iuf":
         raise UserError(f"{path}: voxels are of type {values.dtype}, expected real numbers")
@@ -37,6 +42,31 @@ def load_meta_image(path: Path, channel: int | None) -> tuple[Stored, np.ndarray
     if channel is not None and channel >= components:
         raise UserError(f"{path}: has no channel {channel}, its shape is {stored.axes}")
     return stored, data.reshape(stored.axes, order="F") if channel is None else data[..., channel]
+
+
+def _check_compressed(path: Path) -> None:
+    """Raises UserError where compressed voxels are damaged: SimpleITK prints that, and gives what it has."""
+    fields: dict[bytes, bytes] = {}
+    with open_stream(path) as header:
+        while b"ElementDataFile" not in fields and (line := header.raw.readline(_CHUNK_BYTES)):
+            key, _, value = line.partition(b"=")
+            fields[key.strip()] = value.strip()
+        name = fields.get(b"ElementDataFile", b"")
+        if fields.get(b"CompressedData", b"")[:1] not in (b"T", b"t", b"1"):
+            return
+        if name.upper() == b"LOCAL":
+            return _check_stream(header.raw)
+    with open_stream(path.parent / os.fsdecode(name)) as data:
+        _check_stream(data.raw)
+
+
+def _check_stream(file: BinaryIO) -> None:
+    """Reads a zlib or gzip stream to its checksum; raises zlib.error, or EOFError where it ends before."""
+    stream = zlib.decompressobj(32 + zlib.MAX_WBITS)
+    while not stream.eof:
+        chunk = stream.unconsumed_tail or file.read(_CHUNK_BYTES)
+        if not stream.decompress(chunk, _CHUNK_BYTES) and not chunk:
+            raise EOFError
 
 
 @contextlib.contextmanager

@@ -118,7 +118,7 @@ def open_stream(path: Path) -> Iterator[DataStream]:
     except EOFError as error:
         raise UserError(f"{path} is truncated or damaged: it holds less data than its header declares") from error
     except (gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path} is not a gzip file, or its content is damaged") from error
+        raise UserError(f"{path} is damaged: its compressed content cannot be unpacked") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except (OverflowError, MemoryError) as error:
