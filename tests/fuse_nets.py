@@ -66,6 +66,12 @@ def nnunet(deep_supervision=False, dropout=None):
                          dict(inplace=True), deep_supervision=deep_supervision)  # fmt: skip
 
 
+def smp_unet() -> nn.Module:
+    import segmentation_models_pytorch as smp
+
+    return smp.Unet("resnet18", encoder_weights=None, in_channels=1, classes=2)
+
+
 NETS = {
     "plain": (Plain, (2, 1, 12, 10)),
     "batch norm, transposed": (CommonUNet, (2, 1, 13, 18)),
@@ -77,5 +83,6 @@ NETS = {
     "MONAI UNet": (lambda: monai_unet(2), (2, 1, 16, 16)),
     "nnU-Net PlainConvUNet": (nnunet, (2, 1, 16, 24)),
     "nnU-Net PlainConvUNet, deep supervision": (lambda: nnunet(True), (2, 1, 16, 24)),
+    "smp Unet, resnet18": (smp_unet, (2, 1, 32, 64)),
 }
 """Name → (constructor, shape of images)."""

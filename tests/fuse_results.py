@@ -53,7 +53,8 @@ def pair(net: nn.Module) -> tuple[nn.Module, nn.Module]:
 
 def make(name: str) -> tuple[nn.Module, torch.Tensor]:
     build, shape = NETS[name]
-    package = {"MONAI": "monai", "nnU-Net": "dynamic_network_architectures"}.get(name.split()[0])
+    packages = {"MONAI": "monai", "nnU-Net": "dynamic_network_architectures", "smp": "segmentation_models_pytorch"}
+    package = packages.get(name.split()[0])
     if package:
         pytest.importorskip(package, reason=f"{package} is not installed")
     torch.manual_seed(0)
