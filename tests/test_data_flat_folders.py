@@ -92,7 +92,7 @@ def test_labels_whose_name_does_not_say_so(tmp_path):
         (["a.png", "a_mask.png", "a_mask_old.png"], "a.png has 2 masks, such as .* tell neither objects"),
         (["a.png", "a_mask.png", "a_label.png"], "are masks of one image"),
         (["a.png", "a_mask.png", "b_mask.png"], r"b_mask\.png has no image of that name"),
-        (["1/images/1.png", "1/masks/x.png", "1/masks/y.png"], "1.png has 2 masks, such as x.png and y.png,"),
+        (["1/images/1.png", "1/masks/x.png", "1/masks/y2.png"], "1.png has 2 masks, such as x.png and y2.png,"),
         (["images/1.png", "masks/2.png"], r"2\.png has no image of that name; call it as its image is"),
         (["a/images/1.png", "b/images/1.png", "b/images/2.png"], "holds no cases itself: give .*a, or one of 1 more"),
         (["x/1/images/1.png", "x/2/images/1.png"], "holds no cases itself: give .*x$"),

@@ -1,4 +1,4 @@
-"""Images with a mask for each object, as of the 2018 Data Science Bowl, or for each class."""
+"""A mask for each object, as of the 2018 Data Science Bowl, or for each class, of images and volumes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 from fastunet.data import TileDataset, discover_cases
 from fastunet.data.border_weights import border_term
 from fastunet.data.single_masks import case_labels, case_objects
-from fastunet.errors import UserError
-from tests.cli_helpers import run
+from fastunet.errors import DataWarning, UserError
+from tests.cli_helpers import assert_user_error, run
+from tests.data_files import save
 from tests.image_data import RNG, picture
 from tests.test_segmentation_images import TINY
 
@@ -120,3 +121,68 @@ def test_masks_that_are_none_of_one_object(tmp_path):
     with pytest.raises(UserError, match="differ in shape"):
         case_labels(case)
     assert run("check", tmp_path / "data") == 2
+
+
+STRUCTURES = {"ctv": 2, "rib_left_1": 10, "rib_left_2": 18, "vertebrae_L1": 26}  # where each begins
+
+
+def total(root: Path, lacking: tuple[tuple[int, str], ...] = ((1, "ctv"),)) -> Path:
+    """Scans with a file for each structure, as TotalSegmentator has them."""
+    for number in range(3):
+        save(root / f"s{number}" / "ct.nii.gz", RNG.integers(-100, 100, (32, 36, 3)).astype(np.int16))
+        for name, start in STRUCTURES.items():
+            if (number, name) not in lacking:
+                structure = np.zeros((32, 36, 3), np.uint8)
+                structure[start : start + 6, 4:20, 1:] = 1
+                save(root / f"s{number}" / "segmentations" / f"{name}.nii.gz", structure)
+    return root
+
+
+def test_a_file_for_each_structure_of_volumes(tmp_path, capsys):
+    data = total(tmp_path / "data")
+    cases = discover_cases(data, modalities=None)
+    assert [(case.name, len(case.masks)) for case in cases] == [("s0", 4), ("s1", 3), ("s2", 4)]
+    assert cases[1].label_map.class_names == ("background", "ctv", "rib left 1", "rib left 2", "vertebrae l1")
+    for case in cases:
+        found = case_labels(case)[:, 4, 1]
+        assert found[[10, 18, 26, 31, 0, 9]].tolist() == [2, 3, 4, 4, 0, 0]
+        assert found[2] == (case.name != "s1")
+    assert run("check", data, "--batch-size", 2) == 0
+    assert run("train", data, "--out", tmp_path / "run", *TINY) == 0
+    assert run("segment", tmp_path / "run", data / "s1", "--out", tmp_path / "found") == 0
+    rows = []
+    for subject, *options in (["run"], ["found", "--labels", tmp_path / "run"]):
+        capsys.readouterr()
+        assert run("evaluate", tmp_path / subject, data / "s1", *options) == 0
+        rows.append([line for line in capsys.readouterr().out.splitlines() if line.startswith("s1")])
+    assert rows[0] == rows[1] != []
+    run("evaluate", tmp_path / "found", data / "s1")
+    assert "0 background, 1 rib left 1, 2 rib left 2, 3 vertebrae l1; with --labels RUN" in capsys.readouterr().out
+    table = tmp_path / "dataset.json"
+    table.write_text('{"labels": {"background": 0, "ctv": 1, "vertebrae l1": 2}}')
+    code = run("evaluate", tmp_path / "found", data / "s1", "--labels", table)
+    assert_user_error(capsys, code, "dataset.json has no classes rib left 1, rib left 2, which")
+
+
+def test_structures_that_overlap(tmp_path):
+    cases = discover_cases(total(tmp_path), modalities=None)
+    save(cases[2].label, np.ones((32, 36, 3), np.uint8))
+    with pytest.raises(UserError, match=r"rib_left_1\.nii\.gz and .*ctv\.nii\.gz share 192 "):
+        case_labels(cases[2])
+
+
+def test_masks_in_a_folder_beside_the_images(tmp_path, capsys):
+    for name in "abc":
+        picture(tmp_path / f"{name}.png", RNG.integers(0, 255, SIZE).astype(np.uint8))
+        picture(tmp_path / "masks" / f"{name}.png", object_mask(*BOXES))
+    assert [case.label.parent.name for case in discover_cases(tmp_path)] == ["masks"] * 3
+    assert run("evaluate", tmp_path / "masks", tmp_path) == 0
+    assert "1.000" in capsys.readouterr().out
+
+
+def test_structures_beside_labels_of_all(tmp_path):
+    for number in range(3):
+        save(total(tmp_path) / f"s{number}" / "combined_labels.nii.gz", np.ones((32, 36, 3), np.uint8) * (number % 2))
+    with pytest.warns(DataWarning, match="s0/segmentations is left out: a mask lies beside it already"):
+        cases = discover_cases(tmp_path, modalities=None)
+    assert [case.label.name for case in cases] == ["combined_labels.nii.gz"] * 3

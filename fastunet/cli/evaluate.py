@@ -132,6 +132,7 @@ def _file_scores(pairs: list[Pair], empty: str, hd95: bool) -> Iterator[Score]:
 
 def _pairs(args: argparse.Namespace) -> list[Pair]:
     """(case, prediction, truth, label table) for every truth; each must have its prediction."""
+    from fastunet.data import LABEL_MAPS
     from fastunet.data.formats import is_listed, stem_of
     from fastunet.data.image_folders import MARKED
 
@@ -144,9 +145,16 @@ def _pairs(args: argparse.Namespace) -> list[Pair]:
         raise UserError(f"{args.truth}: there is no such file or folder")
     plain = sorted(path for path in args.truth.iterdir() if is_listed(path) and path.is_file())
     masks = [path for path in plain if MARKED.fullmatch(stem_of(path))]
-    if not plain or (args.truth / "dataset.json").is_file() or 0 < len(masks) < len(plain):  # they lie beside images
-        cases = labelled_cases(args.truth, None, args.labels)
-        return [(case.name, _prediction(args.subject, case.name, truth), truth, case.label_map, case)
+    inner = any(path.is_dir() and MARKED.fullmatch(path.name) for path in args.truth.iterdir())
+    if not plain or (args.truth / "dataset.json").is_file() or 0 < len(masks) < len(plain) or inner:
+        named = None if args.labels is None or args.labels in LABEL_MAPS else _table([], [], args)
+        cases = labelled_cases(args.truth, None, None if named else args.labels)
+        table = named or cases[0].label_map
+        if unknown := {*cases[0].label_map.class_names} - {*table.class_names}:
+            raise UserError(f"{args.labels} has no classes {', '.join(sorted(unknown))}, which {args.truth} has")
+        if cases[0].masks and named is None:
+            say(f"labels by the names in {args.truth}: {table}; with --labels RUN as a model numbers them")
+        return [(case.name, _prediction(args.subject, case.name, truth), truth, named or case.label_map, case)
                 for case in cases if (truth := case.label)]  # fmt: skip
     predictions = [_prediction(args.subject, stem_of(path), path) for path in plain]
     table = _table(plain, predictions, args)

@@ -27,7 +27,8 @@ def flat_cases(root: Path, refused: Refusal = refuse, asked: Collection[str] = (
     """The cases of masks that lie beside their images or volumes, told by marks in their names.
 
     ``a_mask.png`` belongs to ``a.png``, or to the only other image of its folder, below ``root``, or to all volumes of
-    its folder and of those in it, which are channels of one case; so are the volumes of a session of BIDS. Scans in a
+    its folder and of those in it, which are channels of one case; so are the volumes of a session of BIDS. A folder
+    such as ``segmentations`` beside images or volumes, if no mask lies beside these, holds their masks. Scans in a
     folder with a number in its name, with which theirs begin, or of one subject of BIDS, are those of one patient.
     Volumes without any masks are cases for a network that takes the channels ``asked``, or the only one. For the rest
     see ``image_folder_cases``.
@@ -38,7 +39,9 @@ def flat_cases(root: Path, refused: Refusal = refuse, asked: Collection[str] = (
         patients: dict[str, str] = {}
         said: list[str] = []
         for folder, paths in _by_case(root, [*listed_below(root, suffixes)]).items():
-            masks = [path for path in paths if MARKED.fullmatch(stem_of(path))]
+            places = dict.fromkeys(path.parent for path in paths)
+            inner = [place for place in places if place.parent == folder and MARKED.fullmatch(place.name)]
+            masks = [path for path in paths if path.parent in inner or MARKED.fullmatch(stem_of(path))]
             named = named_files(folder, (path for path in paths if path not in masks), said.append)
             inside = root.resolve().name if folder == root else folder.relative_to(root).as_posix()
             subject = next((part for part in inside.split("/") if _ENTITY.match(part)), None)
@@ -49,8 +52,8 @@ def flat_cases(root: Path, refused: Refusal = refuse, asked: Collection[str] = (
                 pairs[inside] = next(iter(named.values())), tuple(masks)
                 channels[inside], patients[inside.replace("/", "_")] = several, subject or inside
                 continue
-            alone = folder != root and len(named) == 1
-            for name, pair in pairs_by_name(named, folder, masks, said.append, alone).items():
+            alone = len(named) == 1 and (folder != root or inner != [])
+            for name, pair in pairs_by_name(named, [*inner, folder][0], masks, said.append, alone).items():
                 follows = folder != root and name.startswith(folder.name)
                 short = inside if alone else name
                 own = short if (alone or follows or folder == root) and short not in pairs else f"{inside}/{name}"
@@ -97,15 +100,26 @@ def _check_channels(channels: Mapping[str, Mapping[str, Path]], pairs: Pairs) ->
 
 
 def _by_case(root: Path, paths: list[Path]) -> dict[Path, list[Path]]:
-    """The files by folder, those of one subject and session of BIDS, or below a folder of a mask only, together."""
+    """The files by folder, together where they make up cases.
+
+    That is those of one subject and session of BIDS, those below a folder of a mask only, and those of a folder that is
+    called after masks with what lies beside it; if a mask does already, that folder is left out.
+    """
     folders: dict[Path, list[Path]] = {}
     for path in paths:
         entities = dict.fromkeys(part for part in path.parent.relative_to(root).parts if _ENTITY.match(part))
         folders.setdefault(root.joinpath(*entities) if entities else path.parent, []).append(path)
     above = {folder for folder, (path, *more) in folders.items() if not more and MARKED.fullmatch(stem_of(path))}
+    plain = {folder for folder, found in folders.items() if not any(MARKED.fullmatch(stem_of(path)) for path in found)}
     joined: dict[Path, list[Path]] = {}
     for folder, found in folders.items():
-        joined.setdefault(next((each for each in folder.parents if each in above - {root}), folder), []).extend(found)
+        owner = next((each for each in folder.parents if each in above - {root}), folder)
+        if MARKED.fullmatch(folder.name) and folder.parent in folders:
+            if folder in plain and folder.parent not in plain:
+                warn_once("masks beside masks", f"{folder} is left out: a mask lies beside it already")
+                continue
+            owner = folder.parent if folder.parent in plain else owner
+        joined.setdefault(owner, []).extend(found)
     return joined
 
 

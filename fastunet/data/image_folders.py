@@ -167,12 +167,10 @@ def pairs_by_name(named: dict[str, Path], folder: Path, masks: list[Path], refus
         else:
             pairs[name] = (named[name], (mask,))
     together = {image: (*pairs[image][1], *found) for image, found in strays.items() if image in pairs}
-    several = any(len(found) > 1 and all(map(is_image, found)) for found in together.values())
+    several = any(len(found) > 1 for found in together.values())
     for image, found in strays.items():
-        if image in together and several:
+        if several and image in together:
             pairs[image] = (named[image], together[image])
-        elif len(found := [*together.get(image, found)]) > 1:
-            refused(f"{folder}: {image} has {len(found)} masks, such as {found[0]}: join them to one")
         else:
             refused(f"{found[0]} has no image of that name; call it as its image is, or take it out of {folder}")
     return pairs

@@ -1,4 +1,4 @@
-"""Several masks of one image: a file for each object, as of the 2018 Data Science Bowl, or for each class."""
+"""Several masks of one image or volume: a file for each object, as of the 2018 Data Science Bowl, or each class."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from typing import cast
 import numpy as np
 
 from fastunet.data.case import Case
-from fastunet.data.formats import stem_of
-from fastunet.data.labels import COLOUR, IGNORED, LabelMap
+from fastunet.data.formats import is_image, stem_of
+from fastunet.data.labels import COLOUR, IGNORED, MAX_CLASSES, LabelMap
 from fastunet.data.volumes import read_label_values, read_labels
 from fastunet.errors import UserError
 
 OBJECT = "object"
 MARKS = "masks?|labels?|segmentations?|segm?|msk|gt|ground|truth|annotations?"
-_MOST_CLASSES = 32
 _MOST_SHARED = 0.5
 """The part of an object that may lie under others of its image: more of it is the same object, painted twice."""
 
@@ -26,7 +25,8 @@ _MOST_SHARED = 0.5
 def masks_by_class(groups: Mapping[Path, Sequence[Path]]) -> tuple[LabelMap, dict[Path, str]]:
     """The table of images whose masks are a file for each object or each class, and the class of each mask.
 
-    Names tell: numbers and names that no other image has are objects; words without digits that recur are classes.
+    Names tell: numbers and names that no other image has are objects; words without digits that recur are classes. Of
+    volumes, which have such files for structures, so are names with numbers if they begin with several words.
 
     Args:
         groups: the masks of each image.
@@ -38,12 +38,13 @@ def masks_by_class(groups: Mapping[Path, Sequence[Path]]) -> tuple[LabelMap, dic
     image, several = next((image, masks) for image, masks in groups.items() if len(masks) > 1)
     where = several[0].parent
     counts = Counter(name for found in names.values() for name in found)
-    recur = max(counts.values()) > 1
-    words = {name for name in counts if not re.search(r"\d", name)}
+    recur = max(counts.values()) > 1 or len(groups) == 1
     numbered = [re.fullmatch(r"(?P<word>\D*?) ?\d*", name) for name in counts]
     kinds = {match["word"] for match in numbered if match}
+    spoken = r"[^\W\d]+\b.*" if len(kinds) > 1 and not is_image(image) else r"\D+"
+    words = {name for name in counts if re.fullmatch(spoken, name)}
     same = len({tuple(sorted(found)) for found in names.values()}) == 1 and len(names) > 1
-    if len(words) == len(counts) and "" not in words and recur and len(words) <= _MOST_CLASSES:
+    if len(words) == len(counts) < MAX_CLASSES and recur:
         classes = sorted(words)
         table = LabelMap(f"the masks in {where.name}", tuple(range(len(classes) + 1)), ("background", *classes))
         return table, {mask: name for key, found in names.items() for mask, name in zip(groups[key], found)}
@@ -62,7 +63,7 @@ def _own_name(mask: Path, image: Path) -> str:
     """What a mask is called beside its image's name and marks such as "mask"; or the folder it lies in."""
     for part in (stem_of(mask), mask.parent.name):
         rest, own = part.casefold(), stem_of(image).casefold()
-        tokens = re.split(r"[-_. ]+", rest[len(own) :] if rest.startswith(own) else rest)
+        tokens = re.split(r"[-_. ]+", re.sub(rf"^{re.escape(own)}(?![^\W\d_])", "", rest))
         if name := " ".join(token for token in tokens if token and not re.fullmatch(MARKS, token)):
             return name
     return ""
