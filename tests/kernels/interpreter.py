@@ -19,21 +19,24 @@ _np_dtype = functools.cache(interpreter._get_np_dtype)
 _block_type = core.block_type.__init__
 _equal = core.dtype.__eq__
 _unwrap = core._unwrap_if_constexpr
+_PLAIN = frozenset({core.tensor, core.dtype, core.block_type, bool, int, float, str, type(None)})
 _semantic = interpreter.interpreter_semantic
 _broadcast, _operands = _semantic.broadcast_impl_value, _semantic.binary_op_type_checking_impl
 
 
 @functools.cache
 def _block(element: Any, shape: tuple[int, ...]) -> dict[str, Any]:
-    """The attributes of a block's type."""
+    """The attributes of a block's type, and those that a tensor of it has by its shape."""
     found = object.__new__(core.block_type)
     _block_type(found, element, list(shape))
-    return vars(found)
+    return {**vars(found), "of_tensors": _shape(shape)}
 
 
 @functools.cache
 def _common(lhs: tuple[int, ...], rhs: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The shape to which blocks of two are broadcast, if those have as many dimensions and fit."""
+    """The shape to which blocks of two are broadcast, if those have as many dimensions and fit, or one is a scalar."""
+    if not lhs or not rhs:
+        return lhs or rhs
     fit = len(lhs) == len(rhs) and all(a == b or 1 in (a, b) for a, b in zip(lhs, rhs))
     return tuple(max(sides) for sides in zip(lhs, rhs)) if fit else None
 
@@ -57,7 +60,8 @@ def _init_block_type(self: Any, element_ty: Any, shape: Any) -> None:
 def _init_tensor(self: Any, handle: Any, type: Any) -> None:
     """As its own, each shape once."""
     self.handle, self.type, self.dtype = handle, type, type.scalar
-    vars(self).update(_shape(tuple(type.shape.values) if type.is_block() else ()))
+    own = vars(self)
+    own.update(vars(type).get("of_tensors") or _shape(tuple(type.shape.values) if type.is_block() else ()))
 
 
 def _get_np_dtype(kind: Any) -> Any:
@@ -68,7 +72,8 @@ def _get_np_dtype(kind: Any) -> Any:
 
 def _unwrap_if_constexpr(value: Any) -> Any:
     """As its own, which asks first whether it is a list or a tuple."""
-    return value if type(value) in (core.tensor, int) else _unwrap(value)
+    kind = type(value)
+    return value.value if kind is core.constexpr else value if kind in _PLAIN else _unwrap(value)
 
 
 def _broadcast_impl_value(lhs: Any, rhs: Any) -> tuple[Any, Any]:
@@ -83,8 +88,9 @@ def _broadcast_impl_value(lhs: Any, rhs: Any) -> tuple[Any, Any]:
 def _stretched(value: Any, shape: tuple[int, ...]) -> Any:
     if value.sizes == shape:
         return value
-    handle = interpreter.TensorHandle(interpreter.np.broadcast_to(value.handle.data, shape), value.dtype)
-    return core.tensor(handle, core.block_type(value.dtype, list(shape)))
+    data = interpreter.np.empty(shape, value.handle.data.dtype)
+    data[...] = value.handle.data
+    return core.tensor(interpreter.TensorHandle(data, value.dtype), core.block_type(value.dtype, list(shape)))
 
 
 def _binary_op_type_checking_impl(lhs: Any, rhs: Any, *allowed: bool, **options: bool) -> Any:
@@ -109,6 +115,19 @@ def _materialize_pointers(self: Any, offsets: list[Any]) -> tuple[Any, Any]:
         pointers = pointers[..., None] + (itemsize * places * stride.data).astype(np.uint64)
         inside = inside[..., None] & (places >= 0) & (places < bound.data)
     return interpreter.TensorHandle(pointers, self.base.dtype.scalar), interpreter.TensorHandle(inside, tl.int1)
+
+
+def _create_and(self: Any, lhs: Any, rhs: Any) -> Any:
+    """As its own, which takes masks to integers and back, as sums of them need it."""
+    return interpreter.TensorHandle(lhs.data & rhs.data, lhs.dtype.scalar)
+
+
+def _create_addptr(self: Any, ptr: Any, offset: Any) -> Any:
+    """As its own, which makes three arrays."""
+    places = offset.data.astype(interpreter.np.uint64)
+    places *= max(1, ptr.get_element_ty().primitive_bitwidth // 8)
+    places += ptr.data
+    return interpreter.TensorHandle(places, ptr.dtype)
 
 
 def _patch_attr(owner: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
@@ -140,6 +159,8 @@ def brisk() -> Iterator[None]:
             mock.patch.object(core.block_type, "__init__", _init_block_type),
             mock.patch.object(core.tensor, "__init__", _init_tensor),
             mock.patch.object(core.dtype, "__eq__", lambda self, other: self is other or _equal(self, other)),
+            mock.patch.object(interpreter.InterpreterBuilder, "create_and", _create_and),
+            mock.patch.object(interpreter.InterpreterBuilder, "create_addptr", _create_addptr),
             mock.patch.object(interpreter.TensorDescHandle, "materialize_pointers", _materialize_pointers),
             mock.patch.object(core, "_unwrap_if_constexpr", _unwrap_if_constexpr),
             mock.patch.object(core.dtype, "__hash__", lambda self: hash(self.name)),
