@@ -24,7 +24,7 @@ MASK = ((GREY > 100) * 255).astype(np.uint8)
 def tree(root, *names):
     """Files of these names: a mask or label file where the name says so."""
     for number, name in enumerate(names):
-        marked = any(word in name.lower() for word in ("mask", "label", "seg", "gt", "truth", "manual"))
+        marked = any(word in name.lower() for word in ("mask", "label", "seg", "gt", "truth", "manual", "1stho"))
         if is_image(Path(name)):
             picture(root / name, MASK if marked else GREY)
         else:
@@ -53,6 +53,11 @@ def tree(root, *names):
         ("images/{}_training.png", "1st_manual/{}_manual1.png", "{}_training"),
         ("images/image_{}.png", "masks/mask_000{}.png", "image_{}"),
         ("images/{}.png", "masks/{}_mask.gif", "{}"),
+        ("images/{}.png", "annotations/trimaps/{}.png", "{}"),
+        ("JPEGImages/{}.png", "SegmentationClass/{}.png", "{}"),
+        ("leftImg8bit/bonn/{}_leftImg8bit.png", "gtFine/bonn/{}_gtFine_labelTrainIds.png", "bonn_{}_leftImg8bit"),
+        ("Image_{}L.png", "Image_{}L_1stHO.png", "Image_{}L"),
+        ("01/t{}.tif", "01_GT/SEG/man_seg{}.tif", "t{}"),
     ],
 )
 def test_masks_beside_their_images(tmp_path, image, mask, name, capsys):
@@ -63,6 +68,11 @@ def test_masks_beside_their_images(tmp_path, image, mask, name, capsys):
     assert [case.label for case in cases] == [root / mask.format(one, one) for one in names]
     assert run("check", root, "--batch-size", 1) == 0
     assert "4 cases of 4 patients, 4 labelled; the masks in" in capsys.readouterr().out
+
+
+def test_pascal_voc_has_masks_of_objects_too(tmp_path):
+    (case,) = discover_cases(tree(tmp_path, "JPEGImages/1.jpg", "SegmentationClass/1.png", "SegmentationObject/1.png"))
+    assert case.label == tmp_path / "SegmentationClass" / "1.png"
 
 
 def test_scans_of_one_patient(tmp_path):
@@ -91,6 +101,8 @@ def test_labels_whose_name_does_not_say_so(tmp_path):
         (["a.png", "b.png"], r"no a_mask\.png beside a\.png, and no dataset\.json"),
         (["a.png", "a_mask.png", "a_mask_old.png"], "a.png has 2 masks, such as .* tell neither objects"),
         (["a.png", "a_mask.png", "a_label.png"], "are masks of one image"),
+        (["a.png", "a_1stHO.png", "a_2ndHO.png"], "are masks of one image"),
+        (["01/t0.png", "01_GT/SEG/man_seg0.png", "02_GT/SEG/man_seg0.png"], "01_GT, 02_GT may all hold masks: give a"),
         (["a.png", "a_mask.png", "b_mask.png"], r"b_mask\.png has no image of that name"),
         (["1/images/1.png", "1/masks/x.png", "1/masks/y2.png"], "1.png has 2 masks, such as x.png and y2.png,"),
         (["images/1.png", "masks/2.png"], r"2\.png has no image of that name; call it as its image is"),

@@ -176,6 +176,21 @@ def test_a_value_of_masks_that_counts_nowhere(tmp_path, capsys):
     assert_user_error(capsys, run("check", data, "--ignore-label", "0"), "cannot ignore 0")
 
 
+def test_a_colour_of_masks_that_counts_nowhere(tmp_path, capsys):
+    data = image_folder(tmp_path / "data", values=(0, 1, 2))
+    for path in (data / "masks").iterdir():  # the border of PASCAL VOC's
+        mask = Image.fromarray(np.asarray(Image.open(path)))
+        mask.putpalette([0, 0, 0, 128, 0, 0, 224, 224, 192])
+        mask.save(path)
+    assert run("train", data, "--out", tmp_path / "run", *TINY, "--ignore-label", "#e0E0c0") == 0
+    assert "0 background, #800000 #800000, #e0e0c0 ignored" in capsys.readouterr().err
+    assert run("segment", tmp_path / "run", data, "--out", tmp_path / "found", "--device", "cpu") == 0
+    for line in (["run", data, "--device", "cpu"], ["found", data, "--labels", tmp_path / "run"]):
+        capsys.readouterr()
+        assert run("evaluate", tmp_path / line[0], *line[1:]) == 0
+        assert "#e0e0c0" not in capsys.readouterr().out
+
+
 def test_the_stacks_of_the_isbi_challenge(tmp_path, capsys):
     rng = np.random.default_rng(1)
     pages = [cells(rng, (36, 36)) for _ in range(5)]

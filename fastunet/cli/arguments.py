@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import TypeVar
@@ -25,7 +26,11 @@ def positive_int(text: str) -> int:
 
 
 def label_value(text: str) -> int:
-    """An integer that a label file can hold: of 32 bits."""
+    """An integer that a label file can hold, of 32 bits, or a colour of masks such as "#e0e0c0"."""
+    if re.fullmatch("#[0-9a-fA-F]{6}", text):
+        from fastunet.data.labels import COLOUR
+
+        return COLOUR + int(text[1:], 16)
     value = _number(int, text, "a whole number")
     if not -_MOST <= value < _MOST:
         raise argparse.ArgumentTypeError(f"{text} is not from {-_MOST} to {_MOST - 1}")

@@ -149,11 +149,11 @@ def _pairs(args: argparse.Namespace) -> list[Pair]:
     if not plain or (args.truth / "dataset.json").is_file() or 0 < len(masks) < len(plain) or inner:
         named = None if args.labels is None or args.labels in LABEL_MAPS else _table([], [], args)
         cases = labelled_cases(args.truth, None, None if named else args.labels)
-        table = named or cases[0].label_map
-        if unknown := {*cases[0].label_map.class_names} - {*table.class_names}:
-            raise UserError(f"{args.labels} has no classes {', '.join(sorted(unknown))}, which {args.truth} has")
+        own = cases[0].label_map
         if cases[0].masks and named is None:
-            say(f"labels by the names in {args.truth}: {table}; with --labels RUN as a model numbers them")
+            say(f"labels by the names in {args.truth}: {own}; with --labels RUN as a model numbers them")
+        elif cases[0].masks and named and (unknown := {*own.class_names} - {*named.class_names}):
+            raise UserError(f"{args.labels} has no classes {', '.join(sorted(unknown))}, which {args.truth} has")
         return [(case.name, _prediction(args.subject, case.name, truth), truth, named or case.label_map, case)
                 for case in cases if (truth := case.label)]  # fmt: skip
     predictions = [_prediction(args.subject, stem_of(path), path) for path in plain]

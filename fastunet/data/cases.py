@@ -14,7 +14,7 @@ from fastunet.data.case import DEFAULT_MODALITIES, Case, Source, check_modalitie
 from fastunet.data.dataset_json import CHANNEL_FILE, dataset_json_cases
 from fastunet.data.flat_folders import flat_cases
 from fastunet.data.formats import SUFFIXES, VOLUME_SUFFIXES, is_image, listed_below, stem_of
-from fastunet.data.image_folders import UNNAMED, image_folder_cases, unreadable
+from fastunet.data.image_folders import MARKED, UNNAMED, image_folder_cases, unreadable
 from fastunet.data.label_tables import LABEL_MAPS
 from fastunet.errors import Refusal, UserError, refuse, warn_once
 
@@ -107,6 +107,10 @@ def _no_cases(root: Path) -> str:
         return unreadable(root) or f"{root} holds no cases: there is no file in it"
     folders = [path.name for path in sorted(root.glob("[!.]*")) if path.is_dir()]
     hint = f"; name its folders so ({', '.join(folders[:_SHOWN])}) or its files" if folders else ""
+    marked = [name for name in folders if MARKED.fullmatch(name)]
+    if len(marked) > 1:
+        shown = ", ".join(marked[:_SHOWN])
+        return f"{root}: {shown} may all hold masks: give a folder that has one of them, and the folder of its images"
     names = "no files named like *_flair.nii.gz or *-t2f.nii.gz, no folders images and masks"
     return f"{root} holds no cases: {names}, no a_mask.png beside a.png, and no dataset.json{hint}"
 

@@ -16,10 +16,13 @@ from fastunet.data.single_masks import masks_by_class
 from fastunet.data.volumes import read_geometry
 from fastunet.errors import Refusal, UserError, refuse, warn_once
 
-IMAGE_FOLDERS = ("images", "image", "imgs")
-_TRUTH_MARK = "masks?|labels?|segmentations?|segmap|segm?|msk|wmh|gt|ground[_ ]?truth|annotations?|manual1?"
+IMAGE_FOLDERS = ("images", "image", "imgs", "jpegimages")
+_TRUTH_MARK = (
+    "masks?|labels?|segmentations?|segmap|segm?|msk|wmh|gt|ground[_ ]?truth|annotations?|manual1?|manualmasks?|"
+    "segmentationclass(png)?|gtfine|gtcoarse|label(train)?ids|[12](st|nd)ho|man_seg"
+)
 _MASK_MARK = f"{_TRUTH_MARK}|pred|prediction"
-_IMAGE_MARK = "images?|img|im|input|raw|volumes?|training|test"
+_IMAGE_MARK = "images?|img|im|input|raw|volumes?|training|test|leftimg8bit|t"
 MARKED = re.compile(rf"(.*[-_. \d])?({_TRUTH_MARK})([-_. \d].*)?", re.IGNORECASE | re.DOTALL)
 _STACK = re.compile(r"(?P<name>.+)[-_](?P<part>volume|labels?)", re.IGNORECASE | re.DOTALL)
 UNNAMED = "image"
@@ -169,7 +172,8 @@ def pairs_by_name(named: dict[str, Path], folder: Path, masks: list[Path], refus
     together = {image: (*pairs[image][1], *found) for image, found in strays.items() if image in pairs}
     several = any(len(found) > 1 for found in together.values())
     for image, found in strays.items():
-        if several and image in together:
+        inside = name_below(folder, found[0]).rpartition("/")[2]
+        if image in together and (several or find(inside) == image):
             pairs[image] = (named[image], together[image])
         else:
             refused(f"{found[0]} has no image of that name; call it as its image is, or take it out of {folder}")

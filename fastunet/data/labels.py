@@ -53,7 +53,7 @@ class LabelMap:
     def __str__(self) -> str:
         """Values and names in one line, cut short after the first few."""
         table = [f"{value_name(value)} {name}" for value, name in zip(self.values, self.class_names)]
-        table += [] if self.ignore is None else [f"{self.ignore} ignored"]
+        table += [] if self.ignore is None else [f"{value_name(self.ignore)} ignored"]
         return ", ".join(table[:_SHOWN_VALUES]) + (", …" if len(table) > _SHOWN_VALUES else "")
 
     def encode(self, values: np.ndarray, file: str | Path) -> np.ndarray:
