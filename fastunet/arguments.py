@@ -181,4 +181,6 @@ def _shown(value: object) -> str:
         return f"a tensor of {value.dtype}, {value.layout}, {shape}"
     if isinstance(value, np.ndarray):
         return f"an array of {value.dtype}, shape {value.shape}"
-    return _SHORT.repr(value)
+    if isinstance(value, torch.nn.Module):  # which tells itself in a line for each layer
+        return f"a module, {type(value).__name__}"
+    return " ".join(_SHORT.repr(value).split())  # a table, say, takes many lines

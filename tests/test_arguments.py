@@ -36,6 +36,13 @@ def takes(
     return dict(locals())
 
 
+class Table:
+    """What shows itself in several lines."""
+
+    def __repr__(self):
+        return "a  b\n1  2"
+
+
 @pytest.mark.parametrize(("name", "value", "error"), [
     ("whole", True, TypeError), ("whole", 1.0, TypeError), ("whole", X, TypeError), ("whole", 2**63, ValueError),
     ("whole", np.uint64(2**64 - 1), ValueError), ("whole", "1", TypeError), ("whole", None, TypeError),
@@ -53,7 +60,8 @@ def takes(
     ("pair", (1,), ValueError), ("pair", ("", 1), TypeError), ("many", [1, 1.5], TypeError),
     ("table", {"a": 1}, TypeError), ("table", {1: [1]}, TypeError), ("table", {"a": [None]}, TypeError),
     ("table", {"a": X.sum()}, TypeError), ("names", [[["x" * 9] * 9] * 9] * 9, TypeError),
-    ("once", iter([1, "a"]), TypeError),
+    ("once", iter([1, "a"]), TypeError), ("whole", torch.nn.Sequential(torch.nn.ReLU()), TypeError),
+    ("text", Table(), TypeError),
 ])  # fmt: skip
 def test_refused_with_name_and_value(name, value, error):
     shown = "tensor" if isinstance(value, torch.Tensor) else "array" if isinstance(value, np.ndarray) else ""

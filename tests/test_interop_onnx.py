@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 
 import fastunet
 from fastunet import UNet
+from tests.fuse_nets import Plain
 
-pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (pip install 'fastunet[rivals]')")
+onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (pip install 'fastunet[rivals]')")
 onnx = pytest.importorskip("onnx", reason="onnx is not installed (pip install 'fastunet[onnx]')")
 
 ISBI = dict(in_channels=1, num_classes=2, width=4, depth=1, padding="valid", up="transpose")
 
 
 def exported(model, path):
-    import onnxruntime
-
     fastunet.to_onnx(model, path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda x: session.run(None, {"images": x.numpy()})[0]
@@ -77,3 +78,15 @@ def test_what_hangs_on_the_whole_model_is_refused_not_lost(change, tmp_path):
     with pytest.raises(ValueError, match="take off its own hooks"):
         fastunet.to_onnx(model, tmp_path / "m.onnx")
     assert not (tmp_path / "m.onnx").exists()
+
+
+def test_what_fuse_returns_is_exported_by_pytorch_as_the_original_is(tmp_path):
+    net = Plain().eval()
+    fused, path, x = fastunet.fuse(net)[0], tmp_path / "fused.onnx", torch.randn(2, 1, 12, 10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(fused, (x,), path, dynamo=True, verbose=False)
+    assert {node.domain for node in onnx.load(path).graph.node} == {""}
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(got), net(x).detach(), rtol=1e-4, atol=1e-5)
