@@ -23,6 +23,7 @@ _RARE = 0.05
 _MOSTLY = 0.75  # of a value's pixels
 _LOOKED_AT = 16  # masks, those of most values
 _SHOWN = 8
+_APART = "paint objects in one value, or save a mask of each, as NAME_1.png and NAME_2.png of NAME.png"
 _OBJECTS = 6
 """Masks of this many values, of which each holds the first ones, with half as many last ones, may number objects."""
 
@@ -49,7 +50,7 @@ def mask_table(paths: Sequence[Path], refused: Refusal = refuse) -> LabelMap:
             f"{where}: values 0 to {values[-1]} may be numbers of single objects, of which each mask has its first ones"
         )
         warn_once(
-            f"objects in {where}", f"{text}; they are taken as classes: paint objects in one value if they are none"
+            f"objects in {where}", f"{text}; they are taken as classes: if they are none, {_APART}"
         )
     names = ["background", "object"] if len(values) == 2 else ["background", *map(value_name, values[1:])]
     return LabelMap(f"the masks in {where.name}", tuple(values), tuple(names))
@@ -160,7 +161,7 @@ def _check(counts: dict[int, int], counted: list[dict[int, int]], paths: Sequenc
             f"({_shown(stray or values)}): bring each pixel back to a class ({_limit(kept)}), and save masks as PNG"
         )
     if len(values) > MOST_CLASSES:
-        hint = "; they look like numbers of single objects, which are no classes" if run else ""
+        hint = f"; they look like numbers of single objects, which are no classes: {_APART}" if run else ""
         raise UserError(
             f"{where}: masks hold {len(values)} different values ({_shown(values)}), at most {MOST_CLASSES} can be "
             f"classes{hint}"
