@@ -93,6 +93,12 @@ def test_curves_of_one_and_many_epochs():
     assert close_to(long[:, long.shape[1] // 2 :], "#0072b2").sum() == 0
 
 
+def test_curves_of_many_structures(recwarn):
+    """Their names would leave no room for the axes."""
+    curves([{"epoch": 1, "a": 0.5}], {f"rib {number}": "a" for number in range(117)}, ("mean", "a"))
+    assert not recwarn.list
+
+
 def test_report_is_one_page_that_needs_nothing_else(head):
     from html.parser import HTMLParser
 

@@ -10,12 +10,15 @@ from matplotlib.figure import Figure
 
 from fastunet.pictures.overlay import class_colour, png, shown_name
 
+_MOST_NAMED = 12  # the legend has room for
+
 
 @matplotlib.rc_context({"text.parse_math": False})  # a dollar in a name is no formula
 def curves(history: Sequence[Mapping[str, int | float]], structures: Mapping[str, str], mean: tuple[str, str]) -> bytes:
     """Loss (left) and validation Dice (right) over the epochs of ``history``, the rows of the CSV log.
 
     ``structures`` and ``mean`` say which Dice: name → column of each thin line, and both of the thick one.
+    Of many structures the legend names only the mean.
     """
     epochs = [row["epoch"] for row in history]
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -28,8 +31,8 @@ def curves(history: Sequence[Mapping[str, int | float]], structures: Mapping[str
     loss_axes.set_title("Loss")
     for index, (name, column) in enumerate(structures.items(), start=1):
         values = [_number(row.get(column)) for row in history]
-        colour = _darker(class_colour(index))
-        dice_axes.plot(epochs, values, color=colour, label=shown_name(name), marker=marker, ms=3)
+        legend = shown_name(name) if len(structures) <= _MOST_NAMED else None
+        dice_axes.plot(epochs, values, color=_darker(class_colour(index)), label=legend, marker=marker, ms=3)
     values = [_number(row.get(mean[1])) for row in history]
     dice_axes.plot(epochs, values, color="#22303c", linewidth=2.4, label=mean[0])
     dice_axes.set_title("Dice on validation cases")
