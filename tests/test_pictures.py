@@ -10,7 +10,7 @@ from PIL import Image
 
 from fastunet.inference.scores import Score
 from fastunet.pictures.curves import curves
-from fastunet.pictures.overlay import CLASS_COLOURS, overlay, shown_name, upright
+from fastunet.pictures.overlay import BACKDROP, CLASS_COLOURS, PALE, overlay, shown_name, upright
 
 NAMES = ("background", "necrotic core", "oedema", "enhancing tumour")
 
@@ -91,6 +91,15 @@ def test_curves_of_one_and_many_epochs():
     assert short.shape == long.shape
     assert close_to(long[:, : long.shape[1] // 2], "#0072b2").sum() > 100, "the training loss is on the left"
     assert close_to(long[:, long.shape[1] // 2 :], "#0072b2").sum() == 0
+
+
+def test_the_legend_ends_where_the_picture_does(head):
+    labels = np.arange(head.size, dtype=np.uint8).reshape(head.shape) % 60
+    drawn = pixels(overlay(head, [("a", labels), ("b", labels)], ["", *(f"organ number {c}" for c in range(60))]))
+    legend = drawn[-40:]
+    assert close_to(legend, PALE).any()
+    for border in (legend[:, :4], legend[:, -4:]):
+        assert close_to(border, BACKDROP).all()
 
 
 def test_curves_of_many_structures(recwarn):

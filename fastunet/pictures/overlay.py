@@ -17,6 +17,7 @@ from fastunet.errors import printable
 CLASS_COLOURS = ("#d55e00", "#56b4e9", "#f0e442", "#cc79a7", "#009e73", "#0072b2", "#e69f00", "#ffffff")
 """Colours of the foreground classes in order, repeated if there are more (Okabe and Ito's colour-blind safe set)."""
 BACKDROP, PALE = "#111418", "#e8ecef"
+_LETTER = 0.09  # inches, in the legend
 
 
 def class_colour(index: int) -> str:
@@ -38,7 +39,7 @@ def overlay(image: np.ndarray, panels: Sequence[tuple[str, np.ndarray | None]], 
         image: (H, W) intensities; the 1st to 99.5th percentile of what is not the minimum spans black to white.
         panels: labels are (H, W) class indices, of which those beyond the names are ignored ones, or None for the plain
             image.
-        class_names: names by class index; the legend lists those of the foreground that some panel shows.
+        class_names: names by class index; the legend lists those of the foreground that panels show, if they fit.
     """
     rows, columns = _window(image)
     grey = _stretch(image)[rows, columns]
@@ -59,7 +60,11 @@ def overlay(image: np.ndarray, panels: Sequence[tuple[str, np.ndarray | None]], 
             shown |= _outline(axes, labels[rows, columns])
     names = {c: class_names[c] if c < len(class_names) else "ignored" for c in sorted(shown)}
     handles = [Line2D([], [], color=class_colour(c), linewidth=5, label=shown_name(name)) for c, name in names.items()]
+    widths = np.cumsum([_LETTER * (len(str(handle.get_label())) + 6) for handle in handles])
     if handles:
+        fit = max(1, int(np.count_nonzero(widths < panel_width * len(panels))))
+        if handles[fit:]:
+            handles[fit - 1 :] = [Line2D([], [], alpha=0, label=f"and {len(handles) - fit + 1} more")]
         figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False, labelcolor=PALE,
                       fontsize=11, handlelength=1.0, columnspacing=1.6)  # fmt: skip
     return png(figure)
