@@ -57,7 +57,7 @@ def tree(root, *names):
         ("JPEGImages/{}.png", "SegmentationClass/{}.png", "{}"),
         ("leftImg8bit/bonn/{}_leftImg8bit.png", "gtFine/bonn/{}_gtFine_labelTrainIds.png", "bonn_{}_leftImg8bit"),
         ("Image_{}L.png", "Image_{}L_1stHO.png", "Image_{}L"),
-        ("01/t{}.tif", "01_GT/SEG/man_seg{}.tif", "t{}"),
+        ("01/t00{}.tif", "01_GT/SEG/man_seg00{}.tif", "t00{}"),
     ],
 )
 def test_masks_beside_their_images(tmp_path, image, mask, name, capsys):
@@ -73,6 +73,12 @@ def test_masks_beside_their_images(tmp_path, image, mask, name, capsys):
 def test_pascal_voc_has_masks_of_objects_too(tmp_path):
     (case,) = discover_cases(tree(tmp_path, "JPEGImages/1.jpg", "SegmentationClass/1.png", "SegmentationObject/1.png"))
     assert case.label == tmp_path / "SegmentationClass" / "1.png"
+
+
+def test_kinds_of_scans_are_no_numbers(tmp_path):
+    tree(tmp_path, *(f"p{patient}/{name}.nii" for patient in (1, 2) for name in ("t1", "t2", "seg1")))
+    cases = discover_cases(tmp_path, modalities=None)
+    assert [(case.name, [*case.modalities]) for case in cases] == [("p1", ["t1", "t2"]), ("p2", ["t1", "t2"])]
 
 
 def test_scans_of_one_patient(tmp_path):

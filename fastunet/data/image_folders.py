@@ -22,7 +22,7 @@ _TRUTH_MARK = (
     "segmentationclass(png)?|gtfine|gtcoarse|label(train)?ids|[12](st|nd)ho|man_seg"
 )
 _MASK_MARK = f"{_TRUTH_MARK}|pred|prediction"
-_IMAGE_MARK = "images?|img|im|input|raw|volumes?|training|test|leftimg8bit|t"
+_IMAGE_MARK = r"images?|img|im|input|raw|volumes?|training|test|leftimg8bit|t(?=\d{3})"  # t1 and t2 are kinds of scans
 MARKED = re.compile(rf"(.*[-_. \d])?({_TRUTH_MARK})([-_. \d].*)?", re.IGNORECASE | re.DOTALL)
 _STACK = re.compile(r"(?P<name>.+)[-_](?P<part>volume|labels?)", re.IGNORECASE | re.DOTALL)
 UNNAMED = "image"
