@@ -5,23 +5,44 @@ Otherwise a block runs through its layers, as the plain build does, and says so 
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 from fastunet import reference
 from fastunet.architecture import Architecture
 from fastunet.chains import layers_are_faster, with_norm
-from fastunet.dispatch import select_backend
+from fastunet.dispatch import autocast_operands, autocasts, select_backend
 from fastunet.functional.blocks import conv_block, decoder_block, decoder_block_head, encoder_block
 from fastunet.functional.conv_relu import conv_relu, conv_relu_pool
 from fastunet.functional.conv_transpose import conv_transpose2d
 from fastunet.functional.segmentation_head import finish, head_of_network, segmentation_head
 from fastunet.functional.upsample_conv import upsample_conv_relu
 from fastunet.touched import as_made, made, parameters, why_not_anywhere, why_not_layer
+
+Pair = tuple[torch.Tensor, torch.Tensor | None]
+"""Weight and bias of a convolution."""
+Operands = dict[str, Pair]
+"""Those of each convolution of a block, by its name, in the order of use."""
+
+
+def cast_together(x: torch.Tensor, parts: dict[str, Operands]) -> tuple[torch.Tensor, dict[str, Operands]]:
+    """An image and the operands of several parts, under autocast cast in one launch of a GPU, as are their gradients.
+
+    Among several processes each part is left to cast its own, whose gradients can so be exchanged while others are
+    computed.
+    """
+    if not autocasts(x.device.type) or (dist.is_available() and dist.is_initialized()):
+        return x, parts
+    pairs = [pair for part in parts.values() for pair in part.values()]
+    x, *cast = autocast_operands(x, *itertools.chain(*pairs))
+    found = zip(cast[::2], cast[1::2])
+    return x, {name: dict(zip(part, found)) for name, part in parts.items()}
 
 
 def warn_plain(name: str, reason: str) -> None:
@@ -71,14 +92,16 @@ class _Block(nn.Module):
         """Whether the block is faster through its layers, which do the same."""
         return self.style.norm is not None and not self.sync_norms and layers_are_faster(x, self.backend)
 
-    def _tensors(self) -> list[Any]:
-        """Weight and bias of each layer in the order of use."""
-        return [tensor for name in self._made for tensor in parameters(getattr(self, name))]
+    def operands(self) -> Operands:
+        """What its convolutions compute with now."""
+        return {name: parameters(getattr(self, name)) for name in self._made if not name.startswith("norm")}
 
-    def _convolution(self, index: int, x: torch.Tensor, skip: torch.Tensor | None = None, pool: bool = False) -> Any:
+    def _convolution(
+        self, index: int, given: Operands, x: torch.Tensor, skip: torch.Tensor | None = None, pool: bool = False
+    ) -> Any:
         """The convolution of that number, of ``cat([skip, x])``, with what follows it; ``pool``: (y, max_pool(y))."""
         conv, norm, slope = getattr(self, f"conv{index}"), self._modules.get(f"norm{index}"), self.style.negative_slope
-        operands = (x, *parameters(conv))
+        operands = (x, *given[f"conv{index}"])
         options: dict[str, Any] = dict(slope=slope, padding=self.padding, backend=self.backend)
         try:
             if norm is None and pool:
@@ -123,19 +146,27 @@ class ConvBlock(_Block, reference.ConvBlock):
 
     Called with an image alone it is that block, in results, gradients and memory format. The keywords are for
     ``fastunet.UNet``, which has looked at the block and its neighbours: ``checked`` says that the block may run fused,
-    ``pool`` asks for ``(y, max_pool(y))``, and ``grad_masked`` that the gradient of y comes masked by ``y > 0``.
+    and ``operands`` with which of its :meth:`operands`, ``pool`` asks for ``(y, max_pool(y))``, and ``grad_masked``
+    that the gradient of y comes masked by ``y > 0``.
     """
 
     def forward(  # type: ignore[override]  # a pair where the network asks for the pooled map
-        self, x: torch.Tensor, *, checked: bool = False, pool: bool = False, grad_masked: bool = False
+        self,
+        x: torch.Tensor,
+        *,
+        checked: bool = False,
+        operands: Operands | None = None,
+        pool: bool = False,
+        grad_masked: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """(N, C_in, H, W) → (N, C_out, H', W'), with ``pool`` also its 2×2 maximum."""
         if not checked and self._runs_plain(x):
             return super().forward(x)
+        operands = operands or self.operands()
         if not self.style.is_classic:
-            y = self._convolution(2, self._convolution(1, x), pool=pool)
+            y = self._convolution(2, operands, self._convolution(1, operands, x), pool=pool)
             return y if checked else self._as_layers_leave_it(x, y)
-        tensors = self._tensors()
+        tensors: Any = itertools.chain(*operands.values())
         common: dict[str, Any] = dict(padding=self.padding, backend=self.backend)
         try:
             if pool:
@@ -151,8 +182,9 @@ class ConvBlock(_Block, reference.ConvBlock):
 class DecoderBlock(_Block, reference.DecoderBlock):
     """:class:`fastunet.reference.DecoderBlock` as one operator, or some; called without keywords it is that block.
 
-    ``checked`` and ``grad_masked`` are those of :class:`ConvBlock`. ``mask_input`` asks to mask the gradient of x, a
-    ReLU's output, by ``x > 0``; ``head`` is the network's head to be applied at once, for ``output`` without gradients.
+    ``checked``, ``operands`` and ``grad_masked`` are those of :class:`ConvBlock`. ``mask_input`` asks to mask the
+    gradient of x, a ReLU's output, by ``x > 0``; ``head`` are weight and bias of the network's head to be applied at
+    once, for ``output`` without gradients.
     """
 
     def forward(
@@ -161,47 +193,51 @@ class DecoderBlock(_Block, reference.DecoderBlock):
         skip: torch.Tensor,
         *,
         checked: bool = False,
+        operands: Operands | None = None,
         mask_input: bool = False,
         grad_masked: bool = False,
-        head: nn.Conv2d | None = None,
+        head: Pair | None = None,
         output: str = "logits",
     ) -> torch.Tensor:
         """(N, C_in, H, W) and the encoder's (N, C_out, H_s, W_s) → (N, C_out, H', W'), or ``output`` of ``head``."""
         if not checked and self._runs_plain(x):
             return super().forward(x, skip)
+        operands = operands or self.operands()
         if not self.style.is_classic:
-            up = self._up(x)
+            up = self._up(operands["up"], x)
             up = up if up.shape[2:] == skip.shape[2:] else reference.padded_to(up, skip, self.style.odd)
-            y = self._convolution(2, self._convolution(1, up, skip))
+            y = self._convolution(2, operands, self._convolution(1, operands, up, skip))
             return y if checked else self._as_layers_leave_it(x, y)
-        tensors = self._tensors()
+        tensors: Any = itertools.chain(*operands.values())
         common: dict[str, Any] = dict(up=self.up_kind, padding=self.padding, backend=self.backend)
         try:
             if head is not None:
-                return decoder_block_head(x, skip, *[*tensors, *parameters(head)], output=output, **common)
+                tensors = itertools.chain(tensors, head)
+                return decoder_block_head(x, skip, *tensors, output=output, **common)
             y = decoder_block(x, skip, *tensors, mask_input=mask_input, grad_masked=grad_masked, **common)
         except ValueError as error:
             self._refused(error, x)
             y = super().forward(F.relu(x) if mask_input else x, skip)
-            return y if head is None else finish(head(y), output)
+            return y if head is None else finish(F.conv2d(y, *head), output)
         return y if checked else self._as_layers_leave_it(x, y)
 
-    def _up(self, x: torch.Tensor) -> torch.Tensor:
-        operands, backend = (x, *parameters(self.up)), self.backend
+    def _up(self, given: Pair, x: torch.Tensor) -> torch.Tensor:
         try:
             if self.up_kind == "transpose":
-                return conv_transpose2d(*operands, backend=backend)
-            return upsample_conv_relu(*operands, slope=self.style.negative_slope, backend=backend)
+                return conv_transpose2d(x, *given, backend=self.backend)
+            return upsample_conv_relu(x, *given, slope=self.style.negative_slope, backend=self.backend)
         except ValueError as error:
             self._refused(error, x)
             return self.upsampled(x)
 
 
-def fused_head(head: nn.Conv2d, x: torch.Tensor, *, output: str, mask_input: bool, backend: str) -> torch.Tensor:
-    """``output`` of an untouched head; ``mask_input`` as for :class:`DecoderBlock`."""
+def fused_head(
+    head: nn.Conv2d, operands: Pair, x: torch.Tensor, *, output: str, mask_input: bool, backend: str
+) -> torch.Tensor:
+    """``output`` of an untouched head with its ``operands``; ``mask_input`` as for :class:`DecoderBlock`."""
     operator = head_of_network if mask_input else segmentation_head
     try:
-        return operator(x, *parameters(head), output=output, backend=backend)
+        return operator(x, *operands, output=output, backend=backend)
     except ValueError as error:
         select_backend(backend, "head", x)
         logits = head(F.relu(x) if mask_input else x)

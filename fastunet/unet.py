@@ -13,14 +13,14 @@ from torch.utils.checkpoint import checkpoint
 
 from fastunet import reference
 from fastunet.arguments import checked
-from fastunet.blocks import ConvBlock, DecoderBlock, fused_head, leaves_nchw, nchw, runs_as, warn_plain
+from fastunet.blocks import ConvBlock, DecoderBlock, cast_together, fused_head, leaves_nchw, nchw, runs_as, warn_plain
 from fastunet.chains import layers_are_faster
 from fastunet.dispatch import BACKENDS
 from fastunet.functional import _weight_products
 from fastunet.functional._layout import nhwc
 from fastunet.functional.segmentation_head import finish
 from fastunet.inference.frozen import FrozenUNet
-from fastunet.touched import made, why_not_anywhere, why_not_layer, why_touched
+from fastunet.touched import made, parameters, why_not_anywhere, why_not_layer, why_touched
 
 _NO_TORCHSCRIPT = (
     "fastunet.UNet is not for TorchScript, which PyTorch has given up: use torch.export, torch.compile or"
@@ -232,13 +232,18 @@ class UNet(reference.UNet):
         drops = "dropout" not in apart and self.dropout.training and self.dropout.p
         plain = leaves_nchw(x, self._first_weight() if weight is None else weight)
         as_layers_leave_it: Callable[[torch.Tensor], torch.Tensor] = nchw if plain else _unchanged
-        x = nhwc(self._pad(x))  # once, not in each operator that reads it
+        operands = {name: block.operands() for name, block, _ in self._blocks() if name not in apart}
+        if "head" not in apart:
+            operands["head"] = {"": parameters(self.head)}
+        x = self._pad(x)
+        cast, operands = cast_together(x, operands)
+        x = nhwc(x if name in apart else cast)  # once, not in each operator that reads it
 
         def run(name: str, block: nn.Module, *inputs: torch.Tensor, **links: Any) -> Any:
             if name in apart:  # called as the plain build would, with inputs in the memory format it would give
                 inputs, links = tuple(map(as_layers_leave_it, inputs)), {}
             else:
-                links["checked"] = True
+                links |= {"checked": True, "operands": operands[name]}
             if self.activation_checkpointing and torch.is_grad_enabled():
                 return checkpoint(block, *inputs, use_reentrant=False, **links)
             return block(*inputs, **links)
@@ -260,14 +265,16 @@ class UNet(reference.UNet):
         for level, decoder in enumerate(self.decoders):
             links = {"mask_input": joined[level], "grad_masked": joined[level + 1]}
             if joined[-1] and level + 3 == len(chain) and not torch.is_grad_enabled():
-                x = run(chain[level + 1], decoder, x, skips.pop(), head=self.head, output=output)
+                x = run(chain[level + 1], decoder, x, skips.pop(), head=operands["head"][""], output=output)
                 break
             x = run(chain[level + 1], decoder, x, skips.pop(), **links)
         else:
             if "head" in apart:
                 x = finish(self.head(as_layers_leave_it(x)), output)
             else:
-                x = fused_head(self.head, x, output=output, mask_input=joined[-1], backend=self.backend)
+                x = fused_head(
+                    self.head, operands["head"][""], x, output=output, mask_input=joined[-1], backend=self.backend
+                )
         x = reference.top_left(x, height, width)
         return as_layers_leave_it(x) if x.dim() == 4 else x
 

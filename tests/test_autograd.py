@@ -7,6 +7,7 @@ import io
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -105,16 +106,44 @@ class _Casts(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-def test_autocast_casts_the_operands_of_a_block_together():
-    """A training step of nine blocks and the head casts ten times each way; operand by operand it would 93 times."""
+def _training_step(model):
+    """The casts of a step under autocast, and the gradients."""
     torch.manual_seed(0)
-    model, x = UNet(width=4), torch.randn(1, 2, 16, 16)
     with _Casts() as casts:
         with torch.autocast("cpu", torch.bfloat16):
-            y = model(x)
+            y = model(torch.randn(1, 2, 16, 16))
         y.backward(torch.ones_like(y))
-    assert casts.found == {"aten::_to_copy": 0, "aten::_foreach_copy_": 20}
-    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    gradients = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    return casts.found, gradients
+
+
+def test_autocast_casts_the_operands_of_a_network_together():
+    """A training step of nine blocks and the head casts once each way; operand by operand it would 93 times.
+
+    Among several processes each part casts its own: its gradients need not wait for those of all others.
+    """
+    torch.manual_seed(0)
+    model = UNet(width=4, dropout=0.0)
+    casts, gradients = _training_step(model)
+    assert casts == {"aten::_to_copy": 0, "aten::_foreach_copy_": 2}
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        casts, by_parts = _training_step(model)
+    finally:
+        dist.destroy_process_group()
+    assert casts == {"aten::_to_copy": 0, "aten::_foreach_copy_": 20}
+    for gradient, same in zip(gradients, by_parts):
+        assert gradient.dtype == torch.float32
+        torch.testing.assert_close(gradient, same)
+
+
+def test_a_hook_sees_the_image_before_autocast_casts_it():
+    model, seen = UNet(width=4), []
+    model.encoders[0].register_forward_pre_hook(lambda block, inputs: seen.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(1, 2, 16, 16))
+    assert seen == [torch.float32]
 
 
 def test_a_program_traced_under_autocast_holds_no_python():
