@@ -23,7 +23,7 @@ from bench.measuring.rows import OK, OURS, RIVAL, UNCOMMITTED, Results, Row, bes
 from bench.measuring.timing import Budget, open_second_pool
 from bench.workloads import selection
 from bench.workloads.waterfall import waterfall_workload
-from fastunet.cli.allocator import keep_freed_memory
+from fastunet.allocator import keep_freed_memory
 
 _CPU = Budget(seconds=4.0, least_rounds=5, most_rounds=40)
 _GPU = Budget(seconds=1.0, least_rounds=10, most_rounds=100, least_sample=5e-3)

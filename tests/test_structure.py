@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BASE = {"arguments", "errors", "files", "schema", "outputs", "signals"}
+BASE = {"allocator", "arguments", "errors", "files", "schema", "outputs", "signals"}
 NETWORK = {"architecture", "autograd", "blocks", "chains", "dispatch", "functional", "reference", "touched", "unet"}
 MAY_IMPORT = {
-    "errors": set(), "arguments": set(), "autograd": set(), "architecture": {"arguments"}, "signals": BASE,
-    "touched": set(), "schema": {"errors"}, "files": {"errors", "schema"}, "outputs": {"errors", "files"},
+    "allocator": set(), "errors": set(), "arguments": set(), "autograd": set(), "architecture": {"arguments"},
+    "signals": BASE, "touched": set(), "schema": {"errors"}, "files": {"errors", "schema"},
+    "outputs": {"errors", "files"},
     "reference": {"architecture", "arguments", "autograd"},
     "dispatch": {"autograd", "errors", "kernels", "inspection"},
     "functional": {"arguments", "autograd", "dispatch", "errors", "reference"},

@@ -14,7 +14,8 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
-from fastunet.cli import allocator, check, demo, evaluate, info, segment, summary, train, warm_up
+from fastunet import allocator
+from fastunet.cli import check, demo, evaluate, info, segment, summary, train, warm_up
 from fastunet.errors import DataWarning, UserError, is_out_of_memory, is_speaker, printable, said_once
 from fastunet.files import reason
 from fastunet.signals import Interrupted, handled

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fastunet.allocator import keep_some_freed_memory
 from fastunet.functional import _norm, _onednn
 from fastunet.functional._layout import nhwc
 from fastunet.functional.conv_norm import folded
@@ -38,9 +39,10 @@ class Convolution:
 class PackedNetwork:
     """The forward pass of ``model`` on packed copies of its weights, which it makes when built.
 
-    Memory: one more copy of the weights. oneDNN chooses their layouts by number and size of the images, and by threads;
-    others stay right, at the price of conversions in each call, which may take longer than the convolutions. ``limit``
-    is that of :func:`bounds.largest_images` for at most :data:`PIXELS`.
+    Memory: one more copy of the weights, and of the maps what the C library keeps from one call to the next
+    (:func:`keep_some_freed_memory`): their page faults took 6 to 10 % of a call. oneDNN chooses the layouts by number
+    and size of the images, and by threads; others stay right, at the price of conversions in each call, which may take
+    longer than the convolutions. ``limit`` is that of :func:`bounds.largest_images` for at most :data:`PIXELS`.
 
     oneDNN applies a ReLU while it writes a convolution's result, but turns NaN into 0. So in a call in which a sum may
     overflow each ReLU is a step of its own, and a norm, whose infinite variance would leave its bias alone, is the
@@ -66,6 +68,7 @@ class PackedNetwork:
             block, size = self._pack_block(decoder, size, split=decoder.conv2.out_channels)
             self.decoders.append((up, block))
         self.head = nhwc(model.head.weight.detach().clone()), model.head.bias.detach().clone()
+        keep_some_freed_memory()
 
     def run(self, x: torch.Tensor, output: str) -> torch.Tensor | None:
         """Logits, probabilities or labels of padded images; None where a variance may overflow."""
