@@ -16,9 +16,9 @@ NETWORKS = {
     "brats": (dict(width=4, depth=2), [(16, 24), (17, 21)]),
     "isbi": (dict(in_channels=1, width=4, depth=1, padding="valid", up="transpose"), [(28, 36), (30, 22)]),
 }
-QUICK = {  # of Inductor's C++: no trial of vector instructions, no headers precompiled for a file or two
+QUICK = {  # of Inductor's C++: no trial of vector instructions, no line tables, no headers precompiled for few files
     "cpp.vec_isa_ok": False, "cpp_cache_precompile_headers": False, "aot_inductor.precompile_headers": False,
-    "aot_inductor.compile_wrapper_opt_level": "O0",
+    "aot_inductor.compile_wrapper_opt_level": "O0", "aot_inductor.enable_line_tables": False,
 }  # fmt: skip
 
 
