@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,14 +32,17 @@ Operands = dict[str, Pair]
 """Those of each convolution of a block, by its name, in the order of use."""
 
 
-def cast_together(x: torch.Tensor, parts: dict[str, Operands]) -> tuple[torch.Tensor, dict[str, Operands]]:
-    """An image and the operands of several parts, under autocast cast in one launch of a GPU, as are their gradients.
+def cast_together(
+    x: torch.Tensor, read: Callable[[], dict[str, Operands]]
+) -> tuple[torch.Tensor, dict[str, Operands]]:
+    """Under autocast an image and the operands of all parts, cast in one launch of a GPU, as are their gradients.
 
-    Among several processes each part is left to cast its own, whose gradients can so be exchanged while others are
-    computed.
+    No operands elsewhere, and among several processes, where each part is left to cast its own: its gradients can so
+    be exchanged while others are computed.
     """
     if not autocasts(x.device.type) or (dist.is_available() and dist.is_initialized()):
-        return x, parts
+        return x, {}
+    parts = read()
     pairs = [pair for part in parts.values() for pair in part.values()]
     x, *cast = autocast_operands(x, *itertools.chain(*pairs))
     found = zip(cast[::2], cast[1::2])

@@ -232,18 +232,21 @@ class UNet(reference.UNet):
         drops = "dropout" not in apart and self.dropout.training and self.dropout.p
         plain = leaves_nchw(x, self._first_weight() if weight is None else weight)
         as_layers_leave_it: Callable[[torch.Tensor], torch.Tensor] = nchw if plain else _unchanged
-        operands = {name: block.operands() for name, block, _ in self._blocks() if name not in apart}
-        if "head" not in apart:
-            operands["head"] = {"": parameters(self.head)}
+        def read() -> dict[str, Any]:
+            return {name: block.operands() for name, block, _ in self._blocks()} | {"head": {"": parameters(self.head)}}
+
+        def head() -> Any:
+            return operands["head"][""] if operands else parameters(self.head)
+
         x = self._pad(x)
-        cast, operands = cast_together(x, operands)
-        x = nhwc(x if name in apart else cast)  # once, not in each operator that reads it
+        x, operands = (x, {}) if apart else cast_together(x, read)  # where no hook can change parameters on the way
+        x = nhwc(x)  # once, not in each operator that reads it
 
         def run(name: str, block: nn.Module, *inputs: torch.Tensor, **links: Any) -> Any:
             if name in apart:  # called as the plain build would, with inputs in the memory format it would give
                 inputs, links = tuple(map(as_layers_leave_it, inputs)), {}
             else:
-                links |= {"checked": True, "operands": operands[name]}
+                links |= {"checked": True, "operands": operands.get(name)}
             if self.activation_checkpointing and torch.is_grad_enabled():
                 return checkpoint(block, *inputs, use_reentrant=False, **links)
             return block(*inputs, **links)
@@ -265,16 +268,14 @@ class UNet(reference.UNet):
         for level, decoder in enumerate(self.decoders):
             links = {"mask_input": joined[level], "grad_masked": joined[level + 1]}
             if joined[-1] and level + 3 == len(chain) and not torch.is_grad_enabled():
-                x = run(chain[level + 1], decoder, x, skips.pop(), head=operands["head"][""], output=output)
+                x = run(chain[level + 1], decoder, x, skips.pop(), head=head(), output=output)
                 break
             x = run(chain[level + 1], decoder, x, skips.pop(), **links)
         else:
             if "head" in apart:
                 x = finish(self.head(as_layers_leave_it(x)), output)
             else:
-                x = fused_head(
-                    self.head, operands["head"][""], x, output=output, mask_input=joined[-1], backend=self.backend
-                )
+                x = fused_head(self.head, head(), x, output=output, mask_input=joined[-1], backend=self.backend)
         x = reference.top_left(x, height, width)
         return as_layers_leave_it(x) if x.dim() == 4 else x
 

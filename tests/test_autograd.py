@@ -146,6 +146,19 @@ def test_a_hook_sees_the_image_before_autocast_casts_it():
     assert seen == [torch.float32]
 
 
+def test_a_hook_may_change_parameters_that_are_read_after_it():
+    torch.manual_seed(0)
+    model, x = UNet(width=4, dropout=0.0), torch.randn(1, 2, 16, 16)
+    weight = model.decoders[0].conv1.weight
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        unchanged = model(x)
+        hook = model.bottleneck.register_forward_hook(lambda *_: setattr(weight, "data", 8 * weight))
+        hooked = model(x)
+        hook.remove()
+        torch.testing.assert_close(hooked, model(x), rtol=0.02, atol=0.02)
+    assert (hooked - unchanged).abs().max() > 0.1
+
+
 def test_a_program_traced_under_autocast_holds_no_python():
     torch.manual_seed(0)
     module, (x, other) = torch.nn.Conv2d(3, 5, 3), torch.randn(2, 1, 3, 8, 8)
