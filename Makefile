@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST_TRITON := 3.6.0
 
-.PHONY: demo test lint smoke bench docs pictures clean device
+.PHONY: demo test test-oldest lint smoke bench docs pictures clean device
 
 demo: $(READY) device
 	$(BIN)/fastunet demo --out demo
 
 test: $(READY) device
 	$(BIN)/python -m tests
+
+test-oldest: $(READY)
+	$(BIN)/python -m tests --oldest
 
 lint: $(READY)
 	$(BIN)/ruff check .

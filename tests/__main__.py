@@ -1,6 +1,7 @@
 """Every test that this machine can run, ``python -m tests``: two parts at a time, whatever fails, and one summary.
 
 Each part is a run of pytest, which shares the cores with the other one. ``-k EXPRESSION`` and the like are passed on.
+``--oldest`` runs those tests that depend on the libraries' versions under the oldest that pyproject.toml allows.
 """
 
 from __future__ import annotations
@@ -56,13 +57,6 @@ def parts() -> list[Part]:
         Part("machine code, newest Triton", ("tests/aot",)),
         Part("kernels, interpreted", ("tests/kernels",), (("TRITON_INTERPRET", "1"),)),
     ]
-    if OLDEST_TRITON.exists():
-        found.append(Part("machine code, oldest Triton", ("tests/aot",), before(OLDEST_TRITON)))
-    if (OLDEST / "numpy").exists():
-        files = ("oldest", "schema", "data_volumes", "data_damaged", "data_images", "data_image_folders", "pictures",
-                 "train", "train_checkpoint")  # fmt: skip
-        paths = tuple(f"tests/test_{name}.py" for name in files)
-        found.append(Part("oldest libraries", paths, (("OLDEST", "1"), *before(OLDEST))))
     # campaigns of faults are of files, processes and the CPU: no Triton either, and the start of a process is saved
     without = before(Path("tests/without_triton").absolute())
     found.append(Part("faults, and without Triton", ("tests/faults", "tests/without_triton"), without))
@@ -70,6 +64,18 @@ def parts() -> list[Part]:
     if subprocess.run([sys.executable, "-c", cuda], check=False).returncode == 0:
         found.append(Part("kernels, on the GPU", ("tests/kernels",)))
     return found
+
+
+def oldest_parts() -> list[Part]:
+    """What older libraries may change, as far as they are installed: machine code, files read and written, training."""
+    files = ("oldest", "schema", "data_volumes", "data_damaged", "data_images", "data_image_folders", "pictures",
+             "train", "train_checkpoint")  # fmt: skip
+    paths = tuple(f"tests/test_{name}.py" for name in files)
+    found = {
+        OLDEST_TRITON: Part("machine code, oldest Triton", ("tests/aot",), before(OLDEST_TRITON)),
+        OLDEST / "numpy": Part("oldest libraries", paths, (("OLDEST", "1"), *before(OLDEST))),
+    }
+    return [part for folder, part in found.items() if folder.exists()]
 
 
 def before(folder: Path) -> tuple[tuple[str, str], ...]:
@@ -150,8 +156,13 @@ def summary(outcomes: list[Outcome]) -> str:
 
 def main(arguments: list[str]) -> int:
     """Runs all parts; exit status 1 if a test of any of them failed."""
+    chosen = oldest_parts() if "--oldest" in arguments else parts()
+    if not chosen:
+        print("no older libraries are installed: make test-oldest does that", file=sys.stderr)
+        return 1
+    arguments = [argument for argument in arguments if argument != "--oldest"]
     with ThreadPoolExecutor(LANES) as lanes:
-        outcomes = list(lanes.map(lambda part: run(part, arguments), parts()))
+        outcomes = list(lanes.map(lambda part: run(part, arguments), chosen))
     print(summary(outcomes), flush=True)
     return 1 if any(outcome.failed for outcome in outcomes) else 0
 
