@@ -23,24 +23,9 @@ _FOLD_TILE, _FOLD_SPLITS = 64, 16  # weights, and rows of partial sums added at 
 
 
 @triton.jit
-def sub_pixel_weights_kernel(
-    w_ptr, w_stride_out, w_stride_in, w_stride_row, w_stride_column, k_ptr, C_out, C_in, stride_out, stride_in,
-    SLOTS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """k[r, SLOTS - 3 + s] = (flip(w) (*) ones(2, 2))[r, s], summed in fp32; slot 0 of 4 is zero. w (C_out, C_in, 2, 2).
-
-    w has any strides; k is (3, SLOTS) matrices of C_out C_in elements with strides ``stride_out`` and ``stride_in``.
-    """
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < C_out * C_in
-    size = C_out * C_in
-    w_ptr += (offs // C_in).to(tl.int64) * w_stride_out + (offs % C_in).to(tl.int64) * w_stride_in
-    w00 = tl.load(w_ptr, mask=mask, other=0.0).to(tl.float32)
-    w01 = tl.load(w_ptr + w_stride_column, mask=mask, other=0.0).to(tl.float32)
-    w10 = tl.load(w_ptr + w_stride_row, mask=mask, other=0.0).to(tl.float32)
-    w11 = tl.load(w_ptr + w_stride_row + w_stride_column, mask=mask, other=0.0).to(tl.float32)
+def store_sub_pixel_weights(k_ptr, w00, w01, w10, w11, size, mask, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
+    """k[r, SLOTS - 3 + s] = (flip(w) (*) ones(2, 2))[r, s] in matrices of ``size`` elements; slot 0 of 4 is zero."""
     top, bottom = w10 + w11, w00 + w01
-    k_ptr += (offs // C_in) * stride_out + (offs % C_in) * stride_in
     first = (SLOTS - 3) * size
     tl.store(k_ptr + first, w11, mask=mask)
     tl.store(k_ptr + first + size, top, mask=mask)
@@ -56,6 +41,31 @@ def sub_pixel_weights_kernel(
     if SLOTS == 4:
         for r in tl.static_range(3):
             tl.store(k_ptr + r * SLOTS * size, tl.zeros((BLOCK,), k_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def sub_pixel_weights_kernel(
+    w_ptr, w_stride_out, w_stride_in, w_stride_row, w_stride_column, k_ptr, stride_out, stride_in, packed_ptr, C_out,
+    C_in, SLOTS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """k (3, SLOTS) of w (C_out, C_in, 2, 2) by :func:`store_sub_pixel_weights`, summed in fp32; w has any strides.
+
+    k is matrices with the strides ``stride_out`` and ``stride_in``. The data gradient's k, (3, 3, C_in, C_out), is
+    stored too where ``packed_ptr`` is given.
+    """
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    size = C_out * C_in
+    mask = offs < size
+    co, ci = offs // C_in, offs % C_in
+    w_ptr += co.to(tl.int64) * w_stride_out + ci.to(tl.int64) * w_stride_in
+    w00 = tl.load(w_ptr, mask=mask, other=0.0).to(tl.float32)
+    w01 = tl.load(w_ptr + w_stride_column, mask=mask, other=0.0).to(tl.float32)
+    w10 = tl.load(w_ptr + w_stride_row, mask=mask, other=0.0).to(tl.float32)
+    w11 = tl.load(w_ptr + w_stride_row + w_stride_column, mask=mask, other=0.0).to(tl.float32)
+    k_ptr += co * stride_out + ci * stride_in
+    store_sub_pixel_weights(k_ptr, w00, w01, w10, w11, size, mask, SLOTS, BLOCK)
+    if packed_ptr is not None:
+        store_sub_pixel_weights(packed_ptr + ci * C_out + co, w00, w01, w10, w11, size, mask, 3, BLOCK)
 
 
 @triton.jit
@@ -110,12 +120,17 @@ def fold_taps_kernel(partial_ptr, dw_ptr, db_ptr, splits, C_out, C_in, row_size,
 @keepable
 def sub_pixel_weights(weight: torch.Tensor, slots: int, out_first: bool) -> torch.Tensor:
     """k (3, slots, C_out, C_in), channels swapped unless ``out_first``, of ``weight`` (C_out, C_in, 2, 2)."""
+    return _pack(weight, slots, out_first, None)
+
+
+def _pack(weight: torch.Tensor, slots: int, out_first: bool, packed: torch.Tensor | None) -> torch.Tensor:
+    """k as :func:`sub_pixel_weights` states; k of 3 slots with swapped channels is written to ``packed``."""
     c_out, c_in = weight.shape[:2]
     shape, strides = ((c_out, c_in), (c_in, 1)) if out_first else ((c_in, c_out), (1, c_out))
     k = _launch.empty((3, slots, *shape), weight.dtype, weight.device)
     grid = (_launch.cdiv(c_out * c_in, _PACK_TILE),)
-    _launch.launch(sub_pixel_weights_kernel, grid, weight, *weight.stride(), k, c_out, c_in, *strides, SLOTS=slots,
-                   BLOCK=_PACK_TILE)
+    _launch.launch(sub_pixel_weights_kernel, grid, weight, *weight.stride(), k, *strides, packed, c_out, c_in,
+                   SLOTS=slots, BLOCK=_PACK_TILE)
     return k
 
 
@@ -129,16 +144,33 @@ def forward(
     return _stride2.forward(x, k, bias, slope, side=3, config=config)
 
 
+def forward_packing(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, slope: float, config: Stride2Config | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y of :func:`forward`, and ``weight`` as :func:`data_grad` reads it, (9, C_in, C_out), in one launch less."""
+    x = _launch.channels_last(x)
+    c_out, c_in = weight.shape[:2]
+    config = config or _stride2.choose_forward_config(x, c_out, side=3)
+    packed = _launch.empty((9, c_in, c_out), weight.dtype, weight.device)
+    k = _pack(weight, 4, True, packed)
+    return _stride2.forward(x, k, bias, slope, side=3, config=config), packed
+
+
 def data_grad(
-    dz: torch.Tensor, weight: torch.Tensor, x: torch.Tensor, mask_x: bool, config: Stride2Config | None = None
-) -> torch.Tensor:
+    dz: torch.Tensor, weight: torch.Tensor, x: torch.Tensor, mask_x: bool, packed: torch.Tensor | None = None,
+    config: Stride2Config | None = None,
+) -> torch.Tensor:  # fmt: skip
     """dx (N, C_in, H, W) of ``dz`` (N, C_out, 2H, 2W), the gradient before this operator's own ReLU.
 
-    Times x > 0 if ``mask_x`` (x the output of a ReLU).
+    Times x > 0 if ``mask_x`` (x the output of a ReLU). ``packed`` of :func:`forward_packing` is read in place of
+    ``weight``.
     """
     dz, x = _launch.channels_last(dz), _launch.channels_last(x)
     config = config or _stride2.choose_data_grad_config(dz, x, side=3)
-    k = sub_pixel_weights(weight, slots=3, out_first=False)
+    if packed is None:
+        k = sub_pixel_weights(weight, slots=3, out_first=False)
+    else:
+        k = packed.contiguous().view(3, 3, *packed.shape[1:])
     dx = _launch.empty_image(tuple(x.shape), x.dtype, x.device)
     return _stride2.data_grad(dz, k, dx, x if mask_x else None, side=3, config=config)
 

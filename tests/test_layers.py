@@ -38,7 +38,8 @@ def test_calls_of_a_small_network_in_order():
     calls = network_calls(Architecture(width=8, depth=1), 2, 12, 20, loss=False)
     layers = ["encoders.0.conv1", "encoders.0.conv2", "bottleneck.conv1", "bottleneck.conv2", "decoders.0.up",
               "decoders.0.conv1", "decoders.0.conv2", "head"]  # fmt: skip
-    forward = [CONV, "conv_relu_pool", CONV, CONV, "upsample_conv_relu", CONV, CONV, "segmentation_head"]
+    forward = [CONV, "conv_relu_pool", CONV, CONV, "upsample_conv_relu_packing", CONV, CONV,
+               "segmentation_head"]  # fmt: skip
     assert [(c.layer, c.operator) for c in calls[:8]] == list(zip(layers, forward))
     expected = {("head", "segmentation_head_backward"), ("encoders.0.conv2", "max_pool2d_backward")}
     expected |= {(layer, operator) for layer in layers if "conv" in layer for operator in GRADIENTS}

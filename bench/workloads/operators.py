@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +80,7 @@ def operator_workloads(architecture: Architecture, batch: int, side: int, precis
 
     ``layers`` keeps only the named ones.
     """
-    network = network_calls(architecture, batch, side, side, loss=False)
+    network = [_single(call) for call in network_calls(architecture, batch, side, side, loss=False)]
     alone = [call for call in standalone_calls(architecture, batch, side, side)
              if call.operator.startswith("max_pool2d")]  # fmt: skip
     first: dict[str, Call] = {}
@@ -92,6 +93,14 @@ def operator_workloads(architecture: Architecture, batch: int, side: int, precis
         backward = [c for c in source if c.layer == call.layer and c.operator not in SUBJECTS]
         found += [_workload(call, [], FORWARD, precision, without), _workload(call, backward, BOTH, precision, without)]
     return found
+
+
+def _single(call: Call) -> Call:
+    """``call`` as it is of the operator by itself, which packs the weights of each direction on its own."""
+    arguments = call.arguments
+    if arguments.get("packed") is not None:
+        arguments = arguments | dict(weight=Tensor(arguments["weight"].shape), packed=None)
+    return replace(call, operator=call.operator.removesuffix("_packing"), arguments=arguments)
 
 
 def _workload(call: Call, backward: list[Call], step: str, precision: str, without) -> Workload:

@@ -1,7 +1,8 @@
 """The U-Net's blocks as autograd units, so that ReLU masks, pool gradients and skip sums need no pass of their own.
 
 What is kept for backward, besides the parameters: an encoder block keeps its input, y1 and y2; the convolution block
-the same; a decoder block its input, the skip, the upsampled u, y1 and y2. Pooled maps, pre-activations, index tensors,
+the same; a decoder block its input, the skip, the upsampled u, y1 and y2, and the weights that its forward pass packed
+for the data gradient of x. Pooled maps, pre-activations, index tensors,
 concatenations and upsampled inputs are never kept.
 
 Masking is idempotent: if every consumer of a ReLU's output y returns ``dy * (y > 0)``, their sum needs no mask. A
@@ -137,16 +138,20 @@ class _DecoderBlock(torch.autograd.Function):
         ctx: Context, x: Tensor, skip: Tensor, wu: Tensor, bu: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor,
         pad: int, transpose: bool, mask_input: bool, grad_masked: bool, backend: str,
     ) -> Tensor:
-        u = _up(x, wu, bu, transpose, backend)
+        packed = None
+        if transpose or backend == "torch" or not ctx.needs_input_grad[0]:
+            u = _up(x, wu, bu, transpose, backend)
+        else:
+            u, packed = _OPS.upsample_conv_relu_packing(x, wu, bu, 0.0, backend)
         y1 = _OPS.conv_relu(u, skip, w1, b1, pad, 0.0, backend)
         y2 = _OPS.conv_relu(y1, None, w2, b2, pad, 0.0, backend)
-        ctx.save_for_backward(x, skip, wu, bu, w1, b1, w2, b2, u, y1, None if grad_masked else y2)
+        ctx.save_for_backward(x, skip, wu, bu, w1, b1, w2, b2, u, packed, y1, None if grad_masked else y2)
         ctx.options = pad, transpose, mask_input, grad_masked, backend
         return y2
 
     @staticmethod
     def backward(ctx: Context, dy: Tensor) -> Gradients:
-        *operands, u, y1, y2 = ctx.saved_tensors
+        *operands, u, packed, y1, y2 = ctx.saved_tensors
         if autograd.differentiated_again():
             return _again(_decoder, ctx, operands, [dy])
         x, skip, wu, _, w1, _, w2, _ = operands
@@ -160,7 +165,8 @@ class _DecoderBlock(torch.autograd.Function):
         if need_wu or need_bu:
             dwu, dbu = getattr(_OPS, f"{operator}_weight_grad")(du, x, True, backend)
         if need_x:
-            dx = getattr(_OPS, f"{operator}_data_grad")(du, wu, x, mask_input, backend)
+            options = [mask_input] if transpose else [mask_input, packed]
+            dx = getattr(_OPS, f"{operator}_data_grad")(du, wu, x, *options, backend)
         return dx, dskip, dwu, dbu, *d_parameters, None, None, None, None, None
 
 

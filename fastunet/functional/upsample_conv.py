@@ -35,9 +35,14 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> Te
     return activation_(nhwc(y), slope)
 
 
-def _data_grad(dz: Tensor, weight: Tensor, x: Tensor, mask_x: bool) -> Tensor:
-    x = nhwc(x)
-    dx = nhwc(gradients(nhwc(dz), x, transposed_kernel(weight), 2, 1, (True, False, False), transposed=True)[0])
+def _forward_packing(x: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> tuple[Tensor, Tensor]:
+    packed = transposed_kernel(weight).permute(2, 3, 0, 1).flatten(0, 1).contiguous()
+    return _forward(x, weight, bias, slope), packed
+
+
+def _data_grad(dz: Tensor, weight: Tensor, x: Tensor, mask_x: bool, packed: Tensor | None) -> Tensor:
+    x, k = nhwc(x), transposed_kernel(weight) if packed is None else packed.unflatten(0, (3, 3)).permute(2, 3, 0, 1)
+    dx = nhwc(gradients(nhwc(dz), x, k, 2, 1, (True, False, False), transposed=True)[0])
     return masked(dx, x) if mask_x else dx
 
 
@@ -59,7 +64,7 @@ def _differentiate(ctx: Context, dy: Tensor) -> Gradients:
     dz = dy if y is None else _OPS.relu_backward(dy, y, slope, backend)
     dx = dw = db = None
     if ctx.needs_input_grad[0]:
-        dx = _OPS.upsample_conv_relu_data_grad(dz, weight, x, False, backend)
+        dx = _OPS.upsample_conv_relu_data_grad(dz, weight, x, False, None, backend)
     if any(ctx.needs_input_grad[1:3]):
         dw, db = _OPS.upsample_conv_relu_weight_grad(dz, x, has_bias, backend)
     return dx, dw, db if has_bias else None, None, None
@@ -73,11 +78,21 @@ define(
     setup=_setup,
     backward=_differentiate,
 )
-define(
-    "upsample_conv_relu_data_grad(Tensor dz, Tensor weight, Tensor x, bool mask_x, str backend) -> Tensor",
+define(  # for a training step on kernels: k (9, C_in, C_out) too, so that the data gradient need not make it again
+    "upsample_conv_relu_packing(Tensor x, Tensor weight, Tensor? bias, float slope, str backend) -> (Tensor, Tensor)",
+    torch_impl=_forward_packing,
+    triton_impl="upsample_conv:forward_packing",
+    fake=lambda x, weight, bias, slope: (
+        empty_nhwc(x, weight.shape[0], 2 * x.shape[2], 2 * x.shape[3]),
+        weight.new_empty(9, weight.shape[1], weight.shape[0]),
+    ),
+)
+define(  # packed, where it is given, is read in place of weight
+    "upsample_conv_relu_data_grad(Tensor dz, Tensor weight, Tensor x, bool mask_x, Tensor? packed, str backend) "
+    "-> Tensor",
     torch_impl=_data_grad,
     triton_impl="upsample_conv:data_grad",
-    fake=lambda dz, weight, x, mask_x: empty_nhwc(x, *x.shape[1:]),
+    fake=lambda dz, weight, x, mask_x, packed: empty_nhwc(x, *x.shape[1:]),
 )
 define(
     "upsample_conv_relu_weight_grad(Tensor dz, Tensor x, bool has_bias, str backend) -> (Tensor, Tensor)",

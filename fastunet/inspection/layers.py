@@ -146,8 +146,8 @@ def network_calls(architecture: Architecture, batch: int, height: int, width: in
 
 
 def standalone_calls(architecture: Architecture, batch: int, height: int, width: int) -> list[Call]:
-    """Calls that a training step does not make: ReLU's gradient, pooling alone, gradients with the other mask, the
-    confusion matrix of logits or labels, and the loss of regions."""
+    """Calls that a training step does not make: ReLU's gradient, pooling alone, gradients with the other mask and of
+    weights not yet packed, the confusion matrix of logits or labels, and the loss of regions."""
     out_height, out_width = architecture.output_size(height, width)
     pixels, classes = out_height * out_width, architecture.num_classes
     labels = Tensor((batch, pixels), torch.uint8, classes=classes)
@@ -176,6 +176,8 @@ def standalone_calls(architecture: Architecture, batch: int, height: int, width:
             x = arguments["x"]
             # the head's weight gradient reads x whether or not it masks
             flipped = dict(mask_x=not arguments["mask_x"], x=Tensor(x.shape, is_read="head" in name or not x.is_read))
+            if "packed" in arguments:
+                flipped |= dict(packed=None, weight=Tensor(arguments["weight"].shape))
             variants = [(name, arguments | flipped)]
         else:
             continue
@@ -250,6 +252,7 @@ class _Recorder(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 dtype = None if tensor.dtype == _COMPUTED else tensor.dtype
                 is_read = not operator.endswith("_data_grad") or operands.get(f"mask_{name}", name not in ("x", "skip"))
+                is_read &= name != "weight" or operands.get("packed") is None
                 arguments[name] = Tensor(tuple(tensor.shape), dtype, is_read=is_read)
         self.calls.append(Call(layer, operator, arguments, _macs(operator, operands, results)))
 

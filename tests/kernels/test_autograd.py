@@ -34,9 +34,9 @@ def test_training_compiles(name):
 
 def calls():
     """Arguments of every operator of images; the Dice operators' results are dense in any case."""
-    (x, skip, dz, up, w, wide, wt, wu, head, b) = differentiation.random(
+    (x, skip, dz, up, w, wide, wt, wu, head, b, packed) = differentiation.random(
         (2, 3, 6, 4), (2, 2, 8, 6), (2, 4, 6, 4), (2, 4, 12, 8), (4, 3, 3, 3), (4, 5, 3, 3), (3, 4, 2, 2), (4, 3, 2, 2),
-        (4, 3, 1, 1), (4,), dtype=torch.float32,
+        (4, 3, 1, 1), (4,), (9, 3, 4), dtype=torch.float32,
     )  # fmt: skip
     pooled = dz[..., :3, :2]
     return {
@@ -56,7 +56,8 @@ def calls():
         "conv_transpose2d_data_grad": (up, wt, x, True),
         "conv_transpose2d_weight_grad": (up, x, True),
         "upsample_conv_relu": (x, wu, b, 0.0),
-        "upsample_conv_relu_data_grad": (up, wu, x, True),
+        "upsample_conv_relu_packing": (x, wu, b, 0.0),
+        "upsample_conv_relu_data_grad": (up, wu, x, True, packed),
         "upsample_conv_relu_weight_grad": (up, x, True),
         "upsample_bilinear2d": (x, True),
         "upsample_bilinear2d_backward": (up, True),

@@ -70,16 +70,31 @@ def test_data_grad_without_mask(bulk, device):
     assert_within_budget(actual, gradient(torch.float32), gradient(torch.float64), "dx")
 
 
-def test_sub_pixel_weights_are_summed_before_they_are_rounded(device):
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_sub_pixel_weights_are_summed_before_they_are_rounded(dtype, device):
     """fp16 0.1 + 0.1 + 0.1 + 0.1 rounded once differs from the sum rounded at each step for some weights."""
-    weight = torch.rand(8, 8, 2, 2, generator=torch.Generator().manual_seed(0)).half().to(device)
-    k = upsample_conv.sub_pixel_weights(weight, slots=3, out_first=True)
-    taps = F.pad(weight.flip(2, 3).float(), (1, 1, 1, 1)).unfold(2, 2, 1).unfold(3, 2, 1).sum((4, 5))
-    assert torch.equal(k, taps.permute(2, 3, 0, 1).half())
+    weight = torch.rand(33, 17, 2, 2, generator=torch.Generator().manual_seed(0)).to(dtype).to(device)
+    taps = F.pad(weight.flip(2, 3).double(), (1, 1, 1, 1)).unfold(2, 2, 1).unfold(3, 2, 1).sum((4, 5))
+    k = taps.permute(2, 3, 0, 1).to(dtype)
+    for exchanged, expected in ((False, k), (True, k.transpose(2, 3))):
+        assert torch.equal(upsample_conv.sub_pixel_weights(weight, slots=3, out_first=not exchanged), expected)
+    y, packed = upsample_conv.forward_packing(torch.ones(1, 17, 2, 3).to(weight), weight, None, 1.0)
+    assert torch.equal(packed, k.transpose(2, 3).flatten(0, 1))
     stacked = upsample_conv.sub_pixel_weights(weight, slots=4, out_first=True)
     assert torch.equal(stacked[:, 1:], k)
     assert not stacked[:, 0].any()
-    assert torch.equal(upsample_conv.sub_pixel_weights(weight, slots=3, out_first=False), k.transpose(2, 3))
+    assert torch.equal(y, upsample_conv.forward(torch.ones(1, 17, 2, 3).to(weight), weight, None, 1.0))
+
+
+@pytest.mark.parametrize("bulk", [True, False])
+def test_weights_packed_once_give_the_same_bits(bulk, device):
+    case = Case(2, 32, 16, 3, 7, bulk)
+    x, weight, bias, dz = operands(case, weight_shape(case), torch.bfloat16, device)
+    y, packed = upsample_conv.forward_packing(x, weight, bias, 0.0, **case.product())
+    assert torch.equal(y, upsample_conv.forward(x, weight, bias, 0.0, **case.product()))
+    expected = upsample_conv.data_grad(dz, weight, x, True, **case.product())
+    unread = torch.full_like(weight, float("nan"))
+    assert torch.equal(upsample_conv.data_grad(dz, unread, x, True, packed, **case.product()), expected)
 
 
 def test_strided_operands(device):
