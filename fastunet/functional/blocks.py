@@ -2,8 +2,8 @@
 
 What is kept for backward, besides the parameters: an encoder block keeps its input, y1 and y2; the convolution block
 the same; a decoder block its input, the skip, the upsampled u, y1 and y2, and the weights that its forward pass packed
-for the data gradient of x. Pooled maps, pre-activations, index tensors,
-concatenations and upsampled inputs are never kept.
+for the data gradient of x. Pooled maps, pre-activations, index tensors, concatenations and upsampled inputs are never
+kept.
 
 Masking is idempotent: if every consumer of a ReLU's output y returns ``dy * (y > 0)``, their sum needs no mask. A
 block that is given ``grad_masked=True`` trusts its consumers to do so and skips that pass; ``mask_input=True`` makes a
