@@ -92,7 +92,7 @@ def bulk_tensor(e: Emission) -> list[str]:
     return [f"bulk_store(M, {operands}, {e.active}, {e.what})"]
 
 
-def _box(machine, tensor, coordinates, local, lane, what):
+def _box(machine, tensor, coordinates, local, lane, what, load):
     """The tensor map that ``lane`` means; which elements are inside, their addresses and their positions in global
     memory; their flat shared positions, and the detector's units of these."""
     index = int(tensor[lane]) - PARAMETER_SPACE
@@ -100,6 +100,8 @@ def _box(machine, tensor, coordinates, local, lane, what):
     if not isinstance(found, TensorMap):
         raise Fault(f"not a tensor map: {what}")
     start = tuple(int(c[lane].astype(np.int32)) for c in coordinates)[::-1]
+    if min(start) < 0 and not load:  # CUDA programming guide, "Tensor Memory Access"
+        raise Fault(f"bulk store at negative coordinates {start}: {what}")
     if len(start) != len(found.box):
         raise Fault(f"{len(start)} coordinates for a tensor of {len(found.box)} dimensions: {what}")
     address = int(local[lane])
@@ -127,7 +129,7 @@ def _elected(machine, active, what):
 @runtime
 def bulk_load(machine, tensor, coordinates, local, barrier, active, what):
     for lane in _elected(machine, active, what):
-        _load(machine, *_box(machine, tensor, coordinates, local, lane, what), barrier, lane, what)
+        _load(machine, *_box(machine, tensor, coordinates, local, lane, what, True), barrier, lane, what)
 
 
 def _load(machine, tensor, inside, addresses, positions, where, units, barrier, lane, what):
@@ -163,7 +165,7 @@ def _load(machine, tensor, inside, addresses, positions, where, units, barrier, 
 @runtime
 def bulk_store(machine, tensor, coordinates, local, active, what):
     for lane in _elected(machine, active, what):
-        _store(machine, *_box(machine, tensor, coordinates, local, lane, what), lane, what)
+        _store(machine, *_box(machine, tensor, coordinates, local, lane, what, False), lane, what)
 
 
 def _store(machine, tensor, inside, addresses, positions, where, units, lane, what):

@@ -119,7 +119,7 @@ def test_tensor_maps_that_the_driver_refuses(change, message):
 
 STORE = """
     mov.b32 %r5, global_smem; shl.b32 %r6, %r0, 2; add.s32 %r7, %r5, %r6; st.shared.b32 [%r7], %r0;
-    fence.proxy.async.shared::cta; bar.sync 0; mov.b64 %rd20, kernel_param_1; mov.b32 %r30, 4; mov.b32 %r31, -1;
+    fence.proxy.async.shared::cta; bar.sync 0; mov.b64 %rd20, kernel_param_1; mov.b32 %r30, 4; mov.b32 %r31, 1;
     elect.sync %r9|%p1, -1;
     @%p1 cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd20, {%r30, %r31}], [%r5];
     cp.async.bulk.commit_group; cp.async.bulk.wait_group.read 0; bar.sync 0; st.shared.b32 [%r7], 0;"""
@@ -130,7 +130,7 @@ def stored(body: str = STORE, schedules=(LAZY,)) -> None:
     tensor = TensorMap(x.ctypes.data, 0, 4, (4, 8), x.shape, (8, 1))
     run(thread_addresses([4]) + body, np.zeros(32, np.uint32), tensor, shared=128, schedules=schedules)
     want = np.full((3, 8), 99, np.uint32)
-    want[:, 4:] = np.arange(32).reshape(4, 8)[1:, :4]
+    want[1:, 4:] = np.arange(32).reshape(4, 8)[:2, :4]
     assert np.array_equal(x, want)
 
 
@@ -143,12 +143,14 @@ def test_bulk_store_writes_only_inside():
     ("cp.async.bulk.wait_group.read 0;", "write of what an asynchronous operation in flight reads"),
     ("cp.async.bulk.commit_group;", "write of what an asynchronous operation in flight reads"),
     ("cp.async.bulk.wait_group.read 0; bar.sync 0; st.shared.b32 [%r7], 0;", "may still read its shared memory"),
+    ("mov.b32 %r31, 1;", "bulk store at negative coordinates .-1, 4."),
     ("elect.sync %r9|%p1, -1;", "a bulk copy by more than one thread of a warp"),
 ])  # fmt: skip
 def test_misuse_of_a_bulk_store_is_a_fault(gone, message):
     assert gone in STORE
+    instead = {"elect.sync": "setp.ne.s32 %p1, %r0, 99;", "mov.b32": "mov.b32 %r31, -1;"}.get(gone.split()[0], "")
     with pytest.raises(Fault, match=message):
-        stored(STORE.replace(gone, "setp.ne.s32 %p1, %r0, 99;" if "elect" in gone else ""))
+        stored(STORE.replace(gone, instead))
 
 
 PHASES = """
