@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastunet.inspection.control_flow import found_in
 from fastunet.kernels._launch import Launch
@@ -236,7 +237,7 @@ def _constant(text: str) -> Any:
 
 
 def _parameters(name: str, value: Any, ttir: str) -> dict[str, Any]:
-    """The IR's names and values of an argument that is a number or a tuple of integers.
+    """The IR's names and values of an argument that is a number or a tuple of integers, or of a descriptor's shape.
 
     A tuple's elements are ``%name.0``, ``%name.1``, … in Triton 3.9. In 3.6 they are numbered at will and told by their
     location, and those that are 1 are missing, since they were compiled in.
@@ -245,6 +246,9 @@ def _parameters(name: str, value: Any, ttir: str) -> dict[str, Any]:
         return {f"%{name}": np.int64(value)}
     if isinstance(value, float):
         return {f"%{name}": np.float32(value)}
+    if isinstance(value, TensorDescriptor):
+        names = re.findall(rf'(%[\w.]+): i32 [^(]*?loc\("{name}(?:\.shape\.\d)?"', ttir)
+        return {key: np.int64(side) for key, side in zip(names, value.shape)}
     if not isinstance(value, tuple):
         return {}
     names = re.findall(rf'(%[\w.]+): i\d+ [^(]*?loc\("{name}"', ttir)

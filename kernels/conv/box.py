@@ -12,8 +12,8 @@ import triton.language as tl
 from .. import _launch
 from .._launch import mma
 from .convolution import ConvConfig, Convolution, Head
-from .descriptors import image_boxes, tap_sources, tap_weight
-from .epilogue import bias_activation, head_store, max_of_pairs, tile_statistics
+from .descriptors import image_boxes, output_boxes, tap_sources, tap_weight
+from .epilogue import bias_activation, head_store, max_of_pairs, store_images, tile_statistics
 
 
 @triton.jit
@@ -50,14 +50,15 @@ def accumulate_boxes(x_desc, x_weight_desc, x_channels, skip_desc, skip_weight_d
 
 @triton.jit(do_not_specialize=["x_channels", "skip_channels", "offset", "C_out", "tiles"])
 def conv_relu_box_kernel(x_desc, x_weight_desc, x_channels, skip_desc, skip_weight_desc, skip_channels,
-                         offset, bias_ptr, mask_desc, y_desc, pooled_desc, statistics_ptr, C_out, tiles,
-                         SLOPE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
-                         BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-                         FLIPPED: tl.constexpr):
+                         offset, bias_ptr, mask_desc, y_desc, second_mask_desc, second_desc, pooled_desc,
+                         statistics_ptr, C_out, tiles, SLOPE: tl.constexpr, BLOCK_K: tl.constexpr,
+                         BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+                         STAGES: tl.constexpr, PRECISION: tl.constexpr, FLIPPED: tl.constexpr):
     """``y = relu(conv(skip) + conv(x) + bias) * (mask > 0)``, its 2×2 max-pool and tile statistics, each part optional.
 
-    Boxes: x, skip [BN, BH, BW, BC]; weights as :func:`tap_weight` reads them; mask, y [BN, BH, BW, BK]; pooled halves
-    BH and BW, and tiles start on even pixels, so no window crosses a tile. ``tiles`` counts (h, w, C_out) tiles.
+    Boxes: x, skip [BN, BH, BW, BC]; weights as :func:`tap_weight` reads them; masks and outputs, see
+    :func:`store_images`, [BN, BH, BW, BK or half]; pooled halves BH and BW, and tiles start on even pixels, so no
+    window crosses a tile. ``tiles`` counts (h, w, C_out) tiles.
     """
     tiles_h, tiles_w, tiles_k = tiles
     pid = tl.program_id(0)
@@ -69,10 +70,7 @@ def conv_relu_box_kernel(x_desc, x_weight_desc, x_channels, skip_desc, skip_weig
                            FLIPPED)
     offs_k = k0 + tl.arange(0, BLOCK_K)
     y = bias_activation(acc, bias_ptr, offs_k, C_out, SLOPE)
-    if mask_desc is not None:
-        mask = tl.reshape(mask_desc.load([n0, h0, w0, k0]), (BLOCK_N * BLOCK_H * BLOCK_W, BLOCK_K)).T
-        y = tl.where(mask > 0, y, 0.0)
-    y_desc.store([n0, h0, w0, k0], tl.reshape(y.to(y_desc.dtype).T, (BLOCK_N, BLOCK_H, BLOCK_W, BLOCK_K)))
+    y = store_images(y, mask_desc, y_desc, second_mask_desc, second_desc, n0, h0, w0, k0)
     if pooled_desc is not None:
         rows: tl.constexpr = BLOCK_N * BLOCK_H // 2
         pairs = max_of_pairs(tl.reshape(y, (BLOCK_K, rows, 2, BLOCK_W // 2, 2)))
@@ -119,15 +117,16 @@ def box_tiles(conv: Convolution, config: ConvConfig) -> tuple[int, tuple[int, in
     return _launch.cdiv(conv.batch, config.block_n) * tiles[0] * tiles[1] * tiles[2], tiles
 
 
-def launch_box(conv: Convolution, y, pooled, statistics, config: ConvConfig) -> None:
-    """Writes the convolution to ``y``, its 2×2 max-pool to ``pooled`` and each tile's ``statistics``, unless None."""
+def launch_box(conv: Convolution, y, pooled, statistics, config: ConvConfig, second=None) -> None:
+    """Writes the convolution to ``y`` and ``second``, its 2×2 max-pool to ``pooled`` and each tile's ``statistics``,
+    unless None."""
     n, h, w = config.block_n, config.block_h, config.block_w
     programs, tiles = box_tiles(conv, config)
-    box, half = (n, h, w, config.block_k), (n, h // 2, w // 2, config.block_k)
+    half = (n, h // 2, w // 2, config.block_k)
     _launch.launch(conv_relu_box_kernel, (programs,), *tap_sources(conv, (n, h, w, config.block_c), config.block_k),
-                   conv.offset, conv.bias, None if conv.mask is None else image_boxes(conv.mask, box),
-                   image_boxes(y, box), None if pooled is None else image_boxes(pooled, half), statistics, conv.c_out,
-                   tiles, SLOPE=conv.slope, BLOCK_K=config.block_k, BLOCK_N=n, BLOCK_H=h, BLOCK_W=w,
+                   conv.offset, conv.bias, *output_boxes(conv, y, second, (n, h, w), config.block_k),
+                   None if pooled is None else image_boxes(pooled, half), statistics, conv.c_out, tiles,
+                   SLOPE=conv.slope, BLOCK_K=config.block_k, BLOCK_N=n, BLOCK_H=h, BLOCK_W=w,
                    BLOCK_C=config.block_c, STAGES=config.num_stages, PRECISION=_launch.dot_precision(y.dtype),
                    FLIPPED=conv.flipped, num_warps=config.num_warps, num_stages=config.num_stages)
 

@@ -35,14 +35,15 @@ def why_not(config: ConvConfig, conv: Convolution, *, classes: int = 0) -> str |
     if config.variant == "pointer":
         return None
     if config.variant == "first":
-        few = 9 * conv.x.shape[1] <= 64 and conv.skip is None and conv.mask is None and not classes
+        few = 9 * conv.x.shape[1] <= 64 and conv.skip is None and not conv.masks and not classes
         return None if few else "it takes at most 7 channels of one source, no mask and no head"
     if _launch.architecture() < 90:
         return f"bulk copies need compute capability 9.0, not {_launch.architecture() / 10}"
-    written = conv.c_out * conv.x.element_size() % 16 == 0 or classes > 0
-    read = conv.images if conv.mask is None else (*conv.images, conv.mask)
-    if not written or not all(map(_launch.bulk_copy_fits, read)):
+    written = classes > 0 or all(c * conv.x.element_size() % 16 == 0 for c in (conv.c_first, conv.c_out))
+    if not written or not all(map(_launch.bulk_copy_fits, (*conv.images, *conv.masks))):
         return f"bulk copies need pixels of a multiple of 16 bytes, not {conv.channels} to {conv.c_out} channels"
+    if config.writes_two and conv.c_first % (config.block_k // 2):
+        return f"half a tile of {config.block_k} channels would be of two images, the first of {conv.c_first} channels"
     odd = any(image.shape[2] % 2 for image in conv.images)
     if config.variant == "two_rows" and (odd or conv.c_out > config.block_k):
         return f"it takes images of even height and at most {config.block_k} output channels"
@@ -57,7 +58,7 @@ def choose_config(conv: Convolution, *, pool: bool = False, classes: int = 0) ->
     sizes = (conv.batch, *conv.out_size, *(conv.channels if conv.skip is not None else (0, *conv.channels)), conv.c_out)
     buckets = tuple(_launch.next_power_of_2(size) if size else 0 for size in sizes)
     precision = _launch.dot_precision(conv.x.dtype)
-    key = (*buckets, conv.x.dtype, precision, conv.mask is not None, pool, classes > 0)
+    key = (*buckets, conv.x.dtype, precision, bool(conv.masks), pool, classes > 0)
     return _tuned.choose("conv_relu", key, ConvConfig, lambda: next(_usable(conv, classes, pool)),
                          lambda config: why_not(config, conv, classes=classes) is None,
                          lambda: list(_usable(conv, classes, pool))[1:])

@@ -16,7 +16,8 @@ class Convolution:
     ``x`` and ``skip`` (N, C, H, W) are NHWC pixels of unit channel stride and pixel stride C, ``skip`` possibly a crop
     of a larger image; ``weight`` (C_out, 3, 3, C_skip + C_x) has any strides, and its taps are meant in reverse if
     ``flipped``. ``offset`` (off_h, off_w): output (i, j) reads rows i - off_h .. i - off_h + 2 of each source and such
-    columns, zero outside of it.
+    columns, zero outside of it. Where ``c_first`` is not 0, the output is two images: the first of so many channels,
+    and one of the others, times (second_mask > 0).
     """
 
     x: torch.Tensor
@@ -28,6 +29,8 @@ class Convolution:
     mask: torch.Tensor | None = None
     slope: float = 1.0
     flipped: bool = False
+    c_first: int = 0
+    second_mask: torch.Tensor | None = None
 
     @property
     def images(self) -> tuple[torch.Tensor, ...]:
@@ -36,6 +39,10 @@ class Convolution:
     @property
     def channels(self) -> tuple[int, ...]:
         return tuple(image.shape[1] for image in self.images)
+
+    @property
+    def masks(self) -> tuple[torch.Tensor, ...]:
+        return tuple(mask for mask in (self.mask, self.second_mask) if mask is not None)
 
     @property
     def batch(self) -> int:
@@ -98,3 +105,8 @@ class ConvConfig:
     @property
     def pixels(self) -> int:
         return self.block_n * self.block_h * self.block_w
+
+    @property
+    def writes_two(self) -> bool:
+        """Whether its kernel can write two images."""
+        return self.variant in ("rows", "box") and self.splits == 1

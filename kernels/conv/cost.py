@@ -112,7 +112,7 @@ def cost(conv: Convolution, config: ConvConfig, *, pool: bool = False, classes: 
         loaded = sum(padded) * 3 * (3 * rows + 6 * config.block_w)
     pixels = conv.batch * conv.out_size[0] * conv.out_size[1]
     written = pixels * (classes or conv.c_out * (1.25 if pool else 1))
-    read = sum(image.numel() for image in conv.images) + (0 if conv.mask is None else pixels * conv.c_out)
+    read = sum(image.numel() for image in (*conv.images, *conv.masks))
     memory = size * (read + 9 * sum(channels) * conv.c_out + written)
     if config.splits > 1:
         memory += 2 * 4 * config.splits * pixels * conv.c_out

@@ -5,10 +5,11 @@ With ``dz`` the gradient before ReLU and ``pad`` 1 ("same") or 0 ("valid"),
     dx[n, c, i, j] = sum over k, r, s of  weight[k, c, r, s] · dz[n, k, i + pad - r, j + pad - s]
 
 which is :func:`conv_relu.convolve` of ``dz`` with the taps flipped, the channel axes exchanged and offset 2 - pad;
-16-bit weights are read as they are, others reordered once. A skip whose centre was cropped at (crop_h, crop_w) adds
-that crop to the offset. Under "valid", pixels outside of the crop see no tap and so get zero; under "same" those next
-to it would see the taps of the forward's zero padding, so the gradient of the crop is computed alone and copied into
-zeros.
+16-bit weights are read as they are, others reordered once. The gradients of x and of a skip of its size are output
+channels of one convolution, which mostly takes one launch (:func:`convolve_two`). A skip whose centre was cropped
+at (crop_h, crop_w) adds that crop to the offset. Under "valid", pixels outside of the crop see no tap and so get zero;
+under "same" those next to it would see the taps of the forward's zero padding, so the gradient of the crop is computed
+alone and copied into zeros.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from .. import _launch
 from .._weights import conv_taps
 from .convolution import ConvConfig
-from .forward import convolve
+from .forward import convolve, convolve_two
 
 
 def data_grad(
@@ -55,6 +56,11 @@ def data_grad(
         exchanged = conv_taps(exchanged, True).unflatten(1, (3, 3))
     run = functools.partial(convolve, dz, flipped=flipped, config=config)
     offset = 2 - pad
+    if skip is not None and skip.shape[2:] == (h, w):
+        masks = skip if mask_skip else None, x if mask_x else None
+        both = convolve_two(dz, exchanged, c_skip, (h, w), offset, masks=masks, flipped=flipped, config=config)
+        if both is not None:
+            return both[::-1]
     dx = run(exchanged[c_skip:], (h, w), offset, offset, mask=x if mask_x else None)
     if skip is None:
         return dx, _launch.empty((0,), x.dtype, x.device)

@@ -45,6 +45,17 @@ def tap_sources(conv: Convolution, box: tuple[int, int, int, int], block_k: int)
     return tuple(args)
 
 
+def output_boxes(conv: Convolution, y: torch.Tensor, second: torch.Tensor | None, pixels: tuple[int, int, int],
+                 block_k: int) -> tuple:
+    """A kernel's arguments for each of two output images: boxes of its mask and of itself, None where there is none.
+
+    They have ``block_k`` channels, or half where a tile of so many may hold channels of both images.
+    """
+    box = (*pixels, block_k if conv.c_first % block_k == 0 else block_k // 2)
+    images = (conv.mask, y, conv.second_mask, second)
+    return tuple(None if image is None else image_boxes(image, box) for image in images)
+
+
 @triton.jit
 def tap_weight(weight_desc, tap, k0, c, FLIPPED: tl.constexpr):
     """The weights of one tap as operand A [BK, BC], from boxes of :func:`tap_sources`.

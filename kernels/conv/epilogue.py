@@ -29,6 +29,45 @@ def max_of_pairs(x):
 
 
 @triton.jit
+def store_masked(y, mask_desc, y_desc, n, h, w, k):
+    """Stores ``y`` [C_out, pixels], times (mask > 0) if there is a mask, and returns it."""
+    if mask_desc is not None:
+        y = tl.where(tl.reshape(mask_desc.load([n, h, w, k]), (y.shape[1], y.shape[0])).T > 0, y, 0.0)
+    y_desc.store([n, h, w, k], tl.reshape(y.to(y_desc.dtype).T, y_desc.block_shape))
+    return y
+
+
+@triton.jit
+def store_to_either(y, mask_desc, y_desc, second_mask_desc, second_desc, n, h, w, k):
+    """:func:`store_masked` to the image that has channel ``k``: the second's follow those of the first."""
+    c_first = y_desc.shape[3]
+    if k < c_first:
+        store_masked(y, mask_desc, y_desc, n, h, w, k)
+    else:
+        store_masked(y, second_mask_desc, second_desc, n, h, w, k - c_first)
+
+
+@triton.jit
+def store_images(y, mask_desc, y_desc, second_mask_desc, second_desc, n, h, w, k):
+    """Stores a tile of one output image, and returns it masked, or of two, in halves where it has twice the channels of
+    their boxes.
+
+    A tile across both images takes halves because bulk stores, unlike loads, must not start at a negative channel.
+    """
+    BLOCK_K: tl.constexpr = y.shape[0]
+    if second_desc is None:
+        y = store_masked(y, mask_desc, y_desc, n, h, w, k)
+    elif y_desc.block_shape[3] == BLOCK_K:
+        store_to_either(y, mask_desc, y_desc, second_mask_desc, second_desc, n, h, w, k)
+    else:
+        halves = tl.permute(tl.reshape(y.to(y_desc.dtype), (2, BLOCK_K // 2, y.shape[1])), (1, 2, 0))
+        lower, upper = tl.split(halves)
+        store_to_either(lower, mask_desc, y_desc, second_mask_desc, second_desc, n, h, w, k)
+        store_to_either(upper, mask_desc, y_desc, second_mask_desc, second_desc, n, h, w, k + BLOCK_K // 2)
+    return y
+
+
+@triton.jit
 def store_statistics(partial_ptr, mean, rest, squares, count, tile, offs_k, C_out):
     """partial[tile] (4, C_out) = mean, what rounding left of it, sum of squared distances from both, number of them."""
     at = partial_ptr + tile.to(tl.int64) * (4 * C_out) + offs_k

@@ -114,6 +114,26 @@ def convolve(x: torch.Tensor, weight: torch.Tensor, out_size: tuple[int, int], o
     return _run(conv, y, None, config)
 
 
+def convolve_two(x: torch.Tensor, weight: torch.Tensor, c_first: int, out_size: tuple[int, int], offset: int, *,
+                 masks: tuple[torch.Tensor | None, torch.Tensor | None], flipped: bool = False,
+                 config: ConvConfig | None = None) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """:func:`convolve` to two images, of the first ``c_first`` output channels and of the others, by one launch.
+
+    None where another tile, of one image, should take less time, or where ``config`` is one.
+    """
+    masks = tuple(None if mask is None else _launch.channels_last(mask) for mask in masks)
+    conv = Convolution(_launch.channels_last(x), None, weight, (offset, offset), tuple(out_size), mask=masks[0],
+                       flipped=flipped, c_first=c_first, second_mask=masks[1])
+    config = config or choose_config(conv)
+    if not config.writes_two or why_not(config, conv) is not None:
+        return None
+    sizes = ((conv.batch, c, *conv.out_size) for c in (c_first, conv.c_out - c_first))
+    first, second = (_launch.empty_image(size, x.dtype, x.device) for size in sizes)
+    if first.numel():
+        _LAUNCH[config.variant](conv, first, None, None, config, second)
+    return first, second
+
+
 def _forward_convolution(x, skip, weight, bias, pad: int, slope: float) -> Convolution:
     x = _launch.channels_last(x)
     h, w = x.shape[2:]

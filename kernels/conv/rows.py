@@ -12,8 +12,8 @@ import triton.language as tl
 from .. import _launch
 from .._launch import mma
 from .convolution import ConvConfig, Convolution, Head
-from .descriptors import image_boxes, tap_sources, tap_weight
-from .epilogue import bias_activation, head_store, max_of_pairs, tile_statistics
+from .descriptors import image_boxes, output_boxes, tap_sources, tap_weight
+from .epilogue import bias_activation, head_store, max_of_pairs, store_images, tile_statistics
 
 ROWS = 4
 
@@ -60,15 +60,11 @@ def accumulate_rows(x_desc, x_weight_desc, x_channels, skip_desc, skip_weight_de
 
 
 @triton.jit
-def finish_row(acc, bias_ptr, mask_desc, y_desc, n, h, w0, k0, C_out, SLOPE: tl.constexpr):
+def finish_row(acc, bias_ptr, mask_desc, y_desc, second_mask_desc, second_desc, n, h, w0, k0, C_out,
+               SLOPE: tl.constexpr):
     """Stores one output row and returns it in fp32."""
-    BLOCK_K: tl.constexpr = acc.shape[0]
-    BLOCK_W: tl.constexpr = acc.shape[1]
-    y = bias_activation(acc, bias_ptr, k0 + tl.arange(0, BLOCK_K), C_out, SLOPE)
-    if mask_desc is not None:
-        y = tl.where(tl.reshape(mask_desc.load([n, h, w0, k0]), (BLOCK_W, BLOCK_K)).T > 0, y, 0.0)
-    y_desc.store([n, h, w0, k0], tl.reshape(y.to(y_desc.dtype).T, (1, 1, BLOCK_W, BLOCK_K)))
-    return y
+    y = bias_activation(acc, bias_ptr, k0 + tl.arange(0, acc.shape[0]), C_out, SLOPE)
+    return store_images(y, mask_desc, y_desc, second_mask_desc, second_desc, n, h, w0, k0)
 
 
 @triton.jit
@@ -83,25 +79,25 @@ def pool_rows(upper, lower, pooled_desc, n, h, w, k0):
 
 @triton.jit(do_not_specialize=["x_channels", "skip_channels", "offset", "C_out", "tiles"])
 def conv_relu_rows_kernel(x_desc, x_weight_desc, x_channels, skip_desc, skip_weight_desc, skip_channels, offset,
-                          bias_ptr, mask_desc, y_desc, pooled_desc, statistics_ptr, C_out, tiles, SLOPE: tl.constexpr,
-                          BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
-                          PRECISION: tl.constexpr, FLIPPED: tl.constexpr):
+                          bias_ptr, mask_desc, y_desc, second_mask_desc, second_desc, pooled_desc, statistics_ptr,
+                          C_out, tiles, SLOPE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
+                          BLOCK_C: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, FLIPPED: tl.constexpr):
     """``y = relu(conv(skip) + conv(x) + bias) * (mask > 0)``, its 2×2 max-pool and tile statistics, each part optional.
 
-    Boxes: x, skip [1, 1, BW, BC]; weights those of :func:`tap_weight`; mask, y [1, 1, BW, BK]; pooled half as wide.
-    ``tiles`` counts the tiles along (h, w, C_out).
+    Boxes: x, skip [1, 1, BW, BC]; weights those of :func:`tap_weight`; masks and outputs, see :func:`store_images`,
+    [1, 1, BW, BK or half]; pooled [1, 1, BW/2, BK]. ``tiles`` counts the tiles along (h, w, C_out).
     """
     tiles_h, tiles_w, tiles_k = tiles
     k0, tile = tl.program_id(0) % tiles_k * BLOCK_K, tl.program_id(0) // tiles_k
     w0, h0, n = tile % tiles_w * BLOCK_W, tile // tiles_w % tiles_h * 4, tile // (tiles_w * tiles_h)
     y0, y1, y2, y3 = accumulate_rows(x_desc, x_weight_desc, x_channels, skip_desc, skip_weight_desc, skip_channels,
                                      offset, n, h0, w0, k0, BLOCK_K, BLOCK_W, BLOCK_C, STAGES, PRECISION, FLIPPED)
-    y0 = finish_row(y0, bias_ptr, mask_desc, y_desc, n, h0, w0, k0, C_out, SLOPE)
-    y1 = finish_row(y1, bias_ptr, mask_desc, y_desc, n, h0 + 1, w0, k0, C_out, SLOPE)
+    y0 = finish_row(y0, bias_ptr, mask_desc, y_desc, second_mask_desc, second_desc, n, h0, w0, k0, C_out, SLOPE)
+    y1 = finish_row(y1, bias_ptr, mask_desc, y_desc, second_mask_desc, second_desc, n, h0 + 1, w0, k0, C_out, SLOPE)
     if pooled_desc is not None:
         pool_rows(y0, y1, pooled_desc, n, h0 // 2, w0 // 2, k0)
-    y2 = finish_row(y2, bias_ptr, mask_desc, y_desc, n, h0 + 2, w0, k0, C_out, SLOPE)
-    y3 = finish_row(y3, bias_ptr, mask_desc, y_desc, n, h0 + 3, w0, k0, C_out, SLOPE)
+    y2 = finish_row(y2, bias_ptr, mask_desc, y_desc, second_mask_desc, second_desc, n, h0 + 2, w0, k0, C_out, SLOPE)
+    y3 = finish_row(y3, bias_ptr, mask_desc, y_desc, second_mask_desc, second_desc, n, h0 + 3, w0, k0, C_out, SLOPE)
     if pooled_desc is not None:
         pool_rows(y2, y3, pooled_desc, n, h0 // 2 + 1, w0 // 2, k0)
     if statistics_ptr is not None:
@@ -151,13 +147,14 @@ def _tiles(conv: Convolution, config: ConvConfig) -> tuple[int, tuple[int, int, 
     return conv.batch * tiles[0] * tiles[1] * tiles[2], tiles
 
 
-def launch_rows(conv: Convolution, y, pooled, statistics, config: ConvConfig) -> None:
-    """Writes the convolution to ``y``, its 2×2 max-pool to ``pooled`` and each tile's ``statistics``, unless None."""
+def launch_rows(conv: Convolution, y, pooled, statistics, config: ConvConfig, second=None) -> None:
+    """Writes the convolution to ``y`` and ``second``, its 2×2 max-pool to ``pooled`` and each tile's ``statistics``,
+    unless None."""
     programs, tiles = _tiles(conv, config)
-    row, half = (1, 1, config.block_w, config.block_k), (1, 1, config.block_w // 2, config.block_k)
+    half = (1, 1, config.block_w // 2, config.block_k)
     _launch.launch(conv_relu_rows_kernel, (programs,),
                    *tap_sources(conv, (1, 1, config.block_w, config.block_c), config.block_k), conv.offset, conv.bias,
-                   None if conv.mask is None else image_boxes(conv.mask, row), image_boxes(y, row),
+                   *output_boxes(conv, y, second, (1, 1, config.block_w), config.block_k),
                    None if pooled is None else image_boxes(pooled, half), statistics, conv.c_out, tiles,
                    SLOPE=conv.slope, BLOCK_K=config.block_k, BLOCK_W=config.block_w, BLOCK_C=config.block_c,
                    STAGES=config.num_stages, PRECISION=_launch.dot_precision(y.dtype), FLIPPED=conv.flipped,

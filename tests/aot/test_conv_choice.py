@@ -15,7 +15,7 @@ from fastunet.inspection.kernel_table import launches
 from fastunet.inspection.layers import CASES, network_calls
 from fastunet.kernels import _launch
 from fastunet.kernels.conv import config as conv_config
-from fastunet.kernels.conv import forward
+from fastunet.kernels.conv import data_grad, forward
 from fastunet.kernels.conv.cost import cost, device
 
 pytestmark = [
@@ -24,9 +24,13 @@ pytestmark = [
 ]
 
 
-def choices(name, batch, architecture, eight_warps=False):
-    """(convolution, configuration, cost, seconds without the launch) of each layer, for inference in bfloat16."""
+def choices(name, batch, architecture, eight_warps=False, gradients=False):
+    """(convolution, configuration, seconds without the launch) of each layer, for inference in bfloat16, or of the data
+    ``gradients`` of those with a skip."""
     network, (height, width) = CASES[name]
+    calls = network_calls(network, batch, height, width, training=gradients, output="labels")
+    if gradients:
+        calls = [call for call in calls if call.operator == "conv_relu_data_grad" and call.arguments["skip"]]
     choose, found = conv_config.choose_config, []
 
     def spy(conv, **options):
@@ -37,7 +41,7 @@ def choices(name, batch, architecture, eight_warps=False):
 
     with (_launch.recording(architecture), mock.patch.object(forward, "choose_config", spy),
           mock.patch.object(conv_config, "EIGHT_WARPS", eight_warps)):  # fmt: skip
-        for call in network_calls(network, batch, height, width, training=False, output="labels"):
+        for call in calls:
             call.launcher()(*call.allocate(torch.bfloat16))
     return found
 
@@ -117,4 +121,22 @@ def test_launches_of_a_training_step():
     network, size = CASES["brats 240"]
     calls = network_calls(network, 16, *size)
     found = collections.Counter(call.operator for call in calls for _ in launches(call, torch.bfloat16, 90))
-    assert sum(found.values()) <= 115, found
+    assert sum(found.values()) <= 111, found
+
+
+@pytest.mark.parametrize("eight_warps, last, two, one", [
+    (False, "box 128x1x8x16 by 64", 443, 359), (True, "box 128x1x16x16 by 64", 415, 332),
+])  # fmt: skip
+def test_gradients_of_both_sources(eight_warps, last, two, one, monkeypatch):
+    """One launch of a decoder whose skip is not cropped; microseconds of all four on an H100, and those of two each."""
+
+    def found():
+        calls = choices("brats 240", 16, 90, eight_warps, gradients=True)
+        return [text(config) for _, config, _ in calls], 1e6 * sum(seconds + 3e-6 for *_, seconds in calls)
+
+    tiles, microseconds = found()
+    assert tiles == ["rows 64x1x4x64 by 32", "rows 64x1x4x64 by 64", "rows 64x1x4x64 by 64", last]
+    assert round(microseconds) == one
+    monkeypatch.setattr(data_grad, "convolve_two", lambda *args, **options: None)
+    tiles, microseconds = found()
+    assert (len(tiles), round(microseconds)) == (8, two)

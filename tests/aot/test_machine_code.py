@@ -3,8 +3,8 @@
 By default every option of the BraTS network in bfloat16 for sm_90 at batch 16 and every tiling of its products, with
 those functions that only batch 1 uses, and the products of operators that only the ISBI network has; one of each kernel
 function that multiplies for other architectures and in tf32, but for convolutions with a head or in splits; by older
-versions of Triton one of each function, with each number of warps and stages, that multiplies, in bfloat16 (in tf32
-test_in_flight.py compiles some). ``--full`` compiles all.
+versions of Triton one of each function, with each number of warps and stages and of outputs, that multiplies, in
+bfloat16 (in tf32 test_in_flight.py compiles some). ``--full`` compiles all.
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ def test_kernels(architecture, mode, show_table, request):
                 chosen = one_of_each([use for use in both if "split" not in function(use.launch)], function)
             elif BEFORE_3_8:
                 found = [use for use in brats if multiplies(use)]
-                chosen = one_of_each(found, lambda launch: (function(launch), launch.num_warps, launch.num_stages))
+                chosen = one_of_each(found, lambda launch: (function(launch), launch.num_warps, launch.num_stages,
+                                                            launch.args.get("second_desc") is None))
             else:
                 chosen = covering(brats) + one_of_each(rest, function)
         check(chosen, show_table, f"{architecture} {mode}")

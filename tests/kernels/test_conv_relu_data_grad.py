@@ -18,6 +18,7 @@ from .conv_cases import ConvCase
 
 POINTER = ConvConfig("pointer", block_k=32, block_w=32, block_c=32)
 BOX = ConvConfig("box", block_k=64, block_w=16, block_h=4, block_c=16)
+BATCH_BOX = ConvConfig("box", block_k=128, block_w=8, block_h=8, block_n=2, block_c=16)
 SPLIT = ConvConfig("box", block_k=64, block_w=16, block_h=4, block_c=16, splits=3)
 ROWS = ConvConfig("rows", block_k=64, block_w=16, block_c=32)
 TWO_ROWS = ConvConfig("two_rows", block_k=32, block_w=16, block_h=4, block_c=16)
@@ -35,7 +36,8 @@ class Case(ConvCase):
 
     def __str__(self):
         masks = "x" * self.masks[0] + "s" * self.masks[1]
-        return f"{super().__str__()}-crop{self.crop}-{masks}"
+        whole = self.c_skip and self.crop is None
+        return f"{super().__str__()}-{'whole' if whole else f'crop{self.crop}'}-{masks}"
 
     def operands(self, dtype, device):
         """(dz, weight, x, skip); x and the skip hold exact zeros, as ReLU's outputs do."""
@@ -64,6 +66,15 @@ CASES = [
     Case(SPLIT, 1, 0, 72, 40, 7, 9),
     Case(ROWS, 1, 8, 72, 40, 6, 17, masks=(True, False)),
     Case(TWO_ROWS, 1, 0, 24, 40, 6, 17, pad=0),
+    Case(ROWS, 1, 32, 32, 40, 6, 17, masks=(True, False)),
+    Case(ROWS, 2, 64, 40, 16, 3, 16, masks=(False, True)),
+    Case(ROWS, 1, 96, 64, 16, 5, 9, pad=0),
+    Case(BOX, 1, 32, 32, 16, 5, 17, masks=(True, False)),
+    Case(BOX, 2, 32, 72, 16, 4, 9, masks=(False, False)),
+    Case(BOX, 1, 24, 40, 16, 6, 15),
+    Case(BATCH_BOX, 3, 64, 24, 16, 7, 9, masks=(False, True)),
+    Case(BATCH_BOX, 1, 128, 128, 8, 8, 8),
+    Case(None, 0, 32, 32, 8, 6, 6),
     Case(None, 3, 0, 100, 8, 3, 3, pad=0),
     Case(None, 0, 4, 8, 8, 6, 6, crop=1),
 ]
@@ -129,6 +140,21 @@ def test_weights_that_bulk_copies_read_in_place(case, in_place, device, monkeypa
         dx, _ = data_grad(dz, each, x, skip, 1, *case.masks, config=None if skip is not None else case.config)
         assert_within_budget(dx, same[0], exact[0], "dx")
         assert bool(reordered) == expected
+
+
+@pytest.mark.parametrize("config, c_skip, c_x, crop, count", [
+    (ROWS, 32, 32, 0, 1), (ROWS, 64, 8, 0, 1), (ROWS, 96, 32, 0, 1), (BOX, 64, 64, 0, 1), (BATCH_BOX, 64, 64, 0, 1),
+    (ROWS, 24, 40, 0, 2), (ROWS, 16, 48, 0, 2), (BATCH_BOX, 96, 32, 0, 2), (ROWS, 32, 32, 2, 2), (SPLIT, 64, 64, 0, 4),
+    (POINTER, 64, 64, 0, 2), (POINTER, 3, 64, 0, 2), (None, 32, 32, 0, 1), (None, 24, 40, 0, 2), (None, 4, 28, 0, 2),
+], ids=str)  # fmt: skip
+def test_launches_for_both_sources(config, c_skip, c_x, crop, count):
+    """One where half a tile is of one source, at the same place in both, by kernels that write two images."""
+    sizes = (2, 32, 60, 240), (2, c_x, 60, 240), (2, c_skip, 60 + crop, 240 + crop), (32, c_skip + c_x, 3, 3)
+    dz, x, skip, weight = (torch.empty(size, dtype=torch.bfloat16, device="meta") for size in sizes)
+    dz, x, skip, weight = (image.contiguous(memory_format=torch.channels_last) for image in (dz, x, skip, weight))
+    with _launch.recording(90) as launches:
+        data_grad(dz, weight, x, skip, 1, True, False, config)
+    assert len([launch for launch in launches if launch.kernel.__name__ != "permuted_taps_kernel"]) == count
 
 
 @pytest.mark.parametrize("pad, crop", [(0, 5), (1, 5), (0, 0)])
