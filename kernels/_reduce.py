@@ -57,15 +57,21 @@ def sum_rows(partial_ptr, splits, row_size, offs_m, m_mask, BLOCK_S: tl.constexp
 
 
 @triton.jit
-def sum_splits_kernel(partial_ptr, out_ptr, bias_ptr, splits, M, row_size, BLOCK_S: tl.constexpr,
-                      BLOCK_M: tl.constexpr):
+def add_rows(pid, partial_ptr, out_ptr, bias_ptr, splits, M, row_size, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr):
     """out[m] = sum_s partial[s, m] of the first M columns; bias[m - M] that of the others, up to ``row_size``."""
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_m = pid.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     sums = sum_rows(partial_ptr, splits, row_size, offs_m, offs_m < row_size, BLOCK_S, BLOCK_M)
     sums = sums.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + offs_m, sums, mask=offs_m < M)
     if bias_ptr is not None:
         tl.store(bias_ptr + offs_m - M, sums, mask=(offs_m >= M) & (offs_m < row_size))
+
+
+@triton.jit
+def sum_splits_kernel(partial_ptr, out_ptr, bias_ptr, splits, M, row_size, BLOCK_S: tl.constexpr,
+                      BLOCK_M: tl.constexpr):
+    """:func:`add_rows` of a tile of columns."""
+    add_rows(tl.program_id(0), partial_ptr, out_ptr, bias_ptr, splits, M, row_size, BLOCK_S, BLOCK_M)
 
 
 def sum_splits(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

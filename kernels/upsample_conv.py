@@ -102,19 +102,26 @@ def fold_taps(partial_ptr, dw_ptr, splits, C_out, C_in, row_size, first_m, BLOCK
 
 
 @triton.jit
-def fold_taps_kernel(partial_ptr, dw_ptr, db_ptr, splits, C_out, C_in, row_size, BLOCK_S: tl.constexpr,
-                     BLOCK_M: tl.constexpr):
+def fold_rows(pid, partial_ptr, dw_ptr, db_ptr, splits, C_out, C_in, row_size, BLOCK_S: tl.constexpr,
+              BLOCK_M: tl.constexpr):
     """:func:`fold_taps`, and in the programs after those the C_out columns behind G summed into db.
 
     The order of the additions depends on the number of splits alone.
     """
-    pid, blocks = tl.program_id(0), tl.cdiv(C_out * C_in, BLOCK_M)
+    blocks = tl.cdiv(C_out * C_in, BLOCK_M)
     if pid < blocks:
         fold_taps(partial_ptr, dw_ptr, splits, C_out, C_in, row_size, pid * BLOCK_M, BLOCK_S, BLOCK_M)
     else:
         offs_k = (pid - blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
         db = sum_rows(partial_ptr + 9 * C_out * C_in, splits, row_size, offs_k, offs_k < C_out, BLOCK_S, BLOCK_M)
         tl.store(db_ptr + offs_k, db.to(db_ptr.dtype.element_ty), mask=offs_k < C_out)
+
+
+@triton.jit
+def fold_taps_kernel(partial_ptr, dw_ptr, db_ptr, splits, C_out, C_in, row_size, BLOCK_S: tl.constexpr,
+                     BLOCK_M: tl.constexpr):
+    """:func:`fold_rows` of a tile of weights or of biases."""
+    fold_rows(tl.program_id(0), partial_ptr, dw_ptr, db_ptr, splits, C_out, C_in, row_size, BLOCK_S, BLOCK_M)
 
 
 @keepable

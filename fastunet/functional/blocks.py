@@ -24,6 +24,7 @@ from torch import Tensor
 from fastunet import autograd
 from fastunet.autograd import Context, Function, Gradients
 from fastunet.dispatch import autocast_operands, select_backend
+from fastunet.functional import block_weight_grads  # noqa: F401  (registers the operator)
 from fastunet.functional.conv_relu import check_conv, check_conv_dtypes, conv_relu
 from fastunet.functional.conv_transpose import conv_transpose2d
 from fastunet.functional.segmentation_head import segmentation_head, too_many_classes
@@ -66,23 +67,32 @@ def _again(operators: Function, ctx: Context, tensors: list[Any], grads: list[Te
 
 def _two_conv_gradients(
     needed: Sequence[bool], dz2: Tensor, x: Tensor, skip: Tensor | None, y1: Tensor, w1: Tensor, w2: Tensor, pad: int,
-    mask_x: bool, backend: str,
+    mask_x: bool, backend: str, low: Tensor | None = None, transpose: bool = False,
 ) -> Gradients:
-    """Gradients (dx, dskip, dw1, db1, dw2, db2) of conv2(relu(conv1([skip, x]))) from dz2, None where none is needed.
+    """Gradients (dx, dskip, dw1, db1, dw2, db2, dwu, dbu) of conv2(relu(conv1([skip, x]))) from dz2, None where none is
+    needed.
 
-    ``needed`` tells of them; that of dx also stands for what comes before x.
+    ``needed`` tells of them; that of dx also stands for what comes before x, the last two of ``low`` being made into x.
     """
-    need_x, need_skip, *first, need_w2, need_b2 = needed
-    dx = dskip = dw1 = db1 = dw2 = db2 = None
-    if need_w2 or need_b2:
-        dw2, db2 = _OPS.conv_relu_weight_grad(dz2, y1, None, pad, True, backend)
-    if need_x or need_skip or any(first):
+    need_x, need_skip, *need_weights = needed
+    dz1 = dx = dskip = None
+    if need_x or need_skip or any(need_weights[:2]):
         dz1, _ = _OPS.conv_relu_data_grad(dz2, w2, y1, None, pad, True, False, backend)
-        if any(first):
-            dw1, db1 = _OPS.conv_relu_weight_grad(dz1, x, skip, pad, True, backend)
-        if need_x or need_skip:
-            dx, dskip = _OPS.conv_relu_data_grad(dz1, w1, x, skip, pad, mask_x, False, backend)
-    return dx, dskip if skip is not None else None, dw1, db1, dw2, db2
+    if need_x or need_skip:
+        dx, dskip = _OPS.conv_relu_data_grad(dz1, w1, x, skip, pad, mask_x, False, backend)
+    if all(need_weights):
+        du = None if low is None else dx
+        found = _OPS.block_weight_grads(dz1, x, skip, dz2, y1, du, low, pad, transpose, backend)
+        return dx, dskip if skip is not None else None, *found[: len(need_weights)]
+    found = [None] * len(need_weights)
+    if any(need_weights[:2]):
+        found[:2] = _OPS.conv_relu_weight_grad(dz1, x, skip, pad, True, backend)
+    if any(need_weights[2:4]):
+        found[2:4] = _OPS.conv_relu_weight_grad(dz2, y1, None, pad, True, backend)
+    if any(need_weights[4:]):
+        operator = _OPS.conv_transpose2d_weight_grad if transpose else _OPS.upsample_conv_relu_weight_grad
+        found[4:] = operator(dx, low, True, backend)
+    return dx, dskip if skip is not None else None, *found
 
 
 class _EncoderBlock(torch.autograd.Function):
@@ -158,16 +168,16 @@ class _DecoderBlock(torch.autograd.Function):
         pad, transpose, mask_input, _, backend = ctx.options
         need_x, need_skip, need_wu, need_bu, *needed = ctx.needs_input_grad[:8]
         dz2 = dy if y2 is None else _OPS.relu_backward(dy, y2, 0.0, backend)
-        needed = [need_x or need_wu or need_bu, need_skip, *needed]
-        du, dskip, *d_parameters = _two_conv_gradients(needed, dz2, u, skip, y1, w1, w2, pad, not transpose, backend)
-        dx = dwu = dbu = None
-        operator = "conv_transpose2d" if transpose else "upsample_conv_relu"
-        if need_wu or need_bu:
-            dwu, dbu = getattr(_OPS, f"{operator}_weight_grad")(du, x, True, backend)
+        needed = [need_x or need_wu or need_bu, need_skip, *needed, need_wu, need_bu]
+        du, dskip, *d_convs, dwu, dbu = _two_conv_gradients(
+            needed, dz2, u, skip, y1, w1, w2, pad, not transpose, backend, x, transpose
+        )
+        dx = None
         if need_x:
+            operator = _OPS.conv_transpose2d_data_grad if transpose else _OPS.upsample_conv_relu_data_grad
             options = [mask_input] if transpose else [mask_input, packed]
-            dx = getattr(_OPS, f"{operator}_data_grad")(du, wu, x, *options, backend)
-        return dx, dskip, dwu, dbu, *d_parameters, None, None, None, None, None
+            dx = operator(du, wu, x, *options, backend)
+        return dx, dskip, dwu, dbu, *d_convs, None, None, None, None, None
 
 
 def encoder_block(

@@ -87,7 +87,10 @@ def _source_gradient(dz: Tensor, x: Tensor, weight: Tensor, pad: int) -> Tensor:
     return nhwc(_gradients.gradients(dz, x, weight, 1, pad, (True, False, False))[0])
 
 
-def _weight_grad(dz: Tensor, x: Tensor, skip: Tensor | None, pad: int, has_bias: bool) -> tuple[Tensor, Tensor]:
+def torch_weight_grad(
+    dz: Tensor, x: Tensor, skip: Tensor | None, pad: int, has_bias: bool
+) -> tuple[Tensor, Tensor]:
+    """The PyTorch implementation of ``fastunet::conv_relu_weight_grad``."""
     sources = [x] if skip is None else [centre_crop(skip, *x.shape[2:]), x]
     if _weight_products.suits(dz, sources):
         return _weight_products.weight_gradient(nhwc(dz), sources, pad, has_bias)
@@ -114,9 +117,10 @@ def _fake_data_grad(
     return empty_nhwc(x, *x.shape[1:]), x.new_empty(0) if skip is None else empty_nhwc(skip, *skip.shape[1:])
 
 
-def _fake_weight_grad(
+def fake_weight_grad(
     dz: Tensor, x: Tensor, skip: Tensor | None, pad: int, has_bias: bool
 ) -> tuple[Tensor, Tensor]:
+    """The shapes and strides of ``fastunet::conv_relu_weight_grad``."""
     channels = x.shape[1] + (0 if skip is None else skip.shape[1])
     return _gradients.fake_weight_gradient(dz, (dz.shape[1], channels, 3, 3), has_bias)
 
@@ -188,9 +192,9 @@ define(
 )
 define(
     "conv_relu_weight_grad(Tensor dz, Tensor x, Tensor? skip, int pad, bool has_bias, str backend) -> (Tensor, Tensor)",
-    torch_impl=_weight_grad,
+    torch_impl=torch_weight_grad,
     triton_impl="conv.weight_grad:weight_grad",
-    fake=_fake_weight_grad,
+    fake=fake_weight_grad,
 )
 
 

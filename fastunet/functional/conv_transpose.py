@@ -27,7 +27,8 @@ def _data_grad(dy: Tensor, weight: Tensor, x: Tensor, mask_x: bool) -> Tensor:
     return masked(dx, x) if mask_x else dx
 
 
-def _weight_grad(dy: Tensor, x: Tensor, has_bias: bool) -> tuple[Tensor, Tensor]:
+def torch_weight_grad(dy: Tensor, x: Tensor, has_bias: bool) -> tuple[Tensor, Tensor]:
+    """The PyTorch implementation of ``fastunet::conv_transpose2d_weight_grad``."""
     dw, db = weight_gradient(dy, x, (x.shape[1], dy.shape[1], 2, 2), 2, 0, has_bias, transposed=True)
     return nhwc(dw), db
 
@@ -65,7 +66,7 @@ define(
 )
 define(
     "conv_transpose2d_weight_grad(Tensor dy, Tensor x, bool has_bias, str backend) -> (Tensor, Tensor)",
-    torch_impl=_weight_grad,
+    torch_impl=torch_weight_grad,
     triton_impl="conv_transpose:weight_grad",
     fake=lambda dy, x, has_bias: fake_weight_gradient(dy, (x.shape[1], dy.shape[1], 2, 2), has_bias),
 )

@@ -46,7 +46,8 @@ def _data_grad(dz: Tensor, weight: Tensor, x: Tensor, mask_x: bool, packed: Tens
     return masked(dx, x) if mask_x else dx
 
 
-def _weight_grad(dz: Tensor, x: Tensor, has_bias: bool) -> tuple[Tensor, Tensor]:
+def torch_weight_grad(dz: Tensor, x: Tensor, has_bias: bool) -> tuple[Tensor, Tensor]:
+    """The PyTorch implementation of ``fastunet::upsample_conv_relu_weight_grad``."""
     g, db = weight_gradient(dz, x, (x.shape[1], dz.shape[1], 3, 3), 2, 1, has_bias, transposed=True)
     folded = g[..., :2, :2] + g[..., :2, 1:] + g[..., 1:, :2] + g[..., 1:, 1:]
     return nhwc(folded.flip(2, 3).transpose(0, 1)), db
@@ -96,7 +97,7 @@ define(  # packed, where it is given, is read in place of weight
 )
 define(
     "upsample_conv_relu_weight_grad(Tensor dz, Tensor x, bool has_bias, str backend) -> (Tensor, Tensor)",
-    torch_impl=_weight_grad,
+    torch_impl=torch_weight_grad,
     triton_impl="upsample_conv:weight_grad",
     fake=lambda dz, x, has_bias: fake_weight_gradient(dz, (dz.shape[1], x.shape[1], 2, 2), has_bias),
 )

@@ -3,10 +3,16 @@
     dw[k, c, r, s] = sum over n, i, j of  dz[n, k, i, j] · x[n, c, i + r - pad, j + s - pad]
 
 with x zero outside of the image. Each program sums its share of the pixels in fp32, and a second kernel adds the
-shares in a fixed order. The bias gradient, the sum of dz, is made by further programs of the same two launches.
+shares in a fixed order. The bias gradient, the sum of dz, is made by further programs of the same two launches, as are
+the columns of a skip and, in a block, the gradients of its other convolution.
 """
 
 from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -85,35 +91,120 @@ def sum_products(x, x_shape, x_strides, dz, dz_shape, dz_strides, pad, partial_p
     tl.store(out + 6 * stride_tap, bottom, mask=mask)
 
 
-@triton.jit(do_not_specialize=["x_shape", "x_strides", "dz_shape", "dz_strides", "pad", "stride_tap", "column",
-                             "row_size", "tiles", "tiles_a_split", "pixels", "pixels_a_split"])
-def conv_relu_weight_grad_kernel(x, x_shape, x_strides, dz, dz_ptr, dz_shape, dz_strides, pad, partial_ptr, stride_tap,
-                                 column, row_size, tiles, tiles_a_split, pixels, pixels_a_split, BLOCK_H: tl.constexpr,
-                                 BLOCK_W: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
-                                 BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr,
-                                 X_VECTOR: tl.constexpr, DZ_VECTOR: tl.constexpr, OUT_VECTOR: tl.constexpr,
-                                 BULK: tl.constexpr, DZ_BULK: tl.constexpr, STAGES: tl.constexpr,
-                                 PRECISION: tl.constexpr):
+@triton.jit
+def add_source(pid, split, x, x_shape, x_strides, dz, dz_ptr, dz_shape, dz_strides, partial_ptr, sizes, pad,
+               BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+               BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr, X_VECTOR: tl.constexpr,
+               DZ_VECTOR: tl.constexpr, OUT_VECTOR: tl.constexpr, BULK: tl.constexpr, DZ_BULK: tl.constexpr,
+               STAGES: tl.constexpr, PRECISION: tl.constexpr):
     """partial[split, (k, r, s, column + c)] and, behind them, the bias's [split, k]: sums over the split's pixels.
 
-    Grid: (3 column shifts, C_in and C_out tiles, then C_out in tiles of the bias) × splits. ``pixels`` rows of C_out
-    channels start at ``dz_ptr``. OUT_VECTOR divides ``stride_tap``, ``column`` and ``row_size``.
+    ``pid`` counts 3 column shifts, C_in and C_out tiles, then C_out in tiles of the bias. ``sizes`` are channels of all
+    sources, column, elements of a row, tiles, those of a split, pixels and those of a split; the pixels' rows of C_out
+    channels start at ``dz_ptr``. OUT_VECTOR divides the first three.
     """
-    pid, split = tl.program_id(0), tl.program_id(1)
+    channels, column, row_size, tiles, tiles_a_split, pixels, pixels_a_split = sizes
     C_out, tiles_c = dz_shape[2], tl.cdiv(x_shape[2], BLOCK_C)
     products = 3 * tiles_c * tl.cdiv(C_out, BLOCK_K)
-    stride_tap, column = stride_tap // OUT_VECTOR * OUT_VECTOR, column // OUT_VECTOR * OUT_VECTOR
+    channels, column = channels // OUT_VECTOR * OUT_VECTOR, column // OUT_VECTOR * OUT_VECTOR
     partial_ptr += split.to(tl.int64) * (row_size // OUT_VECTOR * OUT_VECTOR)
     if pid < products:
         first = split * tiles_a_split
-        sum_products(x, x_shape, x_strides, dz, dz_shape, dz_strides, pad, partial_ptr + column, stride_tap, pid % 3,
+        sum_products(x, x_shape, x_strides, dz, dz_shape, dz_strides, pad, partial_ptr + column, channels, pid % 3,
                      pid // 3 % tiles_c * BLOCK_C, pid // 3 // tiles_c * BLOCK_K, first,
                      tl.minimum(first + tiles_a_split, tiles), BLOCK_H, BLOCK_W, ROWS, BLOCK_K, BLOCK_C, X_VECTOR,
                      DZ_VECTOR, BULK, DZ_BULK, STAGES, PRECISION)
     else:
         first = split * pixels_a_split
-        sum_columns(dz_ptr, partial_ptr + 9 * C_out * stride_tap, (pid - products) * BLOCK_Q, first,
+        sum_columns(dz_ptr, partial_ptr + 9 * C_out * channels, (pid - products) * BLOCK_Q, first,
                     tl.minimum(first + pixels_a_split, pixels), C_out // DZ_VECTOR * DZ_VECTOR, BLOCK_R, BLOCK_Q)
+
+
+@triton.jit(do_not_specialize=["x_shape", "x_strides", "dz_shape", "dz_strides", "sizes", "x1_shape", "x1_strides",
+                             "dz1_shape", "dz1_strides", "sizes1", "x2_shape", "x2_strides", "dz2_shape", "dz2_strides",
+                             "sizes2", "pad", "programs"])
+def conv_relu_weight_grad_kernel(x, x_shape, x_strides, dz, dz_ptr, dz_shape, dz_strides, partial_ptr, sizes,
+                                 x1, x1_shape, x1_strides, dz1, dz1_ptr, dz1_shape, dz1_strides, partial1_ptr, sizes1,
+                                 x2, x2_shape, x2_strides, dz2, dz2_ptr, dz2_shape, dz2_strides, partial2_ptr, sizes2,
+                                 pad, programs, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr,
+                                 BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+                                 BLOCK_Q: tl.constexpr, X_VECTOR: tl.constexpr, DZ_VECTOR: tl.constexpr,
+                                 OUT_VECTOR: tl.constexpr, BULK: tl.constexpr, DZ_BULK: tl.constexpr,
+                                 STAGES: tl.constexpr, PRECISION: tl.constexpr):
+    """:func:`add_source` of one source, or of two or three, side by side.
+
+    Grid: the programs of each, where ``programs`` says that the second's and the third's begin, × splits.
+    """
+    pid, split = tl.program_id(0), tl.program_id(1)
+    if pid < programs[0]:
+        add_source(pid, split, x, x_shape, x_strides, dz, dz_ptr, dz_shape, dz_strides, partial_ptr, sizes, pad,
+                   BLOCK_H, BLOCK_W, ROWS, BLOCK_K, BLOCK_C, BLOCK_R, BLOCK_Q, X_VECTOR, DZ_VECTOR, OUT_VECTOR, BULK,
+                   DZ_BULK, STAGES, PRECISION)
+    # one after another, not nested: Triton lays the buffers of an else beside those of its if, not over them
+    if x1 is not None:
+        pid1 = pid - programs[0]
+        if (pid1 >= 0) & (pid < programs[1]):
+            add_source(pid1, split, x1, x1_shape, x1_strides, dz1, dz1_ptr, dz1_shape, dz1_strides,
+                       partial1_ptr, sizes1, pad, BLOCK_H, BLOCK_W, ROWS, BLOCK_K, BLOCK_C, BLOCK_R, BLOCK_Q, X_VECTOR,
+                       DZ_VECTOR, OUT_VECTOR, BULK, DZ_BULK, STAGES, PRECISION)
+    if x2 is not None:
+        pid2 = pid - programs[1]
+        if pid2 >= 0:
+            add_source(pid2, split, x2, x2_shape, x2_strides, dz2, dz2_ptr, dz2_shape, dz2_strides,
+                       partial2_ptr, sizes2, pad, BLOCK_H, BLOCK_W, ROWS, BLOCK_K, BLOCK_C, BLOCK_R, BLOCK_Q, X_VECTOR,
+                       DZ_VECTOR, OUT_VECTOR, BULK, DZ_BULK, STAGES, PRECISION)
+
+
+@dataclass(frozen=True)
+class Product:
+    """A convolution whose weight gradient is wanted: ``dz`` (N, C_out, H_out, W_out), ``x`` (N, C_x, H, W), ``skip``
+    (N, C_skip, >= H, >= W) or None."""
+
+    dz: torch.Tensor
+    x: torch.Tensor
+    skip: torch.Tensor | None
+    has_bias: bool
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C_out, 9, C_skip + C_x), the order of dw's memory."""
+        return self.dz.shape[1], 9, self.x.shape[1] + (0 if self.skip is None else self.skip.shape[1])
+
+    @property
+    def row_size(self) -> int:
+        """Elements of dw and db."""
+        return math.prod(self.shape) + self.has_bias * self.dz.shape[1]
+
+    def sources(self, config: WeightGradConfig | None) -> list[Source]:
+        """x, with which the bias is summed, and the skip's centre, whose channels come first."""
+        dz, x = _launch.channels_last(self.dz), _launch.channels_last(self.x)
+        c_skip, (height, width) = self.shape[2] - x.shape[1], x.shape[2:]
+        found = [Source(dz, x, c_skip, self.has_bias, config or choose_config(dz, x))]
+        if self.skip is not None:
+            top, left = (self.skip.shape[2] - height) // 2, (self.skip.shape[3] - width) // 2
+            skip = _launch.channels_last(self.skip)[:, :, top : top + height, left : left + width]
+            found.append(Source(dz, skip, 0, False, config or choose_config(dz, skip)))
+        return found
+
+
+@dataclass(frozen=True)
+class Source:
+    """One image of a product, the first of whose channels is ``column`` of all."""
+
+    dz: torch.Tensor
+    x: torch.Tensor
+    column: int
+    sums_bias: bool
+    config: WeightGradConfig
+
+    @property
+    def tiles(self) -> int:
+        return self.config.tiles(self.dz)
+
+    @property
+    def programs(self) -> int:
+        """Of one split, without those of the bias."""
+        return self.config.programs(self.dz.shape[1], self.x.shape[1])
 
 
 def weight_grad(dz: torch.Tensor, x: torch.Tensor, skip: torch.Tensor | None, pad: int, has_bias: bool,
@@ -122,63 +213,87 @@ def weight_grad(dz: torch.Tensor, x: torch.Tensor, skip: torch.Tensor | None, pa
 
     dz (N, C_out, H_out, W_out), x (N, C_x, H, W), skip (N, C_skip, >= H, >= W) or None. dw (C_out, C_skip + C_x, 3, 3)
     in channels_last memory and x's dtype; db (C_out,), or (0,) without a bias. ``config`` is used for both sources.
-    The fp32 workspace is splits · C_out · (9 · (C_skip + C_x) + 1) · 4 bytes, bounded by :func:`choose_splits`.
 
     Raises:
         ValueError: the shapes do not belong together, or ``config`` cannot run.
     """
-    n, c_out, h, w = dz.shape
-    if (n, h, w) != (x.shape[0], x.shape[2] + 2 * pad - 2, x.shape[3] + 2 * pad - 2):
-        raise ValueError(f"conv_relu weight gradient: dz {tuple(dz.shape)} does not fit x {tuple(x.shape)}, pad {pad}")
-    c_skip = 0 if skip is None else skip.shape[1]
-    channels = c_skip + x.shape[1]
-    shape, biases = (c_out, 9, channels), c_out if has_bias else 0
-    if dz.numel() == 0:
-        dw = _launch.empty(shape, x.dtype, x.device).zero_()
-        return _as_weight(dw), _launch.empty((biases,), x.dtype, x.device).zero_()
-    dz, x = _launch.channels_last(dz), _launch.channels_last(x)
-    x_config = config or choose_config(dz, x)
-    splits = choose_splits(dz, x.shape[1], channels, x_config)
-    partial = _launch.empty((splits, 9 * c_out * channels + biases), torch.float32, x.device)
-    _launch_source(dz, x, pad, partial, channels, c_skip, has_bias, x_config)
-    if skip is not None:
-        height, width = x.shape[2:]
-        top, left = (skip.shape[2] - height) // 2, (skip.shape[3] - width) // 2
-        skip = _launch.channels_last(skip)[:, :, top : top + height, left : left + width]
-        _launch_source(dz, skip, pad, partial, channels, 0, False, config or choose_config(dz, skip))
-    dw, db = sum_gradients(partial, shape, x.dtype)
-    return _as_weight(dw), db
+    product = Product(dz, x, skip, has_bias)
+    (partial,) = partial_sums([product], pad, config)
+    dw, db = sum_gradients(partial, product.shape, x.dtype)
+    return as_weight(dw), db
 
 
-def _as_weight(dw: torch.Tensor) -> torch.Tensor:
+def as_weight(dw: torch.Tensor) -> torch.Tensor:
     """(C_out, 9, C) as a channels_last (C_out, C, 3, 3)."""
     return dw.view(dw.shape[0], 3, 3, dw.shape[2]).permute(0, 3, 1, 2)
 
 
-def _launch_source(dz: torch.Tensor, x: torch.Tensor, pad: int, partial: torch.Tensor, channels: int, column: int,
-                   sums_bias: bool, config: WeightGradConfig) -> None:
-    """Writes the columns of ``x`` (from ``column`` of ``channels`` on) of ``partial``, and the bias's if told to."""
-    reason = why_not(config, dz, x)
-    if reason is not None:
-        raise ValueError(f"weight gradient variant {config.variant!r} cannot run here: {reason}")
+def partial_sums(products: Sequence[Product], pad: int, config: WeightGradConfig | None = None) -> list[torch.Tensor]:
+    """fp32 (splits, row_size) for each product: rows of dw's elements, then db's; no row where there is no pixel.
+
+    One launch for all sources of all products if they have one configuration, else one for each configuration of a
+    product. The workspace is bounded by :func:`choose_splits`.
+    """
+    for each in products:
+        n, _, h, w = each.dz.shape
+        if (n, h, w) != (each.x.shape[0], each.x.shape[2] + 2 * pad - 2, each.x.shape[3] + 2 * pad - 2):
+            shapes = f"dz {tuple(each.dz.shape)} does not fit x {tuple(each.x.shape)}"
+            raise ValueError(f"conv_relu weight gradient: {shapes}, pad {pad}")
+    found = {at: _launch.empty((0, each.row_size), torch.float32, each.dz.device) for at, each in enumerate(products)}
+    sources = {at: each.sources(config) for at, each in enumerate(products) if each.dz.numel()}
+    alike = len({source.config for group in sources.values() for source in group}) == 1
+    for group in [list(sources)] if alike else [[at] for at in sources]:
+        read = [source for at in group for source in sources[at]]
+        splits = choose_splits(read[0].config, sum(source.programs for source in read), max(s.tiles for s in read),
+                               sum(products[at].row_size for at in group))  # fmt: skip
+        for at in group:
+            found[at] = _launch.empty((splits, products[at].row_size), torch.float32, read[0].dz.device)
+        given = [(products[at].shape[2], found[at], source) for at in group for source in sources[at]]
+        for _, members in itertools.groupby(given, key=lambda member: member[2].config):
+            _launch_sources(list(members), pad)
+    return [found[at] for at in range(len(products))]
+
+
+def _launch_sources(members: list[tuple[int, torch.Tensor, Source]], pad: int) -> None:
+    """Writes the columns of sources of one configuration, each with the channels and the rows of its product."""
+    dz, config = members[0][2].dz, members[0][2].config
+    for _, _, source in members:
+        reason = why_not(config, source.dz, source.x)
+        if reason is not None:
+            raise ValueError(f"weight gradient variant {config.variant!r} cannot run here: {reason}")
     if config.variant == "first":
-        return launch_first(dz, x, pad, partial, channels, column, sums_bias, config)
-    (splits, row_size), bulk, stages = partial.shape, config.variant == "bulk", config.stages(dz.dtype)
-    out_vector = next(width for width in (4, 2, 1) if channels % width == column % width == row_size % width == 0)
+        for channels, partial, source in members:
+            launch_first(source.dz, source.x, pad, partial, channels, source.column, source.sums_bias, config)
+        return
+    bulk, stages = config.variant == "bulk", config.stages(dz.dtype)
     box = (1, config.block_h, config.block_w)
     # A 16-bit box of several rows reaches the product without a detour only as its right operand, so that dz comes by
     # pointers. float32 takes the detour through registers anyway.
     dz_bulk = bulk and (config.block_h == 1 or dz.element_size() == 4)
-    tiles, programs, pixels = config.tiles(dz), config.programs(dz.shape[1], x.shape[1]), dz.numel() // dz.shape[1]
-    block_r, block_q = column_tile(dz.shape[1], config.num_warps)
-    programs += _launch.cdiv(dz.shape[1], block_q) if sums_bias else 0
-    _launch.launch(conv_relu_weight_grad_kernel, (programs, splits),
-                   image_boxes(x, (*box, config.block_c)) if bulk else x,
-                   (*x.shape[2:], x.shape[1]), (x.stride(0), x.stride(2)),
-                   image_boxes(dz, (*box, config.block_k)) if dz_bulk else dz, dz,
-                   (*dz.shape[2:], dz.shape[1]), (dz.stride(0), dz.stride(2)), pad, partial, channels, column, row_size,
-                   tiles, _launch.cdiv(tiles, splits), pixels, _launch.cdiv(pixels, splits),
+    block_r, block_q = column_tile(max(source.dz.shape[1] for _, _, source in members), config.num_warps)
+    arguments: list = []
+    ends = [0]
+    for channels, partial, source in members:
+        (splits, row_size), dz, x, tiles = partial.shape, source.dz, source.x, source.tiles
+        ends.append(ends[-1] + source.programs + source.sums_bias * _launch.cdiv(dz.shape[1], block_q))
+        pixels = dz.numel() // dz.shape[1]
+        sizes = (channels, source.column, row_size, tiles, _launch.cdiv(tiles, splits), pixels,
+                 _launch.cdiv(pixels, splits))  # fmt: skip
+        arguments += [image_boxes(x, (*box, config.block_c)) if bulk else x, (*x.shape[2:], x.shape[1]),
+                      (x.stride(0), x.stride(2)), image_boxes(dz, (*box, config.block_k)) if dz_bulk else dz, dz,
+                      (*dz.shape[2:], dz.shape[1]), (dz.stride(0), dz.stride(2)), partial, sizes]  # fmt: skip
+    arguments += [None] * (27 - len(arguments))
+    starts = ends[1], ends[min(2, len(members))]
+    out_vector = min(_divisor(channels, source.column, partial.shape[1]) for channels, partial, source in members)
+    _launch.launch(conv_relu_weight_grad_kernel, (ends[-1], splits), *arguments, pad, starts,
                    BLOCK_H=config.block_h, BLOCK_W=config.block_w, ROWS=config.rows, BLOCK_K=config.block_k,
-                   BLOCK_C=config.block_c, BLOCK_R=block_r, BLOCK_Q=block_q, X_VECTOR=_launch.vector_width(x),
-                   DZ_VECTOR=_launch.vector_width(dz), OUT_VECTOR=out_vector, BULK=bulk, DZ_BULK=dz_bulk, STAGES=stages,
-                   PRECISION=_launch.dot_precision(dz.dtype), num_warps=config.num_warps, num_stages=stages)
+                   BLOCK_C=config.block_c, BLOCK_R=block_r, BLOCK_Q=block_q,
+                   X_VECTOR=min(_launch.vector_width(source.x) for _, _, source in members),
+                   DZ_VECTOR=min(_launch.vector_width(source.dz) for _, _, source in members), OUT_VECTOR=out_vector,
+                   BULK=bulk, DZ_BULK=dz_bulk, STAGES=stages, PRECISION=_launch.dot_precision(dz.dtype),
+                   num_warps=config.num_warps, num_stages=stages)
+
+
+def _divisor(*numbers: int) -> int:
+    """The largest of 4, 2 and 1 that divides all."""
+    return next(width for width in (4, 2, 1) if not any(number % width for number in numbers))

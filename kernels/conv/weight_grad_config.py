@@ -116,15 +116,15 @@ def _pixels(w: int) -> tuple[int, int, int]:
     return min(choices, key=lambda pixels: choices[pixels] * _launch.cdiv(w, pixels[1]) * pixels[1])
 
 
-def choose_splits(dz: torch.Tensor, c_in: int, channels: int, config: WeightGradConfig) -> int:
+def choose_splits(config: WeightGradConfig, programs: int, tiles: int, row_size: int) -> int:
     """Into how many shares the pixels are split: two to four waves of programs, those that end most evenly.
 
-    The fp32 workspace of splits · C_out · 9 · ``channels`` elements stays below 64 MiB, or holds a single split.
+    ``programs`` are those of a split, ``tiles`` the steps over all pixels. The fp32 workspace of splits · ``row_size``
+    elements stays below 64 MiB, or holds a single split.
     """
-    programs, tiles = config.programs(dz.shape[1], c_in), config.tiles(dz)
     resident = (1 if config.block_k >= 128 else 2) if config.variant == "bulk" else 3  # programs on a multiprocessor
     multiprocessors = resident * device().multiprocessors
     fewest = _launch.cdiv(2 * multiprocessors, programs)
-    most = max(1, min(tiles, _WORKSPACE // (4 * 9 * channels * dz.shape[1])))
+    most = max(1, min(tiles, _WORKSPACE // (4 * row_size)))
     candidates = range(min(fewest, most), min(2 * fewest, most) + 1)
     return min(candidates, key=lambda s: _launch.cdiv(programs * s, multiprocessors) * _launch.cdiv(tiles, s))

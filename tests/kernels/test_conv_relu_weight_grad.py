@@ -151,7 +151,7 @@ def test_choice_fits_and_fills_the_gpu(n, c_in, c_out, size, architecture, dtype
     x = torch.empty(n, c_in, size, size, dtype=dtype, device="meta")
     with _launch.recording(architecture):
         config = choose_config(dz, x)
-        splits = choose_splits(dz, c_in, 2 * c_in, config)
+        splits = choose_splits(config, config.programs(c_out, c_in), config.tiles(dz), 9 * c_out * 2 * c_in)
         assert why_not(config, dz, x) is None
     workspace = splits * c_out * 9 * 2 * c_in * 4
     assert splits == 1 or workspace <= 64 << 20
