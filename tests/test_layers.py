@@ -30,11 +30,11 @@ def shapes(arguments):
     return [tuple(a.shape) if isinstance(a, torch.Tensor | Tensor) else a for a in arguments]
 
 
-CONV, GRADIENTS = "conv_relu", ("conv_relu_data_grad", "conv_relu_weight_grad")
+CONV, GRADIENT = "conv_relu", "conv_relu_data_grad"
 
 
 def test_calls_of_a_small_network_in_order():
-    """Depth 1 by hand: the first layer's input needs no gradient, and the weights' gradients come first or last."""
+    """Depth 1 by hand: the first layer's input needs no gradient, and the weights' gradients of a block come last."""
     calls = network_calls(Architecture(width=8, depth=1), 2, 12, 20, loss=False)
     layers = ["encoders.0.conv1", "encoders.0.conv2", "bottleneck.conv1", "bottleneck.conv2", "decoders.0.up",
               "decoders.0.conv1", "decoders.0.conv2", "head"]  # fmt: skip
@@ -42,9 +42,9 @@ def test_calls_of_a_small_network_in_order():
                "segmentation_head"]  # fmt: skip
     assert [(c.layer, c.operator) for c in calls[:8]] == list(zip(layers, forward))
     expected = {("head", "segmentation_head_backward"), ("encoders.0.conv2", "max_pool2d_backward")}
-    expected |= {(layer, operator) for layer in layers if "conv" in layer for operator in GRADIENTS}
-    expected |= {("decoders.0.up", f"upsample_{operator}") for operator in GRADIENTS}
-    expected -= {("encoders.0.conv1", "conv_relu_data_grad")}
+    expected |= {(layer, GRADIENT) for layer in layers[1:] if "conv" in layer}
+    expected |= {("decoders.0.up", f"upsample_{GRADIENT}")}
+    expected |= {(block, "block_weight_grads") for block in ("encoders.0", "bottleneck", "decoders.0")}
     assert {(c.layer, c.operator) for c in calls[8:]} == expected
     assert len(calls) == 8 + len(expected)
     first, last = calls[8].arguments, calls[-1].arguments
@@ -73,7 +73,9 @@ def test_layers_are_named_after_the_parameters(name, training):
     names = {name.rpartition(".")[0] for name, weight in model.named_parameters() if weight.dim() == 4}
     calls = network_calls(architecture, 1, height, width, training=training, loss=False)
     fused = calls[-1].operator == "conv_relu_head"
-    assert {c.layer for c in calls} == names - ({"head"} if fused else set())
+    gradients = {c.layer for c in calls if c.operator == "block_weight_grads"}
+    assert gradients == ({name.rpartition(".")[0] for name in names} - {""} if training and name in CASES else set())
+    assert {c.layer for c in calls} - gradients == names - ({"head"} if fused else set())
 
 
 def test_norms_have_their_own_dtype():

@@ -164,6 +164,10 @@ def standalone_calls(architecture: Architecture, batch: int, height: int, width:
     found["their gradient"] = Call("loss", "dice_region_sums_grad", dict(grad=grad, slopes=sums) | read, 0)
     for call in network_calls(architecture, batch, height, width, loss=False):
         name, arguments = call.operator, call.arguments
+        if name == "block_weight_grads":
+            found |= {(operator, repr(a)): Call(f"{call.layer}.{part}", operator, a, 0)
+                      for part, operator, a in _single_gradients(arguments)}  # fmt: skip
+            continue
         if name == "conv_relu_pool":
             y = Tensor(_convolved(arguments["x"].shape, arguments["weight"].shape, arguments["pad"]))
             pooled = Tensor((*y.shape[:2], y.shape[2] // 2, y.shape[3] // 2))
@@ -245,6 +249,7 @@ class _Recorder(TorchDispatchMode):
         """Adds a call."""
         found = ((self.weights, "weight"), (self.makers, "z"), (self.makers, "y"), (self.readers, "x"))
         layer = next(known[key] for known, name in found if (key := _storage(operands.get(name))) in known)
+        layer = layer.rpartition(".")[0] if operator.startswith("block") else layer
         self.readers.setdefault(_storage(operands.get("x")), layer)
         self.makers |= {key: layer for result in results if (key := _storage(result)) not in self.makers}
         arguments = dict(operands)
@@ -257,12 +262,30 @@ class _Recorder(TorchDispatchMode):
         self.calls.append(Call(layer, operator, arguments, _macs(operator, operands, results)))
 
 
+def _single_gradients(arguments: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    """Layer of the block, operator and arguments of the calls that do what one of ``block_weight_grads`` does."""
+    common = dict(pad=arguments["pad"], has_bias=True)
+    first = dict(dz=arguments["dz1"], x=arguments["x"], skip=arguments["skip"])
+    second = dict(dz=arguments["dz2"], x=arguments["y1"], skip=None)
+    found: list[tuple[str, str, dict[str, Any]]] = [
+        ("conv1", "conv_relu_weight_grad", first | common),
+        ("conv2", "conv_relu_weight_grad", second | common),
+    ]
+    if arguments["du"] is not None:
+        operator, name = ("conv_transpose2d", "dy") if arguments["transpose"] else ("upsample_conv_relu", "dz")
+        operands = {name: arguments["du"], "x": arguments["low"], "has_bias": True}
+        found.append(("up", f"{operator}_weight_grad", operands))
+    return found
+
+
 def _storage(value: Any) -> int:
     return int(value.untyped_storage()._cdata) if isinstance(value, torch.Tensor) else 0
 
 
 def _macs(operator: str, operands: dict[str, Any], results: Sequence[torch.Tensor]) -> int:
     """Multiply-adds of an operator's layer, from its input x and its result, or the gradient of that."""
+    if operator == "block_weight_grads":
+        return sum(_macs(name, arguments, results) for _, name, arguments in _single_gradients(operands))
     values: Any = collections.defaultdict(lambda: None, operands)
     x, skip, weight, head = (values[name] for name in ("x", "skip", "weight", "head_weight"))
     large = next((values[name] for name in ("dz", "dy") if name in operands), results[0])

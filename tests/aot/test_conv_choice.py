@@ -117,11 +117,12 @@ def test_counted_time_of_the_wide_layers(name, batch, channels, most):
 
 
 def test_launches_of_a_training_step():
-    """One for each convolution, its data gradient, and two for its weight gradient; joins of small maps come in."""
+    """One for each convolution and its data gradient, two or three for the weight gradients of a block; joins of small
+    maps come in."""
     network, size = CASES["brats 240"]
     calls = network_calls(network, 16, *size)
     found = collections.Counter(call.operator for call in calls for _ in launches(call, torch.bfloat16, 90))
-    assert sum(found.values()) <= 111, found
+    assert sum(found.values()) <= 87, found
 
 
 @pytest.mark.parametrize("eight_warps, last, two, one", [

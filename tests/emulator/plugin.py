@@ -66,9 +66,10 @@ _SUBSET = (
 _ALIKE = (
     "chosen", "two classes", "17 classes", "many channels", "one pixel", "no image", "[batch-2x48", "[group6",
     "by_the_convolution[rows", "by_the_convolution[two_rows", "by_the_convolution[box-split",
+    "[none-", "[transpose-two",
 )  # fmt: skip
 """Parts of the names of tests whose kernels others run in the subset: tilings that the heuristics choose, sizes,
-statistics by the function that other tilings call."""
+statistics by the function that other tilings call, gradients of blocks that have fewer sources."""
 _SIZE = re.compile(r"(?<![rtkx\d])\d[\dx+.]*|-crop(None)?")
 """A number in a test's name, but in that of a tile ("bulk1x4", "first1x1") or a type; whether there is a skip."""
 

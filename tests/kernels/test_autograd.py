@@ -46,6 +46,7 @@ def calls():
         "conv_relu_pool": (x, w, b, 1, 0.0),
         "conv_relu_data_grad": (dz, wide, x, skip, 1, True, True),
         "conv_relu_weight_grad": (dz, x, skip, 1, True),
+        "block_weight_grads": (dz, x, skip, dz, dz, up, x, 1, False),
         "conv_strided": (x, w, b, 1, 0.1),
         "conv_strided_data_grad": (pooled, w, x, 1),
         "conv_strided_weight_grad": (pooled, x, 1, True),
