@@ -92,17 +92,18 @@ def sum_products(x, x_shape, x_strides, dz, dz_shape, dz_strides, pad, partial_p
 
 
 @triton.jit
-def add_source(pid, split, x, x_shape, x_strides, dz, dz_ptr, dz_shape, dz_strides, partial_ptr, sizes, pad,
+def add_source(pid, x, x_shape, x_strides, dz, dz_ptr, dz_shape, dz_strides, partial_ptr, sizes, pad,
                BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
                BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr, X_VECTOR: tl.constexpr,
                DZ_VECTOR: tl.constexpr, OUT_VECTOR: tl.constexpr, BULK: tl.constexpr, DZ_BULK: tl.constexpr,
                STAGES: tl.constexpr, PRECISION: tl.constexpr):
     """partial[split, (k, r, s, column + c)] and, behind them, the bias's [split, k]: sums over the split's pixels.
 
-    ``pid`` counts 3 column shifts, C_in and C_out tiles, then C_out in tiles of the bias. ``sizes`` are channels of all
-    sources, column, elements of a row, tiles, those of a split, pixels and those of a split; the pixels' rows of C_out
-    channels start at ``dz_ptr``. OUT_VECTOR divides the first three.
+    ``pid`` counts 3 column shifts, C_in and C_out tiles, then C_out in tiles of the bias; program axis 1 the splits.
+    ``sizes`` are the channels of all sources, column, elements of a row, tiles, those of a split, pixels and those of a
+    split. The pixels' rows of C_out channels start at ``dz_ptr``. OUT_VECTOR divides the first three sizes.
     """
+    split = tl.program_id(1)
     channels, column, row_size, tiles, tiles_a_split, pixels, pixels_a_split = sizes
     C_out, tiles_c = dz_shape[2], tl.cdiv(x_shape[2], BLOCK_C)
     products = 3 * tiles_c * tl.cdiv(C_out, BLOCK_K)
@@ -122,37 +123,37 @@ def add_source(pid, split, x, x_shape, x_strides, dz, dz_ptr, dz_shape, dz_strid
 
 @triton.jit(do_not_specialize=["x_shape", "x_strides", "dz_shape", "dz_strides", "sizes", "x1_shape", "x1_strides",
                              "dz1_shape", "dz1_strides", "sizes1", "x2_shape", "x2_strides", "dz2_shape", "dz2_strides",
-                             "sizes2", "pad", "programs"])
+                             "sizes2", "pad", "starts"])
 def conv_relu_weight_grad_kernel(x, x_shape, x_strides, dz, dz_ptr, dz_shape, dz_strides, partial_ptr, sizes,
                                  x1, x1_shape, x1_strides, dz1, dz1_ptr, dz1_shape, dz1_strides, partial1_ptr, sizes1,
                                  x2, x2_shape, x2_strides, dz2, dz2_ptr, dz2_shape, dz2_strides, partial2_ptr, sizes2,
-                                 pad, programs, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr,
+                                 pad, starts, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr,
                                  BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
                                  BLOCK_Q: tl.constexpr, X_VECTOR: tl.constexpr, DZ_VECTOR: tl.constexpr,
                                  OUT_VECTOR: tl.constexpr, BULK: tl.constexpr, DZ_BULK: tl.constexpr,
                                  STAGES: tl.constexpr, PRECISION: tl.constexpr):
-    """:func:`add_source` of one source, or of two or three, side by side.
+    """:func:`add_source` of one source, two or three, by programs of their own.
 
-    Grid: the programs of each, where ``programs`` says that the second's and the third's begin, × splits.
+    Grid: the programs of all, those of the second from starts[0] and those of the third from starts[1] on, × splits.
     """
-    pid, split = tl.program_id(0), tl.program_id(1)
-    if pid < programs[0]:
-        add_source(pid, split, x, x_shape, x_strides, dz, dz_ptr, dz_shape, dz_strides, partial_ptr, sizes, pad,
+    pid = tl.program_id(0)
+    if pid < starts[0]:
+        add_source(pid, x, x_shape, x_strides, dz, dz_ptr, dz_shape, dz_strides, partial_ptr, sizes, pad,
                    BLOCK_H, BLOCK_W, ROWS, BLOCK_K, BLOCK_C, BLOCK_R, BLOCK_Q, X_VECTOR, DZ_VECTOR, OUT_VECTOR, BULK,
                    DZ_BULK, STAGES, PRECISION)
     # one after another, not nested: Triton lays the buffers of an else beside those of its if, not over them
     if x1 is not None:
-        pid1 = pid - programs[0]
-        if (pid1 >= 0) & (pid < programs[1]):
-            add_source(pid1, split, x1, x1_shape, x1_strides, dz1, dz1_ptr, dz1_shape, dz1_strides,
-                       partial1_ptr, sizes1, pad, BLOCK_H, BLOCK_W, ROWS, BLOCK_K, BLOCK_C, BLOCK_R, BLOCK_Q, X_VECTOR,
-                       DZ_VECTOR, OUT_VECTOR, BULK, DZ_BULK, STAGES, PRECISION)
+        pid1 = pid - starts[0]
+        if (pid1 >= 0) & (pid < starts[1]):
+            add_source(pid1, x1, x1_shape, x1_strides, dz1, dz1_ptr, dz1_shape, dz1_strides, partial1_ptr, sizes1, pad,
+                       BLOCK_H, BLOCK_W, ROWS, BLOCK_K, BLOCK_C, BLOCK_R, BLOCK_Q, X_VECTOR, DZ_VECTOR, OUT_VECTOR,
+                       BULK, DZ_BULK, STAGES, PRECISION)
     if x2 is not None:
-        pid2 = pid - programs[1]
+        pid2 = pid - starts[1]
         if pid2 >= 0:
-            add_source(pid2, split, x2, x2_shape, x2_strides, dz2, dz2_ptr, dz2_shape, dz2_strides,
-                       partial2_ptr, sizes2, pad, BLOCK_H, BLOCK_W, ROWS, BLOCK_K, BLOCK_C, BLOCK_R, BLOCK_Q, X_VECTOR,
-                       DZ_VECTOR, OUT_VECTOR, BULK, DZ_BULK, STAGES, PRECISION)
+            add_source(pid2, x2, x2_shape, x2_strides, dz2, dz2_ptr, dz2_shape, dz2_strides, partial2_ptr, sizes2, pad,
+                       BLOCK_H, BLOCK_W, ROWS, BLOCK_K, BLOCK_C, BLOCK_R, BLOCK_Q, X_VECTOR, DZ_VECTOR, OUT_VECTOR,
+                       BULK, DZ_BULK, STAGES, PRECISION)
 
 
 @dataclass(frozen=True)
@@ -179,20 +180,21 @@ class Product:
         """x, with which the bias is summed, and the skip's centre, whose channels come first."""
         dz, x = _launch.channels_last(self.dz), _launch.channels_last(self.x)
         c_skip, (height, width) = self.shape[2] - x.shape[1], x.shape[2:]
-        found = [Source(dz, x, c_skip, self.has_bias, config or choose_config(dz, x))]
+        found = [Source(dz, x, self.shape[2], c_skip, self.has_bias, config or choose_config(dz, x))]
         if self.skip is not None:
             top, left = (self.skip.shape[2] - height) // 2, (self.skip.shape[3] - width) // 2
             skip = _launch.channels_last(self.skip)[:, :, top : top + height, left : left + width]
-            found.append(Source(dz, skip, 0, False, config or choose_config(dz, skip)))
+            found.append(Source(dz, skip, self.shape[2], 0, False, config or choose_config(dz, skip)))
         return found
 
 
 @dataclass(frozen=True)
 class Source:
-    """One image of a product, the first of whose channels is ``column`` of all."""
+    """One image of a product, whose channels are those from ``column`` on of all ``channels``."""
 
     dz: torch.Tensor
     x: torch.Tensor
+    channels: int
     column: int
     sums_bias: bool
     config: WeightGradConfig
@@ -248,52 +250,45 @@ def partial_sums(products: Sequence[Product], pad: int, config: WeightGradConfig
                                sum(products[at].row_size for at in group))  # fmt: skip
         for at in group:
             found[at] = _launch.empty((splits, products[at].row_size), torch.float32, read[0].dz.device)
-        given = [(products[at].shape[2], found[at], source) for at in group for source in sources[at]]
-        for _, members in itertools.groupby(given, key=lambda member: member[2].config):
-            _launch_sources(list(members), pad)
+        given = [(source, found[at]) for at in group for source in sources[at]]
+        for _, members in itertools.groupby(given, key=lambda member: member[0].config):
+            _launch_sources(*zip(*members), pad)
     return [found[at] for at in range(len(products))]
 
 
-def _launch_sources(members: list[tuple[int, torch.Tensor, Source]], pad: int) -> None:
-    """Writes the columns of sources of one configuration, each with the channels and the rows of its product."""
-    dz, config = members[0][2].dz, members[0][2].config
-    for _, _, source in members:
+def _launch_sources(sources: tuple[Source, ...], partial: tuple[torch.Tensor, ...], pad: int) -> None:
+    """Writes the columns of sources of one configuration to the rows of their products."""
+    config, dtype = sources[0].config, sources[0].dz.dtype
+    for source in sources:
         reason = why_not(config, source.dz, source.x)
         if reason is not None:
             raise ValueError(f"weight gradient variant {config.variant!r} cannot run here: {reason}")
     if config.variant == "first":
-        for channels, partial, source in members:
-            launch_first(source.dz, source.x, pad, partial, channels, source.column, source.sums_bias, config)
+        for source, rows in zip(sources, partial):
+            launch_first(source.dz, source.x, pad, rows, source.channels, source.column, source.sums_bias, config)
         return
-    bulk, stages = config.variant == "bulk", config.stages(dz.dtype)
+    bulk, stages, splits = config.variant == "bulk", config.stages(dtype), len(partial[0])
     box = (1, config.block_h, config.block_w)
     # A 16-bit box of several rows reaches the product without a detour only as its right operand, so that dz comes by
     # pointers. float32 takes the detour through registers anyway.
-    dz_bulk = bulk and (config.block_h == 1 or dz.element_size() == 4)
-    block_r, block_q = column_tile(max(source.dz.shape[1] for _, _, source in members), config.num_warps)
-    arguments: list = []
-    ends = [0]
-    for channels, partial, source in members:
-        (splits, row_size), dz, x, tiles = partial.shape, source.dz, source.x, source.tiles
-        ends.append(ends[-1] + source.programs + source.sums_bias * _launch.cdiv(dz.shape[1], block_q))
-        pixels = dz.numel() // dz.shape[1]
-        sizes = (channels, source.column, row_size, tiles, _launch.cdiv(tiles, splits), pixels,
+    dz_bulk = bulk and (config.block_h == 1 or dtype == torch.float32)
+    block_r, block_q = column_tile(max(source.dz.shape[1] for source in sources), config.num_warps)
+    arguments, ends = [], []
+    for source, rows in zip(sources, partial):
+        dz, x, tiles, pixels = source.dz, source.x, source.tiles, source.dz.numel() // source.dz.shape[1]
+        sizes = (source.channels, source.column, rows.shape[1], tiles, _launch.cdiv(tiles, splits), pixels,
                  _launch.cdiv(pixels, splits))  # fmt: skip
         arguments += [image_boxes(x, (*box, config.block_c)) if bulk else x, (*x.shape[2:], x.shape[1]),
                       (x.stride(0), x.stride(2)), image_boxes(dz, (*box, config.block_k)) if dz_bulk else dz, dz,
-                      (*dz.shape[2:], dz.shape[1]), (dz.stride(0), dz.stride(2)), partial, sizes]  # fmt: skip
-    arguments += [None] * (27 - len(arguments))
-    starts = ends[1], ends[min(2, len(members))]
-    out_vector = min(_divisor(channels, source.column, partial.shape[1]) for channels, partial, source in members)
-    _launch.launch(conv_relu_weight_grad_kernel, (ends[-1], splits), *arguments, pad, starts,
+                      (*dz.shape[2:], dz.shape[1]), (dz.stride(0), dz.stride(2)), rows, sizes]  # fmt: skip
+        ends.append(sum(ends[-1:]) + source.programs + source.sums_bias * _launch.cdiv(dz.shape[1], block_q))
+    absent = [None] * (3 - len(sources)) * (len(arguments) // len(sources))
+    numbers = [number for each, rows in zip(sources, partial) for number in (each.channels, each.column, rows.shape[1])]
+    _launch.launch(conv_relu_weight_grad_kernel, (ends[-1], splits), *arguments, *absent, pad,
+                   (ends[0], ends[min(1, len(ends) - 1)]),
                    BLOCK_H=config.block_h, BLOCK_W=config.block_w, ROWS=config.rows, BLOCK_K=config.block_k,
                    BLOCK_C=config.block_c, BLOCK_R=block_r, BLOCK_Q=block_q,
-                   X_VECTOR=min(_launch.vector_width(source.x) for _, _, source in members),
-                   DZ_VECTOR=min(_launch.vector_width(source.dz) for _, _, source in members), OUT_VECTOR=out_vector,
-                   BULK=bulk, DZ_BULK=dz_bulk, STAGES=stages, PRECISION=_launch.dot_precision(dz.dtype),
-                   num_warps=config.num_warps, num_stages=stages)
-
-
-def _divisor(*numbers: int) -> int:
-    """The largest of 4, 2 and 1 that divides all."""
-    return next(width for width in (4, 2, 1) if not any(number % width for number in numbers))
+                   X_VECTOR=min(_launch.vector_width(source.x) for source in sources),
+                   DZ_VECTOR=min(_launch.vector_width(source.dz) for source in sources),
+                   OUT_VECTOR=math.gcd(4, *numbers), BULK=bulk, DZ_BULK=dz_bulk, STAGES=stages,
+                   PRECISION=_launch.dot_precision(dtype), num_warps=config.num_warps, num_stages=stages)
