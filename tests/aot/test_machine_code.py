@@ -20,6 +20,7 @@ from fastunet.inspection.kernel_table import distinct, examine_all, format_table
 from fastunet.inspection.layers import CASES, Call, Tensor, network_calls
 from fastunet.inspection.machine_code import GFX942, compile_launch, inspect_all
 from fastunet.kernels import _launch, _tuned, upsample_bilinear
+from fastunet.kernels.conv.weight_grad import Product, partial_sums
 from tests.aot.selection import BEFORE_3_8
 
 pytestmark = pytest.mark.skipif(_launch.INTERPRETED, reason="the interpreter has no machine code")
@@ -155,6 +156,19 @@ def test_strided_convolution(architecture, mode, show_table, request):
         found = uses_of("no preset", calls, MODES[mode], architecture)
         found = [use for use in found if full or multiplies(use)]
         check(found, show_table, f"{architecture} {mode}")
+
+
+def test_three_sources_of_a_weight_gradient_take_the_memory_of_one():
+    """Their programs run the same loop over buffers of their own, which must lie over each other."""
+    x, skip, y, dz = (torch.empty(16, 64, 120, 120, dtype=torch.bfloat16, device="meta",
+                                  memory_format=torch.channels_last) for _ in range(4))  # fmt: skip
+    products = [Product(dz, x, skip, True), Product(dz, y, None, True)]
+    with _launch.recording(90) as launches:
+        partial_sums(products, 1)
+        partial_sums(products[1:], 1)
+    three, one = inspect_all([compile_launch(launch, 90) for launch in launches], 90)
+    assert three.shared == one.shared
+    assert (three.stack, three.spills) == (0, 0)
 
 
 @pytest.mark.usefixtures("newest_unless_full")
