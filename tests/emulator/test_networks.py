@@ -1,8 +1,9 @@
-"""Whole networks in bfloat16 for sm_90, every call twice, so that kernels/_plan.py repeats launches.
+"""A whole network in bfloat16 for sm_90, every call twice, so that kernels/_plan.py repeats launches.
 
-Asynchronous copies come late. A network's first calls run under the race detector too; what is launched again, on
+Asynchronous copies come late. The network's first calls run under the race detector too; what is launched again, on
 other numbers of the same shapes, has no other races. test_kernels.py compares schedules kernel by kernel, and
-tests/kernels/test_unet.py has a network of two levels, which launches a dozen kernels more of the same functions.
+tests/kernels/test_unet.py has networks of two levels and of valid, transposed convolutions, which launch a dozen
+kernels more of the same functions; tests/aot/test_plan.py has plans of both ways up.
 """
 
 from __future__ import annotations
@@ -24,11 +25,7 @@ from tests.tolerance import assert_within_budget
 
 pytestmark = pytest.mark.skipif(_launch.INTERPRETED, reason="kernels are interpreted in this process, not compiled")
 
-NETWORKS = {
-    "brats": (dict(width=16, depth=1, dropout=0.0), (16, 24)),
-    "isbi": (dict(in_channels=1, num_classes=2, width=16, depth=1, padding="valid", up="transpose", dropout=0.0),
-             (28, 28)),
-}  # fmt: skip
+NETWORK, SIZE = dict(width=16, depth=1, dropout=0.0), (16, 24)
 DTYPE = torch.bfloat16
 
 
@@ -69,15 +66,14 @@ def plans(detect):
     torch.use_deterministic_algorithms(deterministic)
 
 
-def builds(name: str):
+def builds():
     """The plain build in float64 and in bfloat16, and fastunet's on the kernels, all with the same weights."""
     torch.manual_seed(0)
-    arguments, _ = NETWORKS[name]
-    plain = reference.UNet(**arguments)
+    plain = reference.UNet(**NETWORK)
     for key, parameter in plain.named_parameters():
         if key.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1)
-    fast = UNet(**arguments, backend="triton")
+    fast = UNet(**NETWORK, backend="triton")
     fast.load_state_dict(plain.state_dict())
     plain, fast = plain.to(DTYPE), fast.to(DTYPE)
     return copy.deepcopy(plain).double(), plain, fast
@@ -92,17 +88,14 @@ def gradients(model, x, labels, backend) -> dict[str, torch.Tensor]:
     return {"logits": logits, "loss": loss} | dict(zip(["x", *names], found))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_inference_loss_and_every_gradient(name, plans, detect):
+def test_inference_loss_and_every_gradient(plans, detect):
     """Rounding turns a ReLU here and there, in PyTorch's build at other places than in ours, so gradients are held to
     PyTorch's largest error relative to its tensor, over all tensors, and not one by one."""
-    exact, plain, fast = builds(name)
-    arguments, size = NETWORKS[name]
-    channels, classes = arguments.get("in_channels", 2), arguments.get("num_classes", 4)
+    exact, plain, fast = builds()
     for first in (True, False):
         detect(first)
-        x = torch.randn(1, channels, *size).to(DTYPE)
-        labels = torch.randint(0, classes, (1, *plain.output_size(*size)))
+        x = torch.randn(1, 2, *SIZE).to(DTYPE)
+        labels = torch.randint(0, 4, (1, *plain.output_size(*SIZE)))
         started = len(plans)
         with torch.no_grad():
             got, same, want = fast.predict_proba(x), plain.predict_proba(x), exact.predict_proba(x.double())
@@ -128,10 +121,9 @@ def test_training_steps(plans, detect):
     """Three steps of AdamW under autocast: the loss falls as it does in the plain build, and launches are repeated."""
     detect(False)  # the network is the one of the test above
     torch.manual_seed(1)
-    arguments, size = NETWORKS["brats"]
-    fast, plain = UNet(**arguments, backend="triton"), reference.UNet(**arguments)
+    fast, plain = UNet(**NETWORK, backend="triton"), reference.UNet(**NETWORK)
     plain.load_state_dict(fast.state_dict())
-    x, labels = torch.randn(1, 2, *size), torch.randint(0, 4, (1, *size))
+    x, labels = torch.randn(1, 2, *SIZE), torch.randint(0, 4, (1, *plain.output_size(*SIZE)))
     curves = []
     for model, backend in ((fast, "triton"), (plain, "torch")):
         step = TrainingStep(model, DiceCrossEntropyLoss(backend=backend), torch.optim.AdamW(model.parameters(), 1e-3),
