@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST_TRITON := 3.6.0
 
-.PHONY: demo test test-oldest lint smoke bench docs pictures clean device
+.PHONY: demo test test-rest lint smoke bench docs pictures clean device
 
 demo: $(READY) device
 	$(BIN)/fastunet demo --out demo
@@ -13,8 +13,8 @@ demo: $(READY) device
 test: $(READY) device
 	$(BIN)/python -m tests
 
-test-oldest: $(READY)
-	$(BIN)/python -m tests --oldest
+test-rest: $(READY)
+	$(BIN)/python -m tests --rest
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,7 +1,8 @@
-"""Every test that this machine can run, ``python -m tests``: two parts at a time, whatever fails, and one summary.
+"""The tests that this machine can run, ``python -m tests``: two parts at a time, whatever fails, and one summary.
 
 Each part is a run of pytest, which shares the cores with the other one. ``-k EXPRESSION`` and the like are passed on.
-``--oldest`` runs those tests that depend on the libraries' versions under the oldest that pyproject.toml allows.
+``--rest`` runs what is left out: tests marked slow, and under the oldest libraries that pyproject.toml allows what may
+depend on them.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ SECONDS_BETWEEN_LINES = 20
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A run of pytest on ``paths`` with changes of the environment."""
+    """A run of pytest on the tests of ``paths`` that ``marks`` selects, with changes of the environment."""
 
     name: str
     paths: tuple[str, ...]
     environment: tuple[tuple[str, str], ...] = ()
+    marks: str = "not slow"
 
 
 @dataclasses.dataclass
@@ -66,8 +68,8 @@ def parts() -> list[Part]:
     return found
 
 
-def oldest_parts() -> list[Part]:
-    """What older libraries may change, as far as they are installed: machine code, files read and written, training."""
+def rest() -> list[Part]:
+    """What is slow, and what older libraries may change: machine code, files read and written, training."""
     files = ("oldest", "schema", "data_volumes", "data_damaged", "data_images", "data_image_folders", "pictures",
              "train", "train_checkpoint")  # fmt: skip
     paths = tuple(f"tests/test_{name}.py" for name in files)
@@ -75,7 +77,8 @@ def oldest_parts() -> list[Part]:
         OLDEST_TRITON: Part("machine code, oldest Triton", ("tests/aot",), before(OLDEST_TRITON)),
         OLDEST / "numpy": Part("oldest libraries", paths, (("OLDEST", "1"), *before(OLDEST))),
     }
-    return [part for folder, part in found.items() if folder.exists()]
+    slow = Part("slow", ("tests", "--ignore=tests/without_triton"), marks="slow")
+    return [slow, *(part for folder, part in found.items() if folder.exists())]
 
 
 def before(folder: Path) -> tuple[tuple[str, str], ...]:
@@ -91,7 +94,8 @@ def run(part: Part, arguments: list[str]) -> Outcome:
     workers = ["-n", str(WORKERS), "--dist", "worksteal"] if WORKERS > 1 else ["-n", "0"]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", *part.paths, "-v", *workers, f"--junitxml={report}", *arguments]
+        command = [sys.executable, "-m", "pytest", *part.paths, "-v", "-m", part.marks, *workers,
+                   f"--junitxml={report}", *arguments]  # fmt: skip
         process = subprocess.Popen(command, env={**os.environ, **settings, **dict(part.environment)}, text=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
         ended = threading.Event()
@@ -156,11 +160,8 @@ def summary(outcomes: list[Outcome]) -> str:
 
 def main(arguments: list[str]) -> int:
     """Runs all parts; exit status 1 if a test of any of them failed."""
-    chosen = oldest_parts() if "--oldest" in arguments else parts()
-    if not chosen:
-        print("no older libraries are installed: make test-oldest does that", file=sys.stderr)
-        return 1
-    arguments = [argument for argument in arguments if argument != "--oldest"]
+    chosen = rest() if "--rest" in arguments else parts()
+    arguments = [argument for argument in arguments if argument != "--rest"]
     with ThreadPoolExecutor(LANES) as lanes:
         outcomes = list(lanes.map(lambda part: run(part, arguments), chosen))
     print(summary(outcomes), flush=True)

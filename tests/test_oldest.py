@@ -1,4 +1,4 @@
-"""The oldest versions that pyproject.toml allows are those that ``make test-oldest`` runs a part of the tests under."""
+"""The oldest versions that pyproject.toml allows are those that ``make test-rest`` runs a part of the tests under."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_they_are_the_lower_bounds_of_the_project():
     assert {name: bound for name, bound in bounds.items() if name not in ELSEWHERE} == LISTED
 
 
-@pytest.mark.skipif("OLDEST" not in os.environ, reason="asks make test-oldest what it runs under")
+@pytest.mark.skipif("OLDEST" not in os.environ, reason="asks make test-rest what it runs under")
 @pytest.mark.parametrize("name", LISTED)
 def test_this_part_runs_under_them(name):
     assert f"{importlib.metadata.version(name)}.0".startswith(f"{LISTED[name]}.")

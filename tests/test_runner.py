@@ -44,11 +44,8 @@ def test_the_summary_names_the_test_in_which_a_process_died(three_parts, tmp_pat
     assert "bad: pytest ended with -6, at test_bad.py::test_a" in capsys.readouterr().out
 
 
-def test_the_oldest_libraries_are_asked_for(three_parts, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(runner, "OLDEST_TRITON", tmp_path / "absent")
-    monkeypatch.setattr(runner, "OLDEST", tmp_path / "absent")
-    assert runner.main(["--oldest"]) == 1, "no part under the newest libraries in their stead"
-    assert "make test-oldest" in capsys.readouterr().err
-    monkeypatch.setattr(runner, "oldest_parts", lambda: three_parts[2:])
-    assert runner.main(["--oldest", "-k", "test_d"]) == 0
+def test_the_rest_is_asked_for(three_parts, monkeypatch, capsys):
+    assert {part.marks for part in runner.rest()} == {"slow", "not slow"}
+    monkeypatch.setattr(runner, "rest", lambda: three_parts[2:])
+    assert runner.main(["--rest", "-k", "test_d"]) == 0
     assert capsys.readouterr().out.strip().endswith("1 passed, 0 failed, 0 skipped")

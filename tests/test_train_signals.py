@@ -134,7 +134,7 @@ def test_ignored_signals_stay_ignored():
         signal.signal(signal.SIGINT, previous)
 
 
-@pytest.mark.parametrize("who", ["one of them", "torchrun"])
+@pytest.mark.parametrize("who", ["one of them", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_two_processes_stop_at_one_step(who, phantoms, tmp_path):
     line = ["train", phantoms, "--out", tmp_path / "run", *ENDLESS]
     if who == "torchrun":

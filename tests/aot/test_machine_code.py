@@ -2,9 +2,9 @@
 
 By default every option of the BraTS network in bfloat16 for sm_90 at batch 16 and every tiling of its products, with
 those functions that only batch 1 uses, and the products of operators that only the ISBI network has; one of each kernel
-function that multiplies for other architectures and in tf32, but for convolutions with a head or in splits; by older
-versions of Triton one of each function, with each number of warps and stages and of outputs, that multiplies, in
-bfloat16 (in tf32 test_in_flight.py compiles some). ``--full`` compiles all.
+function that multiplies in tf32, for sm_80 and, as slow tests, for sm_100 and AMD, but for convolutions with a head or
+in splits; by older versions of Triton one of each function, with each number of warps and stages and of outputs, that
+multiplies, in bfloat16 (in tf32 test_in_flight.py compiles some). ``--full`` compiles all.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ pytestmark = pytest.mark.skipif(_launch.INTERPRETED, reason="the interpreter has
 
 THREADS = min(2, os.cpu_count())
 MODES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "ieee": torch.float32}
-ALL = [(architecture, mode) for architecture in (80, 90, 100) for mode in MODES] + [(GFX942, "bf16")]
+ALL = [(architecture, mode) for architecture in (80, 90) for mode in MODES]
+ALL += [pytest.param(100, mode, marks=pytest.mark.slow) for mode in MODES]
+ALL += [pytest.param(GFX942, "bf16", marks=pytest.mark.slow)]
 REDUCED = {(90, "bf16")}
 if not BEFORE_3_8:
     REDUCED |= {(90, "tf32"), (80, "bf16"), (100, "bf16"), (GFX942, "bf16")}
