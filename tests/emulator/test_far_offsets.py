@@ -85,7 +85,7 @@ def test_stride2(kernels, bulk, emulator):
         y = kernels.forward(x, weight, None, 1.0, config)
         exact = F.conv2d(F.pad(F.interpolate(near, scale_factor=2), (0, 1, 0, 1)), weight.double())
     close(y[0, :, -2:, -8:], exact[0, :, -2:, -8:].detach())
-    dx = kernels.data_grad(dy, weight, x, False, config)
+    dx = kernels.data_grad(dy, weight, x, False, config=config)
     (exact,) = torch.autograd.grad(exact, near, near_dy)
     close(dx[0, :, -1, -4:], exact[0, :, -1, -4:])
 
