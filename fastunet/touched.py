@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -42,13 +43,11 @@ class Made(NamedTuple):
     values: tuple[Any, ...]
 
 
-_LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Dropout, nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm, nn.ReLU,
-           nn.LeakyReLU, nn.MaxPool2d, nn.Upsample)  # fmt: skip
-
-
 def _shared_code() -> tuple[Any, ...]:
     """What PyTorch runs for every layer, and people replace to see or change all of them."""
-    return (nn.Conv2d._conv_forward, *(layer.forward for layer in _LAYERS), F.conv2d, F.conv_transpose2d, F.relu,
+    return (nn.Conv2d._conv_forward, nn.Conv2d.forward, nn.ConvTranspose2d.forward, nn.Dropout.forward,
+            nn.BatchNorm2d.forward, nn.InstanceNorm2d.forward, nn.GroupNorm.forward, nn.ReLU.forward,
+            nn.LeakyReLU.forward, nn.MaxPool2d.forward, nn.Upsample.forward, F.conv2d, F.conv_transpose2d, F.relu,
             F.leaky_relu, F.max_pool2d, F.interpolate, F.pad, F.batch_norm, F.instance_norm, F.group_norm, torch.relu,
             torch.cat, torch.batch_norm, torch.instance_norm, torch.group_norm)  # fmt: skip
 
@@ -135,6 +134,60 @@ def why_not_layer(layer: nn.Module | None, layer_made: Made) -> str | None:
         if type(tensor) is not torch.Tensor and not type(tensor).__module__.startswith("torch._subclasses"):
             return f"has a {name} of class {type(tensor).__name__}"
     return None
+
+
+_PARAMETERS = operator.attrgetter("_parameters")
+
+
+class Snapshot:
+    """A network as it was when all its parts were found to run fused: :meth:`holds` says whether it still is.
+
+    To ask each part in each forward pass takes longer than some launches of kernels. This compares all of them in few
+    passes that run in C, where nearly everything is the very same object. Kept in the network's ``__dict__``; copies
+    and pickles have None instead, and replicas other ``_modules``.
+    """
+
+    def __init__(self, network: Any, blocks: list[Any]):
+        """Raises TypeError if a tensor is an attribute, which would be compared by its values."""
+        made_as = {block._modules[name]: layer_made for block in blocks for name, layer_made in block._made.items()}
+        made_as[network.head] = network._head_made
+        self.layers = [*made_as]
+        parts = [*self.layers, network.dropout, *blocks]
+        if any(issubclass(kind, torch.Tensor) for kind in {type(v) for part in parts for v in vars(part).values()}):
+            raise TypeError("a tensor is an attribute")
+        self.hooks = [vars(part)[name] for part in parts for name in _HOOKS]
+        self.parameters = [layer._parameters for layer in self.layers]
+        self.typed = [parts, *(parameters.values() for parameters in self.parameters)]
+        self.types = [*map(type, chain.from_iterable(self.typed))]
+        # of layers that have no other attributes than they were made with, those that matter; of other parts all
+        alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        lists = network.encoders, network.decoders
+        self.dicts = [*(module._modules for module in (network, *lists, *blocks)), *map(vars, lists)]
+        for part in parts:
+            as_many = part in made_as and len(vars(part)) == made_as[part].attributes
+            (alike.setdefault(made_as[part].names, []) if as_many else self.dicts).append(vars(part))
+        self.saved = [*map(dict, self.dicts)]
+        reads = [(operator.itemgetter(*names), dicts) for names, dicts in alike.items()]
+        self.alike = [(read, dicts, [*map(read, dicts)], [*map(len, dicts)]) for read, dicts in reads]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+    def holds(self, network: nn.Module) -> bool:
+        """Whether nothing has changed; also False where that is unclear."""
+        try:
+            for read, dicts, values, sizes in self.alike:
+                if [*map(read, dicts)] != values or [*map(len, dicts)] != sizes:
+                    return False
+            return (
+                network._modules is self.dicts[0]
+                and self.dicts == self.saved
+                and [*map(_PARAMETERS, self.layers)] == self.parameters
+                and [*map(type, chain.from_iterable(self.typed))] == self.types
+                and not any(self.hooks)
+            )
+        except Exception:  # an attribute is gone, or does not compare, as arrays and tensors
+            return False
 
 
 def parameters(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:

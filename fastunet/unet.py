@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,7 +21,7 @@ from fastunet.functional import _weight_products
 from fastunet.functional._layout import nhwc
 from fastunet.functional.segmentation_head import finish
 from fastunet.inference.frozen import FrozenUNet
-from fastunet.touched import made, parameters, why_not_anywhere, why_not_layer, why_touched
+from fastunet.touched import Snapshot, made, parameters, why_not_anywhere, why_not_layer, why_touched
 
 _NO_TORCHSCRIPT = (
     "fastunet.UNet is not for TorchScript, which PyTorch has given up: use torch.export, torch.compile or"
@@ -180,10 +181,28 @@ class UNet(reference.UNet):
 
     def why_not_fused(self) -> dict[str, str]:
         """The parts that would not run now as parts of one fused network, by name, and why; empty if all would."""
-        everywhere, reasons = why_not_anywhere(), {}
+        everywhere = why_not_anywhere()
+        if everywhere or torch.compiler.is_compiling():
+            return self._why_not_fused(everywhere)
+        d = self.__dict__
+        if (snapshot := d.get("_snapshot")) is not None:
+            if snapshot.holds(self):
+                return {}
+            d["_snapshot"] = None
+        reasons = self._why_not_fused(None)
+        if not reasons:
+            with contextlib.suppress(TypeError):
+                snapshot = Snapshot(self, [block for _, block, _ in self._blocks()])
+                if not self._why_not_fused(None):  # nor has another thread changed anything meanwhile
+                    d["_snapshot"] = snapshot
+        return reasons
+
+    def _why_not_fused(self, everywhere: str | None) -> dict[str, str]:
+        """What :meth:`why_not_fused` says, asking each part."""
+        reasons = {}
         parts: Any = self._modules  # where looking an attribute up comes last
         for name, block, kind in self._blocks():
-            if reason := everywhere or _why_apart(block, kind):
+            if reason := everywhere or why_touched(block, kind) or block.why_not_fused():
                 reasons[name] = reason
         if reason := everywhere or why_touched(parts["dropout"], nn.Dropout):
             reasons["dropout"] = reason
@@ -294,8 +313,3 @@ class UNet(reference.UNet):
             if self._warned.get(name) != reason:
                 warn_plain(name, reason)
                 self._warned[name] = reason
-
-
-def _why_apart(block: Any, kind: type[nn.Module]) -> str | None:
-    """Why a block is no part of one fused network with its neighbours, or None."""
-    return why_touched(block, kind) or block.why_not_fused()
