@@ -134,7 +134,7 @@ def test_training_steps(plans, detect):
     assert len(plans) > 20
 
 
-OPTIONS = [{}, dict(include_background=False, ignore_index=3), dict(reduction="sample", empty="skip")]
+OPTIONS = [dict(include_background=False, ignore_index=3), dict(reduction="sample", empty="skip")]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
