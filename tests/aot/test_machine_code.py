@@ -1,15 +1,16 @@
 """Every kernel that the reference networks launch, compiled for several GPUs, holds what an expert wants to see.
 
-By default every option of the BraTS network in bfloat16 for sm_90 at batch 16 and every tiling of its products, with
-those functions that only batch 1 uses, and the products of operators that only the ISBI network has; one of each kernel
-function that multiplies in tf32, for sm_80 and, as slow tests, for sm_100 and AMD, but for convolutions with a head or
-in splits; by older versions of Triton one of each function, with each number of warps and stages and of outputs, that
-multiplies, in bfloat16 (in tf32 test_in_flight.py compiles some). ``--full`` compiles all.
+By default every option of the BraTS network in bfloat16 for sm_90 at batch 16 and, of its products, each number of
+warps and stages, with those functions that only batch 1 uses, and the products of operators that only the ISBI network
+has; one of each kernel function that multiplies for sm_80 and, as slow tests, in tf32, for sm_100 and AMD, but for
+convolutions with a head or in splits; by older versions of Triton one of each function, with each number of warps and
+stages and of outputs, that multiplies, in bfloat16 (in tf32 test_in_flight.py compiles some). ``--full`` compiles all.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 
@@ -27,9 +28,9 @@ pytestmark = pytest.mark.skipif(_launch.INTERPRETED, reason="the interpreter has
 
 THREADS = min(2, os.cpu_count())
 MODES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "ieee": torch.float32}
-ALL = [(architecture, mode) for architecture in (80, 90) for mode in MODES]
-ALL += [pytest.param(100, mode, marks=pytest.mark.slow) for mode in MODES]
-ALL += [pytest.param(GFX942, "bf16", marks=pytest.mark.slow)]
+QUICK = {(90, "bf16"), (80, "bf16")}
+ALL = [pytest.param(*kind, marks=[pytest.mark.slow] * (kind not in QUICK))
+       for kind in [*itertools.product((80, 90, 100), MODES), (GFX942, "bf16")]]  # fmt: skip
 REDUCED = {(90, "bf16")}
 if not BEFORE_3_8:
     REDUCED |= {(90, "tf32"), (80, "bf16"), (100, "bf16"), (GFX942, "bf16")}
@@ -64,13 +65,13 @@ def multiplies(use):
 
 
 def features(launch):
-    """The tile of a product, with a skip or without one, which is another loop; the value of each of its options."""
-    constants = {p.name: repr(launch.args.get(p.name)) for p in launch.kernel.params if p.is_constexpr}
-    options = {name for name in constants if not name.startswith("BLOCK_") and name != "ROWS"}
-    sides = [value for name, value in constants.items() if name not in options]
-    found = {("tile", launch.num_warps, launch.num_stages, *sides, launch.args.get("skip_desc") is None)}
-    found = found if "PRECISION" in launch.args else set()
-    found |= {(name, constants[name]) for name in options} | {(name, v is None) for name, v in launch.args.items()}
+    """The warps and stages of a product; the value of each option of a kernel."""
+    found = {(name, launch.args[name] is None) for name in launch.args}
+    for parameter in launch.kernel.params:
+        if parameter.is_constexpr and not parameter.name.startswith("BLOCK_") and parameter.name != "ROWS":
+            found.add((parameter.name, repr(launch.args.get(parameter.name))))
+    if "PRECISION" in launch.args:
+        found.add((launch.num_warps, launch.num_stages))
     return {(function(launch), *feature) for feature in found}
 
 
