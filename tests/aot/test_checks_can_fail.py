@@ -88,6 +88,7 @@ def test_spills_are_refused(on_hopper):
     assert "local memory" in failures(report, launch)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("newest_unless_full")
 def test_spills_of_amd_are_refused():
     report, found = check(bad_kernels.product(128, 128, 64 if BEFORE_3_8 else 16, warps=1, stages=1), GFX942)

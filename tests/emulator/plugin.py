@@ -63,10 +63,10 @@ _SUBSET = re.compile(r"""bf16|bfloat16|test_backward_equals_autograd|test_confus
 _ALIKE = re.compile(r"""chosen|(two|one|four|17)[ ]class|many[ ]channels|one[ ]pixel|no[ ]image|.batch-2x48|.group
 |by_the_convolution.(rows|two_rows|box-split|pointer)|hard_labels.*NCHW|pool.skip-(relu|plain)|-pool-(leaky|plain)
 |test_forward.first|forward_pool.pointer|data_grad.*-[xs]?-bf16|bulk1x4|pointer1x2
-|upsample_conv.*pointers|corners|.none-|.transpose-two|.upsample-pointers|summed_before""", re.X)
+|upsample_conv.*pointers|corners|.none-|.transpose-two|.upsample-|summed_before""", re.X)
 """But not these, whose kernels others run in the subset: tilings that the heuristics choose, sizes, statistics by the
 function that other tilings call, gradients of blocks that have fewer sources, one more pairing of two
-options, numbers that the interpreter has too, what test_kernels.py runs for sm_80."""
+options, numbers that the interpreter has too, what test_kernels.py runs for sm_80 and test_networks.py for sm_90."""
 _SIZE = re.compile(r"(?<![rtkx\d])\d[\dx+.]*|-crop(None)?")
 """A number in a test's name, but in that of a tile ("bulk1x4", "first1x1") or a type; whether there is a skip."""
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.faults.__main__ import run
 
-QUICK = {"volumes": 60, "documents": 60, "kills": 2, "disk": 3, "two": 3, "arguments": 500, "guard": 36, "soak": 1}
+QUICK = {"volumes": 60, "documents": 60, "kills": 2, "disk": 3, "two": 3, "arguments": 250, "guard": 36, "soak": 1}
 
 
 @pytest.mark.parametrize("name", QUICK)
