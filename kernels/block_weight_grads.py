@@ -12,26 +12,26 @@ from .conv.weight_grad import Product, as_weight, partial_sums
 from .upsample_conv import fold_rows
 
 
-@triton.jit(do_not_specialize=["splits", "splits1", "up_splits", "starts"])
+@triton.jit(do_not_specialize=["splits", "splits1", "up_splits", "start1", "start2"])
 def block_sums_kernel(partial_ptr, dw_ptr, db_ptr, splits, size, row_size, partial1_ptr, dw1_ptr, db1_ptr, splits1,
-                      size1, row_size1, up_ptr, dwu_ptr, dbu_ptr, up_splits, up_size, up_row_size, starts,
+                      size1, row_size1, up_ptr, dwu_ptr, dbu_ptr, up_splits, up_size, up_row_size, start1, start2,
                       FOLDS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr):
     """The second passes of two convolutions and, if there is one, of an upsampling, side by side.
 
-    The second's programs begin at starts[0], the upsampling's at starts[1]. ``up_size`` are the elements of dwu, or
+    The second's programs begin at ``start1``, the upsampling's at ``start2``. ``up_size`` are the elements of dwu, or
     C_out and C_in where FOLDS.
     """
     pid = tl.program_id(0)
-    if pid < starts[0]:
+    if pid < start1:
         add_rows(pid, partial_ptr, dw_ptr, db_ptr, splits, size, row_size, BLOCK_S, BLOCK_M)
-    elif pid < starts[1]:
-        add_rows(pid - starts[0], partial1_ptr, dw1_ptr, db1_ptr, splits1, size1, row_size1, BLOCK_S, BLOCK_M)
+    elif pid < start2:
+        add_rows(pid - start1, partial1_ptr, dw1_ptr, db1_ptr, splits1, size1, row_size1, BLOCK_S, BLOCK_M)
     elif up_ptr is not None:
         if FOLDS:  # which holds four sums
-            fold_rows(pid - starts[1], up_ptr, dwu_ptr, dbu_ptr, up_splits, up_size[0], up_size[1], up_row_size,
+            fold_rows(pid - start2, up_ptr, dwu_ptr, dbu_ptr, up_splits, up_size[0], up_size[1], up_row_size,
                       BLOCK_S // 2, BLOCK_M)
         else:
-            add_rows(pid - starts[1], up_ptr, dwu_ptr, dbu_ptr, up_splits, up_size, up_row_size, BLOCK_S, BLOCK_M)
+            add_rows(pid - start2, up_ptr, dwu_ptr, dbu_ptr, up_splits, up_size, up_row_size, BLOCK_S, BLOCK_M)
 
 
 def weight_grads(
@@ -65,7 +65,7 @@ def weight_grads(
     arguments = [argument for partial, dw, db in zip(rows, weights, biases)
                  for argument in (partial, dw, db, len(partial), dw.numel(), partial.shape[1])]  # fmt: skip
     arguments += [None] * 6 if up is None else [up, dwu, dbu, len(up), up_size, up.shape[1]]
-    _launch.launch(block_sums_kernel, (programs,), *arguments, tuple(starts), FOLDS=folds, BLOCK_S=block_s,
+    _launch.launch(block_sums_kernel, (programs,), *arguments, *starts, FOLDS=folds, BLOCK_S=block_s,
                    BLOCK_M=block_m)
     if up is not None:
         dwu = dwu.unflatten(1, (2, 2)).permute(0, 3, 1, 2)

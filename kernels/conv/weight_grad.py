@@ -92,7 +92,7 @@ def sum_products(x, x_shape, x_strides, dz, dz_shape, dz_strides, pad, partial_p
 
 
 @triton.jit
-def add_source(pid, x, x_shape, x_strides, dz, dz_ptr, dz_shape, dz_strides, partial_ptr, sizes, pad,
+def add_source(pid, x, x_shape, x_strides, dz, dz_ptr, dz_shape, dz_strides, partial_ptr, row, images, pad,
                BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
                BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr, X_VECTOR: tl.constexpr,
                DZ_VECTOR: tl.constexpr, OUT_VECTOR: tl.constexpr, BULK: tl.constexpr, DZ_BULK: tl.constexpr,
@@ -100,60 +100,62 @@ def add_source(pid, x, x_shape, x_strides, dz, dz_ptr, dz_shape, dz_strides, par
     """partial[split, (k, r, s, column + c)] and, behind them, the bias's [split, k]: sums over the split's pixels.
 
     ``pid`` counts 3 column shifts, C_in and C_out tiles, then C_out in tiles of the bias; program axis 1 the splits.
-    ``sizes`` are the channels of all sources, column, elements of a row, tiles, those of a split, pixels and those of a
-    split. The pixels' rows of C_out channels start at ``dz_ptr``. OUT_VECTOR divides the first three sizes.
+    ``row`` is (channels of all sources, column, elements of a row), which OUT_VECTOR divides. The pixels' rows of C_out
+    channels start at ``dz_ptr``.
     """
-    split = tl.program_id(1)
-    channels, column, row_size, tiles, tiles_a_split, pixels, pixels_a_split = sizes
-    C_out, tiles_c = dz_shape[2], tl.cdiv(x_shape[2], BLOCK_C)
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    channels, column, row_size = row
+    H, W, C_out = dz_shape
+    tiles_c = tl.cdiv(x_shape[2], BLOCK_C)
     products = 3 * tiles_c * tl.cdiv(C_out, BLOCK_K)
     channels, column = channels // OUT_VECTOR * OUT_VECTOR, column // OUT_VECTOR * OUT_VECTOR
     partial_ptr += split.to(tl.int64) * (row_size // OUT_VECTOR * OUT_VECTOR)
     if pid < products:
-        first = split * tiles_a_split
+        tiles = images * tl.cdiv(H, BLOCK_H * ROWS) * tl.cdiv(W, BLOCK_W)
+        share = tl.cdiv(tiles, splits)
         sum_products(x, x_shape, x_strides, dz, dz_shape, dz_strides, pad, partial_ptr + column, channels, pid % 3,
-                     pid // 3 % tiles_c * BLOCK_C, pid // 3 // tiles_c * BLOCK_K, first,
-                     tl.minimum(first + tiles_a_split, tiles), BLOCK_H, BLOCK_W, ROWS, BLOCK_K, BLOCK_C, X_VECTOR,
+                     pid // 3 % tiles_c * BLOCK_C, pid // 3 // tiles_c * BLOCK_K, split * share,
+                     tl.minimum(split * share + share, tiles), BLOCK_H, BLOCK_W, ROWS, BLOCK_K, BLOCK_C, X_VECTOR,
                      DZ_VECTOR, BULK, DZ_BULK, STAGES, PRECISION)
     else:
-        first = split * pixels_a_split
-        sum_columns(dz_ptr, partial_ptr + 9 * C_out * channels, (pid - products) * BLOCK_Q, first,
-                    tl.minimum(first + pixels_a_split, pixels), C_out // DZ_VECTOR * DZ_VECTOR, BLOCK_R, BLOCK_Q)
+        pixels = images * H * W
+        share = tl.cdiv(pixels, splits)
+        sum_columns(dz_ptr, partial_ptr + 9 * C_out * channels, (pid - products) * BLOCK_Q, split * share,
+                    tl.minimum(split * share + share, pixels), C_out // DZ_VECTOR * DZ_VECTOR, BLOCK_R, BLOCK_Q)
 
 
-@triton.jit(do_not_specialize=["x_shape", "x_strides", "dz_shape", "dz_strides", "sizes", "x1_shape", "x1_strides",
-                             "dz1_shape", "dz1_strides", "sizes1", "x2_shape", "x2_strides", "dz2_shape", "dz2_strides",
-                             "sizes2", "pad", "starts"])
-def conv_relu_weight_grad_kernel(x, x_shape, x_strides, dz, dz_ptr, dz_shape, dz_strides, partial_ptr, sizes,
-                                 x1, x1_shape, x1_strides, dz1, dz1_ptr, dz1_shape, dz1_strides, partial1_ptr, sizes1,
-                                 x2, x2_shape, x2_strides, dz2, dz2_ptr, dz2_shape, dz2_strides, partial2_ptr, sizes2,
-                                 pad, starts, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, ROWS: tl.constexpr,
-                                 BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-                                 BLOCK_Q: tl.constexpr, X_VECTOR: tl.constexpr, DZ_VECTOR: tl.constexpr,
-                                 OUT_VECTOR: tl.constexpr, BULK: tl.constexpr, DZ_BULK: tl.constexpr,
-                                 STAGES: tl.constexpr, PRECISION: tl.constexpr):
+@triton.jit(do_not_specialize=["images", "pad", "start1", "start2"])
+def conv_relu_weight_grad_kernel(x, x_shape, x_strides, dz, dz_ptr, dz_shape, dz_strides, partial_ptr, row,
+                                 x1, x1_shape, x1_strides, dz1, dz1_ptr, dz1_shape, dz1_strides, partial1_ptr, row1,
+                                 x2, x2_shape, x2_strides, dz2, dz2_ptr, dz2_shape, dz2_strides, partial2_ptr, row2,
+                                 images, pad, start1, start2, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+                                 ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+                                 BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr, X_VECTOR: tl.constexpr,
+                                 DZ_VECTOR: tl.constexpr, OUT_VECTOR: tl.constexpr, BULK: tl.constexpr,
+                                 DZ_BULK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):
     """:func:`add_source` of one source, two or three, by programs of their own.
 
-    Grid: the programs of all, those of the second from starts[0] and those of the third from starts[1] on, × splits.
+    Grid: the programs of all, the second's from ``start1`` and the third's from ``start2`` on, × splits. All are of one
+    batch of ``images``.
     """
     pid = tl.program_id(0)
-    if pid < starts[0]:
-        add_source(pid, x, x_shape, x_strides, dz, dz_ptr, dz_shape, dz_strides, partial_ptr, sizes, pad,
+    if pid < start1:
+        add_source(pid, x, x_shape, x_strides, dz, dz_ptr, dz_shape, dz_strides, partial_ptr, row, images, pad,
                    BLOCK_H, BLOCK_W, ROWS, BLOCK_K, BLOCK_C, BLOCK_R, BLOCK_Q, X_VECTOR, DZ_VECTOR, OUT_VECTOR, BULK,
                    DZ_BULK, STAGES, PRECISION)
     # one after another, not nested: Triton lays the buffers of an else beside those of its if, not over them
     if x1 is not None:
-        pid1 = pid - starts[0]
-        if (pid1 >= 0) & (pid < starts[1]):
-            add_source(pid1, x1, x1_shape, x1_strides, dz1, dz1_ptr, dz1_shape, dz1_strides, partial1_ptr, sizes1, pad,
-                       BLOCK_H, BLOCK_W, ROWS, BLOCK_K, BLOCK_C, BLOCK_R, BLOCK_Q, X_VECTOR, DZ_VECTOR, OUT_VECTOR,
-                       BULK, DZ_BULK, STAGES, PRECISION)
+        pid1 = pid - start1
+        if (pid1 >= 0) & (pid < start2):
+            add_source(pid1, x1, x1_shape, x1_strides, dz1, dz1_ptr, dz1_shape, dz1_strides, partial1_ptr, row1,
+                       images, pad, BLOCK_H, BLOCK_W, ROWS, BLOCK_K, BLOCK_C, BLOCK_R, BLOCK_Q, X_VECTOR, DZ_VECTOR,
+                       OUT_VECTOR, BULK, DZ_BULK, STAGES, PRECISION)
     if x2 is not None:
-        pid2 = pid - starts[1]
+        pid2 = pid - start2
         if pid2 >= 0:
-            add_source(pid2, x2, x2_shape, x2_strides, dz2, dz2_ptr, dz2_shape, dz2_strides, partial2_ptr, sizes2, pad,
-                       BLOCK_H, BLOCK_W, ROWS, BLOCK_K, BLOCK_C, BLOCK_R, BLOCK_Q, X_VECTOR, DZ_VECTOR, OUT_VECTOR,
-                       BULK, DZ_BULK, STAGES, PRECISION)
+            add_source(pid2, x2, x2_shape, x2_strides, dz2, dz2_ptr, dz2_shape, dz2_strides, partial2_ptr, row2,
+                       images, pad, BLOCK_H, BLOCK_W, ROWS, BLOCK_K, BLOCK_C, BLOCK_R, BLOCK_Q, X_VECTOR, DZ_VECTOR,
+                       OUT_VECTOR, BULK, DZ_BULK, STAGES, PRECISION)
 
 
 @dataclass(frozen=True)
@@ -275,17 +277,16 @@ def _launch_sources(sources: tuple[Source, ...], partial: tuple[torch.Tensor, ..
     block_r, block_q = column_tile(max(source.dz.shape[1] for source in sources), config.num_warps)
     arguments, ends = [], []
     for source, rows in zip(sources, partial):
-        dz, x, tiles, pixels = source.dz, source.x, source.tiles, source.dz.numel() // source.dz.shape[1]
-        sizes = (source.channels, source.column, rows.shape[1], tiles, _launch.cdiv(tiles, splits), pixels,
-                 _launch.cdiv(pixels, splits))  # fmt: skip
+        dz, x = source.dz, source.x
         arguments += [image_boxes(x, (*box, config.block_c)) if bulk else x, (*x.shape[2:], x.shape[1]),
                       (x.stride(0), x.stride(2)), image_boxes(dz, (*box, config.block_k)) if dz_bulk else dz, dz,
-                      (*dz.shape[2:], dz.shape[1]), (dz.stride(0), dz.stride(2)), rows, sizes]  # fmt: skip
+                      (*dz.shape[2:], dz.shape[1]), (dz.stride(0), dz.stride(2)), rows,
+                      (source.channels, source.column, rows.shape[1])]  # fmt: skip
         ends.append(sum(ends[-1:]) + source.programs + source.sums_bias * _launch.cdiv(dz.shape[1], block_q))
     absent = [None] * (3 - len(sources)) * (len(arguments) // len(sources))
     numbers = [number for each, rows in zip(sources, partial) for number in (each.channels, each.column, rows.shape[1])]
-    _launch.launch(conv_relu_weight_grad_kernel, (ends[-1], splits), *arguments, *absent, pad,
-                   (ends[0], ends[min(1, len(ends) - 1)]),
+    _launch.launch(conv_relu_weight_grad_kernel, (ends[-1], splits), *arguments, *absent, len(dz), pad,
+                   ends[0], ends[min(1, len(ends) - 1)],
                    BLOCK_H=config.block_h, BLOCK_W=config.block_w, ROWS=config.rows, BLOCK_K=config.block_k,
                    BLOCK_C=config.block_c, BLOCK_R=block_r, BLOCK_Q=block_q,
                    X_VECTOR=min(_launch.vector_width(source.x) for source in sources),
