@@ -2,8 +2,8 @@
 
 By default every option of the BraTS network in bfloat16 for sm_90 at batch 16 and, of its products, each number of
 warps and stages, with those functions that only batch 1 uses, and the products of operators that only the ISBI network
-has; one of each kernel function that multiplies for sm_80 and, as slow tests, in tf32, for sm_100 and AMD, but for
-convolutions with a head or in splits; by older versions of Triton one of each function, with each number of warps and
+has; as slow tests one of each kernel function that multiplies in tf32, for sm_80, sm_100 and AMD, but for convolutions
+with a head or in splits; by older versions of Triton one of each function, with each number of warps and
 stages and of outputs, that multiplies, in bfloat16 (in tf32 test_in_flight.py compiles some). ``--full`` compiles all.
 """
 
@@ -28,8 +28,7 @@ pytestmark = pytest.mark.skipif(_launch.INTERPRETED, reason="the interpreter has
 
 THREADS = min(2, os.cpu_count())
 MODES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "ieee": torch.float32}
-QUICK = {(90, "bf16"), (80, "bf16")}
-ALL = [pytest.param(*kind, marks=[pytest.mark.slow] * (kind not in QUICK))
+ALL = [pytest.param(*kind, marks=[pytest.mark.slow] * (kind != (90, "bf16")))
        for kind in [*itertools.product((80, 90, 100), MODES), (GFX942, "bf16")]]  # fmt: skip
 REDUCED = {(90, "bf16")}
 if not BEFORE_3_8:

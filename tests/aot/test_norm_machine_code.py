@@ -58,7 +58,7 @@ def convolution_launches(architecture, dtype, n, c_in, c_out, side):
     return [launch for launch in found if launch.kernel.__name__ != "permuted_taps_kernel"]  # two_rows stacks weights
 
 
-@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("architecture", [pytest.param(80, marks=pytest.mark.slow), 90, 100])
 def test_a_convolution_with_its_norm(architecture, request):
     """Which kernels, and the convolution's code; with ``--full`` that of all."""
     full, found = request.config.getoption("--full", default=False), []

@@ -1,4 +1,4 @@
-"""Every kernel runs compiled, in bfloat16 for sm_90 and by pointers for sm_80: a subset of tests/kernels."""
+"""Every kernel runs compiled, in bfloat16 for sm_90 and, slowly, by pointers for sm_80: a subset of tests/kernels."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ def test_every_kernel_on_sm_90(tmp_path):
     assert launched == every_kernel()
 
 
+@pytest.mark.slow
 def test_sm_80(tmp_path):
     """By cp.async and mma.sync: one forward pass and its gradients."""
     some = "(forward_pool and pointer and 1x0+24-16x15x17) or (pointer2x1 and 33x3) or (upsample_conv and 1x33x4x7)"
