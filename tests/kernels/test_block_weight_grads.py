@@ -13,7 +13,7 @@ from fastunet.kernels.conv import weight_grad as weight_grad_module
 
 from ..tolerance import assert_within_budget
 from . import in_order
-from .conftest import DTYPES
+from .conftest import COMPILED, DTYPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,8 @@ def assert_equals_autograd(case, dtype, device):
         assert_within_budget(*results, name)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [DTYPES[0], *(pytest.param(*dtype.values, id=dtype.id, marks=COMPILED)
+                                                for dtype in DTYPES[1:])])  # fmt: skip
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_autograd(case, dtype, device):
     assert_equals_autograd(case, dtype, device)
