@@ -22,6 +22,7 @@ from xml.etree import ElementTree
 
 OLDEST_TRITON = Path(sys.prefix) / "triton-3.6.0"
 OLDEST = Path(sys.prefix) / "oldest"  # what tests/oldest.txt lists
+WITHOUT_TRITON = Path("tests/without_triton").absolute()
 LANES = min(os.cpu_count() or 1, 2)
 WORKERS = min((os.cpu_count() or 1) // LANES, 4)
 SECONDS_BETWEEN_LINES = 20
@@ -59,9 +60,7 @@ def parts() -> list[Part]:
         Part("library, the rest", ("tests", *(f"--ignore={path}" for path in (*rooms, *half)))),
         Part("kernels, interpreted", ("tests/kernels",), (("TRITON_INTERPRET", "1"),)),
     ]
-    # campaigns of faults are of files, processes and the CPU: no Triton either, and the start of a process is saved
-    without = before(Path("tests/without_triton").absolute())
-    found.append(Part("faults, and without Triton", ("tests/faults", "tests/without_triton"), without))
+    found.append(Part("library, without Triton", ("tests/without_triton",), before(WITHOUT_TRITON)))
     cuda = "import sys, torch; sys.exit(not torch.cuda.is_available())"
     if subprocess.run([sys.executable, "-c", cuda], check=False).returncode == 0:
         found.append(Part("kernels, on the GPU", ("tests/kernels",)))
@@ -69,7 +68,8 @@ def parts() -> list[Part]:
 
 
 def rest() -> list[Part]:
-    """What is slow, and what older libraries may change: machine code, files read and written, training."""
+    """What is slow, campaigns of faults, and what older libraries may change: machine code, files read and written,
+    training."""
     files = ("oldest", "schema", "data_volumes", "data_damaged", "data_images", "data_image_folders", "pictures",
              "train", "train_checkpoint")  # fmt: skip
     paths = tuple(f"tests/test_{name}.py" for name in files)
@@ -78,7 +78,9 @@ def rest() -> list[Part]:
         OLDEST / "numpy": Part("oldest libraries", paths, (("OLDEST", "1"), *before(OLDEST))),
     }
     slow = Part("slow", ("tests", "--ignore=tests/without_triton"), marks="slow")
-    return [slow, *(part for folder, part in found.items() if folder.exists())]
+    # campaigns of files, processes and the CPU: no Triton either, and the start of a process is saved
+    faults = Part("faults", ("tests/faults",), before(WITHOUT_TRITON))
+    return [slow, *(part for folder, part in found.items() if folder.exists()), faults]
 
 
 def before(folder: Path) -> tuple[tuple[str, str], ...]:

@@ -29,6 +29,7 @@ MORE = {  # loads ahead that the last steps make, masked off
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_counted_traffic_is_executed_traffic():
     from .traffic import rows, table
 
