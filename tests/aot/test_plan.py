@@ -84,6 +84,7 @@ def functions_called(function, *operands):
     return codes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "tf32"])
 def test_every_call_of_a_network_repeats_its_launches(started, dtype, monkeypatch, request):
     """With ``--full`` every call of three networks, without it one of each kind."""

@@ -29,6 +29,7 @@ def kernels(folder: Path) -> set[Path]:
     return set(folder.rglob("*.cubin"))
 
 
+@pytest.mark.slow
 def test_nothing_is_left_to_compile(no_code, monkeypatch):
     threads = SimpleNamespace(Pool=ThreadPool)  # a process of its own would make code
     monkeypatch.setattr(multiprocessing, "get_context", lambda _: threads)
