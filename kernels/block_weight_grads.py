@@ -49,8 +49,9 @@ def weight_grads(
     weights = [_launch.empty(each.shape, x.dtype, x.device) for each in products]
     biases = [_launch.empty((each.shape[0],), x.dtype, x.device) for each in products]
     up, up_size, columns, folds = None, 0, 0, False
-    dwu, dbu = _launch.empty((0,), x.dtype, x.device), _launch.empty((0,), x.dtype, x.device)
-    if du is not None and low is not None:
+    if du is None or low is None:
+        dwu, dbu = _launch.empty((0,), x.dtype, x.device), _launch.empty((0,), x.dtype, x.device)
+    else:
         du, low = _launch.channels_last(du), _launch.channels_last(low)
         c_in, c_out, side, folds = low.shape[1], du.shape[1], 2 if transpose else 3, not transpose
         config = _stride2_weight_grad.choose_config(du, low, side)

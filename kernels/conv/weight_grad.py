@@ -243,7 +243,7 @@ def partial_sums(products: Sequence[Product], pad: int, config: WeightGradConfig
         if (n, h, w) != (each.x.shape[0], each.x.shape[2] + 2 * pad - 2, each.x.shape[3] + 2 * pad - 2):
             shapes = f"dz {tuple(each.dz.shape)} does not fit x {tuple(each.x.shape)}"
             raise ValueError(f"conv_relu weight gradient: {shapes}, pad {pad}")
-    found = {at: _launch.empty((0, each.row_size), torch.float32, each.dz.device) for at, each in enumerate(products)}
+    found: dict[int, torch.Tensor] = {}
     sources = {at: each.sources(config) for at, each in enumerate(products) if each.dz.numel()}
     alike = len({source.config for group in sources.values() for source in group}) == 1
     for group in [list(sources)] if alike else [[at] for at in sources]:
@@ -255,7 +255,8 @@ def partial_sums(products: Sequence[Product], pad: int, config: WeightGradConfig
         given = [(source, found[at]) for at in group for source in sources[at]]
         for _, members in itertools.groupby(given, key=lambda member: member[0].config):
             _launch_sources(*zip(*members), pad)
-    return [found[at] for at in range(len(products))]
+    return [found[at] if at in found else _launch.empty((0, each.row_size), torch.float32, each.dz.device)
+            for at, each in enumerate(products)]  # fmt: skip
 
 
 def _launch_sources(sources: tuple[Source, ...], partial: tuple[torch.Tensor, ...], pad: int) -> None:
