@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastunet import UNet
+from fastunet.functional import _winograd
 from tests.fuse_results import randomised
 
 NETWORKS = {
@@ -29,6 +30,14 @@ def build(name: str = "brats"):
     return model, model.freeze(), torch.randn(2, model.architecture.in_channels, *size)
 
 
+@pytest.fixture(params=["oneDNN", "Winograd"])
+def algorithm(request, monkeypatch):
+    """Of all 3×3 convolutions, which are too small here to leave them to the second otherwise."""
+    if request.param == "Winograd":
+        for name in ("LEAST_CHANNELS_IN", "LEAST_CHANNELS_OUT", "LEAST_PIXELS"):
+            monkeypatch.setattr(_winograd, name, 1)
+
+
 def assert_same(model, frozen, x):
     with torch.no_grad():
         torch.testing.assert_close(frozen(x), model(x), rtol=1e-5, atol=1e-5)
@@ -36,6 +45,7 @@ def assert_same(model, frozen, x):
         assert (frozen.predict(x) == model.predict(x)).double().mean() > 0.999
 
 
+@pytest.mark.usefixtures("algorithm")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_gives_the_model_s_results_for_every_shape(name):
     model, frozen, x = build(name)
@@ -193,6 +203,7 @@ def test_other_dtypes_and_autocast_run_the_model():
         assert torch.equal(frozen(x.double()), model(x.double()))
 
 
+@pytest.mark.usefixtures("algorithm")
 def test_keeps_nan():
     _, frozen, x = build()
     x[0, 0, 3, 4] = float("nan")
@@ -200,6 +211,7 @@ def test_keeps_nan():
     assert not frozen(x)[1].isnan().any()
 
 
+@pytest.mark.usefixtures("algorithm")
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("harm", ["image inf", "image 1e38", "weights 1e30", "weight inf", "weight NaN", "bias NaN"])
 def test_what_is_not_finite_stays_so(name, harm):

@@ -34,6 +34,12 @@ def packs(x: torch.Tensor) -> bool:
     return accumulates(x) and hasattr(_OPS, "_convolution_transpose_pointwise")
 
 
+def may_round_operands() -> bool:
+    """Whether PyTorch was told that it may round float32 operands of convolutions or matrix products on a CPU."""
+    parts = (getattr(torch.backends.mkldnn, name, None) for name in ("conv", "matmul"))
+    return any(getattr(part, "fp32_precision", "none") in ("bf16", "tf32") for part in parts)
+
+
 def pack(weight: torch.Tensor, pad: int, images: list[int], stride: int = 1) -> torch.Tensor:
     """``weight`` (C_out, C_in, k, k) in the layout that suits images of the shape ``images``."""
     return _OPS._reorder_convolution_weight(weight, [pad, pad], [stride, stride], _UNIT, 1, images)

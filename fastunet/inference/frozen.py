@@ -157,9 +157,10 @@ class FrozenUNet(torch.nn.Module):
         def make() -> frozen_cpu.PackedNetwork:
             if self._limit is None:
                 self._limit = bounds.largest_images(self.model, frozen_cpu.PIXELS)
-            return frozen_cpu.PackedNetwork(self.model, (len(x), *x.shape[2:]), self._limit)
+            return frozen_cpu.PackedNetwork(self.model, (len(x), *x.shape[2:]), self._limit, self._kept)
 
-        network: frozen_cpu.PackedNetwork = self._recent((x.shape, torch.get_num_threads()), make, _PACKED)
+        key = x.shape, torch.get_num_threads(), _onednn.may_round_operands()
+        network: frozen_cpu.PackedNetwork = self._recent(key, make, _PACKED)
         return network
 
     def _cast(self, dtype: torch.dtype) -> FrozenUNet:

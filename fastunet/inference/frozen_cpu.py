@@ -1,7 +1,8 @@
-"""A U-Net with its weights packed once in oneDNN's own layouts: inference in float32 on a CPU."""
+"""A U-Net with its weights packed once, in oneDNN's own layouts or transformed: inference in float32 on a CPU."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from fastunet.allocator import keep_some_freed_memory
-from fastunet.functional import _norm, _onednn
+from fastunet.functional import _norm, _onednn, _winograd
 from fastunet.functional._layout import nhwc
 from fastunet.functional.conv_norm import folded
 from fastunet.functional.relu import activation_
@@ -27,8 +28,10 @@ Upsampling = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Convolution:
-    """Packed weights, of the skip if there is one and of x, and the bias; ``norm`` is a layer that takes statistics."""
+    """Packed weights, of the skip if there is one and of x, or those of both ``transformed``, and the bias; ``norm`` is
+    a layer that takes statistics."""
 
+    transformed: bool
     skip: torch.Tensor | None
     weight: torch.Tensor
     bias: torch.Tensor
@@ -39,22 +42,23 @@ class Convolution:
 class PackedNetwork:
     """The forward pass of ``model`` on packed copies of its weights, which it makes when built.
 
-    Memory: one more copy of the weights, and of the maps what the C library keeps from one call to the next
-    (:func:`keep_some_freed_memory`): their page faults took 6 to 10 % of a call. oneDNN chooses the layouts by number
-    and size of the images, and by threads; others stay right, at the price of conversions in each call, which may take
-    longer than the convolutions. ``limit`` is that of :func:`bounds.largest_images` for at most :data:`PIXELS`.
+    Memory: one more copy of the weights, 2.7 times as large of those that :mod:`fastunet.functional._winograd` takes,
+    and of the maps what the C library keeps from one call to the next (:func:`keep_some_freed_memory`): their page
+    faults took 6 to 10 % of a call. oneDNN chooses the layouts by number and size of the images, and by threads;
+    others stay right, at the price of conversions in each call, which may take longer than the convolutions. ``limit``
+    is that of :func:`bounds.largest_images` for at most :data:`PIXELS`; ``transformed`` keeps weights by layer for the
+    networks packed for other images.
 
-    oneDNN applies a ReLU while it writes a convolution's result, but turns NaN into 0. So in a call in which a sum may
-    overflow each ReLU is a step of its own, and a norm, whose infinite variance would leave its bias alone, is the
+    oneDNN applies a ReLU while it writes a convolution's result, but turns NaN into 0; Winograd's algorithm spreads it
+    over a tile; a norm whose variance is infinite leaves its bias alone. So a call in which a sum may overflow is the
     model's.
     """
 
-    def __init__(self, model: Any, size: Size, limit: float):
+    def __init__(self, model: Any, size: Size, limit: float, transformed: dict[Any, Any]):
         self.pad = 1 if model.architecture.padding == "same" else 0
         self.transpose = model.architecture.up == "transpose"
         self.style = model.architecture
-        self.takes_statistics = self.style.norm in ("instance", "group")
-        self.limit = limit
+        self.limit, self.transformed = limit, transformed
         self.encoders: list[list[Convolution]] = []
         for encoder in model.encoders:
             block, size = self._pack_block(encoder, size)
@@ -71,11 +75,10 @@ class PackedNetwork:
         keep_some_freed_memory()
 
     def run(self, x: torch.Tensor, output: str) -> torch.Tensor | None:
-        """Logits, probabilities or labels of padded images; None where a variance may overflow."""
-        bounded = x.shape[2] * x.shape[3] <= PIXELS and bounds.below(x, self.limit)
-        if self.takes_statistics and not bounded:
+        """Logits, probabilities or labels of padded images; None where a sum may overflow."""
+        if x.shape[2] * x.shape[3] > PIXELS or not bounds.below(x, self.limit):
             return None
-        x, skips, fused = nhwc(x), [], bounded and not self.style.negative_slope
+        x, skips, fused = nhwc(x), [], not self.style.negative_slope
         for block in self.encoders:
             x = self._block(block, x, fused)
             skips.append(x)
@@ -101,9 +104,16 @@ class PackedNetwork:
                 values = norm.weight.detach(), norm.bias.detach(), norm.running_mean, norm.running_var
                 (weight, bias), norm = folded(weight, bias, *values, norm.eps), None
             stride = layer.stride[0]
-            skip = self._pack_conv(weight[:, :split], size, stride) if split else None
-            packed.append(Convolution(skip, self._pack_conv(weight[:, split:], size, stride), bias, stride, norm))
-            size, split = (size[0], *((side + 2 * self.pad - 3) // stride + 1 for side in size[1:])), 0
+            before, size = size, (size[0], *((side + 2 * self.pad - 3) // stride + 1 for side in size[1:]))
+            if stride == 1 and _winograd.suits(weight.shape[1], len(weight), math.prod(size)):
+                if layer not in self.transformed:
+                    self.transformed[layer] = _winograd.transformed(weight)
+                packed.append(Convolution(True, None, self.transformed[layer], bias, stride, norm))
+            else:
+                skip = self._pack_conv(weight[:, :split], before, stride) if split else None
+                x_weight = self._pack_conv(weight[:, split:], before, stride)
+                packed.append(Convolution(False, skip, x_weight, bias, stride, norm))
+            split = 0
         return packed, size
 
     def _pack_conv(self, weight: torch.Tensor, size: Size, stride: int) -> torch.Tensor:
@@ -119,12 +129,16 @@ class PackedNetwork:
         """Two convolutions with their activations; ``fused``: oneDNN applies a ReLU."""
         for conv in block:
             relu = fused and conv.norm is None
-            if conv.skip is None or skip is None:
+            crop = None if skip is None else centre_crop(skip, *x.shape[2:])
+            if conv.transformed:
+                sources = [x] if crop is None else [crop, x]
+                x = _winograd.convolution(sources, conv.weight, conv.bias, self.pad, relu)
+            elif conv.skip is None or crop is None:
                 x = _onednn.convolution(x, conv.weight, conv.bias, self.pad, relu, conv.stride)
             else:
-                crop = nhwc(centre_crop(skip, *x.shape[2:]))
-                y = _onednn.convolution(crop, conv.skip, conv.bias, self.pad, False)
+                y = _onednn.convolution(nhwc(crop), conv.skip, conv.bias, self.pad, False)
                 x = _onednn.add_convolution(y, x, conv.weight, self.pad, relu)
+            skip = None
             if conv.norm is not None:
                 x = self._normalised(x, conv.norm)
             elif not fused:
