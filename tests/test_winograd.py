@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fastunet import UNet
-from fastunet.functional import _winograd
+from fastunet.functional import _weight_products, _winograd, conv_relu
 from fastunet.reference import centre_crop
 
 from .tolerance import assert_within_budget
@@ -21,13 +21,25 @@ def nhwc_image(*shape):
     return torch.randn(shape).contiguous(memory_format=torch.channels_last)
 
 
+def weight_gradient(dz, x, pad):
+    """PyTorch's."""
+    geometry = [1, 1], [pad, pad], [1, 1], False, [0, 0], 1
+    weight = x.new_empty(dz.shape[1], x.shape[1], 3, 3)
+    return torch.ops.aten.convolution_backward(dz, x, weight, None, *geometry, [False, True, False])[1]
+
+
+def set_part(monkeypatch, tiles, size, pad):
+    """Leaves so many rows of tiles to a part, of five channels."""
+    across = -(-(size[1] + 2 * pad - 2) // _winograd.WIDE)
+    monkeypatch.setattr(_winograd, "PART", tiles * 24 * across * 5 // torch.get_num_threads() + 1)
+
+
 @pytest.mark.parametrize("pad", [0, 1])
 @pytest.mark.parametrize("size", [(3, 3), (4, 9), (8, 6), (13, 10), (18, 3)])
 @pytest.mark.parametrize("tiles", [1, 3, 1000])
 def test_equals_float64(monkeypatch, tiles, size, pad):
     """Whatever is left of the last tiles, and however many of them are transformed together."""
-    across = -(-(size[1] + 2 * pad - 2) // _winograd.WIDE)
-    monkeypatch.setattr(_winograd, "PART", tiles * 24 * across * 5 // torch.get_num_threads() + 1)
+    set_part(monkeypatch, tiles, size, pad)
     skip, x = torch.randn(3, 2, size[0] + 2, size[1] + 3), nhwc_image(3, 3, *size)
     sources, weight, bias = [centre_crop(skip, *size), x], torch.randn(4, 5, 3, 3), torch.randn(4)
     exact = F.conv2d(torch.cat(sources, 1).double(), weight.double(), bias.double(), padding=pad)
@@ -39,6 +51,39 @@ def test_equals_float64(monkeypatch, tiles, size, pad):
     assert found.permute(0, 2, 3, 1).is_contiguous()
     found = _winograd.convolution(sources, transformed, bias, pad, True)
     torch.testing.assert_close(found.double(), exact.relu(), **tolerance)
+
+
+@pytest.mark.parametrize("pad", [0, 1])
+@pytest.mark.parametrize("size", [(3, 3), (4, 9), (8, 6), (13, 10), (18, 3)])
+@pytest.mark.parametrize("tiles", [1, 3, 1000])
+def test_weight_gradient_equals_float64(monkeypatch, tiles, size, pad):
+    set_part(monkeypatch, tiles, size, pad)
+    sources = [centre_crop(torch.randn(3, 2, size[0] + 2, size[1] + 3), *size), nhwc_image(3, 3, *size)]
+    dz = nhwc_image(3, 4, size[0] + 2 * pad - 2, size[1] + 2 * pad - 2)
+    found = _winograd.weight_gradient(dz.permute(0, 2, 3, 1), sources, pad)
+    exact = weight_gradient(dz.double(), torch.cat(sources, 1).double(), pad)
+    tolerance = 32 * EPSILON * exact.abs().max().item()
+    torch.testing.assert_close(found.permute(0, 3, 1, 2).double(), exact, rtol=0, atol=tolerance)
+    assert found.is_contiguous()
+    assert not _winograd.weight_gradient(dz[:0].permute(0, 2, 3, 1), [x[:0] for x in sources], pad).any()
+
+
+@pytest.mark.parametrize("kind", ["normal", "after ReLUs", "far from zero"])
+@pytest.mark.parametrize(("c_in", "c_out", "side"), [(64, 64, 23), (64, 128, 40)])
+def test_weight_gradient_rounds_little_more_than_pytorch(kind, c_in, c_out, side):
+    x, dz = nhwc_image(1, c_in, side, side), nhwc_image(1, c_out, side, side)
+    x = {"normal": x, "after ReLUs": x.relu(), "far from zero": x + 10}[kind]
+    dz = dz * (torch.rand_like(dz) < 0.5) if kind == "after ReLUs" else dz
+    found = _winograd.weight_gradient(dz.permute(0, 2, 3, 1), [x], 1).permute(0, 3, 1, 2)
+    assert_within_budget(found, weight_gradient(dz, x, 1), weight_gradient(dz.double(), x.double(), 1), "dw")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_reaches_the_same_weight_gradients(value):
+    x, dz = nhwc_image(1, 5, 12, 12), nhwc_image(1, 4, 12, 12)
+    x[0, 1, 5, 6] = dz[0, 2, 7, 7] = value
+    found = _winograd.weight_gradient(dz.permute(0, 2, 3, 1), [x], 1).permute(0, 3, 1, 2)
+    assert torch.equal(found.isfinite(), weight_gradient(dz, x, 1).isfinite())
 
 
 @pytest.mark.parametrize("kind", ["normal", "after a ReLU", "smooth", "far from zero"])
@@ -71,7 +116,33 @@ def test_where_it_is_the_faster_way():
     assert _winograd.suits(128, 256, 256)
     assert not _winograd.suits(127, 256, 256)
     assert not _winograd.suits(256, 255, 256)
-    assert not _winograd.suits(512, 512, 255)
+    assert not _winograd.suits(512, 512, 199)
+
+
+def test_where_it_gives_weight_gradients(monkeypatch):
+    if not torch.backends.mkl.is_available():
+        pytest.skip("PyTorch without MKL, whose products these are")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(_weight_products, "LEAST_PRODUCTS", 0)
+    found, real = [], _winograd.weight_gradient
+    monkeypatch.setattr(
+        _winograd, "weight_gradient", lambda dz, *rest: found.append(tuple(dz.shape)) or real(dz, *rest)
+    )
+    for c_x, c_skip, c_out, height in (
+        (64, 0, 64, 16),
+        (32, 32, 64, 16),
+        (64, 0, 63, 16),
+        (63, 0, 64, 16),
+        (64, 0, 64, 15),
+    ):
+        x, skip = torch.randn(2, c_x, height, 16), torch.randn(2, c_skip, height, 16) if c_skip else None
+        weight = torch.randn(c_out, c_x + c_skip, 3, 3, requires_grad=True)
+        conv_relu(x, weight, skip=skip, backend="torch").sum().backward()
+        sources = x if skip is None else torch.cat([skip, x], 1)
+        dz = (F.conv2d(sources, weight, padding=1) > 0).to(x.dtype).detach()
+        exact = weight_gradient(dz.double(), sources.double(), 1)
+        assert_within_budget(weight.grad, weight_gradient(dz, sources, 1), exact, "dw")
+    assert found == [(2, 16, 16, 64), (2, 16, 16, 64)]
 
 
 @pytest.fixture

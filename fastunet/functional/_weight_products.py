@@ -5,7 +5,8 @@ sets of the first cache: with 64 channels of 282² pixels it took 4.6 times as l
 AMD EPYC, PyTorch 2.13). On processors with AVX-512 oneDNN has other code, and is left alone.
 
 With ``band`` holding for each pixel the C channels of the three pixels around it, ``dw[:, ky] += dzᵀ · band``, where
-dz are the rows that meet those of the band at the height ky of the kernel.
+dz are the rows that meet those of the band at the height ky of the kernel. Where there are channels and pixels enough,
+:func:`_winograd.weight_gradient` needs a third of these products.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastunet.autograd import tracked, vmapped
+from fastunet.functional import _winograd
 
 BAND = 4 << 20
 """Bytes of a band: smaller ones make products too short, larger ones leave the last cache."""
@@ -49,8 +51,11 @@ def weight_gradient(dz: Tensor, sources: Sequence[Tensor], pad: int, has_bias: b
     """dw (C_out, C_in, 3, 3) of the concatenated ``sources``, in NHWC memory, and db, without elements where there is
     no bias; from dz in NHWC memory."""
     flat = dz.permute(0, 2, 3, 1).flatten(1, 2)
-    found = [_one_source(flat, dz.shape, source, pad) for source in sources]
-    dw = found[0] if len(found) == 1 else torch.cat(found, dim=3)
+    if _winograd.suits_gradient(sum(source.shape[1] for source in sources), dz.shape[1], flat[..., 0].numel()):
+        dw = _winograd.weight_gradient(dz.permute(0, 2, 3, 1), sources, pad)
+    else:
+        found = [_one_source(flat, dz.shape, source, pad) for source in sources]
+        dw = found[0] if len(found) == 1 else torch.cat(found, dim=3)
     return dw.permute(0, 3, 1, 2), flat.flatten(0, 1).sum(0) if has_bias else dw.new_empty(0)
 
 
