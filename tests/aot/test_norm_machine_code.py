@@ -58,6 +58,17 @@ def convolution_launches(architecture, dtype, n, c_in, c_out, side):
     return [launch for launch in found if launch.kernel.__name__ != "permuted_taps_kernel"]  # two_rows stacks weights
 
 
+@pytest.mark.parametrize("size, megabytes", [((16, 32, 32, 240), 3.9), ((16, 512, 512, 8), 0.3)])
+def test_statistics_written_and_read(size, megabytes):
+    """Of tiles of the convolution, four numbers a channel."""
+    (merge,) = (
+        launch
+        for launch in convolution_launches(90, torch.bfloat16, *size)
+        if launch.kernel.__name__ == "norm_merge_kernel"
+    )
+    assert round(2 * merge.args["partial_ptr"].nbytes / 1e6, 1) == megabytes
+
+
 @pytest.mark.parametrize("architecture", [pytest.param(80, marks=pytest.mark.slow), 90, 100])
 def test_a_convolution_with_its_norm(architecture, request):
     """Which kernels, and the convolution's code; with ``--full`` that of all."""
