@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fastunet import UNet
-from fastunet.functional import _weight_products, _winograd, conv_relu
+from fastunet.functional import _upsample_products, _weight_products, _winograd, conv_relu
 from fastunet.reference import centre_crop
 
 from .tolerance import assert_within_budget
@@ -205,6 +205,7 @@ def test_not_where_operands_may_be_rounded(shapes, part, precision):
     frozen(x)
     before, settings.fp32_precision = settings.fp32_precision, precision
     try:
+        assert not _upsample_products.suits(512, 256)
         frozen(x)
     finally:
         settings.fp32_precision = before

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from fastunet.allocator import keep_some_freed_memory
-from fastunet.functional import _norm, _onednn, _winograd
+from fastunet.functional import _norm, _onednn, _upsample_products, _winograd
 from fastunet.functional._layout import nhwc
 from fastunet.functional.conv_norm import folded
 from fastunet.functional.relu import activation_
@@ -23,7 +23,6 @@ Size = tuple[int, int, int]
 """Of a map: images, height and width."""
 PIXELS = 1 << 24
 """Of an image, at most, within the bounds: they depend on it a little, and not each size shall have its own."""
-Upsampling = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,15 @@ class Convolution:
     bias: torch.Tensor
     stride: int
     norm: Any
+
+
+@dataclass(frozen=True)
+class Upsampling:
+    """Packed weights of a transposed convolution, or those of a 2×2 convolution ``summed``, and the bias."""
+
+    summed: bool
+    weight: torch.Tensor
+    bias: torch.Tensor
 
 
 class PackedNetwork:
@@ -84,10 +92,8 @@ class PackedNetwork:
             skips.append(x)
             x = F.max_pool2d(x, 2) if self.style.down == "pool" else x
         x = self._block(self.bottleneck, x, fused)
-        for (weight, bias), block in self.decoders:
-            within = fused and not self.transpose  # which knows no activation
-            x = _onednn.transposed_convolution(x, weight, bias, 0 if self.transpose else 1, within)
-            x = x if self.transpose or within else activation_(x, self.style.negative_slope)
+        for up, block in self.decoders:
+            x = self._up(up, x, fused)
             skip = skips.pop()
             x = x if x.shape[2:] == skip.shape[2:] else nhwc(padded_to(x, skip, self.style.odd))
             x = self._block(block, x, fused, skip)
@@ -120,9 +126,21 @@ class PackedNetwork:
         return _onednn.pack(nhwc(weight), self.pad, [size[0], weight.shape[1], *size[1:]], stride)
 
     def _pack_up(self, layer: Any, size: Size) -> Upsampling:
-        weight = layer.weight.detach() if self.transpose else transposed_kernel(layer.weight.detach())
+        weight, bias = layer.weight.detach(), layer.bias.detach().clone()
+        if not self.transpose:
+            if _upsample_products.suits(weight.shape[1], len(weight)):
+                return Upsampling(True, _upsample_products.summed(weight), bias)
+            weight = transposed_kernel(weight)
         images = [size[0], weight.shape[0], *size[1:]]
-        return _onednn.pack_transposed(nhwc(weight), 0 if self.transpose else 1, images), layer.bias.detach().clone()
+        return Upsampling(False, _onednn.pack_transposed(nhwc(weight), 0 if self.transpose else 1, images), bias)
+
+    def _up(self, up: Upsampling, x: torch.Tensor, fused: bool) -> torch.Tensor:
+        relu = fused and not self.transpose  # which knows no activation
+        if up.summed:
+            x = _upsample_products.upsample_conv(x, up.weight, up.bias, relu)
+        else:
+            x = _onednn.transposed_convolution(x, up.weight, up.bias, 0 if self.transpose else 1, relu)
+        return x if self.transpose or relu else activation_(x, self.style.negative_slope)
 
     def _block(self, block: list[Convolution], x: torch.Tensor, fused: bool,
                skip: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
