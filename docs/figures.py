@@ -90,21 +90,22 @@ def rows() -> Figure:
     return figure
 
 
-def two_rows() -> Figure:
-    """Two output rows stacked on the M axis, for 32 channels."""
+def stacked_columns() -> Figure:
+    """Two output columns stacked on the M axis, for 32 channels."""
     figure, axes = canvas(4.3, 36, 15)
-    note(axes, 0.5, 0.8, "operand A [64, C] for each input row: the weights of two output rows, stacked")
-    names = [("w top", "zero"), ("w middle", "w top"), ("w bottom", "w middle"), ("zero", "w bottom")]
+    note(axes, 0.5, 0.8, "operand A [64, C] for each input column: the weights of two output columns, stacked")
+    names = [("w left", "zero"), ("w middle", "w left"), ("w right", "w middle"), ("zero", "w right")]
     for i, (upper, lower) in enumerate(names):
         y = 2 + 3.1 * i
         bar(axes, 0.5, y, 5, 1.25, WEIGHT if upper != "zero" else FAINT, upper)
         bar(axes, 0.5, y + 1.25, 5, 1.25, WEIGHT if lower != "zero" else FAINT, lower)
         note(axes, 6.2, y + 1.25, "×", fontsize=13)
-        bar(axes, 7.5, y + 0.5, 9, 1.5, INPUT, row_name("x", i - 1))
+        bar(axes, 7.5, y + 0.5, 9, 1.5, INPUT, f"x columns 2j {'−' if i == 0 else '+'} {abs(i - 1)}" if i != 1
+            else "x columns 2j")
         arrow(axes, (16.8, y + 1.25), (21.6, 7.9), connectionstyle="arc3,rad=0")
-    bar(axes, 22, 5.5, 9, 2.4, OUTPUT, "y row h: 32 channels")
-    bar(axes, 22, 7.9, 9, 2.4, OUTPUT, "y row h + 1: 32 channels")
-    note(axes, 22, 4.6, "one accumulator [64, pixels]")
+    bar(axes, 22, 5.5, 9, 2.4, OUTPUT, "y columns 2j: 32 channels")
+    bar(axes, 22, 7.9, 9, 2.4, OUTPUT, "y columns 2j + 1: 32 channels")
+    note(axes, 22, 4.6, "one accumulator [64, pairs of columns]")
     note(axes, 22, 12.2, "6 of 8 halves are weights: 75 % of the products\ncount; of a tile padded to 64 rows, 50 %.")
     return figure
 
@@ -157,7 +158,7 @@ def masks() -> Figure:
     return figure
 
 
-FIGURES = {"box": box, "rows": rows, "two-rows": two_rows, "sub-pixel": sub_pixel, "masks": masks}
+FIGURES = {"box": box, "rows": rows, "stacked-columns": stacked_columns, "sub-pixel": sub_pixel, "masks": masks}
 
 
 def svg(figure: Figure) -> bytes:

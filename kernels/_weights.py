@@ -37,12 +37,11 @@ def permuted_taps_kernel(w_ptr, out_ptr, rows, columns, out_rows, stride_tap, st
 
 
 def _permute(taps: torch.Tensor, out: torch.Tensor, first: int, stride_high: int, stride_low: int, out_stride_row: int,
-             *, low: int = 1, out_rows: int | None = None, zeros: bool = False) -> None:
+             *, low: int = 1, zeros: bool = False) -> None:
     """Writes ``taps`` (T, M, N) of any strides, or as many ``zeros``, to ``out``, whose strides are in elements."""
     count, rows, columns = taps.shape
-    out_rows = out_rows or rows
-    grid = (_launch.cdiv(out_rows, _TILE) * _launch.cdiv(columns, _TILE), count)
-    _launch.launch(permuted_taps_kernel, grid, taps, out, 0 if zeros else rows, columns, out_rows, *taps.stride(),
+    grid = (_launch.cdiv(rows, _TILE) * _launch.cdiv(columns, _TILE), count)
+    _launch.launch(permuted_taps_kernel, grid, taps, out, 0 if zeros else rows, columns, rows, *taps.stride(),
                    first, stride_high, stride_low, out_stride_row, LOW=low, TILE=_TILE)
 
 
@@ -115,19 +114,4 @@ def stride2_slots(weight: torch.Tensor) -> torch.Tensor:
     out, size = _launch.empty((3, 4, rows, columns), weight.dtype, weight.device), rows * columns
     _permute(taps[:3], out, 0, 4 * size, 0, columns, zeros=True)
     _permute(taps, out, size, 4 * size, size, columns, low=3)
-    return out
-
-
-@keepable
-def stacked_rows(weight: torch.Tensor, block_k: int, flipped: bool = False) -> torch.Tensor:
-    """``weight`` (C_out, 3, 3, C) as (3 columns, 3 kernel rows of block_k channels, C), zero from C_out to block_k.
-
-    Rows and columns are in reverse if ``flipped``. 2 · block_k rows from (j - 1) · block_k are the taps of kernel
-    rows j - 1 and j; out of the range they read as zero.
-    """
-    c = weight.shape[3]
-    out = _launch.empty((3, 3 * block_k, c), weight.dtype, weight.device)
-    row, column = block_k * c, 3 * block_k * c
-    first, row, column = (2 * row + 2 * column, -row, -column) if flipped else (0, row, column)
-    _permute(_taps(weight.permute(0, 3, 1, 2)), out, first, row, column, c, low=3, out_rows=block_k)
     return out

@@ -1,4 +1,4 @@
-"""The first numbers of a new GPU: one box and one two_rows convolution against float64, ``python -m bench.gpu.first``.
+"""The first numbers of a new GPU: one box and one rows convolution against float64, ``python -m bench.gpu.first``.
 
 Both rest on what no other machine can show: that the driver encodes their tensor maps, and that the flattened loop over
 taps and channels is compiled rightly. If these two are wrong, nothing after them is worth its minutes.
@@ -14,7 +14,7 @@ from fastunet.inspection.tuning import error_within_budget
 from fastunet.kernels.conv import forward
 from fastunet.kernels.conv.convolution import ConvConfig
 
-CASES = {ConvConfig("box", 128, 16, 8): (128, 128), ConvConfig("two_rows", 32, 16, 4, block_c=32): (32, 32)}
+CASES = {ConvConfig("box", 128, 16, 8): (128, 128), ConvConfig("rows", 32, 128, 6, block_c=32, num_stages=2): (32, 32)}
 """Tilings as large layers of both networks use them, and channels in and out."""
 
 

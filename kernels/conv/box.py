@@ -6,6 +6,8 @@ memory. What lies outside of the image arrives as zero, so padding, cropping and
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 
@@ -82,7 +84,7 @@ def conv_relu_box_kernel(x_desc, x_weight_desc, x_channels, skip_desc, skip_weig
         offs_p = tl.arange(0, BLOCK_N * BLOCK_H * BLOCK_W)
         n, h, w = n0 + offs_p // (BLOCK_H * BLOCK_W), h0 + offs_p // BLOCK_W % BLOCK_H, w0 + offs_p % BLOCK_W
         inside = (n < y_desc.shape[0]) & (h < y_desc.shape[1]) & (w < y_desc.shape[2])
-        tile_statistics(statistics_ptr, y, inside, tile, offs_k, C_out, y_desc.dtype)
+        tile_statistics(statistics_ptr, (y,), (inside,), tile, offs_k, C_out, y_desc.dtype)
 
 
 @triton.jit(do_not_specialize=["x_channels", "skip_channels", "offset", "y_shape", "tiles"])
@@ -123,7 +125,8 @@ def launch_box(conv: Convolution, y, pooled, statistics, config: ConvConfig, sec
     n, h, w = config.block_n, config.block_h, config.block_w
     programs, tiles = box_tiles(conv, config)
     half = (n, h // 2, w // 2, config.block_k)
-    _launch.launch(conv_relu_box_kernel, (programs,), *tap_sources(conv, (n, h, w, config.block_c), config.block_k),
+    boxes = functools.partial(image_boxes, box=(n, h, w, config.block_c))
+    _launch.launch(conv_relu_box_kernel, (programs,), *tap_sources(conv, boxes, config.block_k, config.block_c),
                    conv.offset, conv.bias, *output_boxes(conv, y, second, (n, h, w), config.block_k),
                    None if pooled is None else image_boxes(pooled, half), statistics, conv.c_out, tiles,
                    SLOPE=conv.slope, BLOCK_K=config.block_k, BLOCK_N=n, BLOCK_H=h, BLOCK_W=w,
@@ -135,8 +138,9 @@ def launch_box_head(conv: Convolution, head: Head, out, config: ConvConfig) -> N
     """Writes the head's logits, probabilities or labels of the convolution to ``out``."""
     n, h, w = config.block_n, config.block_h, config.block_w
     programs, tiles = box_tiles(conv, config)
+    boxes = functools.partial(image_boxes, box=(n, h, w, config.block_c))
     _launch.launch(conv_relu_box_head_kernel, (programs,),
-                   *tap_sources(conv, (n, h, w, config.block_c), config.block_k), conv.offset, conv.bias, head.weight,
+                   *tap_sources(conv, boxes, config.block_k, config.block_c), conv.offset, conv.bias, head.weight,
                    head.bias, out, (conv.batch, *conv.out_size, conv.c_out), tiles, SLOPE=conv.slope,
                    NUM_CLASSES=head.classes, BLOCK_CLASSES=head.block, OUTPUT=head.output, BLOCK_K=config.block_k,
                    BLOCK_N=n, BLOCK_H=h, BLOCK_W=w, BLOCK_C=config.block_c, STAGES=config.num_stages,

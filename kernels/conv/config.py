@@ -44,9 +44,11 @@ def why_not(config: ConvConfig, conv: Convolution, *, classes: int = 0) -> str |
         return f"bulk copies need pixels of a multiple of 16 bytes, not {conv.channels} to {conv.c_out} channels"
     if config.writes_two and conv.c_first % (config.block_k // 2):
         return f"half a tile of {config.block_k} channels would be of two images, the first of {conv.c_first} channels"
-    odd = any(image.shape[2] % 2 for image in conv.images)
-    if config.variant == "two_rows" and (odd or conv.c_out > config.block_k):
-        return f"it takes images of even height and at most {config.block_k} output channels"
+    if config.variant == "rows" and config.block_h % 2:
+        return f"it takes an even number of rows, not {config.block_h}"
+    widths = (conv.out_size[1], *(image.shape[3] for image in conv.images))
+    if config.stack > 1 and (conv.c_out != config.block_k or any(width % config.stack for width in widths)):
+        return f"it takes {config.block_k} output channels and images whose width is a multiple of {config.stack}"
     return None
 
 
@@ -70,7 +72,7 @@ def _usable(conv: Convolution, classes: int, pool: bool) -> Iterator[ConvConfig]
     pointers = list(_pointers(conv, classes, ieee))
     if ieee:  # without matrix instructions the count of products says nothing
         return (config for config in (_first(conv, ieee), *pointers) if _runs(config, conv, classes))
-    candidates = [_first(conv, ieee), *_two_rows(conv), *_rows(conv), *_boxes(conv), *pointers]
+    candidates = [_first(conv, ieee), *_rows(conv), *_boxes(conv), *pointers]
     gpu = device()
 
     def predicted(config: ConvConfig) -> tuple[float, int]:
@@ -103,18 +105,18 @@ def _first(conv: Convolution, ieee: bool) -> ConvConfig | None:
     return ConvConfig("first", max(16, min(most, _launch.next_power_of_2(conv.c_out))), pixels, num_stages=1)
 
 
-def _two_rows(conv: Convolution) -> Iterator[ConvConfig]:
-    """For the widest layers of a network of width 32."""
-    block_c = _block_c(conv, 128)
-    for block_h in (8, 4):
-        yield ConvConfig("two_rows", 32, 16, block_h, 1, block_c, 4, _stages((64 + 128) * block_c, conv))
-
-
 def _rows(conv: Convolution) -> Iterator[ConvConfig]:
-    """Its whole pipeline must fit."""
-    block_c = _block_c(conv, 128)
-    if _stages((3 * 64 + 6 * 64) * block_c, conv) >= 2:
-        yield ConvConfig("rows", 64, 64, 4, 1, block_c, 4, 2)
+    """Padded to 64 channels, and with columns stacked where that fills them; its whole pipeline must fit.
+
+    Stacked ones take half of a step, so that a multiprocessor holds two programs: one multiplies while the other waits.
+    """
+    # for the sums of six rows Triton 3.6 finds no tensor memory
+    heights = (2, 4, 6) if _launch.architecture() < 100 else (2, 4)
+    for block_k in sorted({64, conv.c_out} & {8, 16, 32, 64}):
+        block_c = _block_c(conv, 128 if block_k == 64 else 64)
+        for block_h in heights:
+            if _stages((3 + block_h + 2) * 64 * block_c, conv) >= 2:
+                yield ConvConfig("rows", block_k, 64 * (64 // block_k), block_h, 1, block_c, 4, 2)
 
 
 def _boxes(conv: Convolution) -> Iterator[ConvConfig]:

@@ -88,8 +88,8 @@ class Head:
 class ConvConfig:
     """A variant and its tile: ``block_k`` output channels × (block_n · block_h · block_w) pixels, ``block_c`` a step.
 
-    Variants: "pointer" and "first" flatten their pixels and use ``block_w`` alone; "box", "rows" and "two_rows" are
-    the bulk-copy kernels of the files of those names. ``splits`` > 1 shares out the sums of a box (``box_split``).
+    Variants: "pointer" and "first" flatten their pixels and use ``block_w`` alone; "box" and "rows" are the bulk-copy
+    kernels of the files of those names. ``splits`` > 1 shares out the sums of a box (``box_split``).
     """
 
     variant: str
@@ -107,6 +107,11 @@ class ConvConfig:
         return self.block_n * self.block_h * self.block_w
 
     @property
+    def stack(self) -> int:
+        """Neighbouring columns whose channels share the 64 rows of a product."""
+        return max(1, 64 // self.block_k) if self.variant == "rows" else 1
+
+    @property
     def writes_two(self) -> bool:
         """Whether its kernel can write two images."""
-        return self.variant in ("rows", "box") and self.splits == 1
+        return self.variant in ("rows", "box") and self.splits == 1 and self.stack == 1

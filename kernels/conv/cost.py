@@ -14,7 +14,6 @@ import torch
 
 from .. import _launch
 from .convolution import ConvConfig, Convolution
-from .rows import ROWS
 
 
 @dataclass(frozen=True)
@@ -103,13 +102,11 @@ def cost(conv: Convolution, config: ConvConfig, *, pool: bool = False, classes: 
         products, loads = [_launch.next_power_of_2(9 * channels[0])], [9 * channels[0]]
     else:
         padded = [_launch.cdiv(c, config.block_c) * config.block_c for c in channels]
-        if config.variant == "two_rows":
-            rows, products, loads = 2 * rows, [12 * c for c in padded], [12 * c for c in padded]
-        else:
-            products = loads = [9 * c for c in padded]
+        rows, columns = config.stack * rows, columns // config.stack
+        products = loads = [3 * (config.stack + 2) * c for c in padded]
     loaded = sum(loads) * (rows + columns)
-    if config.variant == "rows":  # three kernel rows and six input rows for each column shift
-        loaded = sum(padded) * 3 * (3 * rows + 6 * config.block_w)
+    if config.variant == "rows":  # of each input column of a group three kernel rows, and two input rows more
+        loaded = sum(padded) * (config.stack + 2) * (3 * rows + columns // config.block_h * (config.block_h + 2))
     pixels = conv.batch * conv.out_size[0] * conv.out_size[1]
     written = pixels * (classes or conv.c_out * (1.25 if pool else 1))
     read = sum(image.numel() for image in (*conv.images, *conv.masks))
@@ -131,5 +128,4 @@ def pixel_tiles(conv: Convolution, config: ConvConfig) -> int:
     (h, w), n = conv.out_size, conv.batch
     if config.variant in ("pointer", "first"):
         return _launch.cdiv(n * h * w, config.pixels)
-    block_h = {"rows": ROWS, "two_rows": 2 * config.block_h}.get(config.variant, config.block_h)
-    return _launch.cdiv(n, config.block_n) * _launch.cdiv(h, block_h) * _launch.cdiv(w, config.block_w)
+    return _launch.cdiv(n, config.block_n) * _launch.cdiv(h, config.block_h) * _launch.cdiv(w, config.block_w)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -16,10 +18,17 @@ def image_boxes(image: torch.Tensor, box: tuple[int, int, int, int]) -> TensorDe
     return TensorDescriptor(image, [n, h, w, c], [stride_n, stride_h, stride_w, 1], list(box))
 
 
-def row_pair_boxes(image: torch.Tensor, box: tuple[int, int, int, int, int]) -> TensorDescriptor:
-    """Boxes of an image of even height seen as [N, H/2, 2, W, C]."""
+def column_boxes(image: torch.Tensor, box: tuple[int, int, int], stack: int) -> TensorDescriptor:
+    """Boxes (BW, 1, BC) of a row of an image seen as [N, H, W / stack, stack, C]: of every ``stack``-th column."""
     (n, c, h, w), (stride_n, _, stride_h, stride_w) = image.shape, image.stride()
-    return TensorDescriptor(image, [n, h // 2, 2, w, c], [stride_n, 2 * stride_h, stride_h, stride_w, 1], list(box))
+    shape, strides = [n, h, w // stack, stack, c], [stride_n, stride_h, stack * stride_w, stride_w, 1]
+    return TensorDescriptor(image, shape, strides, [1, 1, *box])
+
+
+def grouped(image: torch.Tensor, stack: int) -> torch.Tensor:
+    """``image`` with each ``stack`` neighbouring columns as one of so many times the channels: the same memory."""
+    (n, c, h, w), (stride_n, _, stride_h, _) = image.shape, image.stride()
+    return image.as_strided((n, stack * c, h, w // stack), (stride_n, 1, stride_h, stack * c))
 
 
 def matrix_boxes(matrices: torch.Tensor, box: tuple[int, int, int]) -> TensorDescriptor:
@@ -27,33 +36,38 @@ def matrix_boxes(matrices: torch.Tensor, box: tuple[int, int, int]) -> TensorDes
     return TensorDescriptor(matrices, list(matrices.shape), list(matrices.stride()), list(box))
 
 
-def tap_sources(conv: Convolution, box: tuple[int, int, int, int], block_k: int) -> tuple:
-    """A kernel's arguments for x and for the skip: boxes of the image, boxes [1, block_k, BC] of its taps, channels.
+def tap_sources(conv: Convolution, boxes: Callable[[torch.Tensor], TensorDescriptor], block_k: int, block_c: int,
+                stack: int = 1) -> tuple:
+    """A kernel's arguments for x and for the skip: ``boxes`` of the image, boxes [1, block_k, block_c] of its taps,
+    channels.
 
-    Of a flipped convolution, which has one source, the boxes are [1, BC, block_k].
+    Of a flipped convolution, which has one source, the taps' boxes are [1, block_c, block_k]. Where columns are
+    stacked, the taps are no boxes but (C_out, 9, C), of strides (9 · S, S, 1) or, flipped, (1, S, 9 · S).
     """
-    if conv.flipped:
-        taps = matrix_boxes(conv.weight.permute(1, 2, 3, 0).flatten(0, 1), (1, box[3], block_k))
-        return image_boxes(conv.x, box), taps, conv.x.shape[1], None, None, 0
-    args = []
-    for image, weight in zip((conv.x, conv.skip), conv.taps()):
+    args: list = []
+    for image, weight in zip((conv.x, conv.skip), (conv.weight.flatten(1, 2), None) if conv.flipped else conv.taps()):
         if image is None:
             args += [None, None, 0]
-        else:
-            taps = matrix_boxes(weight.transpose(0, 1), (1, block_k, box[3]))
-            args += [image_boxes(image, box), taps, image.shape[1]]
+            continue
+        taps = weight
+        if stack == 1 and conv.flipped:
+            taps = matrix_boxes(weight.permute(1, 2, 0), (1, block_c, block_k))
+        elif stack == 1:
+            taps = matrix_boxes(weight.transpose(0, 1), (1, block_k, block_c))
+        args += [boxes(image), taps, image.shape[1]]
     return tuple(args)
 
 
 def output_boxes(conv: Convolution, y: torch.Tensor, second: torch.Tensor | None, pixels: tuple[int, int, int],
-                 block_k: int) -> tuple:
+                 block_k: int, stack: int = 1) -> tuple:
     """A kernel's arguments for each of two output images: boxes of its mask and of itself, None where there is none.
 
-    They have ``block_k`` channels, or half where a tile of so many may hold channels of both images.
+    They have ``block_k`` channels, or half where a tile of so many may hold channels of both images, of each of
+    ``stack`` columns.
     """
-    box = (*pixels, block_k if conv.c_first % block_k == 0 else block_k // 2)
+    box = (*pixels, stack * (block_k if conv.c_first % block_k == 0 else block_k // 2))
     images = (conv.mask, y, conv.second_mask, second)
-    return tuple(None if image is None else image_boxes(image, box) for image in images)
+    return tuple(None if image is None else image_boxes(grouped(image, stack), box) for image in images)
 
 
 @triton.jit

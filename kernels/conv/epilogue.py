@@ -69,7 +69,10 @@ def store_images(y, mask_desc, y_desc, second_mask_desc, second_desc, n, h, w, k
 
 @triton.jit
 def store_statistics(partial_ptr, mean, rest, squares, count, tile, offs_k, C_out):
-    """partial[tile] (4, C_out) = mean, what rounding left of it, sum of squared distances from both, number of them."""
+    """partial[tile] (4, C_out) = mean, the rest of it, sum of squared distances from both, number of them.
+
+    ``tile`` is one, or that of each of ``offs_k``.
+    """
     at = partial_ptr + tile.to(tl.int64) * (4 * C_out) + offs_k
     k_mask = offs_k < C_out
     tl.store(at, mean, mask=k_mask)
@@ -79,18 +82,23 @@ def store_statistics(partial_ptr, mean, rest, squares, count, tile, offs_k, C_ou
 
 
 @triton.jit
-def tile_statistics(partial_ptr, y, inside, tile, offs_k, C_out, dtype: tl.constexpr):
-    """Stores the statistics of ``y`` [C_out, pixels] over the pixels ``inside``, of which there is one at least.
+def tile_statistics(partial_ptr, parts, insides, tile, offs_k, C_out, dtype: tl.constexpr):
+    """Stores the statistics of all ``parts`` [C_out, pixels] of a tile over the pixels inside, of which the first part
+    has one at least.
 
-    They are those of ``y`` rounded to ``dtype``, as it is written: of what the norm reads.
+    They are those of what is rounded to ``dtype``, as it is written: of what the norm reads. The mean is that of the
+    first part, and the rest what the tile's differs from it: each part is read once, and few registers are needed.
     """
-    y = y.to(dtype).to(tl.float32)
-    count = tl.sum(inside.to(tl.float32), axis=0)
-    mean = tl.sum(tl.where(inside[None, :], y, 0.0), axis=1) / count
-    off = tl.where(inside[None, :], y - mean[:, None], 0.0)
-    rest = tl.sum(off, axis=1) / count
-    squares = tl.sum(off * off, axis=1) - rest * rest * count
-    store_statistics(partial_ptr, mean, rest, squares, count, tile, offs_k, C_out)
+    first = tl.where(insides[0][None, :], parts[0].to(dtype).to(tl.float32), 0.0)
+    mean = tl.sum(first, axis=1) / tl.sum(insides[0].to(tl.float32), axis=0)
+    count, rest, squares = 0.0, tl.zeros_like(mean), tl.zeros_like(mean)
+    for i in tl.static_range(len(parts)):
+        off = tl.where(insides[i][None, :], parts[i].to(dtype).to(tl.float32) - mean[:, None], 0.0)
+        count += tl.sum(insides[i].to(tl.float32), axis=0)
+        rest += tl.sum(off, axis=1)
+        squares += tl.sum(off * off, axis=1)
+    rest /= count
+    store_statistics(partial_ptr, mean, rest, squares - rest * rest * count, count, tile, offs_k, C_out)
 
 
 @triton.jit

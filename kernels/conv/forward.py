@@ -21,12 +21,9 @@ from .first import launch_first
 from .pointer import launch_pointer, launch_pointer_head
 from .rows import launch_rows, launch_rows_head
 from .split import JOINED_PIXELS, launch_box_split
-from .two_rows import launch_two_rows, launch_two_rows_head
 
-_LAUNCH = {"pointer": launch_pointer, "first": launch_first, "box": launch_box, "rows": launch_rows,
-           "two_rows": launch_two_rows}
-_LAUNCH_HEAD = {"pointer": launch_pointer_head, "box": launch_box_head, "rows": launch_rows_head,
-                "two_rows": launch_two_rows_head}
+_LAUNCH = {"pointer": launch_pointer, "first": launch_first, "box": launch_box, "rows": launch_rows}
+_LAUNCH_HEAD = {"pointer": launch_pointer_head, "box": launch_box_head, "rows": launch_rows_head}
 
 
 def forward(x: torch.Tensor, skip: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None, pad: int,
@@ -58,7 +55,7 @@ def forward_statistics(x: torch.Tensor, skip: torch.Tensor | None, weight: torch
     if config.splits > 1:
         tiles, separate = n * _launch.cdiv(h * w, JOINED_PIXELS), True
     else:
-        tiles = pixel_tiles(conv, config)
+        tiles = config.stack * pixel_tiles(conv, config)  # of stacked columns each
         separate = config.block_n == 1 and (config.variant not in ("pointer", "first") or h * w % config.pixels == 0)
     statistics = None
     if separate or n == 1 or not per_sample:

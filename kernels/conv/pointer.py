@@ -116,7 +116,7 @@ def store_tile(y, mask_ptr, y_ptr, pooled_ptr, statistics_ptr, y_shape, tile, fi
         tl.store(pooled_ptr + window.to(tl.int64)[None, :] * C_out + offs_k[:, None],
                  pooled.to(pooled_ptr.dtype.element_ty), mask=k_mask[:, None] & (window >= 0)[None, :])
     if statistics_ptr is not None:
-        tile_statistics(statistics_ptr, y, p_mask, tile, offs_k, C_out, y_ptr.dtype.element_ty)
+        tile_statistics(statistics_ptr, (y,), (p_mask,), tile, offs_k, C_out, y_ptr.dtype.element_ty)
 
 
 @triton.jit(do_not_specialize=["x_shape", "skip_shape", "offset", "y_shape", "WEIGHT_TAP"])

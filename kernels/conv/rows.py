@@ -1,10 +1,18 @@
 """3×3 convolution that feeds each loaded input row to all the output rows that need it, for sm_90 and newer.
 
-A tile is four output rows of one image. For each column shift six input rows are loaded once and serve twelve products,
-where a tap-by-tap kernel loads twenty-four: for 64 and 128 channels the L2 cache is what limits that one.
+A tile is two, four or six output rows of one image. For each column shift two input rows more are loaded once and serve
+three products for each output row, where a tap-by-tap kernel loads 24 or 36: for up to 128 channels the L2 cache is
+what limits that one.
+
+`wgmma` multiplies at least 64 rows of weights. Fewer output channels are stacked: those of 2 neighbouring columns where
+there are 32, of 4 where there are 16. Such a group meets STACK + 2 input columns, each with the taps that the group's
+columns have for it, or zero. So 32 channels take 4 products of 64 rows for 2 columns instead of 6, and load each pixel
+twice instead of three times. As zeros are multiplied, an infinity or NaN of the input reaches all columns of a group.
 """
 
 from __future__ import annotations
+
+import functools
 
 import triton
 import triton.language as tl
@@ -12,162 +20,180 @@ import triton.language as tl
 from .. import _launch
 from .._launch import mma
 from .convolution import ConvConfig, Convolution, Head
-from .descriptors import image_boxes, output_boxes, tap_sources, tap_weight
+from .descriptors import column_boxes, image_boxes, output_boxes, tap_sources, tap_weight
 from .epilogue import bias_activation, head_store, max_of_pairs, store_images, tile_statistics
 
-ROWS = 4
+
+@triton.jit
+def stacked_weight(weight, weight_stride, r, t, k0, c, C, STACK: tl.constexpr, BLOCK_K: tl.constexpr,
+                   BLOCK_C: tl.constexpr, FLIPPED: tl.constexpr):
+    """Weights of kernel row ``r`` for input column ``t`` of a group, as operand A [STACK·BK, BC].
+
+    Part j, for the group's output column j, is the tap of kernel column t - j, or zero where there is none.
+    """
+    if STACK == 1:
+        tile = tap_weight(weight, 3 * r + t, k0, c, FLIPPED)
+    else:
+        VECTOR: tl.constexpr = 128 // weight.dtype.element_ty.primitive_bitwidth
+        stride = weight_stride // VECTOR * VECTOR  # multiples of VECTOR; shows the compiler that it may load so many
+        offs_m, offs_c = tl.arange(0, STACK * BLOCK_K)[:, None], tl.arange(0, BLOCK_C)[None, :]
+        j = offs_m // BLOCK_K
+        # what changes from step to step is one scalar, so that a thread keeps few addresses
+        if FLIPPED:
+            first = (8 - 3 * r - t) * stride + c * (9 * stride)
+            at = offs_m % BLOCK_K + j * stride + offs_c * (9 * stride)
+        else:
+            first = (3 * r + t) * stride + c
+            at = offs_m % BLOCK_K * (9 * stride) - j * stride + offs_c
+        mask = (j <= t) & (t - j < 3) & (offs_c < C // VECTOR * VECTOR - c)
+        tile = tl.load(weight + first + at, mask=mask, other=0.0)
+    return tile
 
 
 @triton.jit
-def input_row(x_desc, n, h, w, c):
-    """One row of pixels as operand B [BC, BW] of a product."""
-    x = x_desc.load([n, h, w, c])
-    return tl.reshape(x, (x.shape[2], x.shape[3])).T
+def add_rows_source(rows, x_desc, weight, weight_stride, C, n, h0, group, shift, k0, STACK: tl.constexpr,
+                    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+                    FLIPPED: tl.constexpr):
+    """Adds 9 taps and C channels to each of ``rows``; the first of them has its first tap in input row ``h0``, and
+    ``shift`` columns to the left of its first column, that of ``group``."""
+    ROWS: tl.constexpr = len(rows)
+    for i in tl.range(0, (STACK + 2) * tl.cdiv(C, BLOCK_C), num_stages=STAGES):
+        t = i % (STACK + 2)
+        c = i // (STACK + 2) * BLOCK_C
+        column = (t - shift) & (STACK - 1)  # within its group, also where it is left of the image
+        w = group + (t - shift - column) // STACK
+        weights = (stacked_weight(weight, weight_stride, 0, t, k0, c, C, STACK, BLOCK_K, BLOCK_C, FLIPPED),
+                   stacked_weight(weight, weight_stride, 1, t, k0, c, C, STACK, BLOCK_K, BLOCK_C, FLIPPED),
+                   stacked_weight(weight, weight_stride, 2, t, k0, c, C, STACK, BLOCK_K, BLOCK_C, FLIPPED))
+        for h in tl.static_range(ROWS + 2):
+            x = x_desc.load([n, h0 + h, w, column, c])
+            x = tl.reshape(x, (x.shape[2], BLOCK_C)).T
+            for r in tl.static_range(3):
+                if r <= h and h - r < ROWS:
+                    rows = rows[: h - r] + (mma(weights[r], x, rows[h - r], PRECISION),) + rows[h - r + 1 :]
+    return rows
 
 
 @triton.jit
-def add_rows_source(y0, y1, y2, y3, x_desc, weight_desc, C, n, h0, w0, k0, BLOCK_C: tl.constexpr,
-                    STAGES: tl.constexpr, PRECISION: tl.constexpr, FLIPPED: tl.constexpr):
-    """Adds 9 taps and C channels to four output rows; (h0, w0) is the input pixel of tap (0, 0) of the first."""
-    for i in tl.range(0, 3 * tl.cdiv(C, BLOCK_C), num_stages=STAGES):
-        s = i % 3
-        c = i // 3 * BLOCK_C
-        top, middle = tap_weight(weight_desc, s, k0, c, FLIPPED), tap_weight(weight_desc, 3 + s, k0, c, FLIPPED)
-        bottom = tap_weight(weight_desc, 6 + s, k0, c, FLIPPED)
-        x0, x1 = input_row(x_desc, n, h0, w0 + s, c), input_row(x_desc, n, h0 + 1, w0 + s, c)
-        x2, x3 = input_row(x_desc, n, h0 + 2, w0 + s, c), input_row(x_desc, n, h0 + 3, w0 + s, c)
-        x4, x5 = input_row(x_desc, n, h0 + 4, w0 + s, c), input_row(x_desc, n, h0 + 5, w0 + s, c)
-        y0 = mma(bottom, x2, mma(middle, x1, mma(top, x0, y0, PRECISION), PRECISION), PRECISION)
-        y1 = mma(bottom, x3, mma(middle, x2, mma(top, x1, y1, PRECISION), PRECISION), PRECISION)
-        y2 = mma(bottom, x4, mma(middle, x3, mma(top, x2, y2, PRECISION), PRECISION), PRECISION)
-        y3 = mma(bottom, x5, mma(middle, x4, mma(top, x3, y3, PRECISION), PRECISION), PRECISION)
-    return y0, y1, y2, y3
-
-
-@triton.jit
-def accumulate_rows(x_desc, x_weight_desc, x_channels, skip_desc, skip_weight_desc, skip_channels, offset, n, h0, w0,
-                    k0, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
-                    PRECISION: tl.constexpr, FLIPPED: tl.constexpr = False):
-    """The sums of four output rows over the skip, if any, then over x."""
-    y0, y1 = tl.zeros((BLOCK_K, BLOCK_W), tl.float32), tl.zeros((BLOCK_K, BLOCK_W), tl.float32)
-    y2, y3 = tl.zeros((BLOCK_K, BLOCK_W), tl.float32), tl.zeros((BLOCK_K, BLOCK_W), tl.float32)
-    h0, w0 = h0 - offset[0], w0 - offset[1]
+def accumulate_rows(x_desc, x_weight, x_channels, skip_desc, skip_weight, skip_channels, weight_stride, offset, n, h0,
+                    group, k0, ROWS: tl.constexpr, STACK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
+                    BLOCK_C: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+                    FLIPPED: tl.constexpr = False):
+    """The sums [STACK·BK, BW] of each of ROWS output rows over the skip, if any, then over x."""
+    rows = ()
+    for _ in tl.static_range(ROWS):
+        rows = rows + (tl.zeros((STACK * BLOCK_K, BLOCK_W), tl.float32),)
     if skip_desc is not None:
-        y0, y1, y2, y3 = add_rows_source(y0, y1, y2, y3, skip_desc, skip_weight_desc, skip_channels, n, h0, w0, k0,
-                                         BLOCK_C, STAGES, PRECISION, FLIPPED)
-    return add_rows_source(y0, y1, y2, y3, x_desc, x_weight_desc, x_channels, n, h0, w0, k0, BLOCK_C, STAGES, PRECISION,
-                           FLIPPED)
+        rows = add_rows_source(rows, skip_desc, skip_weight, weight_stride, skip_channels, n, h0 - offset[0], group,
+                               offset[1], k0, STACK, BLOCK_K, BLOCK_C, STAGES, PRECISION, FLIPPED)
+    return add_rows_source(rows, x_desc, x_weight, weight_stride, x_channels, n, h0 - offset[0], group, offset[1], k0,
+                           STACK, BLOCK_K, BLOCK_C, STAGES, PRECISION, FLIPPED)
 
 
 @triton.jit
-def finish_row(acc, bias_ptr, mask_desc, y_desc, second_mask_desc, second_desc, n, h, w0, k0, C_out,
-               SLOPE: tl.constexpr):
-    """Stores one output row and returns it in fp32."""
-    y = bias_activation(acc, bias_ptr, k0 + tl.arange(0, acc.shape[0]), C_out, SLOPE)
-    return store_images(y, mask_desc, y_desc, second_mask_desc, second_desc, n, h, w0, k0)
+def side_by_side(y, STACK: tl.constexpr):
+    """``y`` [STACK·BK, groups] as [BK, columns]."""
+    if STACK > 1:
+        BLOCK_K: tl.constexpr = y.shape[0] // STACK
+        y = tl.permute(tl.reshape(y, (STACK, BLOCK_K, y.shape[1])), (1, 2, 0))
+        y = tl.reshape(y, (BLOCK_K, y.shape[1] * STACK))
+    return y
 
 
 @triton.jit
-def pool_rows(upper, lower, pooled_desc, n, h, w, k0):
+def pool_rows(upper, lower, pooled_desc, n, h, w, k0, STACK: tl.constexpr):
     """Stores the 2×2 maxima of two rows."""
-    BLOCK_K: tl.constexpr = upper.shape[0]
-    HALF_W: tl.constexpr = upper.shape[1] // 2
-    rows = tl.maximum(upper, lower, propagate_nan=tl.PropagateNan.ALL)
-    pooled = max_of_pairs(tl.reshape(rows, (BLOCK_K, HALF_W, 2)))
-    pooled_desc.store([n, h, w, k0], tl.reshape(pooled.to(pooled_desc.dtype).T, (1, 1, HALF_W, BLOCK_K)))
+    rows = tl.maximum(upper, lower, propagate_nan=tl.PropagateNan.ALL).to(pooled_desc.dtype)
+    rows = side_by_side(rows, STACK).to(tl.float32)
+    HALF_W: tl.constexpr = rows.shape[1] // 2
+    pooled = max_of_pairs(tl.reshape(rows, (rows.shape[0], HALF_W, 2)))
+    pooled_desc.store([n, h, w, k0], tl.reshape(pooled.to(pooled_desc.dtype).T, (1, 1, HALF_W, rows.shape[0])))
 
 
-@triton.jit(do_not_specialize=["x_channels", "skip_channels", "offset", "C_out", "tiles"])
-def conv_relu_rows_kernel(x_desc, x_weight_desc, x_channels, skip_desc, skip_weight_desc, skip_channels, offset,
+@triton.jit(do_not_specialize=["x_channels", "skip_channels", "weight_stride", "offset", "C_out", "tiles"])
+def conv_relu_rows_kernel(x_desc, x_weight, x_channels, skip_desc, skip_weight, skip_channels, weight_stride, offset,
                           bias_ptr, mask_desc, y_desc, second_mask_desc, second_desc, pooled_desc, statistics_ptr,
-                          C_out, tiles, SLOPE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
-                          BLOCK_C: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, FLIPPED: tl.constexpr):
+                          C_out, tiles, SLOPE: tl.constexpr, ROWS: tl.constexpr, STACK: tl.constexpr,
+                          BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
+                          PRECISION: tl.constexpr, FLIPPED: tl.constexpr):
     """``y = relu(conv(skip) + conv(x) + bias) * (mask > 0)``, its 2×2 max-pool and tile statistics, each part optional.
 
-    Boxes: x, skip [1, 1, BW, BC]; weights those of :func:`tap_weight`; masks and outputs, see :func:`store_images`,
-    [1, 1, BW, BK or half]; pooled [1, 1, BW/2, BK]. ``tiles`` counts the tiles along (h, w, C_out).
+    A tile has BW groups of STACK columns. Boxes: x, skip [1, 1, BW, 1, BC] of (N, H, W/STACK, STACK, C); weights those
+    of :func:`tap_sources`; masks and outputs, see :func:`store_images`, [1, 1, BW, STACK·BK or half] of
+    (N, H, W/STACK, STACK·C); pooled [1, 1, BW·STACK/2, BK]. ``tiles`` counts the tiles along (h, w, C_out).
     """
     tiles_h, tiles_w, tiles_k = tiles
     k0, tile = tl.program_id(0) % tiles_k * BLOCK_K, tl.program_id(0) // tiles_k
-    w0, h0, n = tile % tiles_w * BLOCK_W, tile // tiles_w % tiles_h * 4, tile // (tiles_w * tiles_h)
-    y0, y1, y2, y3 = accumulate_rows(x_desc, x_weight_desc, x_channels, skip_desc, skip_weight_desc, skip_channels,
-                                     offset, n, h0, w0, k0, BLOCK_K, BLOCK_W, BLOCK_C, STAGES, PRECISION, FLIPPED)
-    y0 = finish_row(y0, bias_ptr, mask_desc, y_desc, second_mask_desc, second_desc, n, h0, w0, k0, C_out, SLOPE)
-    y1 = finish_row(y1, bias_ptr, mask_desc, y_desc, second_mask_desc, second_desc, n, h0 + 1, w0, k0, C_out, SLOPE)
-    if pooled_desc is not None:
-        pool_rows(y0, y1, pooled_desc, n, h0 // 2, w0 // 2, k0)
-    y2 = finish_row(y2, bias_ptr, mask_desc, y_desc, second_mask_desc, second_desc, n, h0 + 2, w0, k0, C_out, SLOPE)
-    y3 = finish_row(y3, bias_ptr, mask_desc, y_desc, second_mask_desc, second_desc, n, h0 + 3, w0, k0, C_out, SLOPE)
-    if pooled_desc is not None:
-        pool_rows(y2, y3, pooled_desc, n, h0 // 2 + 1, w0 // 2, k0)
+    group, h0, n = tile % tiles_w * BLOCK_W, tile // tiles_w % tiles_h * ROWS, tile // (tiles_w * tiles_h)
+    rows = accumulate_rows(x_desc, x_weight, x_channels, skip_desc, skip_weight, skip_channels, weight_stride, offset,
+                           n, h0, group, k0, ROWS, STACK, BLOCK_K, BLOCK_W, BLOCK_C, STAGES, PRECISION, FLIPPED)
+    offs_m = tl.arange(0, STACK * BLOCK_K)
+    offs_k = k0 + offs_m % BLOCK_K
+    for i in tl.static_range(0, ROWS, 2):
+        upper = store_images(bias_activation(rows[i], bias_ptr, offs_k, C_out, SLOPE), mask_desc, y_desc,
+                             second_mask_desc, second_desc, n, h0 + i, group, k0)
+        lower = store_images(bias_activation(rows[i + 1], bias_ptr, offs_k, C_out, SLOPE), mask_desc, y_desc,
+                             second_mask_desc, second_desc, n, h0 + i + 1, group, k0)
+        if pooled_desc is not None:
+            pool_rows(upper, lower, pooled_desc, n, (h0 + i) // 2, group * STACK // 2, k0, STACK)
+        rows = rows[:i] + (upper.to(y_desc.dtype), lower.to(y_desc.dtype)) + rows[i + 2 :]
     if statistics_ptr is not None:
-        offs_p = tl.arange(0, 4 * BLOCK_W)
-        y = tl.reshape(tl.join(tl.join(y0, y2), tl.join(y1, y3)), (BLOCK_K, 4 * BLOCK_W))  # rows side by side
-        inside = (h0 + offs_p % 4 < y_desc.shape[1]) & (w0 + offs_p // 4 < y_desc.shape[2])
-        tile_statistics(statistics_ptr, y, inside, tile, k0 + tl.arange(0, BLOCK_K), C_out, y_desc.dtype)
+        insides = ()
+        for i in tl.static_range(ROWS):
+            width = tl.where(h0 + i < y_desc.shape[1], y_desc.shape[2], 0)
+            insides = insides + (group + tl.arange(0, BLOCK_W) < width,)
+        tile_statistics(statistics_ptr, rows, insides, tile * STACK + offs_m // BLOCK_K, offs_k, C_out, y_desc.dtype)
 
 
-@triton.jit
-def head_row(acc, bias_ptr, head_weight_ptr, head_bias_ptr, out_ptr, n, h, w0, y_shape, SLOPE: tl.constexpr,
-             NUM_CLASSES: tl.constexpr, BLOCK_CLASSES: tl.constexpr, OUTPUT: tl.constexpr, PRECISION: tl.constexpr):
-    """The 1×1 head of one output row."""
-    _, H, W, C_out = y_shape
-    offs_k, w = tl.arange(0, acc.shape[0]), w0 + tl.arange(0, acc.shape[1])
-    y = bias_activation(acc, bias_ptr, offs_k, C_out, SLOPE)
-    head_store(y, head_weight_ptr, head_bias_ptr, out_ptr, (n.to(tl.int64) * H + h) * W + w,
-               w < tl.where(h < H, W, 0), offs_k, C_out, NUM_CLASSES, BLOCK_CLASSES, OUTPUT, PRECISION)
-
-
-@triton.jit(do_not_specialize=["x_channels", "skip_channels", "offset", "y_shape", "tiles"])
-def conv_relu_rows_head_kernel(x_desc, x_weight_desc, x_channels, skip_desc, skip_weight_desc, skip_channels, offset,
-                               bias_ptr, head_weight_ptr, head_bias_ptr, out_ptr, y_shape, tiles, SLOPE: tl.constexpr,
-                               NUM_CLASSES: tl.constexpr, BLOCK_CLASSES: tl.constexpr, OUTPUT: tl.constexpr,
-                               BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
-                               STAGES: tl.constexpr, PRECISION: tl.constexpr):
+@triton.jit(do_not_specialize=["x_channels", "skip_channels", "weight_stride", "offset", "y_shape", "tiles"])
+def conv_relu_rows_head_kernel(x_desc, x_weight, x_channels, skip_desc, skip_weight, skip_channels, weight_stride,
+                               offset, bias_ptr, head_weight_ptr, head_bias_ptr, out_ptr, y_shape, tiles,
+                               SLOPE: tl.constexpr, NUM_CLASSES: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
+                               OUTPUT: tl.constexpr, ROWS: tl.constexpr, STACK: tl.constexpr, BLOCK_K: tl.constexpr,
+                               BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
+                               PRECISION: tl.constexpr):
     """The same convolution, whose C_out channels fit one tile, and the 1×1 head on them; only the head is written."""
+    _, H, W, C_out = y_shape
     tiles_h, tiles_w, _ = tiles
     tile = tl.program_id(0)
-    w0, h0, n = tile % tiles_w * BLOCK_W, tile // tiles_w % tiles_h * 4, tile // (tiles_w * tiles_h)
-    y0, y1, y2, y3 = accumulate_rows(x_desc, x_weight_desc, x_channels, skip_desc, skip_weight_desc, skip_channels,
-                                     offset, n, h0, w0, 0, BLOCK_K, BLOCK_W, BLOCK_C, STAGES, PRECISION)
-    head_row(y0, bias_ptr, head_weight_ptr, head_bias_ptr, out_ptr, n, h0, w0, y_shape, SLOPE, NUM_CLASSES,
-             BLOCK_CLASSES, OUTPUT, PRECISION)
-    head_row(y1, bias_ptr, head_weight_ptr, head_bias_ptr, out_ptr, n, h0 + 1, w0, y_shape, SLOPE, NUM_CLASSES,
-             BLOCK_CLASSES, OUTPUT, PRECISION)
-    head_row(y2, bias_ptr, head_weight_ptr, head_bias_ptr, out_ptr, n, h0 + 2, w0, y_shape, SLOPE, NUM_CLASSES,
-             BLOCK_CLASSES, OUTPUT, PRECISION)
-    head_row(y3, bias_ptr, head_weight_ptr, head_bias_ptr, out_ptr, n, h0 + 3, w0, y_shape, SLOPE, NUM_CLASSES,
-             BLOCK_CLASSES, OUTPUT, PRECISION)
+    group, h0, n = tile % tiles_w * BLOCK_W, tile // tiles_w % tiles_h * ROWS, tile // (tiles_w * tiles_h)
+    rows = accumulate_rows(x_desc, x_weight, x_channels, skip_desc, skip_weight, skip_channels, weight_stride, offset,
+                           n, h0, group, 0, ROWS, STACK, BLOCK_K, BLOCK_W, BLOCK_C, STAGES, PRECISION)
+    w = group * STACK + tl.arange(0, BLOCK_W * STACK)
+    for i in tl.static_range(ROWS):
+        y = bias_activation(rows[i], bias_ptr, tl.arange(0, STACK * BLOCK_K) % BLOCK_K, C_out, SLOPE)
+        y = side_by_side(y.to(head_weight_ptr.dtype.element_ty), STACK)
+        head_store(y, head_weight_ptr, head_bias_ptr, out_ptr, (n.to(tl.int64) * H + h0 + i) * W + w,
+                   w < tl.where(h0 + i < H, W, 0), tl.arange(0, BLOCK_K), C_out, NUM_CLASSES, BLOCK_CLASSES, OUTPUT,
+                   PRECISION)
 
 
-def _tiles(conv: Convolution, config: ConvConfig) -> tuple[int, tuple[int, int, int]]:
-    """The number of programs, and the tiles along output rows, columns and channels."""
-    h, w = conv.out_size
-    tiles = _launch.cdiv(h, ROWS), _launch.cdiv(w, config.block_w), _launch.cdiv(conv.c_out, config.block_k)
-    return conv.batch * tiles[0] * tiles[1] * tiles[2], tiles
+def _launch_rows(kernel, conv: Convolution, config: ConvConfig, *args, C_out, **options) -> None:
+    """Starts ``kernel`` with what both have in common around ``args``; ``C_out`` is that number or y's shape."""
+    (h, w), stack = conv.out_size, config.stack
+    tiles = _launch.cdiv(h, config.block_h), _launch.cdiv(w, config.block_w), _launch.cdiv(conv.c_out, config.block_k)
+    boxes = functools.partial(column_boxes, box=(config.block_w // stack, 1, config.block_c), stack=stack)
+    weight_stride = conv.weight.stride(2) if conv.flipped else conv.weight.shape[3]
+    _launch.launch(kernel, (conv.batch * tiles[0] * tiles[1] * tiles[2],),
+                   *tap_sources(conv, boxes, config.block_k, config.block_c, stack), weight_stride, conv.offset,
+                   conv.bias, *args, C_out, tiles, SLOPE=conv.slope, ROWS=config.block_h, STACK=stack,
+                   BLOCK_K=config.block_k, BLOCK_W=config.block_w // stack, BLOCK_C=config.block_c,
+                   STAGES=config.num_stages, PRECISION=_launch.dot_precision(conv.x.dtype), **options,
+                   num_warps=config.num_warps, num_stages=config.num_stages)
 
 
 def launch_rows(conv: Convolution, y, pooled, statistics, config: ConvConfig, second=None) -> None:
     """Writes the convolution to ``y`` and ``second``, its 2×2 max-pool to ``pooled`` and each tile's ``statistics``,
     unless None."""
-    programs, tiles = _tiles(conv, config)
-    half = (1, 1, config.block_w // 2, config.block_k)
-    _launch.launch(conv_relu_rows_kernel, (programs,),
-                   *tap_sources(conv, (1, 1, config.block_w, config.block_c), config.block_k), conv.offset, conv.bias,
-                   *output_boxes(conv, y, second, (1, 1, config.block_w), config.block_k),
-                   None if pooled is None else image_boxes(pooled, half), statistics, conv.c_out, tiles,
-                   SLOPE=conv.slope, BLOCK_K=config.block_k, BLOCK_W=config.block_w, BLOCK_C=config.block_c,
-                   STAGES=config.num_stages, PRECISION=_launch.dot_precision(y.dtype), FLIPPED=conv.flipped,
-                   num_warps=config.num_warps, num_stages=config.num_stages)
+    pixels, half = (1, 1, config.block_w // config.stack), (1, 1, config.block_w // 2, config.block_k)
+    _launch_rows(conv_relu_rows_kernel, conv, config,
+                 *output_boxes(conv, y, second, pixels, config.block_k, config.stack),
+                 None if pooled is None else image_boxes(pooled, half), statistics, C_out=conv.c_out,
+                 FLIPPED=conv.flipped)
 
 
 def launch_rows_head(conv: Convolution, head: Head, out, config: ConvConfig) -> None:
     """Writes the head's logits, probabilities or labels of the convolution to ``out``."""
-    programs, tiles = _tiles(conv, config)
-    _launch.launch(conv_relu_rows_head_kernel, (programs,),
-                   *tap_sources(conv, (1, 1, config.block_w, config.block_c), config.block_k), conv.offset, conv.bias,
-                   head.weight, head.bias, out, (conv.batch, *conv.out_size, conv.c_out), tiles, SLOPE=conv.slope,
-                   NUM_CLASSES=head.classes, BLOCK_CLASSES=head.block, OUTPUT=head.output, BLOCK_K=config.block_k,
-                   BLOCK_W=config.block_w, BLOCK_C=config.block_c, STAGES=config.num_stages,
-                   PRECISION=_launch.dot_precision(conv.x.dtype), num_warps=config.num_warps,
-                   num_stages=config.num_stages)
+    _launch_rows(conv_relu_rows_head_kernel, conv, config, head.weight, head.bias, out,
+                 C_out=(conv.batch, *conv.out_size, conv.c_out), NUM_CLASSES=head.classes, BLOCK_CLASSES=head.block,
+                 OUTPUT=head.output)

@@ -6,6 +6,8 @@ An 8×8 map of 512 channels has 8 tiles of 64×64 for 132 multiprocessors, each 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .. import _launch, max_pool
 from .box import add_box_source, box_tiles
 from .convolution import ConvConfig, Convolution
-from .descriptors import tap_sources
+from .descriptors import image_boxes, tap_sources
 from .epilogue import bias_activation, tile_statistics
 
 _JOINED_CHANNELS, JOINED_PIXELS = 16, 64
@@ -73,7 +75,7 @@ def conv_relu_join_kernel(partial_ptr, bias_ptr, mask_ptr, mask_strides, y_ptr, 
         y = tl.where(tl.load(mask_ptr + at[None, :] + offs_k[:, None], mask=y_mask, other=0.0) > 0, y, 0.0)
     tl.store(y_ptr + offs_y, y.to(y_ptr.dtype.element_ty), mask=y_mask)
     if statistics_ptr is not None:
-        tile_statistics(statistics_ptr, y, inside, tile, offs_k, C_out, y_ptr.dtype.element_ty)
+        tile_statistics(statistics_ptr, (y,), (inside,), tile, offs_k, C_out, y_ptr.dtype.element_ty)
 
 
 def launch_box_split(conv: Convolution, y: torch.Tensor, pooled: torch.Tensor | None, statistics: torch.Tensor | None,
@@ -82,12 +84,14 @@ def launch_box_split(conv: Convolution, y: torch.Tensor, pooled: torch.Tensor | 
     image, unless None."""
     n, (h, w), k = conv.batch, conv.out_size, conv.c_out
     partial = _launch.empty((config.splits, n, h, w, k), torch.float32, y.device)
-    box = (config.block_n, config.block_h, config.block_w, config.block_c)
-    boxes = TensorDescriptor(partial, list(partial.shape), list(partial.stride()), [1, *box[:3], config.block_k])
+    box = [config.block_n, config.block_h, config.block_w]
+    shares = TensorDescriptor(partial, list(partial.shape), list(partial.stride()), [1, *box, config.block_k])
+    boxes = functools.partial(image_boxes, box=(*box, config.block_c))
     programs, tiles = box_tiles(conv, config)
-    _launch.launch(conv_relu_box_split_kernel, (programs, config.splits), *tap_sources(conv, box, config.block_k),
-                   conv.offset, boxes, tiles, BLOCK_K=config.block_k, BLOCK_N=config.block_n, BLOCK_H=config.block_h,
-                   BLOCK_W=config.block_w, BLOCK_C=config.block_c, STAGES=config.num_stages,
+    _launch.launch(conv_relu_box_split_kernel, (programs, config.splits),
+                   *tap_sources(conv, boxes, config.block_k, config.block_c), conv.offset, shares, tiles,
+                   BLOCK_K=config.block_k, BLOCK_N=config.block_n, BLOCK_H=config.block_h, BLOCK_W=config.block_w,
+                   BLOCK_C=config.block_c, STAGES=config.num_stages,
                    PRECISION=_launch.dot_precision(y.dtype), FLIPPED=conv.flipped, num_warps=config.num_warps,
                    num_stages=config.num_stages)
     mask, strides = conv.mask, None if conv.mask is None else (*conv.mask.stride()[::2], conv.mask.stride(3))

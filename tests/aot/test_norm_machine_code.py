@@ -39,7 +39,7 @@ CONVOLUTIONS = [
     (90, torch.bfloat16, (16, 512, 512, 8), ["conv_relu_box_split_kernel", "conv_relu_join_kernel", *REST]),
     (80, torch.bfloat16, (16, 32, 32, 240), ["conv_relu_pointer_kernel", *REST]),
     (80, torch.bfloat16, (16, 64, 64, 120), ["conv_relu_pointer_kernel", "norm_statistics_kernel", *REST]),
-    (90, torch.float32, (2, 32, 32, 64), ["conv_relu_two_rows_kernel", *REST]),
+    (90, torch.float32, (2, 32, 32, 64), ["conv_relu_rows_kernel", *REST]),
     (100, torch.bfloat16, (16, 64, 64, 120), ["conv_relu_rows_kernel", *REST]),
 ]
 """(architecture, dtype, (N, C_in, C_out, side), kernels of instance norm); 120² is no multiple of a tile of 128 pixels,
@@ -55,7 +55,7 @@ def convolution_launches(architecture, dtype, n, c_in, c_out, side):
         forward.forward(
             x, None, weight, affine.to(dtype), affine, affine, 1, 1, c_out, True, 1e-5, 0.01, True, ""
         )  # fmt: skip
-    return [launch for launch in found if launch.kernel.__name__ != "permuted_taps_kernel"]  # two_rows stacks weights
+    return found
 
 
 @pytest.mark.parametrize("size, megabytes", [((16, 32, 32, 240), 3.9), ((16, 512, 512, 8), 0.3)])

@@ -1,6 +1,6 @@
 """Can the checks fail? Deletes one synchronising statement of a kernel at a time and runs it again.
 
-    python -m tests.emulator.mutants [box rows two_rows pointer weight_grad upsample]
+    python -m tests.emulator.mutants [box rows stacked pointer weight_grad upsample]
 
 A deletion is caught by a fault (race, missing fence, a read of what a copy in flight writes, …) or by other results.
 What survives is redundant on this path: a neighbour orders the same accesses, or the launch does not make them.
@@ -60,8 +60,8 @@ def upsampling() -> Callable:
 
 LAUNCHES = {
     "box": lambda: convolution(ConvConfig("box", block_k=64, block_w=16, block_h=4, block_c=16)),
-    "rows": lambda: convolution(ConvConfig("rows", block_k=64, block_w=16, block_c=32)),
-    "two_rows": lambda: convolution(ConvConfig("two_rows", block_k=32, block_w=16, block_h=4, block_c=16)),
+    "rows": lambda: convolution(ConvConfig("rows", block_k=64, block_w=16, block_h=4, block_c=32)),
+    "stacked": lambda: convolution(ConvConfig("rows", block_k=32, block_w=32, block_h=4, block_c=16)),
     "pointer": lambda: convolution(ConvConfig("pointer", block_k=32, block_w=64, block_c=16)),
     "weight_grad": weight_gradient,
     "upsample": upsampling,

@@ -61,7 +61,7 @@ _SUBSET = re.compile(r"""bf16|bfloat16|test_backward_equals_autograd|test_confus
 |test_dice.py::test_more_samples_than_a_grid_holds.NHWC|regions.py::test_more_samples_than_a_grid_holds.NCHW""", re.X)
 """The names of the tests in the subset."""
 _ALIKE = re.compile(r"""chosen|(two|one|four|17)[ ]class|many[ ]channels|one[ ]pixel|no[ ]image|.batch-2x48|.group
-|by_the_convolution.(rows|two_rows|box-split|pointer)|hard_labels.*NCHW|pool.skip-(relu|plain)|-pool-(leaky|plain)
+|by_the_convolution.(rows|box-split|pointer)|hard_labels.*NCHW|pool.skip-(relu|plain)|-pool-(leaky|plain)
 |test_forward.first|forward_pool.pointer|data_grad.*-[xs]?-bf16|bulk1x4|pointer1x2
 |upsample_conv.*pointers|corners|.none-|.transpose-two|.upsample-|summed_before""", re.X)
 """But not these, whose kernels others run in the subset: tilings that the heuristics choose, sizes, statistics by the

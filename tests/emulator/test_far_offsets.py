@@ -55,8 +55,8 @@ CONVOLUTIONS = {
     "pointer": (ConvConfig("pointer", block_k=16, block_w=64, block_c=32), 9, 15600),
     "box": (ConvConfig("box", block_k=64, block_w=16, block_h=4, block_c=16), 8, 16512),
     "split": (ConvConfig("box", 64, 16, 4, 1, 64, splits=9), 2336, 960),
-    "rows": (ConvConfig("rows", block_k=64, block_w=16, block_c=16), 8, 16512),
-    "two_rows": (ConvConfig("two_rows", block_k=32, block_w=16, block_h=4, block_c=16), 8, 16512),
+    "rows": (ConvConfig("rows", block_k=64, block_w=16, block_h=4, block_c=16), 8, 16512),
+    "stacked": (ConvConfig("rows", block_k=8, block_w=128, block_h=4, block_c=16), 8, 16512),
 }
 
 

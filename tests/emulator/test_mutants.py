@@ -12,9 +12,11 @@ pytestmark = pytest.mark.skipif(_launch.INTERPRETED, reason="kernels are interpr
 
 ALWAYS = {"fence.proxy.async", "mbarrier.try_wait", "cp.async.wait_group", "cp.async.bulk.wait_group"}
 """Of these the kernels have none to spare. Of barriers and waits for products, some are followed by another."""
+SPARE = {"stacked": {"fence.proxy.async"}}
+"""Triton 3.9 puts one before each product of what cp.async brought; 3.6 has none there, nor does the emulator ask."""
 
 
-@pytest.mark.parametrize("name", ["box", "two_rows", "pointer", "upsample"])
+@pytest.mark.parametrize("name", ["box", "stacked", "pointer", "upsample"])
 def test_deletions_are_caught(name):
     from .mutants import study
 
@@ -23,6 +25,7 @@ def test_deletions_are_caught(name):
     found = Counter(statement for statement, _, _ in verdicts)
     print(name, dict(found), "survivors:", survivors)
     assert ALWAYS & set(found)
-    assert not [s for s in survivors if s[0] in ALWAYS]
-    for statement in ("bar.sync", "wgmma.wait_group"):
+    spare = SPARE.get(name, set())
+    assert not [s for s in survivors if s[0] in ALWAYS - spare]
+    for statement in ("bar.sync", "wgmma.wait_group", *spare):
         assert sum(s == statement for s, _ in survivors) < found[statement] or not found[statement], statement

@@ -10,7 +10,7 @@ from fastunet.kernels import _launch
 pytestmark = pytest.mark.skipif(_launch.INTERPRETED, reason="kernels are interpreted in this process, not compiled")
 
 
-@pytest.mark.parametrize("name", ["box", "rows", "two_rows", "pointer", "weight_grad", "upsample"])
+@pytest.mark.parametrize("name", ["box", "rows", "stacked", "pointer", "weight_grad", "upsample"])
 def test_warps_one_by_one(name):
     from .driver import emulated
     from .launch import EAGER, LAZY, Emulator, Schedule

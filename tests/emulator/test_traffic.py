@@ -11,10 +11,9 @@ pytestmark = pytest.mark.skipif(_launch.INTERPRETED, reason="kernels are interpr
 
 FEWER = {  # elements of a tile that are one element of memory, which the tile counts each
     "conv_relu_first_kernel": "taps past the last, masked off, have the addresses of others",
-    "conv_relu_two_rows_kernel": "both stacked rows add one bias",
-    "conv_relu_two_rows_head_kernel": "both stacked rows add one bias",
     "conv_relu_box_head_kernel": "classes past the last, masked off, have the addresses of others",
-    "conv_relu_rows_head_kernel": "classes past the last, masked off, have the addresses of others",
+    "conv_relu_rows_kernel": "stacked columns add one bias, and taps that they lack, masked off, are read nowhere",
+    "conv_relu_rows_head_kernel": "the same, and classes past the last, masked off, have the addresses of others",
     "conv_relu_pointer_head_kernel": "classes past the last, masked off, have the addresses of others",
     "stride2_forward_kernel": "four phases add one bias",
     "segmentation_head_backward_kernel": "classes past the last, masked off, have the addresses of others",

@@ -23,7 +23,8 @@ class ConvCase:
     def tile(self) -> str:
         """The configuration's name."""
         splits = "-split" if self.config.splits > 1 else ""
-        return f"{self.config.variant}{splits}"
+        stack = "-stacked" if self.config.stack > 1 else ""
+        return f"{self.config.variant}{splits}{stack}"
 
     def __str__(self) -> str:
         name = self.tile if self.config else "chosen"

@@ -17,8 +17,9 @@ BOX = ConvConfig("box", block_k=64, block_w=16, block_h=4, block_c=16)
 BATCH_BOX = ConvConfig("box", block_k=64, block_w=8, block_h=8, block_n=2, block_c=32)
 SPLIT = ConvConfig("box", block_k=64, block_w=16, block_h=4, block_c=16, splits=5)
 BATCH_SPLIT = ConvConfig("box", block_k=64, block_w=8, block_h=8, block_n=2, block_c=16, splits=3)
-ROWS = ConvConfig("rows", block_k=64, block_w=16, block_c=32)
-TWO_ROWS = ConvConfig("two_rows", block_k=32, block_w=16, block_h=4, block_c=16)
+ROWS = ConvConfig("rows", block_k=64, block_w=16, block_h=4, block_c=32)
+STACKED = ConvConfig("rows", block_k=32, block_w=32, block_h=6, block_c=16)
+FOUR_STACKED = ConvConfig("rows", block_k=16, block_w=64, block_h=4, block_c=16)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -168,8 +168,8 @@ FUSED = [
     Fused(ConvConfig("box", 64, 8, 8, 2, 32), 3, 0, 16, 40, 7, 9, per_sample=False),
     Fused(dataclasses.replace(BOX, splits=3), 2, 0, 24, 40, 9, 11, pad=0),
     Fused(ConvConfig("box", 64, 8, 8, 2, 16, splits=3), 3, 0, 24, 24, 8, 8),
-    Fused(ConvConfig("rows", 64, 16, block_c=32), 2, 0, 16, 72, 7, 17),
-    Fused(ConvConfig("two_rows", 32, 16, 4, block_c=16), 2, 8, 24, 24, 10, 17),
+    Fused(ConvConfig("rows", 64, 16, 4, block_c=32), 2, 0, 16, 72, 7, 17),
+    Fused(ConvConfig("rows", 32, 32, 6, block_c=16), 2, 8, 24, 32, 10, 18),
 ]
 
 

@@ -13,7 +13,20 @@ from fastunet.kernels.conv.convolution import ConvConfig
 from ..tolerance import assert_within_budget
 from . import in_order
 from .conftest import COMPILED
-from .conv_sources import BATCH_BOX, BATCH_SPLIT, BOX, FIRST, POINTER, ROWS, SPLIT, TWO_ROWS, Case, operands, reference
+from .conv_sources import (
+    BATCH_BOX,
+    BATCH_SPLIT,
+    BOX,
+    FIRST,
+    FOUR_STACKED,
+    POINTER,
+    ROWS,
+    SPLIT,
+    STACKED,
+    Case,
+    operands,
+    reference,
+)
 
 ONE_SOURCE = [
     Case(POINTER, 3, 0, 33, 48, 3, 7),
@@ -32,9 +45,9 @@ ONE_SOURCE = [
     Case(None, 1, 0, 64, 64, 4, 5),
     Case(ROWS, 1, 0, 48, 64, 7, 17),
     Case(ROWS, 1, 0, 16, 72, 6, 15, pad=0),
-    Case(TWO_ROWS, 2, 0, 24, 32, 10, 17),
-    Case(TWO_ROWS, 1, 0, 32, 24, 16, 15, pad=0),
-    Case(TWO_ROWS, 1, 0, 8, 8, 2, 16),
+    Case(STACKED, 2, 0, 24, 32, 10, 18),
+    Case(STACKED, 1, 0, 32, 32, 7, 66, pad=0),
+    Case(FOUR_STACKED, 2, 0, 8, 16, 5, 20),
     Case(None, 1, 0, 1, 16, 15, 16),
     Case(None, 3, 0, 32, 32, 16, 15),
     Case(None, 1, 0, 48, 96, 9, 7),
@@ -48,8 +61,8 @@ TWO_SOURCES = [
     Case(BATCH_BOX, 3, 40, 16, 48, 7, 9, pad=0, crop=2),
     Case(SPLIT, 2, 8, 40, 24, 6, 9, crop=1),
     Case(ROWS, 1, 32, 8, 64, 7, 15, pad=0, crop=4),
-    Case(TWO_ROWS, 2, 8, 24, 32, 6, 16, crop=2),
-    Case(TWO_ROWS, 1, 16, 16, 16, 8, 17, pad=0),
+    Case(STACKED, 2, 8, 24, 32, 7, 16, crop=2),
+    Case(FOUR_STACKED, 1, 16, 16, 16, 6, 12, crop=1),
     Case(None, 2, 16, 16, 16, 7, 8, crop=1),
     Case(None, 1, 2, 3, 4, 15, 15),
 ]
@@ -60,8 +73,8 @@ def dtypes_of(cases):
     """
     params, seen = [], {POINTER.variant} if cases is TWO_SOURCES else set()
     for case in cases:
-        half = case.config is None or case.config.variant not in seen
-        seen |= {case.config.variant} if case.config else set()
+        half = case.config is None or case.tile not in seen
+        seen |= {case.tile} if case.config else set()
         params += [
             pytest.param(case, torch.float32, id=f"{case}-fp32", marks=[] if case.config else COMPILED),
             pytest.param(case, torch.float16, id=f"{case}-fp16", marks=[] if half else COMPILED),
@@ -114,7 +127,7 @@ def test_forward_pool(case, dtype, device):
     Case(BATCH_BOX, 3, 0, 16, 40, 7, 9),
     Case(SPLIT, 2, 0, 16, 40, 7, 9),
     Case(ROWS, 1, 0, 24, 64, 7, 17),
-    Case(TWO_ROWS, 1, 0, 32, 24, 8, 9),
+    Case(STACKED, 1, 0, 32, 32, 8, 10),
     Case(None, 1, 0, 16, 2, 4, 5),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("offset, out_size", [((2, 2), (2, 2)), ((4, 3), (5, 6)), ((-1, -2), (-3, -4))])
@@ -139,13 +152,13 @@ def test_convolve(case, offset, out_size, device):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "sliced", "transposed", "expanded"])
-@pytest.mark.parametrize("config", [POINTER, BOX, ROWS, TWO_ROWS], ids=lambda c: c.variant)
+@pytest.mark.parametrize("config", [POINTER, BOX, ROWS, STACKED], ids=lambda c: f"{c.variant}-{c.stack}")
 def test_any_strides(config, layout, device):
     """Inputs that are not channels_last are read as what they are, weights as well."""
-    x, weight = torch.randn(2, 16, 8, 8, device=device), torch.randn(24, 16, 3, 3, device=device) / 12
+    x, weight = torch.randn(2, 16, 8, 8, device=device), torch.randn(32, 16, 3, 3, device=device) / 12
     if layout == "sliced":
         x = torch.randn(2, 20, 8, 11, device=device).to(memory_format=torch.channels_last)[:, 2:18, :, 3:]
-        weight = torch.randn(24, 16, 5, 5, device=device)[..., 1:4, 2:] / 12
+        weight = torch.randn(32, 16, 5, 5, device=device)[..., 1:4, 2:] / 12
     elif layout == "transposed":
         x, weight = x.transpose(2, 3), weight.transpose(2, 3)
     elif layout == "expanded":
@@ -163,7 +176,7 @@ def test_batch_0(device):
     assert conv_relu.forward_head(x, None, weight, None, 1, head, None, "labels").shape == (0, 6, 6)
 
 
-@pytest.mark.parametrize("case", [ONE_SOURCE[5], *TWO_SOURCES[2:6]], ids=str)
+@pytest.mark.parametrize("case", [ONE_SOURCE[5], *TWO_SOURCES[2:7]], ids=str)
 def test_repeats_are_bit_identical(case, device):
     x, skip, weight, bias = operands(case, torch.float32, device)
     repeats = 2 if device.type == "cpu" else 10
@@ -171,27 +184,26 @@ def test_repeats_are_bit_identical(case, device):
     assert all(torch.equal(first, other) for other in others)
 
 
-@pytest.mark.parametrize("config", [POINTER, FIRST, BOX, SPLIT, ROWS, TWO_ROWS],
-                         ids=lambda c: f"{c.variant}-{c.splits}")
+@pytest.mark.parametrize("config", [POINTER, FIRST, BOX, SPLIT, ROWS, FOUR_STACKED],
+                         ids=lambda c: f"{c.variant}-{c.splits}-{c.stack}")
 def test_nan_spreads_as_in_pytorch(config, device):
     """Through ReLU and through the pooling, to the pixels around it and no further.
 
-    The two stacked rows share their input rows, with zero weights where a row has no tap: NaN reaches both.
+    Stacked columns share their input columns, with zero weights where one has no tap: NaN reaches all of a group.
     """
-    x = torch.randn(1, 4 if config is FIRST else 8, 8, 10, device=device)
+    x = torch.randn(1, 4 if config is FIRST else 8, 8, 12, device=device)
     x[0, 3, 4, 5] = float("nan")
     weight = torch.randn(16, x.shape[1], 3, 3, device=device)
     y, pooled = conv_relu.forward_pool(x, weight, None, 1, 0.0, config)
     expected = F.relu(F.conv2d(x, weight, padding=1))
-    if config is TWO_ROWS:
-        in_pair = expected.isnan().view(1, 16, 4, 2, 10).any(3).repeat_interleave(2, 2)
-        expected = expected.masked_fill(in_pair, torch.nan)
+    in_group = expected.isnan().unflatten(3, (-1, config.stack)).any(4).repeat_interleave(config.stack, 3)
+    expected = expected.masked_fill(in_group, torch.nan)
     assert torch.equal(y.isnan(), expected.isnan())
     assert torch.equal(pooled.isnan(), F.max_pool2d(expected, 2).isnan())
-    assert y.isnan().sum() == (12 if config is TWO_ROWS else 9) * 16
+    assert y.isnan().sum() == 3 * max(3, config.stack) * 16
 
 
-@pytest.mark.parametrize("config", [BOX], ids=["box"])
+@pytest.mark.parametrize("config", [BOX, FOUR_STACKED], ids=lambda c: c.variant)
 def test_weights_off_the_alignment_of_bulk_copies(config, device):
     """A channels_last weight that starts anywhere in a flat parameter, as optimizers and FSDP make them."""
     x = torch.randn(1, 8, 4, 16, device=device)
@@ -202,7 +214,8 @@ def test_weights_off_the_alignment_of_bulk_copies(config, device):
 
 @pytest.mark.parametrize("config, message", [
     (dataclasses.replace(FIRST), "at most 7 channels"),
-    (dataclasses.replace(TWO_ROWS), "even height and at most 32"),
+    (dataclasses.replace(STACKED), "takes 32 output channels and images whose width is a multiple of 2"),
+    (dataclasses.replace(ROWS, block_h=3), "an even number of rows, not 3"),
     (dataclasses.replace(BOX), "multiple of 16 bytes, not \\(33,\\) to 48"),
     (dataclasses.replace(ROWS, splits=2), "2 splits of a rows"),
     (dataclasses.replace(BOX, splits=10), "10 splits of a box: at most 9"),
@@ -216,9 +229,9 @@ def test_a_configuration_that_cannot_run_says_why(config, message, device):
 
 @pytest.mark.parametrize("architecture, dtype, c_x, c_out, size, expected", [
     (90, torch.bfloat16, 2, 32, 240, ConvConfig("first", 32, 128, num_stages=1)),
-    (90, torch.bfloat16, 32, 32, 240, ConvConfig("rows", 64, 64, 4, 1, 32, 4, 2)),
-    (90, torch.bfloat16, 64, 64, 120, ConvConfig("rows", 64, 64, 4, 1, 64, 4, 2)),
-    (90, torch.float16, 128, 128, 60, ConvConfig("rows", 64, 64, 4, 1, 64, 4, 2)),
+    (90, torch.bfloat16, 32, 32, 240, ConvConfig("rows", 32, 128, 6, 1, 32, 4, 2)),
+    (90, torch.bfloat16, 64, 64, 120, ConvConfig("rows", 64, 64, 6, 1, 64, 4, 2)),
+    (90, torch.float16, 128, 128, 60, ConvConfig("rows", 64, 64, 6, 1, 64, 4, 2)),
     (90, torch.bfloat16, 256, 256, 32, ConvConfig("box", 128, 16, 8, 1, 64, 4, 4)),
     (90, torch.bfloat16, 512, 64, 8, ConvConfig("box", 64, 8, 8, 2, 64, 4, 4, splits=7)),
     (90, torch.bfloat16, 33, 64, 64, ConvConfig("pointer", 64, 128, block_c=32, num_warps=8)),

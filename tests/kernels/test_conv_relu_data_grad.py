@@ -20,8 +20,8 @@ POINTER = ConvConfig("pointer", block_k=32, block_w=32, block_c=32)
 BOX = ConvConfig("box", block_k=64, block_w=16, block_h=4, block_c=16)
 BATCH_BOX = ConvConfig("box", block_k=128, block_w=8, block_h=8, block_n=2, block_c=16)
 SPLIT = ConvConfig("box", block_k=64, block_w=16, block_h=4, block_c=16, splits=3)
-ROWS = ConvConfig("rows", block_k=64, block_w=16, block_c=32)
-TWO_ROWS = ConvConfig("two_rows", block_k=32, block_w=16, block_h=4, block_c=16)
+ROWS = ConvConfig("rows", block_k=64, block_w=16, block_h=4, block_c=32)
+STACKED = ConvConfig("rows", block_k=32, block_w=32, block_h=6, block_c=16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,8 @@ CASES = [
     Case(POINTER, 1, 0, 40, 24, 4, 9),
     Case(SPLIT, 1, 0, 72, 40, 7, 9),
     Case(ROWS, 1, 8, 72, 40, 6, 17, masks=(True, False)),
-    Case(TWO_ROWS, 1, 0, 24, 40, 6, 17, pad=0),
+    Case(STACKED, 1, 0, 32, 40, 7, 18, pad=0),
+    Case(STACKED, 2, 32, 32, 16, 5, 10, crop=1, masks=(False, True)),
     Case(ROWS, 1, 32, 32, 40, 6, 17, masks=(True, False)),
     Case(ROWS, 2, 64, 40, 16, 3, 16, masks=(False, True)),
     Case(ROWS, 1, 96, 64, 16, 5, 9, pad=0),
@@ -124,6 +125,7 @@ def test_strided_operands_and_repeats(config, device):
 @pytest.mark.parametrize("case, in_place", [
     (Case(BOX, 1, 8, 16, 24, 4, 9), True),
     (Case(ROWS, 1, 0, 72, 24, 5, 9), True),
+    (Case(STACKED, 1, 0, 32, 24, 5, 10), True),
     (Case(BOX, 1, 4, 20, 24, 4, 9), False),
 ], ids=str)  # fmt: skip
 def test_weights_that_bulk_copies_read_in_place(case, in_place, device, monkeypatch):
@@ -145,7 +147,8 @@ def test_weights_that_bulk_copies_read_in_place(case, in_place, device, monkeypa
 @pytest.mark.parametrize("config, c_skip, c_x, crop, count", [
     (ROWS, 32, 32, 0, 1), (ROWS, 64, 8, 0, 1), (ROWS, 96, 32, 0, 1), (BOX, 64, 64, 0, 1), (BATCH_BOX, 64, 64, 0, 1),
     (ROWS, 24, 40, 0, 2), (ROWS, 16, 48, 0, 2), (BATCH_BOX, 96, 32, 0, 2), (ROWS, 32, 32, 2, 2), (SPLIT, 64, 64, 0, 4),
-    (POINTER, 64, 64, 0, 2), (POINTER, 3, 64, 0, 2), (None, 32, 32, 0, 1), (None, 24, 40, 0, 2), (None, 4, 28, 0, 2),
+    (POINTER, 64, 64, 0, 2), (POINTER, 3, 64, 0, 2), (STACKED, 32, 32, 0, 2), (None, 32, 32, 0, 1),
+    (None, 24, 40, 0, 2), (None, 4, 28, 0, 2),
 ], ids=str)  # fmt: skip
 def test_launches_for_both_sources(config, c_skip, c_x, crop, count):
     """One where half a tile is of one source, at the same place in both, by kernels that write two images."""

@@ -9,7 +9,7 @@ from fastunet.kernels.conv import forward as conv_relu
 
 from ..tolerance import assert_within_budget
 from .conftest import COMPILED
-from .conv_sources import BATCH_BOX, BOX, POINTER, ROWS, TWO_ROWS, Case, operands, reference
+from .conv_sources import BATCH_BOX, BOX, FOUR_STACKED, POINTER, ROWS, STACKED, Case, operands, reference
 
 
 @pytest.mark.parametrize("output", ["logits", "probabilities", "labels"])
@@ -18,21 +18,21 @@ from .conv_sources import BATCH_BOX, BOX, POINTER, ROWS, TWO_ROWS, Case, operand
     Case(BOX, 1, 8, 24, 64, 6, 17),
     Case(BATCH_BOX, 3, 0, 16, 40, 7, 9, pad=0),
     Case(ROWS, 1, 0, 24, 64, 7, 17),
-    Case(TWO_ROWS, 2, 8, 24, 24, 6, 17, crop=2),
-    Case(TWO_ROWS, 1, 0, 32, 32, 8, 9, pad=0),
+    Case(STACKED, 2, 8, 24, 32, 7, 18, crop=2),
+    Case(FOUR_STACKED, 1, 0, 32, 16, 8, 12),
     Case(None, 1, 0, 32, 100, 3, 5),
     Case(None, 1, 0, 2, 8, 3, 5),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("classes", [1, 4, 17, 32])
 def test_forward_head(case, output, classes, device):
-    if case.config is not TWO_ROWS and classes in (1, 17) and output != "logits":
+    if case.config is not STACKED and classes in (1, 17) and output != "logits":
         pytest.skip("padded class counts differ from full ones only in the epilogue, which all variants share")
     check(case, output, torch.float32, classes, device)
 
 
 @pytest.mark.parametrize("case, output", [
     (Case(POINTER, 2, 0, 33, 20, 5, 7), "logits"), (Case(BOX, 1, 8, 24, 64, 6, 17), "probabilities"),
-    (Case(ROWS, 1, 0, 24, 64, 7, 17), "logits"), (Case(TWO_ROWS, 2, 8, 24, 24, 6, 17, crop=2), "probabilities"),
+    (Case(ROWS, 1, 0, 24, 64, 7, 17), "logits"), (Case(STACKED, 2, 8, 24, 32, 7, 18, crop=2), "probabilities"),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, id="bf16", marks=COMPILED)])
 def test_forward_head_of_rounded_features(case, output, dtype, device):
@@ -68,7 +68,7 @@ def test_head_reads_features_rounded_to_the_activations_dtype(case, device):
     assert torch.equal(out, features.double().sum(1, keepdim=True).expand(-1, 2, -1, -1).to(torch.float16))
 
 
-@pytest.mark.parametrize("case", [Case(POINTER, 2, 0, 33, 20, 5, 7), Case(TWO_ROWS, 2, 8, 24, 24, 6, 17, crop=2)],
+@pytest.mark.parametrize("case", [Case(POINTER, 2, 0, 33, 20, 5, 7), Case(STACKED, 2, 8, 24, 32, 7, 18, crop=2)],
                          ids=str)  # fmt: skip
 @pytest.mark.parametrize("classes", [1, 3])
 def test_regions_of_the_head(case, classes, device):
@@ -82,13 +82,13 @@ def test_regions_of_the_head(case, classes, device):
     assert torch.equal(regions, finish(logits, "regions"))
 
 
-@pytest.mark.parametrize("case", [Case(TWO_ROWS, 1, 0, 8, 8, 2, 3)], ids=str)
+@pytest.mark.parametrize("case", [Case(FOUR_STACKED, 1, 0, 8, 16, 2, 4)], ids=str)
 def test_labels_take_the_first_maximum_and_nan_above_all(case, device):
     x, _, weight, _ = operands(case, torch.float32, device)
-    zero = torch.zeros(5, 8, 1, 1, device=device)
+    zero = torch.zeros(5, 16, 1, 1, device=device)
     for head_bias, label in (([0, 2, 1, 2, 0], 1), ([0, 2, float("nan"), 3, 0], 2), ([float("-inf")] * 5, 0)):
         bias = torch.tensor(head_bias, device=device, dtype=torch.float32)
-        labels = conv_relu.forward_head(x, None, weight, None, 1, zero, bias, "labels", TWO_ROWS)
+        labels = conv_relu.forward_head(x, None, weight, None, 1, zero, bias, "labels", case.config)
         assert (labels == label).all()
 
 

@@ -44,18 +44,6 @@ def test_stride2_taps(shape, layout, dtype):
         assert actual.is_contiguous()
 
 
-@pytest.mark.parametrize("flipped", [False, True])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 31), (32, 33), (17, 64)], ids=str)
-def test_stacked_rows(shape, layout, flipped, dtype):
-    weight = torch.randn(*shape, 3, 3).to(dtype)
-    with _launch.poisoned():
-        actual = _weights.stacked_rows(LAYOUTS[layout](weight).permute(0, 2, 3, 1), 32, flipped)
-    weight = weight.flip((2, 3)) if flipped else weight
-    by_column = torch.nn.functional.pad(weight.permute(3, 2, 0, 1), (0, 0, 0, 32 - shape[0]))
-    assert torch.equal(actual, by_column.reshape(3, 96, shape[1]))
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_part_of_a_larger_weight(layout):
     """Offsets into a storage count."""
