@@ -19,8 +19,9 @@ import torch
 
 from fastunet.inspection.kernel_table import distinct, examine_all, format_table, uses, uses_of
 from fastunet.inspection.layers import CASES, Call, Tensor, network_calls
-from fastunet.inspection.machine_code import GFX942, compile_launch, inspect_all
+from fastunet.inspection.machine_code import GFX942, compile_launch, failures, inspect_all
 from fastunet.kernels import _launch, _tuned, upsample_bilinear
+from fastunet.kernels.conv import forward
 from fastunet.kernels.conv.weight_grad import Product, partial_sums
 from tests.aot.selection import BEFORE_3_8
 
@@ -171,6 +172,21 @@ def test_three_sources_of_a_weight_gradient_take_the_memory_of_one():
     three, one = inspect_all([compile_launch(launch, 90) for launch in launches], 90)
     assert three.shared == one.shared
     assert (three.stack, three.spills) == (0, 0)
+
+
+def test_two_programs_of_stacked_columns_share_a_multiprocessor():
+    """Of 228 KiB and 65,536 registers; 1 KiB a program is the system's."""
+    with _launch.recording(90) as launches:
+        x, skip = (torch.empty(16, 32, 240, 240, dtype=torch.bfloat16, device="meta",
+                               memory_format=torch.channels_last) for _ in range(2))  # fmt: skip
+        weight = torch.empty(32, 3, 3, 64, dtype=torch.bfloat16, device="meta").permute(0, 3, 1, 2)
+        forward.forward(x, skip, weight, None, 1, 0.0)
+    (launch,) = launches
+    assert (launch.args["STACK"], launch.args["ROWS"]) == (2, 6)
+    (report,) = inspect_all([compile_launch(launch, 90)], 90)
+    assert not failures(report, launch)
+    assert 2 * (report.shared + 1024) <= 228 * 1024
+    assert 2 * 32 * launch.num_warps * (-(-report.registers // 8) * 8) <= 65536
 
 
 @pytest.mark.usefixtures("newest_unless_full")
