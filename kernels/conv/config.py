@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -108,14 +109,14 @@ def _first(conv: Convolution, ieee: bool) -> ConvConfig | None:
 def _rows(conv: Convolution) -> Iterator[ConvConfig]:
     """Padded to 64 channels, and with columns stacked where that fills them; its whole pipeline must fit.
 
-    Stacked ones take half of a step, so that a multiprocessor holds two programs: one multiplies while the other waits.
+    In steps of 64 bytes a multiprocessor holds two programs, of which one multiplies while the other waits; in steps of
+    128 products wait less. The count is the same: stacked ones take the first, of the others the search decides.
     """
-    # for the sums of six rows Triton 3.6 finds no tensor memory
-    heights = (2, 4, 6) if _launch.architecture() < 100 else (2, 4)
+    hopper = _launch.architecture() == 90  # for the sums of six rows Triton 3.6 finds no tensor memory on newer ones
     for block_k in sorted({64, conv.c_out} & {8, 16, 32, 64}):
-        block_c = _block_c(conv, 128 if block_k == 64 else 64)
-        for block_h in heights:
-            if _stages((3 + block_h + 2) * 64 * block_c, conv) >= 2:
+        steps = (64,) if block_k < 64 else (128, 64) if hopper else (128,)
+        for block_c, block_h in itertools.product(dict.fromkeys(_block_c(conv, step) for step in steps), (2, 4, 6)):
+            if _stages((3 + block_h + 2) * 64 * block_c, conv) >= 2 and (hopper or block_h < 6):
                 yield ConvConfig("rows", block_k, 64 * (64 // block_k), block_h, 1, block_c, 4, 2)
 
 
