@@ -39,7 +39,7 @@ def main() -> int:
     labels = {target.label for target in targets}
     rows = [row for row in logged(log) if options.proof or row["label"] in labels]
     if options.proof:
-        rows = proof.latest(rows)
+        rows = proof.latest(rows, campaign.collected())
         proof.write(rows, campaign.ROOT / "docs" / "proof.md")
     print(proof.table(rows))
     failed = [row for row in rows if row.get("outcome") == "failed"]

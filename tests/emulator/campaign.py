@@ -37,6 +37,14 @@ def fingerprint() -> str:
     return digest.hexdigest()[:12]
 
 
+def collected() -> set[str]:
+    """The names of the tests of all kernels as they are now."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "tests.emulator.plugin", "tests/kernels",
+               "--emulate", "90", "--log", os.devnull, "--label", "none"]
+    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    return {line for line in lines if "::" in line}
+
+
 def targets(architectures: list[int], tritons: list[str], dtype: str | None) -> list[Target]:
     """bfloat16, float16 and IEEE float32 in one run, tf32 in another."""
     modes = [dtype == "tf32"] if dtype else [False, True]

@@ -24,8 +24,8 @@ a tensor core (sums are rounded in another order) and the approximations of `ex2
 (`tcgen05`) and AMD** are not emulated: `tests/aot` compiles every kernel for them and checks registers, spills, shared
 memory and, on sm_100, that products are asynchronous; nothing of theirs has been executed.
 
-A pointer kernel on sm_90 may feed `wgmma` from `cp.async` without `fence.proxy.async`, as Triton does everywhere; that
-is not counted as a fault.
+Kernels on sm_90 whose weights or pixels come by pointers may feed `wgmma` from `cp.async` without
+`fence.proxy.async`, as Triton does everywhere; that is not counted as a fault.
 """
 
 
@@ -50,14 +50,16 @@ not caught has a neighbour that orders the same accesses in these launches.
 """
 
 
-def latest(rows: list[dict]) -> list[dict]:
-    """Of a test that ran with several states of the kernels the last; its row says at which commit."""
+def latest(rows: list[dict], tests: set[str]) -> list[dict]:
+    """Of each of ``tests`` that ran with several states of the kernels the last; its row says at which commit."""
     commits, found = {}, {}
     for number, row in enumerate(rows):
         if "session" in row:
             commits[row["label"]] = row["session"]["commit"]
+            row["collected"] = len(tests)
         row["commit"] = commits.get(row["label"], "unknown")
-        found[row["label"].rsplit(" ", 1)[0], row.get("test", number)] = row
+        if "session" in row or row["test"] in tests:
+            found[row["label"].rsplit(" ", 1)[0], row.get("test", number)] = row
     return list(found.values())
 
 
