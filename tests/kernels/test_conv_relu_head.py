@@ -73,9 +73,10 @@ def test_head_reads_features_rounded_to_the_activations_dtype(case, device):
 @pytest.mark.parametrize("classes", [1, 3])
 def test_regions_of_the_head(case, classes, device):
     x, skip, weight, bias = operands(case, torch.float32, device)
-    head = torch.randn(classes, case.c_out, 1, 1, device=device), torch.randn(classes, device=device) / 2
+    head, operator = torch.randn(classes, case.c_out, 1, 1, device=device), conv_relu.forward_head
+    centre = operator(x, skip, weight, bias, case.pad, head, None, "logits", case.config).mean((0, 2, 3))
     logits, regions = (
-        conv_relu.forward_head(x, skip, weight, bias, case.pad, *head, output, case.config)
+        operator(x, skip, weight, bias, case.pad, head, -centre, output, case.config)
         for output in ("logits", "regions")
     )
     assert (logits > 0).any()
